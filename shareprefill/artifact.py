@@ -1,0 +1,447 @@
+"""The artifact: what clustering found out about a model's heads, and its file format.
+
+An artifact is a safetensors file with eleven tensors and one metadata string, canonical JSON. Equal
+artifacts have equal bytes. Loading trusts nothing in the file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import re
+from dataclasses import asdict, dataclass
+from enum import IntEnum
+from io import BufferedIOBase
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shareprefill.config import BLOCK_SIZES
+from shareprefill.container import (
+    Layout,
+    RefusedError,
+    canonical_json,
+    check_json,
+    check_keys,
+    check_text,
+    open_regular,
+    parse_json,
+    quoted,
+    read_header,
+    read_tensors,
+)
+from shareprefill.errors import ArtifactError
+from shareprefill.files import atomic_write_bytes, printable
+from shareprefill.models import Fingerprint, ModelGeometry
+
+FORMAT_VERSION = 1
+MAX_HEADS = 1 << 20
+MAX_CODE_SIZE = 4096
+_KEY = "shareprefill"
+_REGENERATE = "regenerate it with sp calibrate and sp cluster"
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_TENSORS = {
+    "cluster": torch.int32,
+    "policy": torch.int8,
+    "pivot": torch.int32,
+    "fallback": torch.int8,
+    "gamma": torch.float32,
+    "fallback_gamma": torch.float32,
+    "tau": torch.float32,
+    "recall": torch.float32,
+    "density": torch.float32,
+    "instability": torch.float32,
+    "code": torch.float32,
+}
+_METADATA = {
+    "format_version",
+    "model",
+    "fingerprint",
+    "code_size",
+    "block_size",
+    "thresholds",
+    "rows",
+    "configuration",
+    "summary",
+    "sha256",
+}
+
+
+class Policy(IntEnum):
+    """How a head's block pattern comes about."""
+
+    DENSE = 0
+    PIVOT = 1
+    SHARE = 2
+    SAMPLED = 3
+    VERTICAL_SLASH = 4
+
+    @property
+    def label(self) -> str:
+        """The policy's name in options and tables."""
+        return self.name.lower().replace("_", "-")
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    """The thresholds of arXiv 2505.19578, section 4.
+
+    Attributes:
+        gamma: Attention mass that a pattern covers, in (0, 1]; a head's own value goes before it.
+        tau: Jensen-Shannon distance to the pivot under which a head shares, in [0, 1]; a head's own
+            value goes before it.
+        delta: Jensen-Shannon distance to uniform above which a head is highly sparse, in [0, 1].
+    """
+
+    gamma: float
+    tau: float
+    delta: float
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Query rows a block that an exact map is taken from: `pivot` (0: all), `sample`, `check`."""
+
+    pivot: int
+    sample: int
+    check: int
+
+
+@dataclass(frozen=True, eq=False)
+class Artifact:
+    """The policy of every head of one model, and how it was found.
+
+    A head's id is `layer * H + head`. All tensors lie on the CPU.
+
+    Attributes:
+        model: The model's name, as the user gave it.
+        fingerprint: The model's geometry and the hash of its attention weights.
+        cluster: `[L, H]` int32, the head's cluster; -1: none.
+        policy: `[L, H]` int8, codes of `Policy`.
+        pivot: `[L, H]` int32, id of the head whose pattern a SHARE head uses, a PIVOT head's own
+            id, -1 for the others.
+        fallback: `[L, H]` int8, a SHARE head's policy when its check fails (SAMPLED,
+            VERTICAL_SLASH or DENSE); the others' own policy.
+        gamma: `[L, H]` float32, attention mass that the head's pattern covers, in (0, 1].
+        fallback_gamma: `[L, H]` float32, the same for the fallback's pattern.
+        tau: `[L, H]` float32, Jensen-Shannon distance to its pivot under which a SHARE head shares,
+            in [0, 1]: the threshold, or more where the head was farther off on held-out prompts
+            and its recall was right.
+        recall: `[L, H]` float32, attention mass inside the pattern on held-out prompts, in [0, 1].
+        density: `[L, H]` float32, share of causal blocks computed on held-out prompts, in [0, 1].
+        instability: `[L, H]` float32, spread of the head's code over prompts, at least 0.
+        code: `[L, H, Z]` float32, the head's mean code.
+        block_size: Tokens a block.
+        thresholds: The online rule's thresholds.
+        rows: Query rows a block of the exact maps.
+        configuration: JSON object, the configuration of every stage that made the artifact.
+        summary: JSON object, what was measured (expected density, recall, ...).
+    """
+
+    model: str
+    fingerprint: Fingerprint
+    cluster: Tensor
+    policy: Tensor
+    pivot: Tensor
+    fallback: Tensor
+    gamma: Tensor
+    fallback_gamma: Tensor
+    tau: Tensor
+    recall: Tensor
+    density: Tensor
+    instability: Tensor
+    code: Tensor
+    block_size: int
+    thresholds: Thresholds
+    rows: Rows
+    configuration: dict[str, Any]
+    summary: dict[str, Any]
+
+    @property
+    def heads(self) -> int:
+        """Query heads of all layers, L * H."""
+        return self.fingerprint.geometry.layers * self.fingerprint.geometry.heads
+
+    def policy_counts(self) -> dict[str, int]:
+        """Heads per policy label, in the order of `Policy`, zeros included."""
+        counts = torch.bincount(self.policy.flatten().long(), minlength=len(Policy)).tolist()
+        return {policy.label: counts[policy] for policy in Policy}
+
+
+def validate_artifact(artifact: Artifact) -> None:
+    """Checks an artifact that was made in memory by the rules that `load_artifact` applies.
+
+    Raises:
+        ArtifactError: naming the first rule that it breaks.
+    """
+    try:
+        _check(artifact)
+    except RefusedError as error:
+        raise ArtifactError(f"the artifact is inconsistent: {error}") from error
+
+
+def artifact_bytes(artifact: Artifact) -> bytes:
+    """The file's content: equal for equal artifacts, whatever the machine or the time.
+
+    Raises:
+        ArtifactError: the artifact breaks a rule of the format.
+    """
+    try:
+        return _encode(artifact)
+    except RefusedError as error:
+        raise ArtifactError(f"the artifact cannot be saved: {error}") from error
+
+
+def save_artifact(artifact: Artifact, path: str | Path) -> None:
+    """Writes an artifact atomically.
+
+    Raises:
+        ArtifactError: the artifact breaks a rule of the format; nothing is written.
+        DataError: the file cannot be written; an earlier one is untouched.
+    """
+    atomic_write_bytes(path, artifact_bytes(artifact))
+
+
+def load_artifact(path: str | Path) -> Artifact:
+    """Reads and checks an artifact; a link to a regular file is followed.
+
+    Raises:
+        ArtifactError: the file is missing, damaged, inconsistent, or of a newer format.
+    """
+    path = Path(path)
+    try:
+        with open_regular(path) as file:
+            return _decode(file, os.fstat(file.fileno()).st_size)
+    except RefusedError as error:
+        advice = "" if isinstance(error, _NewerFormatError) else f"; {_REGENERATE}"
+        raise ArtifactError(f"{printable(path)} is not usable: {error}{advice}") from error
+    except OSError as error:
+        raise ArtifactError(f"{printable(path)} cannot be read: {error.strerror}") from error
+
+
+def check_fingerprint(artifact: Artifact, fingerprint: Fingerprint) -> None:
+    """Checks that an artifact was made for the model of this fingerprint.
+
+    Raises:
+        ArtifactError: it was made for another one; both are named.
+    """
+    made_for = artifact.fingerprint
+    if made_for == fingerprint:
+        return
+    way_out = f"load that model, or make an artifact for this one: {_REGENERATE}"
+    if (made_for.model_type, made_for.geometry) == (fingerprint.model_type, fingerprint.geometry):
+        raise ArtifactError(
+            f"the artifact was made for {printable(artifact.model)}, whose geometry is this "
+            f"model's ({made_for.describe()}) but whose attention weights differ (hash "
+            f"{made_for.weights[:12]}, this model's {fingerprint.weights[:12]}); {way_out}"
+        )
+    raise ArtifactError(
+        f"the artifact was made for {printable(artifact.model)}: {made_for.describe()}; this "
+        f"model: {fingerprint.describe()}; {way_out}"
+    )
+
+
+class _NewerFormatError(RefusedError):
+    """A file that this version cannot know how to read."""
+
+
+def _encode(artifact: Artifact) -> bytes:
+    from safetensors.torch import save
+
+    _check(artifact)
+    tensors = {name: getattr(artifact, name).detach().cpu().contiguous() for name in _TENSORS}
+    metadata = {
+        "format_version": FORMAT_VERSION,
+        "model": artifact.model,
+        "fingerprint": asdict(artifact.fingerprint),
+        "code_size": artifact.code.shape[2],
+        "block_size": artifact.block_size,
+        "thresholds": {k: float(v) for k, v in asdict(artifact.thresholds).items()},
+        "rows": asdict(artifact.rows),
+        "configuration": artifact.configuration,
+        "summary": artifact.summary,
+    }
+    metadata["sha256"] = _digest(metadata, tensors)
+    data = save(tensors, metadata={_KEY: canonical_json(metadata)})
+    # Limits that only show in the bytes: what is written can be read again.
+    _decode(io.BytesIO(data), len(data))
+    return data
+
+
+def _decode(file: BufferedIOBase, size: int) -> Artifact:
+    header = read_header(file, size, _KEY)
+    # A metadata string of other than ASCII characters becomes wrong JSON here, and is refused.
+    metadata = parse_json(header.metadata.encode("utf-8", "replace"), size, "metadata")
+    _check_version(metadata)
+    check_keys(metadata, "metadata", _METADATA)
+    check_keys(metadata["fingerprint"], "fingerprint", {"model_type", "geometry", "weights"})
+    for key, kind in (("thresholds", Thresholds), ("rows", Rows)):
+        check_keys(metadata[key], key, set(kind.__dataclass_fields__))
+    geometry = metadata["fingerprint"]["geometry"]
+    check_keys(geometry, "geometry", set(ModelGeometry.__dataclass_fields__))
+    fingerprint = Fingerprint(
+        metadata["fingerprint"]["model_type"],
+        ModelGeometry(**geometry),
+        metadata["fingerprint"]["weights"],
+    )
+    _check_fingerprint_values(fingerprint)
+    code_size = _integer(metadata["code_size"], "code_size", 1, MAX_CODE_SIZE)
+    tensors = read_tensors(file, header, _layout(fingerprint.geometry, code_size))
+    artifact = Artifact(
+        model=metadata["model"],
+        fingerprint=fingerprint,
+        block_size=metadata["block_size"],
+        thresholds=Thresholds(**metadata["thresholds"]),
+        rows=Rows(**metadata["rows"]),
+        configuration=metadata["configuration"],
+        summary=metadata["summary"],
+        **tensors,
+    )
+    _check(artifact)
+    if metadata.pop("sha256") != _digest(metadata, tensors):
+        raise RefusedError("its content does not match its sha256, so it was damaged or edited")
+    return artifact
+
+
+def _digest(metadata: dict[str, Any], tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256(canonical_json(metadata).encode())
+    for name in sorted(tensors):
+        digest.update(tensors[name].reshape(-1).numpy().data)
+    return digest.hexdigest()
+
+
+def _layout(geometry: ModelGeometry, code_size: int) -> Layout:
+    shape = (geometry.layers, geometry.heads)
+    return {
+        name: (dtype, (*shape, code_size) if name == "code" else shape)
+        for name, dtype in _TENSORS.items()
+    }
+
+
+def _check(artifact: Artifact) -> None:
+    check_text(artifact.model, "model", 512)
+    _check_fingerprint_values(artifact.fingerprint)
+    if artifact.block_size not in BLOCK_SIZES or type(artifact.block_size) is not int:
+        raise RefusedError(
+            f"block_size is {quoted(artifact.block_size)}, expected one of {BLOCK_SIZES}"
+        )
+    _number(artifact.thresholds.gamma, "thresholds.gamma", above_zero=True)
+    _number(artifact.thresholds.tau, "thresholds.tau")
+    _number(artifact.thresholds.delta, "thresholds.delta")
+    _integer(artifact.rows.pivot, "rows.pivot", 0, artifact.block_size)
+    _integer(artifact.rows.sample, "rows.sample", 1, artifact.block_size)
+    _integer(artifact.rows.check, "rows.check", 1, artifact.block_size)
+    for name in ("configuration", "summary"):
+        if not isinstance(getattr(artifact, name), dict):
+            raise RefusedError(f"{name} is {quoted(getattr(artifact, name))}, not an object")
+        check_json(getattr(artifact, name), name)
+    _check_tensors(artifact)
+    _check_graph(artifact)
+
+
+def _check_version(metadata: object) -> None:
+    version = metadata.get("format_version") if isinstance(metadata, dict) else None
+    if type(version) is not int or version < 1:
+        raise RefusedError(f"format_version is {quoted(version)}, expected {FORMAT_VERSION}")
+    if version > FORMAT_VERSION:
+        raise _NewerFormatError(
+            f"it has format {version}, and this version of shareprefill reads format "
+            f"{FORMAT_VERSION}: upgrade with pip install --upgrade shareprefill"
+        )
+
+
+def _check_fingerprint_values(fingerprint: Fingerprint) -> None:
+    geometry = fingerprint.geometry
+    check_text(fingerprint.model_type, "model_type", 128)
+    if not isinstance(fingerprint.weights, str) or not _SHA256.fullmatch(fingerprint.weights):
+        raise RefusedError(f"weights is {quoted(fingerprint.weights)}, not a sha256 in hexadecimal")
+    for name in ModelGeometry.__dataclass_fields__:
+        _integer(getattr(geometry, name), f"geometry.{name}", 1, MAX_HEADS)
+    _integer(geometry.layers * geometry.heads, "the number of all heads", 1, MAX_HEADS)
+    if geometry.heads % geometry.kv_heads:
+        raise RefusedError(
+            f"{geometry.heads} heads do not divide into {geometry.kv_heads} KV heads"
+        )
+
+
+def _check_tensors(artifact: Artifact) -> None:
+    code_size = artifact.code.shape[-1] if isinstance(artifact.code, Tensor) else 1
+    _integer(code_size, "code_size", 1, MAX_CODE_SIZE)
+    for name, (dtype, shape) in _layout(artifact.fingerprint.geometry, code_size).items():
+        tensor = getattr(artifact, name)
+        if not isinstance(tensor, Tensor):
+            raise RefusedError(f"{name} is a {type(tensor).__name__}, not a tensor")
+        if (tensor.dtype, tuple(tensor.shape)) != (dtype, shape):
+            raise RefusedError(
+                f"tensor {name!r} is {tensor.dtype} {list(tensor.shape)}, "
+                f"expected {dtype} {list(shape)}"
+            )
+    for name, highest, allowed in (
+        ("gamma", 1.0, "above 0 and at most 1"),
+        ("fallback_gamma", 1.0, "above 0 and at most 1"),
+        ("tau", 1.0, "between 0 and 1"),
+        ("recall", 1.0, "between 0 and 1"),
+        ("density", 1.0, "between 0 and 1"),
+        ("instability", float("inf"), "at least 0"),
+    ):
+        smallest, largest = _extremes(artifact, name)
+        if smallest < 0 or largest > highest or (name.endswith("gamma") and smallest == 0):
+            raise RefusedError(f"{name} holds {smallest:g} to {largest:g}, expected {allowed}")
+    _extremes(artifact, "code")
+
+
+def _extremes(artifact: Artifact, name: str) -> tuple[float, float]:
+    # No temporary tensor, unlike isfinite: and NaN comes out of aminmax.
+    smallest, largest = (bound.item() for bound in getattr(artifact, name).aminmax())
+    if not (abs(smallest) < float("inf") and abs(largest) < float("inf")):
+        raise RefusedError(f"{name} holds values that are not finite")
+    return smallest, largest
+
+
+def _check_graph(artifact: Artifact) -> None:
+    cluster, policy, pivot, fallback = (
+        getattr(artifact, name).flatten().long()
+        for name in ("cluster", "policy", "pivot", "fallback")
+    )
+    heads = artifact.fingerprint.geometry.heads
+    head = torch.arange(artifact.heads, device=policy.device)
+    _forbid((policy < 0) | (policy >= len(Policy)), heads, "has an unknown policy")
+    _forbid((cluster < -1) | (cluster >= artifact.heads), heads, "has a cluster out of range")
+    is_pivot, shares = policy == Policy.PIVOT, policy == Policy.SHARE
+    _forbid((is_pivot | shares) & (cluster < 0), heads, "is a pivot or shares, but has no cluster")
+    _forbid(is_pivot & (pivot != head), heads, "is a pivot, but does not name itself as its pivot")
+    _forbid(~is_pivot & ~shares & (pivot != -1), heads, "names a pivot, but does not share")
+    _forbid(shares & ((pivot < 0) | (pivot >= artifact.heads)), heads, "has a pivot out of range")
+    source = torch.where(shares, pivot, head)
+    _forbid(shares & ~is_pivot[source], heads, "shares with a head that is no pivot")
+    _forbid(source // heads > head // heads, heads, "shares with a pivot of a later layer")
+    _forbid(cluster[source] != cluster, heads, "shares with a pivot of another cluster")
+    may_fall_back = (
+        (fallback == Policy.SAMPLED)
+        | (fallback == Policy.VERTICAL_SLASH)
+        | (fallback == Policy.DENSE)
+    )
+    _forbid(shares & ~may_fall_back, heads, "shares, but its fallback is not a policy of its own")
+    _forbid(~shares & (fallback != policy), heads, "does not share, but has another fallback")
+
+
+def _forbid(broken: Tensor, heads: int, what: str) -> None:
+    if broken.any():
+        layer, head = divmod(int(broken.nonzero()[0]), heads)
+        raise RefusedError(f"head {head} of layer {layer} {what}")
+
+
+def _integer(value: object, name: str, smallest: int, largest: int) -> int:
+    if type(value) is not int or not smallest <= value <= largest:
+        raise RefusedError(f"{name} is {quoted(value)}, expected {smallest} to {largest}")
+    return value
+
+
+def _number(value: object, name: str, *, above_zero: bool = False) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+        raise RefusedError(f"{name} is {quoted(value)}, expected a number between 0 and 1")
+    if above_zero and value == 0:
+        raise RefusedError(f"{name} is 0, expected above 0 and at most 1")

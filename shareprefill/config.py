@@ -1,0 +1,237 @@
+"""One frozen configuration per stage: the only place where defaults live. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal, Self
+
+from shareprefill.errors import ConfigError
+
+Metric = Literal["jaccard", "jaccard-raw", "code"]
+Linkage = Literal["average", "complete", "single"]
+PolicyName = Literal["auto", "share", "sampled", "vertical-slash", "dense"]
+
+METRICS: tuple[str, ...] = ("jaccard", "jaccard-raw", "code")
+LINKAGES: tuple[str, ...] = ("average", "complete", "single")
+POLICIES: tuple[str, ...] = ("auto", "share", "sampled", "vertical-slash", "dense")
+BLOCK_SIZES: tuple[int, ...] = (16, 32, 64, 128, 256)
+
+
+def _require(holds: bool, name: str, value: object, allowed: str) -> None:
+    if not holds:
+        raise ConfigError(f"{name} = {value!r} is not allowed: it must be {allowed}")
+
+
+def _require_fraction(name: str, value: float) -> None:
+    _require(0.0 < value <= 1.0, name, value, "above 0 and at most 1")
+
+
+def _require_distance(name: str, value: float) -> None:
+    _require(0.0 <= value <= 1.0, name, value, "between 0 and 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """What the stage configurations share: exact conversion from and to plain dictionaries."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON-ready values (tuples become lists)."""
+        return {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in asdict(self).items()
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """The inverse of `to_dict`.
+
+        Raises:
+            ConfigError: a key is unknown, or a value is outside its range.
+        """
+        unknown = sorted(set(values) - {field.name for field in fields(cls)})
+        if unknown:
+            raise ConfigError(f"{cls.__name__} has no option {', '.join(map(repr, unknown))}")
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrateConfig(Stage):
+    """What `sp calibrate` captures.
+
+    Attributes:
+        model: A hub id, a local folder, or a built-in model's name.
+        data: Data set names, files, folders or `hub:` addresses; prompts alternate between them.
+        samples: Prompts in all.
+        length: Tokens a prompt (generated prompts come close to it, none is longer).
+        block_size: Tokens a block, of the pooled maps and of the runtime's patterns.
+        seed: Seed of the generated prompts.
+        device: `auto`, `cpu`, `cuda`, `cuda:1`, ...
+        dtype: `auto` (float32 on a CPU, the model's own elsewhere), or a torch dtype's name.
+        rows: Query rows a block that the row-sampled maps are taken from, ascending: the check
+            before sharing, the row-sampled estimate, and sampled pivots.
+    """
+
+    model: str
+    data: tuple[str, ...] = ("mixture",)
+    samples: int = 12
+    length: int = 8192
+    block_size: int = 128
+    seed: int = 0
+    device: str = "auto"
+    dtype: str = "auto"
+    rows: tuple[int, ...] = (2, 8, 32)
+
+    def __post_init__(self) -> None:
+        _require(bool(self.model), "model", self.model, "a hub id, a folder or a built-in name")
+        _require(bool(self.data), "data", self.data, "at least one data set")
+        _require(self.samples >= 3, "samples", self.samples, "at least 3 (one prompt is held out)")
+        _require(
+            self.block_size in BLOCK_SIZES, "block_size", self.block_size, f"one of {BLOCK_SIZES}"
+        )
+        _require(
+            self.length >= 4 * self.block_size,
+            "length",
+            self.length,
+            f"at least four blocks ({4 * self.block_size} tokens)",
+        )
+        _require(
+            self.dtype in ("auto", "float32", "bfloat16", "float16"),
+            "dtype",
+            self.dtype,
+            "auto, float32, bfloat16 or float16",
+        )
+        _require(
+            len(self.rows) == 3
+            and list(self.rows) == sorted(set(self.rows))
+            and self.rows[0] >= 1
+            and self.rows[-1] <= self.block_size,
+            "rows",
+            self.rows,
+            f"three ascending row counts between 1 and the block size ({self.block_size})",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(Stage):
+    """How the autoencoder is trained.
+
+    Attributes:
+        code_size: Dimensions of a code.
+        resolution: Side of the square that every map is pooled to before it is encoded.
+        hidden: Width of the nonlinear branches.
+        epochs: Passes over the training maps at most.
+        patience: Epochs without a better validation loss before training stops.
+        batch_size: Maps a step.
+        learning_rate: AdamW's peak learning rate.
+        seed: Seed of initialisation and shuffling.
+    """
+
+    code_size: int = 64
+    resolution: int = 64
+    hidden: int = 256
+    epochs: int = 200
+    patience: int = 20
+    batch_size: int = 128
+    learning_rate: float = 1e-3
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _require(1 <= self.code_size <= 4096, "code_size", self.code_size, "between 1 and 4096")
+        _require(8 <= self.resolution <= 512, "resolution", self.resolution, "between 8 and 512")
+        _require(self.hidden >= 1, "hidden", self.hidden, "at least 1")
+        _require(self.epochs >= 1, "epochs", self.epochs, "at least 1")
+        _require(self.patience >= 1, "patience", self.patience, "at least 1")
+        _require(self.batch_size >= 1, "batch_size", self.batch_size, "at least 1")
+        _require(0 < self.learning_rate < 1, "learning_rate", self.learning_rate, "between 0 and 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClusterConfig(Stage):
+    """How heads are clustered, and how each head's policy is chosen.
+
+    Attributes:
+        k: Number of clusters; None chooses the number whose predicted cost is least.
+        metric: `jaccard` (patterns of the consensus maps), `jaccard-raw` (patterns of the mean
+            maps, no autoencoder), `code` (cosine distance of mean codes).
+        linkage: Agglomerative linkage on the precomputed distances.
+        min_size: Heads that a cluster needs to share a pivot.
+        target_recall: Attention mass that every head's pattern must cover on held-out prompts.
+        gamma: Attention mass that the patterns compared by the Jaccard metrics cover.
+        tau: Jensen-Shannon distance to the pivot under which a head shares. A head that was farther
+            from its pivot on held-out prompts, at the target recall, gets a larger one of its own.
+        delta: Jensen-Shannon distance to the uniform distribution above which a head whose check
+            fails counts as highly sparse and takes a vertical-slash pattern.
+        pivot_rows: Query rows a block that a pivot's pattern is taken from: 0 for all of them, as
+            in the paper; otherwise one of the captured row counts; None takes what costs least.
+    """
+
+    k: int | None = None
+    metric: Metric = "jaccard"
+    linkage: Linkage = "average"
+    min_size: int = 2
+    target_recall: float = 0.95
+    gamma: float = 0.9
+    tau: float = 0.2
+    delta: float = 0.3
+    pivot_rows: int | None = None
+
+    def __post_init__(self) -> None:
+        _require(self.k is None or self.k >= 1, "k", self.k, "'auto' or a number of at least 1")
+        _require(self.metric in METRICS, "metric", self.metric, f"one of {METRICS}")
+        _require(self.linkage in LINKAGES, "linkage", self.linkage, f"one of {LINKAGES}")
+        _require(self.min_size >= 2, "min_size", self.min_size, "at least 2")
+        _require_fraction("target_recall", self.target_recall)
+        _require_fraction("gamma", self.gamma)
+        _require_distance("tau", self.tau)
+        _require_distance("delta", self.delta)
+        rows = self.pivot_rows
+        _require(rows is None or rows >= 0, "pivot_rows", rows, "'auto', 0 (all rows) or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RuntimeConfig(Stage):
+    """What a session may change; None takes the artifact's value.
+
+    Attributes:
+        policy: `auto` (each head as the artifact says), `share` (the paper's online rule on the
+            artifact's clusters), or one policy for every head.
+        gamma: Attention mass a pattern covers, for all heads; None: chosen per head offline.
+        tau: Jensen-Shannon distance to the pivot under which a head shares, for all heads; None:
+            chosen per head offline.
+        delta: Jensen-Shannon distance to uniform above which a head is highly sparse.
+        pivot_rows: Query rows a block of a pivot's map; 0: all of them.
+        sample_rows: Query rows a block of the row-sampled estimate.
+        check_rows: Query rows a block of the check before sharing.
+        sink_blocks: First key blocks that every query block reads.
+        local_blocks: Last key blocks, the diagonal one among them, that every query block reads.
+        min_tokens: Prompts shorter than this run dense; None: the device's measured crossover.
+    """
+
+    policy: PolicyName = "auto"
+    gamma: float | None = None
+    tau: float | None = None
+    delta: float | None = None
+    pivot_rows: int | None = None
+    sample_rows: int | None = None
+    check_rows: int | None = None
+    sink_blocks: int = 1
+    local_blocks: int = 2
+    min_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        _require(self.policy in POLICIES, "policy", self.policy, f"one of {POLICIES}")
+        if self.gamma is not None:
+            _require_fraction("gamma", self.gamma)
+        if self.tau is not None:
+            _require_distance("tau", self.tau)
+        if self.delta is not None:
+            _require_distance("delta", self.delta)
+        for name in ("pivot_rows", "min_tokens"):
+            value = getattr(self, name)
+            _require(value is None or value >= 0, name, value, "0 or more")
+        for name in ("sample_rows", "check_rows"):
+            value = getattr(self, name)
+            _require(value is None or value >= 1, name, value, "at least 1")
+        _require(self.sink_blocks >= 0, "sink_blocks", self.sink_blocks, "0 or more")
+        _require(self.local_blocks >= 1, "local_blocks", self.local_blocks, "at least 1")
