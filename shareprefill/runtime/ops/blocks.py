@@ -1,0 +1,183 @@
+"""Which key blocks each query block attends to, as lists that several heads may share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from shareprefill.errors import ConfigError
+
+
+def count_blocks(n_tokens: int, block_size: int) -> int:
+    """Number of blocks of `block_size` tokens that cover `n_tokens` tokens."""
+    return -(-n_tokens // block_size)
+
+
+def causal_blocks(
+    n_q_tokens: int,
+    q_offset: int,
+    block_size: int,
+    *,
+    device: torch.device | str | None = None,
+) -> torch.Tensor:
+    """Blocks in which at least one query row may see at least one key.
+
+    Query row i stands at absolute position `q_offset + i`; there are `q_offset + n_q_tokens`
+    keys. Query blocks start at row 0, key blocks at key 0.
+
+    Args:
+        n_q_tokens: query rows.
+        q_offset: keys before the first query row; any number, not only multiples of the block.
+        block_size: tokens in a block.
+        device: device of the result.
+
+    Returns:
+        bool `[n_q, n_k]`.
+    """
+    n_q = count_blocks(n_q_tokens, block_size)
+    n_k = count_blocks(q_offset + n_q_tokens, block_size)
+    last_rows = torch.arange(1, n_q + 1, device=device) * block_size
+    last_positions = last_rows.clamp_(max=n_q_tokens) + (q_offset - 1)
+    first_keys = torch.arange(n_k, device=device) * block_size
+    return first_keys[None, :] <= last_positions[:, None]
+
+
+@dataclass(frozen=True, eq=False)
+class BlockLists:
+    """Key blocks per (pattern, query block) in CSR form, and the pattern of each query head.
+
+    Attributes:
+        offsets: int32 `[P * n_q + 1]`; row `p * n_q + I` of the lists is
+            `indices[offsets[row] : offsets[row + 1]]`.
+        indices: int32 `[nnz]`, key blocks, ascending and unique in each row. It may be longer than
+            `offsets[-1]`; what follows is unused.
+        pattern: int32 `[H]`, the pattern of each query head; -1: the head is not computed.
+        n_q: query blocks.
+        n_k: key blocks.
+        block_size: tokens in a block, of queries and of keys.
+    """
+
+    offsets: torch.Tensor
+    indices: torch.Tensor
+    pattern: torch.Tensor
+    n_q: int
+    n_k: int
+    block_size: int
+
+    def __post_init__(self) -> None:
+        for name in ("offsets", "indices", "pattern"):
+            tensor = getattr(self, name)
+            if tensor.dtype != torch.int32 or tensor.ndim != 1:
+                raise ConfigError(
+                    f"BlockLists.{name} must be a one-dimensional int32 tensor, "
+                    f"got {tensor.dtype} of shape {tuple(tensor.shape)}"
+                )
+            if tensor.device != self.offsets.device:
+                raise ConfigError(
+                    f"BlockLists.{name} is on {tensor.device}, offsets on {self.offsets.device}; "
+                    "move them to one device"
+                )
+        if self.n_q < 1 or self.n_k < 1 or self.block_size < 1:
+            raise ConfigError(
+                "BlockLists needs n_q, n_k and block_size of at least 1, "
+                f"got {self.n_q}, {self.n_k} and {self.block_size}"
+            )
+        if len(self.offsets) < 1 or (len(self.offsets) - 1) % self.n_q:
+            raise ConfigError(
+                f"BlockLists.offsets must hold P * n_q + 1 numbers (n_q = {self.n_q}), "
+                f"got {len(self.offsets)}"
+            )
+
+    @property
+    def n_patterns(self) -> int:
+        """Number of patterns P."""
+        return (len(self.offsets) - 1) // self.n_q
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the lists."""
+        return self.offsets.device
+
+    @classmethod
+    def from_bitmap(
+        cls,
+        bitmap: torch.Tensor,
+        pattern: torch.Tensor,
+        block_size: int,
+        *,
+        capacity: int | None = None,
+    ) -> BlockLists:
+        """Lists of the set entries of a bitmap.
+
+        Args:
+            bitmap: bool `[P, n_q, n_k]`.
+            pattern: integer `[H]`, index into P or -1, on the bitmap's device.
+            block_size: tokens in a block.
+            capacity: upper bound of the number of set entries. With it a CUDA bitmap is listed
+                without waiting for the device; a bound that is too small loses blocks. None counts
+                the entries first.
+
+        Raises:
+            ConfigError: the bitmap is not bool `[P, n_q, n_k]`.
+        """
+        if bitmap.dtype != torch.bool or bitmap.ndim != 3:
+            raise ConfigError(
+                "bitmap must be bool [P, n_q, n_k], "
+                f"got {bitmap.dtype} of shape {tuple(bitmap.shape)}"
+            )
+        n_patterns, n_q, n_k = bitmap.shape
+        ends = bitmap.sum(-1, dtype=torch.int32).flatten().cumsum(0, dtype=torch.int32)
+        offsets = torch.zeros(n_patterns * n_q + 1, dtype=torch.int32, device=bitmap.device)
+        offsets[1:] = ends
+        if capacity is None:
+            indices = bitmap.nonzero()[:, 2].to(torch.int32)
+        else:
+            slots = bitmap.flatten().cumsum(0).sub_(1)
+            slots = torch.where(bitmap.flatten(), slots, capacity).clamp_(max=capacity)
+            columns = torch.arange(n_k, dtype=torch.int32, device=bitmap.device)
+            indices = torch.zeros(capacity + 1, dtype=torch.int32, device=bitmap.device)
+            indices.scatter_(0, slots, columns.expand(n_patterns, n_q, n_k).flatten())
+            offsets.clamp_(max=capacity)
+            indices = indices[:capacity]
+        return cls(offsets, indices, pattern.to(torch.int32), n_q, n_k, block_size)
+
+    def to_bitmap(self) -> torch.Tensor:
+        """The lists as bool `[P, n_q, n_k]`."""
+        counts = self.offsets.diff().long()
+        rows = torch.repeat_interleave(torch.arange(len(counts), device=self.device), counts)
+        bitmap = torch.zeros(len(counts), self.n_k, dtype=torch.bool, device=self.device)
+        bitmap[rows, self.indices[: len(rows)].long()] = True
+        return bitmap.view(self.n_patterns, self.n_q, self.n_k)
+
+    def validate(self) -> None:
+        """Check the values, which on a CUDA device waits for it.
+
+        Raises:
+            ConfigError: offsets fall or leave the indices, a row is not ascending, or an index or
+                a pattern is out of range.
+        """
+        counts = self.offsets.diff()
+        if int(self.offsets[0]) != 0 or bool((counts < 0).any()):
+            raise ConfigError("BlockLists.offsets must start at 0 and never fall")
+        nnz = int(self.offsets[-1])
+        if nnz > len(self.indices):
+            raise ConfigError(
+                f"BlockLists.offsets list {nnz} blocks, indices hold {len(self.indices)}"
+            )
+        listed = self.indices[:nnz].long()
+        if nnz and not 0 <= int(listed.min()) <= int(listed.max()) < self.n_k:
+            raise ConfigError(
+                f"BlockLists.indices must lie in 0..{self.n_k - 1}, "
+                f"got {int(listed.min())}..{int(listed.max())}"
+            )
+        rows = torch.repeat_interleave(torch.arange(len(counts), device=self.device), counts.long())
+        if bool(((rows * self.n_k + listed).diff() <= 0).any()):
+            raise ConfigError("BlockLists.indices must be ascending and unique in each row")
+        if len(self.pattern) and not (
+            int(self.pattern.min()) >= -1 and int(self.pattern.max()) < self.n_patterns
+        ):
+            raise ConfigError(
+                f"BlockLists.pattern must lie in -1..{self.n_patterns - 1}, "
+                f"got {int(self.pattern.min())}..{int(self.pattern.max())}"
+            )

@@ -1,0 +1,41 @@
+"""Steps that the Triton kernels share."""
+
+# Triton's language is typed by its compiler, which knows constexpr, program-wide scalars and tiles.
+# pyright: reportGeneralTypeIssues=false, reportOperatorIssue=false, reportArgumentType=false
+# pyright: reportAssignmentType=false, reportAttributeAccessIssue=false
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def load_tile(p_tile, m_rows, m_dims, MASK_ROWS: tl.constexpr, MASK_DIMS: tl.constexpr):
+    """Load `[rows, dims]`, zeros where a needed mask is off."""
+    if MASK_ROWS and MASK_DIMS:
+        b_tile = tl.load(p_tile, mask=m_rows[:, None] & m_dims[None, :], other=0.0)
+    elif MASK_ROWS:
+        b_tile = tl.load(p_tile, mask=m_rows[:, None], other=0.0)
+    elif MASK_DIMS:
+        b_tile = tl.load(p_tile, mask=m_dims[None, :], other=0.0)
+    else:
+        b_tile = tl.load(p_tile)
+    return b_tile
+
+
+@triton.jit
+def softmax_step(b_logits, b_max, b_sum, MASKED: tl.constexpr):
+    """Online softmax in base 2.
+
+    Takes logits `[M, N]` in units of log2 and the running maximum and sum `[M]`. Returns the
+    weights relative to the new maximum, their row sums, the new maximum and sum, and the factor of
+    what was accumulated before.
+    """
+    b_new = tl.maximum(b_max, tl.max(b_logits, 1))
+    # A row that has seen no key keeps a finite pivot: -inf - -inf would be NaN.
+    b_pivot = tl.where(b_new == float("-inf"), 0.0, b_new) if MASKED else b_new
+    b_weights = tl.exp2(b_logits - b_pivot[:, None])
+    b_mass = tl.sum(b_weights, 1)
+    b_rescale = tl.exp2(b_max - b_pivot)
+    return b_weights, b_mass, b_new, b_sum * b_rescale + b_mass, b_rescale

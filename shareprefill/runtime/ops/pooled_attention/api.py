@@ -1,0 +1,93 @@
+"""Attention and its block map in one pass: checks and choice of implementation."""
+
+from __future__ import annotations
+
+import torch
+
+from shareprefill.errors import ConfigError
+from shareprefill.runtime.ops.inputs import (
+    check_attention_inputs,
+    check_block_size,
+    check_heads,
+    resolve_scale,
+    select_impl,
+    unit_last_stride,
+)
+from shareprefill.runtime.ops.pooled_attention import blockwise, reference
+
+IMPLS = ("reference", "blockwise", "triton")
+
+
+@torch.no_grad()
+def pooled_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor | None = None,
+    *,
+    rows: torch.Tensor | None = None,
+    block_size: int,
+    scale: float | None = None,
+    heads: torch.Tensor | None = None,
+    impl: str = "auto",
+) -> tuple[torch.Tensor | None, torch.Tensor]:
+    """Exact causal attention of chosen query rows, averaged over row groups and key blocks.
+
+    Query row i stands at absolute position `Nk - Nq + i`. A map entry is the mean, over the rows
+    of a group, of the softmax mass that falls on a key block; each map row sums to 1. No tensor
+    of Nq x Nk entries is made. No gradients.
+
+    Args:
+        query: `[H, Nq, D]`, float16, bfloat16, float32 or float64 (not Triton).
+        key: `[G, Nk, D]`, G divides H; query head h reads KV head `h // (H // G)`.
+        value: `[G, Nk, Dv]`; only with `rows=None`: also compute the attention output.
+        rows: int64 `[n_g, r]` query rows, a group per map row (see `sample_rows`); None: all rows,
+            one group per query block. On CUDA their range is not checked.
+        block_size: tokens in a block.
+        scale: factor of the logits; None: `1 / sqrt(D)`.
+        heads: int64 `[S]`, query heads to compute, in the order of the result; None: all H. On
+            CUDA their range is not checked.
+        impl: "auto" (Triton on CUDA, blockwise elsewhere), "reference", "blockwise" or "triton".
+
+    Returns:
+        `(out, maps)`: `out` is `[S, Nq, Dv]` in query's dtype, or None without `value`; `maps` is
+        float32 `[S, n_g, n_k]`.
+
+    Raises:
+        ConfigError: shapes, dtypes, devices or ranges do not belong together.
+        UnsupportedError: the requested implementation cannot run here.
+    """
+    check_attention_inputs(query, key, value)
+    check_block_size(block_size)
+    if rows is not None:
+        _check_rows(rows, query, value)
+    if heads is not None:
+        check_heads(heads, query.shape[0], query.device)
+    impl = select_impl(impl, IMPLS, query, "blockwise")
+    query, key = unit_last_stride(query), unit_last_stride(key)
+    value = None if value is None else unit_last_stride(value)
+    scale = resolve_scale(scale, query.shape[2])
+    if impl == "reference":
+        return reference.pool(query, key, value, rows, block_size, scale, heads)
+    if impl == "blockwise":
+        return blockwise.pool(query, key, value, rows, block_size, scale, heads)
+    from shareprefill.runtime.ops.pooled_attention import triton
+
+    return triton.pool(query, key, value, rows, block_size, scale, heads)
+
+
+def _check_rows(rows: torch.Tensor, query: torch.Tensor, value: torch.Tensor | None) -> None:
+    if value is not None:
+        raise ConfigError(
+            "value needs rows=None: the output is computed for all rows or not at all"
+        )
+    if rows.dtype != torch.int64 or rows.ndim != 2 or rows.device != query.device:
+        raise ConfigError(
+            f"rows must be int64 [n_g, r] on {query.device}, "
+            f"got {rows.dtype} of shape {tuple(rows.shape)} on {rows.device}"
+        )
+    if rows.numel() == 0:
+        raise ConfigError(f"rows must not be empty, got shape {tuple(rows.shape)}")
+    if rows.device.type == "cpu":
+        low, high = int(rows.min()), int(rows.max())
+        if low < 0 or high >= query.shape[1]:
+            raise ConfigError(f"rows must lie in 0..{query.shape[1] - 1}, got {low}..{high}")

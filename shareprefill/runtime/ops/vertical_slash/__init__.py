@@ -1,0 +1,5 @@
+"""Vertical and slash profile of the last query rows."""
+
+from shareprefill.runtime.ops.vertical_slash.api import vertical_slash_profile
+
+__all__ = ["vertical_slash_profile"]

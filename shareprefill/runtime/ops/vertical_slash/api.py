@@ -1,0 +1,59 @@
+"""Vertical and slash profile: checks and choice of implementation."""
+
+from __future__ import annotations
+
+import torch
+
+from shareprefill.runtime.ops.inputs import (
+    check_attention_inputs,
+    check_block_size,
+    check_heads,
+    resolve_scale,
+    select_impl,
+)
+from shareprefill.runtime.ops.vertical_slash import profile, reference
+
+IMPLS = ("reference", "torch")
+
+
+@torch.no_grad()
+def vertical_slash_profile(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    *,
+    block_size: int,
+    scale: float | None = None,
+    heads: torch.Tensor | None = None,
+    impl: str = "auto",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention mass of the last query rows by key block and by block diagonal.
+
+    The rows are the last `min(block_size, Nq)` queries. A token offset `o = i - j` (both absolute)
+    of `f * B + e` touches two block diagonals: its mass counts `(B - e) / B` for block offset f
+    and `e / B` for f + 1. Both profiles sum to 1 in each head. No gradients. After the last-query
+    estimate of MInference (arXiv 2407.02490, section 3.2).
+
+    Args:
+        query: `[H, Nq, D]`, floating point.
+        key: `[G, Nk, D]`, G divides H; query head h reads KV head `h // (H // G)`.
+        block_size: tokens in a block, B.
+        scale: factor of the logits; None: `1 / sqrt(D)`.
+        heads: int64 `[S]`, query heads to compute, in the order of the result; None: all H.
+        impl: "auto" or "torch" (any device), or "reference".
+
+    Returns:
+        `(vertical, slash)`: float32 `[S, n_k]` by key block and float32 `[S, n_k + 1]` by block
+        offset, means over the rows.
+
+    Raises:
+        ConfigError: shapes, dtypes, devices or ranges do not belong together.
+    """
+    check_attention_inputs(query, key)
+    check_block_size(block_size)
+    if heads is not None:
+        check_heads(heads, query.shape[0], query.device)
+    impl = select_impl(impl, IMPLS, query, "torch")
+    scale = resolve_scale(scale, query.shape[2])
+    if impl == "reference":
+        return reference.profile_last_rows(query, key, block_size, scale, heads)
+    return profile.profile_last_rows(query, key, block_size, scale, heads)
