@@ -1,0 +1,1 @@
+"""Calibration: prompts, capture of block-pooled attention maps, and their store."""
