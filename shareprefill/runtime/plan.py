@@ -1,0 +1,130 @@
+"""What each head of a layer is to do: the artifact's choices with a session's options over them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TypeVar
+
+from shareprefill.artifact import Artifact, Policy
+from shareprefill.config import RuntimeConfig
+
+T = TypeVar("T")
+
+_UNIFORM = {
+    "dense": Policy.DENSE,
+    "sampled": Policy.SAMPLED,
+    "vertical-slash": Policy.VERTICAL_SLASH,
+}
+
+
+@dataclass(frozen=True)
+class HeadPlan:
+    """One head's orders.
+
+    Attributes:
+        head: Global id, layer * H + index in the layer.
+        policy: What it does.
+        pivot: Global id of the head whose pattern it shares; -1 for none.
+        fallback: What it does when its check before sharing fails.
+        gamma: Attention mass its pattern covers.
+        fallback_gamma: Attention mass the fallback's pattern covers.
+        tau: JS distance to its pivot under which it shares.
+        cluster: Cluster id; -1 for none.
+    """
+
+    head: int
+    policy: Policy
+    pivot: int
+    fallback: Policy
+    gamma: float
+    fallback_gamma: float
+    tau: float
+    cluster: int
+
+
+@dataclass(frozen=True)
+class RuntimePlan:
+    """All heads' orders, and the thresholds and row counts that hold for all of them.
+
+    Attributes:
+        layers: `layers[l][h]`.
+        online: Whether pivots are found at run time by the paper's rule (policy `share`).
+        guarded: Whether a vertical-slash pattern is left to highly sparse heads (delta).
+        block_size: Tokens a block.
+        delta: JS distance to uniform above which a head is highly sparse.
+        pivot_rows: Rows a block of a pivot's map, 0 for all.
+        sample_rows: Rows a block of the row-sampled estimate.
+        check_rows: Rows a block of the check before sharing.
+        sink_blocks: Leading key blocks always read.
+        local_blocks: Trailing causal key blocks always read.
+    """
+
+    layers: tuple[tuple[HeadPlan, ...], ...]
+    online: bool
+    guarded: bool
+    block_size: int
+    delta: float
+    pivot_rows: int
+    sample_rows: int
+    check_rows: int
+    sink_blocks: int
+    local_blocks: int
+
+
+def make_plan(artifact: Artifact, config: RuntimeConfig) -> RuntimePlan:
+    """Lays a session's options over an artifact.
+
+    Args:
+        artifact: The model's artifact.
+        config: Options; None takes the artifact's value.
+
+    Returns:
+        The orders of every head.
+    """
+    online = config.policy == "share"
+    forced = _UNIFORM.get(config.policy)
+    layers, heads = artifact.policy.shape
+    columns = {
+        name: getattr(artifact, name).reshape(-1).tolist()
+        for name in ("policy", "pivot", "fallback", "gamma", "fallback_gamma", "tau", "cluster")
+    }
+
+    def order(head: int) -> HeadPlan:
+        gamma, fallback_gamma = columns["gamma"][head], columns["fallback_gamma"][head]
+        tau = columns["tau"][head]
+        if config.policy != "auto":
+            # One rule for all heads: what was chosen head by head for another does not apply.
+            gamma = fallback_gamma = artifact.thresholds.gamma
+            tau = artifact.thresholds.tau
+        policy = Policy(columns["policy"][head]) if forced is None else forced
+        return HeadPlan(
+            head=head,
+            policy=policy,
+            pivot=columns["pivot"][head] if forced is None else -1,
+            fallback=Policy(columns["fallback"][head]) if forced is None else forced,
+            gamma=_chosen(config.gamma, gamma),
+            fallback_gamma=_chosen(config.gamma, fallback_gamma),
+            tau=_chosen(config.tau, tau),
+            cluster=columns["cluster"][head],
+        )
+
+    thresholds, rows = artifact.thresholds, artifact.rows
+    return RuntimePlan(
+        layers=tuple(
+            tuple(order(layer * heads + head) for head in range(heads)) for layer in range(layers)
+        ),
+        online=online,
+        guarded=config.policy == "auto",
+        block_size=artifact.block_size,
+        delta=_chosen(config.delta, thresholds.delta),
+        # The paper takes a pivot's pattern from all of its rows.
+        pivot_rows=_chosen(config.pivot_rows, 0 if online else rows.pivot),
+        sample_rows=_chosen(config.sample_rows, rows.sample),
+        check_rows=_chosen(config.check_rows, rows.check),
+        sink_blocks=config.sink_blocks,
+        local_blocks=config.local_blocks,
+    )
+
+
+def _chosen(option: T | None, default: T) -> T:
+    return default if option is None else option

@@ -1,0 +1,271 @@
+"""Sessions: a transformers model whose prefill runs with an artifact's shared patterns."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+import torch
+from torch import Tensor
+
+from shareprefill.artifact import Artifact, Policy, check_fingerprint, load_artifact
+from shareprefill.config import RuntimeConfig
+from shareprefill.errors import ConfigError
+from shareprefill.models import fingerprint
+from shareprefill.runtime.crossover import crossover_tokens
+from shareprefill.runtime.interface import (
+    AttentionCall,
+    Sequence,
+    attached,
+    causal_attention,
+    dense_attention,
+)
+from shareprefill.runtime.ops.blocks import causal_blocks
+from shareprefill.runtime.plan import RuntimePlan, make_plan
+from shareprefill.runtime.sharing import LayerPass, LayerRecord, PivotStore
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """What one layer's heads did, over all prefills of a session.
+
+    Attributes:
+        layer: Layer index.
+        policies: Policy that each head took most often.
+        density: Computed share of the causal blocks, by head.
+        distance: Mean JS distance to the pivot, by head; NaN where a head was no candidate.
+        recall: Attention mass inside the patterns, by head; None unless the session measures it.
+    """
+
+    layer: int
+    policies: tuple[Policy, ...]
+    density: tuple[float, ...]
+    distance: tuple[float, ...]
+    recall: tuple[float, ...] | None
+
+
+@dataclass(frozen=True)
+class SessionReport:
+    """What a session did since it began or was last reset.
+
+    Attributes:
+        prefills: Sparse prefills: passes of one sequence (or one chunk of it) through the model.
+        dense_prefills: Prefills that ran dense by themselves: too short, or with a mask that is
+            not plainly causal.
+        density: Share of the causal blocks computed, all heads and layers, dense prefills included.
+        selection_work: Work of choosing the patterns, as a share of dense attention's operations.
+        policies: Heads by policy taken, over all layers and sparse prefills.
+        thresholds: gamma, tau and delta in force (None: chosen head by head offline).
+        layers: The same by layer and head.
+    """
+
+    prefills: int
+    dense_prefills: int
+    density: float
+    selection_work: float
+    policies: dict[str, int]
+    thresholds: dict[str, float | None]
+    layers: tuple[LayerReport, ...]
+
+
+@dataclass(frozen=True)
+class _Dense:
+    """A prefill of one layer that ran dense: `blocks` causal blocks a head."""
+
+    layer: int
+    blocks: int
+
+
+class Session:
+    """Runs a model's prefills sparse while it is entered; see `share_prefill`."""
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        artifact: Artifact,
+        config: RuntimeConfig,
+        *,
+        measure_recall: bool = False,
+    ) -> None:
+        self.model = model
+        self.artifact = artifact
+        self.config = config
+        self.plan: RuntimePlan = make_plan(artifact, config)
+        self.measure_recall = measure_recall
+        self._pass = threading.local()
+        self._lock = threading.Lock()
+        self._records: list[LayerRecord] = []
+        self._dense: list[_Dense] = []
+        self._contexts: list[AbstractContextManager[None]] = []
+
+    def __enter__(self) -> Self:
+        context = attached(self.model, self._attend)
+        context.__enter__()
+        self._contexts.append(context)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        context = self._contexts.pop()
+        context.__exit__(kind, error, trace)
+
+    def reset(self) -> None:
+        """Forgets what the report counts."""
+        with self._lock:
+            self._records.clear()
+            self._dense.clear()
+
+    def report(self) -> SessionReport:
+        """What was done since the session began or was last reset."""
+        with self._lock:
+            records, dense = list(self._records), list(self._dense)
+        heads = self.artifact.policy.shape[1]
+        computed = sum(float(r.blocks.sum()) for r in records)
+        causal = sum(r.causal * heads for r in records)
+        skipped_nothing = sum(d.blocks * heads for d in dense)
+        taken = Counter(policy.label for r in records for policy in r.policies)
+        work = sum(sum(r.work) * r.causal for r in records)
+        layers = sorted({r.layer for r in records})
+        first = min({r.layer for r in records} | {d.layer for d in dense}, default=0)
+        return SessionReport(
+            prefills=sum(r.layer == first for r in records),
+            dense_prefills=sum(d.layer == first for d in dense),
+            density=_ratio(computed + skipped_nothing, causal + skipped_nothing),
+            selection_work=_ratio(work, causal + skipped_nothing),
+            policies=dict(sorted(taken.items())),
+            thresholds={
+                "gamma": self.config.gamma,
+                "tau": self.config.tau,
+                "delta": self.plan.delta,
+            },
+            layers=tuple(_layer_report(n, [r for r in records if r.layer == n]) for n in layers),
+        )
+
+    def _attend(self, call: AttentionCall) -> Tensor:
+        facts = call.facts
+        sequences = call.sequences() if facts is not None and facts.window is None else None
+        sparse = [s for s in sequences or () if self._is_worth_it(s)]
+        if sequences is None or not sparse:
+            if call.query.shape[2] > 1:
+                self._book_dense(call.layer, call.query.shape[2], call.key.shape[2])
+            return dense_attention(call)
+        stores = self._forward_stores(call.layer)
+        out = call.query.new_zeros((*call.query.shape[:3], call.value.shape[-1]))
+        for sequence in sequences:
+            query = call.query[sequence.row, :, sequence.query]
+            key = call.key[sequence.row, :, sequence.key]
+            value = call.value[sequence.row, :, sequence.key]
+            if sequence not in sparse:
+                self._book_dense(call.layer, query.shape[1], key.shape[1])
+                done = causal_attention(query, key, value, scale=call.scale)
+            else:
+                store = stores.setdefault(sequence.row, PivotStore())
+                layer_pass = LayerPass(self.plan, call.layer, store, query, key, value, call.scale)
+                done, record = layer_pass.run(measure_recall=self.measure_recall)
+                with self._lock:
+                    self._records.append(record)
+            out[sequence.row, :, sequence.query] = done
+        return out
+
+    def _is_worth_it(self, sequence: Sequence) -> bool:
+        """Whether a sequence is long enough for patterns to pay for their selection."""
+        rows = sequence.query.stop - sequence.query.start
+        keys = sequence.key.stop - sequence.key.start
+        least = self.config.min_tokens
+        if least is None:
+            least = crossover_tokens(next(self.model.parameters()).device.type)
+        return rows >= self.plan.block_size and keys >= least
+
+    def _forward_stores(self, layer: int) -> dict[int, PivotStore]:
+        """The pivots of the forward pass that this thread is in, by sequence.
+
+        Layers come in ascending order, so a layer that is not above the last one begins a new pass.
+        """
+        if layer <= getattr(self._pass, "layer", layer):
+            self._pass.stores = {}
+        self._pass.layer = layer
+        return self._pass.stores
+
+    def _book_dense(self, layer: int, n_query: int, n_key: int) -> None:
+        causal = causal_blocks(n_query, n_key - n_query, self.plan.block_size)
+        with self._lock:
+            self._dense.append(_Dense(layer, int(causal.sum())))
+
+
+def share_prefill(
+    model: PreTrainedModel,
+    artifact: str | Path | Artifact,
+    config: RuntimeConfig | None = None,
+    *,
+    measure_recall: bool = False,
+) -> Session:
+    """A context in which a model's prefills use the shared sparse patterns of an artifact.
+
+    ::
+
+        with share_prefill(model, "clusters.st") as session:
+            model.generate(**inputs)
+        print(session.report().density)
+
+    Prefills of any batch, padding and chunking are taken; decode steps and prompts below the
+    crossover run dense. The model's attention implementation is restored when the context ends,
+    also after an exception. Several threads may use one session at a time; contexts of different
+    models may overlap; of nested contexts of one model the innermost holds.
+
+    Args:
+        model: A transformers decoder, in eval mode.
+        artifact: Path of an artifact, or a loaded one.
+        config: Options; those that are None take the artifact's values.
+        measure_recall: Also measure the recall of every pattern (about one dense attention more).
+
+    Returns:
+        The session, to be entered with `with`.
+
+    Raises:
+        ArtifactError: the artifact cannot be read, or is of another model.
+        ConfigError: a row count is above the artifact's block size.
+        UnsupportedError: the model's family is not supported.
+    """
+    if not isinstance(artifact, Artifact):
+        artifact = load_artifact(artifact)
+    check_fingerprint(artifact, fingerprint(model))
+    session = Session(model, artifact, config or RuntimeConfig(), measure_recall=measure_recall)
+    for name in ("pivot_rows", "sample_rows", "check_rows"):
+        rows = getattr(session.plan, name)
+        if rows > artifact.block_size:
+            raise ConfigError(
+                f"{name} = {rows} is not allowed: a block has {artifact.block_size} rows"
+            )
+    return session
+
+
+def _layer_report(layer: int, records: list[LayerRecord]) -> LayerReport:
+    heads = range(len(records[0].policies))
+    blocks = torch.stack([r.blocks.cpu() for r in records])
+    causal = torch.tensor([r.causal for r in records], dtype=torch.float64)
+    distances = torch.tensor([r.distances for r in records])
+    recalls = [r.recall.cpu() for r in records if r.recall is not None]
+    covered = torch.stack(recalls).mean(0).tolist() if recalls else None
+    return LayerReport(
+        layer=layer,
+        policies=tuple(Counter(r.policies[h] for r in records).most_common(1)[0][0] for h in heads),
+        density=tuple((blocks.sum(0) / causal.sum()).tolist()),
+        distance=tuple(distances.nanmean(0).tolist()),
+        recall=None if covered is None else tuple(covered),
+    )
+
+
+def _ratio(part: float, whole: float) -> float:
+    return part / whole if whole else 1.0

@@ -1,0 +1,354 @@
+"""The attention of one layer with shared sparse patterns: SharePrefill, and the planned policies.
+
+Pivots come first, then every other head of the layer, so that heads of the pivot's own layer share
+too. A shared pattern is not copied: heads point at one list.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from shareprefill.artifact import Policy
+from shareprefill.runtime.interface import causal_attention
+from shareprefill.runtime.ops.block_sparse_attention import block_sparse_attention
+from shareprefill.runtime.ops.blocks import BlockLists, causal_blocks
+from shareprefill.runtime.ops.pooled_attention import pooled_attention, sample_rows
+from shareprefill.runtime.ops.vertical_slash import vertical_slash_profile
+from shareprefill.runtime.patterns import (
+    always_blocks,
+    cumulative_pattern,
+    distance_to_uniform,
+    js_distance,
+    recall,
+    vertical_slash_pattern,
+)
+from shareprefill.runtime.plan import HeadPlan, RuntimePlan
+
+
+@dataclass
+class PivotStore:
+    """Block maps of the pivots computed so far in one forward pass of one sequence.
+
+    Attributes:
+        maps: Pivot's global id -> block map `[n_q, n_k]`, float32.
+        patterns: (pivot's global id, gamma) -> pattern `[n_q, n_k]`, bool.
+        of_cluster: Cluster id -> pivot's global id (policy `share` finds pivots at run time).
+    """
+
+    maps: dict[int, Tensor] = field(default_factory=dict)
+    patterns: dict[tuple[int, float], Tensor] = field(default_factory=dict)
+    of_cluster: dict[int, int] = field(default_factory=dict)
+
+    def pattern(self, pivot: int, gamma: float) -> Tensor:
+        key = (pivot, gamma)
+        if key not in self.patterns:
+            self.patterns[key] = cumulative_pattern(self.maps[pivot], gamma)
+        return self.patterns[key]
+
+
+@dataclass(frozen=True)
+class LayerRecord:
+    """What one layer did with one sequence (or one chunk of it).
+
+    Attributes:
+        layer: Layer index.
+        policies: Policy that every head took.
+        distances: JS distance of every sharing candidate to its pivot; NaN for other heads.
+        blocks: Blocks computed by every head, float64 `[H]`.
+        causal: Causal blocks of one head.
+        work: Selection work of every head, as a share of its dense attention's operations.
+        recall: Attention mass inside every head's pattern `[H]`, float32, where asked for.
+    """
+
+    layer: int
+    policies: tuple[Policy, ...]
+    distances: tuple[float, ...]
+    blocks: Tensor
+    causal: int
+    work: tuple[float, ...]
+    recall: Tensor | None
+
+
+class LayerPass:
+    """One layer's heads on one sequence: selects a pattern for every head, then computes them.
+
+    Args:
+        plan: What every head of the model is to do.
+        layer: Layer index.
+        store: Pivots of the earlier layers in this forward pass; this layer's are added.
+        query: `[H, Nq, D]`.
+        key: `[G, Nk, D]`; query row i is at position Nk - Nq + i.
+        value: `[G, Nk, Dv]`.
+        scale: Factor on the logits.
+    """
+
+    def __init__(
+        self,
+        plan: RuntimePlan,
+        layer: int,
+        store: PivotStore,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float,
+    ) -> None:
+        self.plan, self.layer, self.store = plan, layer, store
+        self.query, self.key, self.value, self.scale = query, key, value, scale
+        self.heads: tuple[HeadPlan, ...] = plan.layers[layer]
+        n_heads = len(self.heads)
+        self.causal = causal_blocks(
+            query.shape[1], key.shape[1] - query.shape[1], plan.block_size, device=query.device
+        )
+        self.policies: list[Policy] = [Policy.DENSE] * n_heads
+        self.distances: list[float] = [float("nan")] * n_heads
+        self.work: list[float] = [0.0] * n_heads
+        # Pattern of every sparse head; heads that share hold the same tensor.
+        self.patterns: dict[int, Tensor] = {}
+        self.out = query.new_empty((n_heads, query.shape[1], value.shape[-1]))
+        self.computed: set[int] = set()
+
+    def run(self, *, measure_recall: bool = False) -> tuple[Tensor, LayerRecord]:
+        """Selects and computes.
+
+        Args:
+            measure_recall: Also compute the exact map of every head (as much work as dense
+                attention) and with it the recall of its pattern.
+
+        Returns:
+            The output `[H, Nq, Dv]`, and what was done.
+        """
+        if self.plan.online:
+            self._select_online()
+        else:
+            self._select_planned()
+        self._compute()
+        return self.out, self._record(measure_recall)
+
+    def _select_planned(self) -> None:
+        planned = {policy: self._having(policy) for policy in Policy}
+        self._select_pivots(planned[Policy.PIVOT])
+        failed = self._select_shares(planned[Policy.SHARE])
+        slashes = [h for h in failed if self.heads[h].fallback == Policy.VERTICAL_SLASH]
+        refused = self._select_vertical_slash(planned[Policy.VERTICAL_SLASH] + slashes)
+        sampled = [h for h in failed if self.heads[h].fallback == Policy.SAMPLED]
+        self._select_sampled(sorted(planned[Policy.SAMPLED] + sampled + refused))
+
+    def _having(self, policy: Policy) -> list[int]:
+        return [h for h, head in enumerate(self.heads) if head.policy == policy]
+
+    def _select_pivots(self, heads: list[int]) -> None:
+        """Pivots' maps: from all rows, with the dense output in the same pass, or from samples."""
+        if not heads:
+            return
+        index = self._index(heads)
+        if self.plan.pivot_rows == 0:
+            out, maps = pooled_attention(
+                self.query,
+                self.key,
+                self.value,
+                block_size=self.plan.block_size,
+                scale=self.scale,
+                heads=index,
+            )
+            assert out is not None
+            self.out[index] = out
+            self.computed.update(heads)
+        else:
+            maps = self._sampled_maps(heads, self.plan.pivot_rows)
+        for h, pivot_map in zip(heads, maps, strict=True):
+            pivot = self.heads[h].head
+            self.store.maps[pivot] = pivot_map
+            self.policies[h] = Policy.PIVOT
+            if h not in self.computed:
+                self.patterns[h] = self.store.pattern(pivot, self.heads[h].gamma)
+
+    def _select_shares(self, heads: list[int]) -> list[int]:
+        """Heads that look like their pivot take its pattern; the others are returned."""
+        if not heads:
+            return []
+        maps = self._sampled_maps(heads, self.plan.check_rows)
+        pivots = torch.stack([self.store.maps[self.heads[h].pivot] for h in heads])
+        distances = js_distance(maps, pivots).mean(-1).tolist()
+        failed = []
+        for h, distance in zip(heads, distances, strict=True):
+            self.distances[h] = distance
+            if distance < self.heads[h].tau:
+                self.policies[h] = Policy.SHARE
+                self.patterns[h] = self.store.pattern(self.heads[h].pivot, self.heads[h].gamma)
+            else:
+                failed.append(h)
+        return failed
+
+    def _select_vertical_slash(self, heads: list[int]) -> list[int]:
+        """Highly sparse heads take their vertical-slash pattern; the others are returned."""
+        if not heads:
+            return []
+        vertical, slash = self._profiles(heads)
+        sparse = [True] * len(heads)
+        if self.plan.guarded:
+            last = vertical[:, None, :]
+            spread = distance_to_uniform(last, self.causal[-1:])
+            sparse = (spread > self.plan.delta).tolist()
+        patterns = self._vertical_slash(vertical, slash, self._gammas(heads))
+        for h, pattern, taken in zip(heads, patterns, sparse, strict=True):
+            if taken:
+                self.policies[h] = Policy.VERTICAL_SLASH
+                self.patterns[h] = pattern
+        return [h for h, taken in zip(heads, sparse, strict=True) if not taken]
+
+    def _select_sampled(self, heads: list[int]) -> None:
+        if not heads:
+            return
+        maps = self._sampled_maps(heads, self.plan.sample_rows)
+        patterns = cumulative_pattern(maps, self._gammas(heads)[:, None])
+        for h, pattern in zip(heads, patterns, strict=True):
+            self.policies[h] = Policy.SAMPLED
+            self.patterns[h] = pattern
+
+    def _select_online(self) -> None:
+        """SharePrefill's rule (arXiv 2505.19578, section 3), head by head in order.
+
+        On the last query block's distribution: a highly sparse head takes a vertical-slash
+        pattern; the first other head of a cluster is computed densely and gives its pattern; a
+        later one shares it where it looks alike, and takes a vertical-slash pattern where not.
+        """
+        every = list(range(len(self.heads)))
+        vertical, slash = self._profiles(every)
+        spread = distance_to_uniform(vertical[:, None, :], self.causal[-1:]).tolist()
+        rest = []
+        for h, head in enumerate(self.heads):
+            if spread[h] > self.plan.delta or head.cluster < 0:
+                rest.append(h)
+                continue
+            if head.cluster not in self.store.of_cluster:
+                self.store.of_cluster[head.cluster] = head.head
+                self._select_pivots([h])
+                continue
+            pivot = self.store.of_cluster[head.cluster]
+            distance = js_distance(vertical[h], self.store.maps[pivot][-1]).item()
+            self.distances[h] = distance
+            if distance < head.tau:
+                self.policies[h] = Policy.SHARE
+                self.patterns[h] = self.store.pattern(pivot, head.gamma)
+            else:
+                rest.append(h)
+        if rest:
+            patterns = self._vertical_slash(vertical[rest], slash[rest], self._gammas(rest))
+            for h, pattern in zip(rest, patterns, strict=True):
+                self.policies[h] = Policy.VERTICAL_SLASH
+                self.patterns[h] = pattern
+
+    def _gammas(self, heads: Sequence[int]) -> Tensor:
+        """Mass to cover, `[S]`: a head whose check failed has the fallback's."""
+        plans = [self.heads[h] for h in heads]
+        values = [p.fallback_gamma if p.policy is Policy.SHARE else p.gamma for p in plans]
+        return torch.tensor(values, device=self.query.device)
+
+    def _vertical_slash(self, vertical: Tensor, slash: Tensor, gamma: Tensor) -> Tensor:
+        return vertical_slash_pattern(
+            vertical, slash, gamma, self.query.shape[1], self.key.shape[1], self.plan.block_size
+        )
+
+    def _profiles(self, heads: list[int]) -> tuple[Tensor, Tensor]:
+        rows = min(self.plan.block_size, self.query.shape[1])
+        self._charge(heads, rows / self.query.shape[1])
+        return vertical_slash_profile(
+            self.query,
+            self.key,
+            block_size=self.plan.block_size,
+            scale=self.scale,
+            heads=self._index(heads),
+        )
+
+    def _sampled_maps(self, heads: list[int], rows: int) -> Tensor:
+        block_size = self.plan.block_size
+        chosen = sample_rows(self.query.shape[1], block_size, rows, self.query.device)
+        self._charge(heads, chosen.numel() / self.query.shape[1])
+        _, maps = pooled_attention(
+            self.query,
+            self.key,
+            rows=chosen,
+            block_size=block_size,
+            scale=self.scale,
+            heads=self._index(heads),
+        )
+        return maps
+
+    def _charge(self, heads: Sequence[int], rows: float) -> None:
+        """Books selection work: `rows` of a head's query rows, logits alone (half the products)."""
+        for h in heads:
+            self.work[h] += rows / 2
+
+    def _index(self, heads: Sequence[int]) -> Tensor:
+        return torch.tensor(heads, dtype=torch.int64, device=self.query.device)
+
+    def _compute(self) -> None:
+        dense = [
+            h for h in range(len(self.heads)) if h not in self.patterns and h not in self.computed
+        ]
+        if dense:
+            groups = len(self.heads) // self.key.shape[0]
+            index = self._index(dense)
+            self.out[index] = causal_attention(
+                self.query[index],
+                self.key[index // groups],
+                self.value[index // groups],
+                scale=self.scale,
+            )
+        if self.patterns:
+            bitmap, pattern = self._distinct()
+            lists = BlockLists.from_bitmap(bitmap, pattern, self.plan.block_size)
+            block_sparse_attention(
+                self.query, self.key, self.value, lists, scale=self.scale, out=self.out
+            )
+
+    def _distinct(self) -> tuple[Tensor, Tensor]:
+        """The distinct patterns with the blocks that are always read, and each head's index."""
+        always = always_blocks(
+            self.query.shape[1],
+            self.key.shape[1],
+            self.plan.block_size,
+            sink=self.plan.sink_blocks,
+            local=self.plan.local_blocks,
+            device=self.query.device,
+        )
+        numbers: dict[int, int] = {}
+        distinct: list[Tensor] = []
+        pattern = [-1] * len(self.heads)
+        for h, tensor in self.patterns.items():
+            if id(tensor) not in numbers:
+                numbers[id(tensor)] = len(distinct)
+                distinct.append((tensor | always) & self.causal)
+            self.patterns[h] = distinct[numbers[id(tensor)]]
+            pattern[h] = numbers[id(tensor)]
+        return torch.stack(distinct), torch.tensor(pattern, device=self.query.device)
+
+    def _record(self, measure_recall: bool) -> LayerRecord:
+        causal = self.causal.sum()
+        blocks = torch.stack(
+            [
+                self.patterns[h].sum() if h in self.patterns else causal
+                for h in range(len(self.heads))
+            ]
+        ).double()
+        covered = None
+        if measure_recall:
+            _, maps = pooled_attention(
+                self.query, self.key, block_size=self.plan.block_size, scale=self.scale
+            )
+            everything = torch.ones_like(self.causal)
+            kept = [self.patterns.get(h, everything) for h in range(len(self.heads))]
+            covered = recall(maps, torch.stack(kept))
+        return LayerRecord(
+            layer=self.layer,
+            policies=tuple(self.policies),
+            distances=tuple(self.distances),
+            blocks=blocks,
+            causal=int(causal),
+            work=tuple(self.work),
+            recall=covered,
+        )

@@ -1,0 +1,206 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from shareprefill.errors import UnsupportedError
+from shareprefill.runtime.interface import AttentionCall, attached, dense_attention
+from tests.support.tiny import tiny_llama, token_ids
+
+CLOSE = {"rtol": 1e-4, "atol": 1e-4}
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return tiny_llama()
+
+
+@torch.no_grad()
+def logits(model: Any, handler: Any = None, **inputs: Any) -> torch.Tensor:
+    if handler is None:
+        return model(**inputs).logits
+    with attached(model, handler):
+        return model(**inputs).logits
+
+
+def padded(lengths: list[int], *, left: bool) -> dict[str, torch.Tensor]:
+    width = max(lengths)
+    ids, mask = token_ids(len(lengths), width), torch.zeros(len(lengths), width, dtype=torch.int64)
+    for row, length in enumerate(lengths):
+        mask[row, width - length :] = 1
+        if not left:
+            mask[row] = mask[row].flip(0)
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 63, 130])
+def test_dense_handler_gives_the_models_own_logits(model: Any, tokens: int) -> None:
+    ids = token_ids(2, tokens)
+    torch.testing.assert_close(
+        logits(model, dense_attention, input_ids=ids), logits(model, input_ids=ids), **CLOSE
+    )
+
+
+@pytest.mark.parametrize("left", [True, False])
+def test_dense_handler_respects_padding(model: Any, left: bool) -> None:
+    inputs = padded([5, 40, 33, 1], left=left)
+    real = inputs["attention_mask"].bool()
+    found, own = logits(model, dense_attention, **inputs), logits(model, **inputs)
+    torch.testing.assert_close(found[real], own[real], **CLOSE)
+
+
+def test_dense_handler_respects_holes_in_the_padding(model: Any) -> None:
+    inputs = padded([40, 40], left=True)
+    inputs["attention_mask"][0, 7:12] = 0
+    real = inputs["attention_mask"].bool()
+    found, own = logits(model, dense_attention, **inputs), logits(model, **inputs)
+    torch.testing.assert_close(found[real], own[real], **CLOSE)
+
+
+@pytest.mark.parametrize("window", [3, 24, 200])
+def test_dense_handler_respects_sliding_windows(window: int) -> None:
+    from transformers import MistralConfig, MistralForCausalLM
+
+    torch.manual_seed(1)
+    mistral = MistralForCausalLM(
+        MistralConfig(
+            vocab_size=128,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            sliding_window=window,
+            initializer_range=0.3,
+        )
+    ).eval()
+    inputs = padded([100, 57], left=True)
+    real = inputs["attention_mask"].bool()
+    found, own = logits(mistral, dense_attention, **inputs), logits(mistral, **inputs)
+    torch.testing.assert_close(found[real], own[real], **CLOSE)
+
+
+def test_dense_handler_serves_chunks_and_generation(model: Any) -> None:
+    from transformers import DynamicCache
+
+    ids = token_ids(1, 50)
+    own = logits(model, input_ids=ids)
+    cache = DynamicCache(config=model.config)
+    with attached(model, dense_attention), torch.no_grad():
+        pieces = [
+            model(input_ids=piece, past_key_values=cache).logits
+            for piece in ids.split([20, 1, 7, 22], dim=1)
+        ]
+        generated = model.generate(ids, max_new_tokens=5, do_sample=False)
+    torch.testing.assert_close(torch.cat(pieces, 1), own, **CLOSE)
+    assert torch.equal(generated, model.generate(ids, max_new_tokens=5, do_sample=False))
+
+
+def test_packed_sequences_keep_their_own_mask(model: Any) -> None:
+    ids = token_ids(1, 30)
+    positions = torch.cat([torch.arange(12), torch.arange(18)])[None]
+    inputs = {"input_ids": ids, "position_ids": positions, "use_cache": False}
+    own = logits(model, **inputs)
+    torch.testing.assert_close(logits(model, dense_attention, **inputs), own, **CLOSE)
+    assert not torch.allclose(own, logits(model, input_ids=ids), **CLOSE)
+
+
+def test_static_cache(model: Any) -> None:
+    from transformers import StaticCache
+
+    ids = token_ids(1, 40)
+    own = logits(model, input_ids=ids)
+    cache = StaticCache(config=model.config, max_cache_len=64)
+    found = logits(model, dense_attention, input_ids=ids, past_key_values=cache)
+    torch.testing.assert_close(found, own, **CLOSE)
+
+
+def test_sequences_cut_the_padding_off(model: Any) -> None:
+    seen: list[list[tuple[int, int, int]]] = []
+
+    def handler(call: AttentionCall) -> torch.Tensor:
+        sequences = call.sequences()
+        assert sequences is not None
+        if call.layer == 0:
+            seen.append([(s.row, s.query.start, s.query.stop) for s in sequences])
+        return dense_attention(call)
+
+    logits(model, handler, **padded([5, 9], left=True))
+    logits(model, handler, **padded([5, 9], left=False))
+    assert seen == [[(0, 4, 9), (1, 0, 9)], [(0, 0, 5), (1, 0, 9)]]
+
+
+def test_attention_implementation_is_restored(model: Any) -> None:
+    before = model.config._attn_implementation
+
+    def interrupted() -> None:
+        with attached(model, dense_attention):
+            assert model.config._attn_implementation == "shareprefill"
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert model.config._attn_implementation == before
+
+
+def test_nested_contexts_use_the_innermost_handler(model: Any) -> None:
+    calls: list[str] = []
+
+    def named(name: str) -> Any:
+        def handler(call: AttentionCall) -> torch.Tensor:
+            calls.append(name)
+            return dense_attention(call)
+
+        return handler
+
+    ids = token_ids(1, 8)
+    with torch.no_grad(), attached(model, named("outer")):
+        with attached(model, named("inner")):
+            model(input_ids=ids)
+        model(input_ids=ids)
+    assert calls == ["inner"] * 3 + ["outer"] * 3
+
+
+def test_gradients_are_refused(model: Any) -> None:
+    with (
+        attached(model, dense_attention),
+        pytest.raises(UnsupportedError, match=r"torch\.no_grad"),
+    ):
+        model(input_ids=token_ids(1, 8))
+
+
+def test_soft_capping_is_refused() -> None:
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    gemma = Gemma2ForCausalLM(
+        Gemma2Config(
+            vocab_size=64,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=16,
+        )
+    ).eval()
+    with pytest.raises(UnsupportedError, match="soft-capping"):
+        logits(gemma, dense_attention, input_ids=token_ids(1, 8, vocabulary=64))
+
+
+def test_a_family_with_its_own_attention_is_refused() -> None:
+    from transformers import GPTNeoConfig, GPTNeoForCausalLM
+
+    own = GPTNeoForCausalLM(
+        GPTNeoConfig(
+            vocab_size=64,
+            hidden_size=32,
+            num_layers=2,
+            num_heads=2,
+            attention_types=[[["global"], 2]],
+            intermediate_size=48,
+        )
+    ).eval()
+    with pytest.raises(UnsupportedError, match="GPTNeoForCausalLM"):
+        logits(own, dense_attention, input_ids=token_ids(1, 8, vocabulary=64))

@@ -1,0 +1,167 @@
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import pytest
+import torch
+
+from shareprefill import share_prefill
+from shareprefill.artifact import Policy, save_artifact
+from shareprefill.config import RuntimeConfig
+from shareprefill.errors import ArtifactError, ConfigError
+from tests.support.tiny import BLOCK, tiny_artifact, tiny_llama, token_ids
+
+P, S, R, V = Policy.PIVOT, Policy.SHARE, Policy.SAMPLED, Policy.VERTICAL_SLASH
+POLICIES = [[P, S, R, V], [S, S, P, R], [V, R, S, S]]
+EVERYTHING = RuntimeConfig(gamma=1.0, tau=1.0, min_tokens=0)
+SPARSE = RuntimeConfig(gamma=0.6, min_tokens=0)
+CLOSE = {"rtol": 1e-4, "atol": 1e-4}
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return tiny_llama()
+
+
+@torch.no_grad()
+def logits(model: Any, config: RuntimeConfig, **inputs: Any) -> torch.Tensor:
+    with share_prefill(model, tiny_artifact(model, POLICIES), config):
+        return model(**inputs).logits
+
+
+def test_everything_selected_gives_the_models_own_logits(model: Any) -> None:
+    ids = token_ids(1, 133)
+    with torch.no_grad():
+        own = model(input_ids=ids).logits
+    torch.testing.assert_close(logits(model, EVERYTHING, input_ids=ids), own, **CLOSE)
+    assert not torch.allclose(logits(model, SPARSE, input_ids=ids), own, **CLOSE)
+
+
+@pytest.mark.parametrize("left", [True, False])
+def test_rows_of_a_padded_batch_equal_their_own_runs(model: Any, left: bool) -> None:
+    lengths = [150, 64, 17, 5, 101]
+    ids, mask = token_ids(len(lengths), max(lengths)), torch.zeros(5, 150, dtype=torch.int64)
+    real = [slice(150 - length, 150) if left else slice(0, length) for length in lengths]
+    for row, place in enumerate(real):
+        mask[row, place] = 1
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    batch = logits(model, SPARSE, input_ids=ids, attention_mask=mask, position_ids=positions)
+    for row, place in enumerate(real):
+        alone = logits(model, SPARSE, input_ids=ids[row : row + 1, place])
+        torch.testing.assert_close(batch[row, place], alone[0], **CLOSE)
+
+
+def test_chunks_with_everything_selected_equal_one_prefill(model: Any) -> None:
+    ids = token_ids(1, 200)
+    with torch.no_grad():
+        own = model(input_ids=ids).logits
+        with share_prefill(model, tiny_artifact(model, POLICIES), EVERYTHING) as session:
+            cache, pieces = None, []
+            for piece in ids.split([70, 1, 7, 22, 100], dim=1):
+                step = model(input_ids=piece, past_key_values=cache, use_cache=True)
+                cache = step.past_key_values
+                pieces.append(step.logits)
+    torch.testing.assert_close(torch.cat(pieces, 1), own, **CLOSE)
+    # Pieces shorter than a block run dense.
+    report = session.report()
+    assert (report.prefills, report.dense_prefills) == (3, 1)
+
+
+def test_report_counts_what_was_done(model: Any) -> None:
+    artifact = tiny_artifact(model, POLICIES)
+    with share_prefill(model, artifact, SPARSE, measure_recall=True) as session, torch.no_grad():
+        model(input_ids=token_ids(2, 160))
+        report = session.report()
+        session.reset()
+    assert report.prefills == 2
+    assert sum(report.policies.values()) == 2 * 12
+    assert 0 < report.density < 1
+    assert 0 < report.selection_work < 1
+    assert [layer.layer for layer in report.layers] == [0, 1, 2]
+    densities = [d for layer in report.layers for d in layer.density]
+    assert report.density == pytest.approx(sum(densities) / 12)
+    assert all(0.5 < r <= 1 for layer in report.layers for r in layer.recall or ())
+    assert report.thresholds == {"gamma": 0.6, "tau": None, "delta": 0.3}
+    assert session.report().prefills == 0
+
+
+def test_short_prompts_and_decode_steps_run_dense(model: Any) -> None:
+    ids = token_ids(1, 60)
+    with share_prefill(model, tiny_artifact(model), RuntimeConfig(min_tokens=61)) as session:
+        found = model.generate(ids, max_new_tokens=4, do_sample=False)
+    assert torch.equal(found, model.generate(ids, max_new_tokens=4, do_sample=False))
+    report = session.report()
+    assert (report.prefills, report.dense_prefills, report.density) == (0, 1, 1.0)
+
+
+def test_generation_under_a_session(model: Any) -> None:
+    ids = token_ids(1, 120)
+    with share_prefill(model, tiny_artifact(model, POLICIES), EVERYTHING) as session:
+        found = model.generate(ids, max_new_tokens=6, do_sample=False)
+        beams = model.generate(ids, max_new_tokens=4, num_beams=3, do_sample=False)
+    assert torch.equal(found, model.generate(ids, max_new_tokens=6, do_sample=False))
+    expected = model.generate(ids, max_new_tokens=4, num_beams=3, do_sample=False)
+    assert torch.equal(beams, expected)
+    assert session.report().prefills > 0
+
+
+def test_two_models_at_once_and_reuse(model: Any) -> None:
+    other = tiny_llama(seed=1, num_key_value_heads=4)
+    ids = token_ids(1, 90)
+    expected = logits(model, SPARSE, input_ids=ids), logits(other, SPARSE, input_ids=ids)
+    ours = share_prefill(model, tiny_artifact(model, POLICIES), SPARSE)
+    theirs = share_prefill(other, tiny_artifact(other, POLICIES), SPARSE)
+    with torch.no_grad():
+        for _ in range(2):
+            with ours, theirs:
+                found = model(input_ids=ids).logits, other(input_ids=ids).logits
+            torch.testing.assert_close(found, expected, **CLOSE)
+
+
+def test_threads_keep_their_own_pivots(model: Any) -> None:
+    prompts = [token_ids(1, length) for length in (80, 97, 128, 150)]
+    expected = [logits(model, SPARSE, input_ids=ids) for ids in prompts]
+    found: dict[int, torch.Tensor] = {}
+    with share_prefill(model, tiny_artifact(model, POLICIES), SPARSE):
+
+        def work(number: int) -> None:
+            with torch.no_grad():
+                for _ in range(5):
+                    found[number] = model(input_ids=prompts[number]).logits
+
+        threads = [threading.Thread(target=work, args=(n,)) for n in range(len(prompts))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    for number, logit in enumerate(expected):
+        torch.testing.assert_close(found[number], logit, **CLOSE)
+
+
+def test_an_artifact_from_a_file(model: Any, tmp_path: Any) -> None:
+    path = tmp_path / "clusters.st"
+    save_artifact(tiny_artifact(model, POLICIES), path)
+    ids = token_ids(1, 90)
+    with share_prefill(model, path, SPARSE), torch.no_grad():
+        found = model(input_ids=ids).logits
+    torch.testing.assert_close(found, logits(model, SPARSE, input_ids=ids))
+
+
+def test_an_artifact_of_another_model_is_refused(model: Any) -> None:
+    with pytest.raises(ArtifactError, match="attention weights differ"):
+        share_prefill(tiny_llama(seed=5), tiny_artifact(model))
+    with pytest.raises(ArtifactError, match="3 layers.*2 layers"):
+        share_prefill(tiny_llama(num_hidden_layers=2), tiny_artifact(model))
+
+
+def test_more_rows_than_a_block_has_are_refused(model: Any) -> None:
+    with pytest.raises(ConfigError, match=f"pivot_rows = 17 .* {BLOCK} rows"):
+        share_prefill(model, tiny_artifact(model), RuntimeConfig(pivot_rows=17))
+
+
+def test_the_attention_implementation_is_restored(model: Any) -> None:
+    before = model.config._attn_implementation
+    with pytest.raises(RuntimeError, match="stop"), share_prefill(model, tiny_artifact(model)):
+        raise RuntimeError("stop")
+    assert model.config._attn_implementation == before

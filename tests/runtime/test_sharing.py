@@ -1,0 +1,209 @@
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from shareprefill.artifact import Policy, Thresholds
+from shareprefill.config import RuntimeConfig
+from shareprefill.runtime.ops.block_sparse_attention import block_sparse_attention
+from shareprefill.runtime.ops.blocks import BlockLists, causal_blocks
+from shareprefill.runtime.ops.pooled_attention import pooled_attention
+from shareprefill.runtime.patterns import always_blocks, cumulative_pattern
+from shareprefill.runtime.plan import make_plan
+from shareprefill.runtime.sharing import LayerPass, PivotStore
+from tests.support.tiny import BLOCK, tiny_artifact, tiny_llama
+
+D, P, S, R, V = (
+    Policy.DENSE,
+    Policy.PIVOT,
+    Policy.SHARE,
+    Policy.SAMPLED,
+    Policy.VERTICAL_SLASH,
+)
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return tiny_llama()
+
+
+def tensors(n_query: int, n_key: int) -> dict[str, torch.Tensor]:
+    """Attention inputs with structure: keys of a few blocks attract every query."""
+    query, key, value = (
+        torch.randn(4, n_query, 16),
+        torch.randn(2, n_key, 16),
+        torch.randn(2, n_key, 16),
+    )
+    query[..., 0] += 4
+    key[:, BLOCK : BLOCK + 4, 0] += 4
+    return {"query": query, "key": key, "value": value}
+
+
+def run(
+    model: Any,
+    policies: list[list[Policy]],
+    inputs: dict[str, torch.Tensor],
+    config: RuntimeConfig | None = None,
+    store: PivotStore | None = None,
+    layer: int = 0,
+    **changes: Any,
+):
+    plan = make_plan(tiny_artifact(model, policies, **changes), config or RuntimeConfig())
+    layer_pass = LayerPass(plan, layer, store or PivotStore(), **inputs, scale=0.25)
+    out, record = layer_pass.run(measure_recall=True)
+    return out, record, layer_pass
+
+
+def dense(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    query, key, value = inputs["query"], inputs["key"], inputs["value"]
+    mask = torch.ones(query.shape[1], key.shape[1], dtype=torch.bool).tril(
+        key.shape[1] - query.shape[1]
+    )
+    return F.scaled_dot_product_attention(
+        query[None], key[None], value[None], attn_mask=mask, scale=0.25, enable_gqa=True
+    )[0]
+
+
+@pytest.mark.parametrize(("n_query", "n_key"), [(130, 130), (64, 64), (50, 133), (16, 200)])
+@pytest.mark.parametrize("row", [[D] * 4, [P, S, S, S], [R] * 4, [V] * 4, [P, S, R, V]])
+def test_everything_selected_is_dense_attention(
+    model: Any, row: list[Policy], n_query: int, n_key: int
+) -> None:
+    inputs = tensors(n_query, n_key)
+    config = RuntimeConfig(gamma=1.0, tau=1.0, delta=0.0)
+    out, record, _ = run(model, [row, [D] * 4, [D] * 4], inputs, config)
+    torch.testing.assert_close(out, dense(inputs), rtol=1e-4, atol=1e-5)
+    assert list(record.policies) == row
+    assert record.recall is not None
+    assert record.recall.min() > 0.999
+
+
+def test_a_sharing_head_computes_with_its_pivots_pattern(model: Any) -> None:
+    inputs = tensors(200, 200)
+    config = RuntimeConfig(tau=1.0, gamma=0.8)
+    out, record, layer_pass = run(model, [[S, P, S, D], [D] * 4, [D] * 4], inputs, config)
+    # The pivot comes second, and the head before it in its layer shares too.
+    assert list(record.policies) == [S, P, S, D]
+    assert layer_pass.patterns[0] is layer_pass.patterns[2]
+    rows = torch.arange(200)
+    _, exact = pooled_attention(
+        inputs["query"], inputs["key"], block_size=BLOCK, scale=0.25, impl="reference"
+    )
+    assert len(rows) == 200
+    kept = layer_pass.patterns[0]
+    lists = BlockLists.from_bitmap(kept[None], torch.zeros(4).int(), BLOCK)
+    expected = block_sparse_attention(**inputs, lists=lists, scale=0.25, impl="reference")
+    torch.testing.assert_close(out[:3], expected[:3], rtol=1e-4, atol=1e-5)
+    assert record.recall is not None
+    inside = (exact * kept).sum(-1).mean(-1)
+    torch.testing.assert_close(record.recall[[0, 2]], inside[[0, 2]], rtol=1e-4, atol=1e-4)
+    assert record.blocks.tolist() == [int(kept.sum())] * 3 + [record.causal]
+
+
+def test_a_pivot_of_all_rows_gives_its_exact_pattern_and_dense_output(model: Any) -> None:
+    inputs = tensors(150, 150)
+    config = RuntimeConfig(pivot_rows=0, tau=1.0, gamma=0.8)
+    out, record, layer_pass = run(model, [[P, S, D, D], [D] * 4, [D] * 4], inputs, config)
+    torch.testing.assert_close(out[0], dense(inputs)[0], rtol=1e-4, atol=1e-5)
+    assert record.blocks[0] == record.causal
+    _, exact = pooled_attention(
+        inputs["query"], inputs["key"], block_size=BLOCK, scale=0.25, impl="reference"
+    )
+    always = always_blocks(150, 150, BLOCK, sink=1, local=2, device=torch.device("cpu"))
+    causal = causal_blocks(150, 0, BLOCK)
+    expected = (cumulative_pattern(exact[0], 0.8) | always) & causal
+    assert torch.equal(layer_pass.patterns[1], expected)
+
+
+def test_pivots_of_an_earlier_layer_are_shared(model: Any) -> None:
+    inputs, store = tensors(150, 150), PivotStore()
+    policies = [[P, D, D, D], [S, S, D, D], [D] * 4]
+    config = RuntimeConfig(tau=1.0)
+    _, _, first = run(model, policies, inputs, config, store, layer=0)
+    _, record, second = run(model, policies, inputs, config, store, layer=1)
+    assert list(record.policies) == [S, S, D, D]
+    assert torch.equal(second.patterns[0], first.patterns[0])
+
+
+def test_a_head_unlike_its_pivot_falls_back(model: Any) -> None:
+    inputs = tensors(150, 150)
+    policies = [[P, S, S, D], [D] * 4, [D] * 4]
+    fallback = torch.tensor([[1, 3, 4, 0], [0] * 4, [0] * 4], dtype=torch.int8)
+    _, record, _ = run(
+        model, policies, inputs, RuntimeConfig(tau=0.0, delta=0.0), fallback=fallback
+    )
+    assert list(record.policies) == [P, R, V, D]
+    assert all(d > 0 for d in record.distances[1:3])
+    assert math.isnan(record.distances[0])
+    assert record.work[1] > record.work[2] > 0
+
+
+def test_fallback_patterns_cover_their_own_mass(model: Any) -> None:
+    inputs = tensors(150, 150)
+    policies = [[P, S, S, D], [D] * 4, [D] * 4]
+    low, high = torch.full((3, 4), 0.5), torch.full((3, 4), 0.99)
+    config = RuntimeConfig(tau=0.0)
+    _, modest, _ = run(model, policies, inputs, config, gamma=low, fallback_gamma=low)
+    _, generous, _ = run(model, policies, inputs, config, gamma=low, fallback_gamma=high)
+    assert (generous.blocks[1:3] > modest.blocks[1:3]).all()
+
+
+def test_vertical_slash_is_for_highly_sparse_heads(model: Any) -> None:
+    inputs = tensors(150, 150)
+    policies = [[V] * 4, [D] * 4, [D] * 4]
+    _, spread, _ = run(model, policies, inputs, RuntimeConfig(delta=1.0))
+    _, sparse, _ = run(model, policies, inputs, RuntimeConfig(delta=0.0))
+    assert list(spread.policies) == [R] * 4
+    assert list(sparse.policies) == [V] * 4
+
+
+@pytest.mark.parametrize(("name", "policy"), [("sampled", R), ("vertical-slash", V), ("dense", D)])
+def test_one_policy_for_every_head(model: Any, name: str, policy: Policy) -> None:
+    inputs = tensors(150, 150)
+    config = RuntimeConfig.from_dict({"policy": name, "delta": 1.0})
+    _, record, _ = run(model, [[P, S, V, R], [D] * 4, [D] * 4], inputs, config)
+    assert list(record.policies) == [policy] * 4
+
+
+def test_the_papers_rule(model: Any) -> None:
+    """First head of a cluster: dense pivot; alike: share; unlike or sparse: vertical-slash."""
+    inputs = tensors(150, 150)
+    inputs["query"][1] = inputs["query"][0]
+    inputs["query"][2] = inputs["query"][0]
+    cluster = torch.tensor([[0, 0, 1, -1], [0] * 4, [0] * 4], dtype=torch.int32)
+    policies = [[D] * 4] * 3
+    config = RuntimeConfig(policy="share", tau=0.2, delta=0.8)
+    out, record, layer_pass = run(model, policies, inputs, config, cluster=cluster)
+    assert list(record.policies) == [P, S, P, V]
+    assert record.distances[1] < 0.2
+    torch.testing.assert_close(out[0], dense(inputs)[0], rtol=1e-4, atol=1e-5)
+    always = always_blocks(150, 150, BLOCK, sink=1, local=2, device=torch.device("cpu"))
+    _, exact = pooled_attention(
+        inputs["query"], inputs["key"], block_size=BLOCK, scale=0.25, impl="reference"
+    )
+    causal = causal_blocks(150, 0, BLOCK)
+    expected = (cumulative_pattern(exact[0], 0.9) | always) & causal
+    assert torch.equal(layer_pass.patterns[1], expected)
+    _, unlike, _ = run(model, policies, inputs, replace(config, tau=0.0), cluster=cluster)
+    assert list(unlike.policies) == [P, V, P, V]
+    _, sparse, _ = run(model, policies, inputs, replace(config, delta=0.0), cluster=cluster)
+    assert list(sparse.policies) == [V] * 4
+
+
+def test_options_go_before_the_artifact(model: Any) -> None:
+    artifact = tiny_artifact(model, thresholds=Thresholds(gamma=0.7, tau=0.1, delta=0.4))
+    plan = make_plan(artifact, RuntimeConfig())
+    assert (plan.delta, plan.pivot_rows) == (0.4, 8)
+    assert plan.layers[0][0].gamma == pytest.approx(0.9)
+    assert plan.layers[0][0].tau == pytest.approx(0.2)
+    plan = make_plan(artifact, RuntimeConfig(tau=0.5, gamma=0.6, pivot_rows=0, policy="sampled"))
+    assert (plan.delta, plan.pivot_rows) == (0.4, 0)
+    assert {(head.gamma, head.tau) for layer in plan.layers for head in layer} == {(0.6, 0.5)}
+    plan = make_plan(artifact, RuntimeConfig(policy="share"))
+    assert plan.pivot_rows == 0
+    assert (plan.layers[0][0].gamma, plan.layers[0][0].tau) == (0.7, 0.1)
