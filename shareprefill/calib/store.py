@@ -1,0 +1,229 @@
+"""The map store: a folder of shards and an index, written so that a killed run can go on.
+
+    index.json              configuration, fingerprint, and one record for every finished prompt
+    maps-00000.safetensors  the maps of prompt 0
+    ...
+
+A shard is written whole and then named in the index; both are replaced atomically. What the index
+does not name was never finished.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from shareprefill.calib.capture import PromptMaps
+from shareprefill.config import CalibrateConfig
+from shareprefill.errors import ConfigError, DataError
+from shareprefill.files import atomic_write_bytes, atomic_write_text, make_folder
+from shareprefill.models import Fingerprint, ModelGeometry
+
+FORMAT_VERSION = 1
+INDEX = "index.json"
+
+
+@dataclass(frozen=True)
+class PromptRecord:
+    """A finished prompt.
+
+    Attributes:
+        file: Its shard.
+        sha256: Of the shard.
+        source: Where the prompt came from.
+        tokens: Its length.
+        digest: SHA-256 of its token ids.
+        layers: Captured layers.
+    """
+
+    file: str
+    sha256: str
+    source: str
+    tokens: int
+    digest: str
+    layers: tuple[int, ...]
+
+
+class MapStore:
+    """Maps of the prompts of one calibration.
+
+    Args:
+        folder: Where the shards and the index are.
+        config: What was captured.
+        fingerprint: Of the model they were captured from.
+        prompts: The finished prompts, in order.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        config: CalibrateConfig,
+        fingerprint: Fingerprint,
+        prompts: list[PromptRecord],
+    ) -> None:
+        self.folder, self.config, self.fingerprint = folder, config, fingerprint
+        self.prompts = prompts
+
+    @classmethod
+    def begin(
+        cls, folder: Path, config: CalibrateConfig, fingerprint: Fingerprint, *, resume: bool
+    ) -> MapStore:
+        """Opens the store to write to: goes on with one of the same configuration, or starts anew.
+
+        Args:
+            folder: The store's folder; made where it is missing.
+            config: What is captured.
+            fingerprint: Of the model.
+            resume: Go on with what is there; False deletes it.
+
+        Raises:
+            ConfigError: what is there has another configuration, or is of another model.
+            DataError: the folder cannot be written to, or its index is damaged.
+        """
+        if resume and (folder / INDEX).exists():
+            store = cls.open(folder)
+            _refuse_other(store, config, fingerprint)
+            return store
+        make_folder(folder)
+        for stale in folder.glob("*.safetensors"):
+            stale.unlink()
+        store = cls(folder, config, fingerprint, [])
+        store._write_index()
+        return store
+
+    @classmethod
+    def open(cls, folder: Path) -> MapStore:
+        """Opens a store to read.
+
+        Raises:
+            DataError: there is none, it is damaged, or it was written by a newer version.
+        """
+        path = folder / INDEX
+        try:
+            index = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError as error:
+            raise DataError(
+                f"{folder} holds no calibration; run sp calibrate, or name another folder"
+            ) from error
+        except (OSError, ValueError) as error:
+            raise DataError(f"{path} cannot be read ({error}); run sp calibrate --fresh") from error
+        try:
+            version = index["format_version"]
+            if version != FORMAT_VERSION:
+                raise DataError(
+                    f"{path} has format version {version}, this version reads {FORMAT_VERSION}; "
+                    "run sp calibrate --fresh"
+                )
+            return cls(
+                folder,
+                CalibrateConfig.from_dict(index["config"]),
+                _fingerprint(index["fingerprint"]),
+                [
+                    PromptRecord(**{**record, "layers": tuple(record["layers"])})
+                    for record in index["prompts"]
+                ],
+            )
+        except (KeyError, TypeError, AttributeError, ConfigError) as error:
+            raise DataError(f"{path} is damaged ({error}); run sp calibrate --fresh") from error
+
+    @property
+    def complete(self) -> bool:
+        """Whether all prompts of the configuration are captured."""
+        return len(self.prompts) == self.config.samples
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Captured layers: the same for every prompt."""
+        return self.prompts[0].layers
+
+    def add(self, source: str, input_ids: Tensor, digest: str, maps: PromptMaps) -> None:
+        """Writes the next prompt's maps, then names them in the index."""
+        from safetensors.torch import save
+
+        data = save(maps.tensors)
+        file = f"maps-{len(self.prompts):05d}.safetensors"
+        atomic_write_bytes(self.folder / file, data)
+        sha256 = hashlib.sha256(data).hexdigest()
+        self.prompts.append(PromptRecord(file, sha256, source, len(input_ids), digest, maps.layers))
+        self._write_index()
+
+    def load(self, number: int, *names: str) -> dict[str, Tensor]:
+        """Tensors of one prompt, by name; all of them where none is named.
+
+        Raises:
+            DataError: the shard is missing or damaged.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        path = self.folder / self.prompts[number].file
+        try:
+            with safe_open(path, framework="pt") as shard:
+                return {name: shard.get_tensor(name) for name in names or shard.keys()}
+        except (OSError, SafetensorError) as error:
+            raise DataError(f"{path} cannot be read ({error}); run sp calibrate --fresh") from error
+
+    def verify(self) -> None:
+        """Compares every shard with its checksum.
+
+        Raises:
+            DataError: a shard is missing or is not what was written.
+        """
+        for record in self.prompts:
+            path = self.folder / record.file
+            try:
+                digest = hashlib.sha256(path.read_bytes()).hexdigest()
+            except OSError as error:
+                raise DataError(
+                    f"{path} cannot be read ({error}); run sp calibrate --fresh"
+                ) from error
+            if digest != record.sha256:
+                raise DataError(f"{path} is damaged (checksum); run sp calibrate --fresh")
+
+    def _write_index(self) -> None:
+        index: dict[str, Any] = {
+            "format_version": FORMAT_VERSION,
+            "config": self.config.to_dict(),
+            "fingerprint": asdict(self.fingerprint),
+            "prompts": [asdict(record) for record in self.prompts],
+        }
+        atomic_write_text(self.folder / INDEX, json.dumps(index, indent=1, sort_keys=True) + "\n")
+
+
+def _fingerprint(values: dict[str, Any]) -> Fingerprint:
+    return Fingerprint(**{**values, "geometry": ModelGeometry(**values["geometry"])})
+
+
+def _refuse_other(store: MapStore, config: CalibrateConfig, fingerprint: Fingerprint) -> None:
+    if store.config != config:
+        old, new = store.config.to_dict(), config.to_dict()
+        changed = ", ".join(
+            f"{name} {old[name]!r} there, {new[name]!r} now"
+            for name in new
+            if old[name] != new[name]
+        )
+        raise ConfigError(
+            f"{store.folder} holds a calibration with another configuration ({changed}); "
+            "use --fresh to replace it, or --out for another folder"
+        )
+    if store.fingerprint != fingerprint:
+        raise ConfigError(
+            f"{store.folder} holds a calibration of another model ({store.fingerprint} there, "
+            f"{fingerprint} now); use --fresh to replace it, or --out for another folder"
+        )
+
+
+def newest_calibration(root: Path) -> Path:
+    """The calibration under `root` that was changed last.
+
+    Raises:
+        DataError: there is none.
+    """
+    found = sorted(root.glob(f"*/calibration/{INDEX}"), key=lambda path: path.stat().st_mtime_ns)
+    if not found:
+        raise DataError(f"{root} holds no calibration; run sp calibrate first, or name its folder")
+    return found[-1].parent

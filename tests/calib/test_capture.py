@@ -1,0 +1,110 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from shareprefill.calib.capture import capture
+from shareprefill.errors import DataError, UnsupportedError
+from shareprefill.runtime.ops.pooled_attention import sample_rows
+from tests.support.tiny import tiny_llama, token_ids
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return tiny_llama()
+
+
+@torch.no_grad()
+def eager_attention(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    """The model's own attention probabilities, [L, H, N, N]."""
+    model.set_attn_implementation("eager")
+    try:
+        return torch.cat(model(input_ids=ids[None], output_attentions=True).attentions)
+    finally:
+        model.set_attn_implementation("sdpa")
+
+
+def pool(probabilities: torch.Tensor, rows: torch.Tensor, block: int) -> torch.Tensor:
+    columns = [piece.sum(-1) for piece in probabilities.split(block, dim=-1)]
+    return torch.stack(columns, -1)[:, :, rows].mean(-2)
+
+
+@pytest.mark.parametrize(("tokens", "block"), [(96, 16), (101, 16), (130, 32), (40, 64)])
+def test_maps_are_the_models_own_attention_by_block(model: Any, tokens: int, block: int) -> None:
+    ids = token_ids(tokens)
+    found = capture(model, ids, block_size=block, rows=(1, 4, 16))
+    probabilities = eager_attention(model, ids)
+    assert found.layers == (0, 1, 2)
+    for rows in (1, 4, 16):
+        chosen = sample_rows(tokens, block, rows)
+        expected = pool(probabilities, chosen, block)
+        actual = found.tensors[f"rows{rows}"].float()
+        torch.testing.assert_close(actual, expected, rtol=2e-3, atol=2e-4)
+    for index, start in enumerate(range(0, tokens, block)):
+        rows_of_block = torch.arange(start, min(start + block, tokens))[None]
+        expected = pool(probabilities, rows_of_block, block)[:, :, 0]
+        actual = found.tensors["full"][:, :, index].float()
+        torch.testing.assert_close(actual, expected, rtol=2e-3, atol=2e-4)
+    last = probabilities[:, :, -min(block, tokens) :].mean(-2)
+    vertical = torch.stack([piece.sum(-1) for piece in last.split(block, dim=-1)], -1)
+    torch.testing.assert_close(found.tensors["vertical"].float(), vertical, rtol=2e-3, atol=2e-4)
+
+
+def test_capture_changes_neither_output_nor_model(model: Any) -> None:
+    ids = token_ids(90)
+    caught: list[torch.Tensor] = []
+    handle = model.register_forward_hook(lambda _m, _i, out: caught.append(out.logits))
+    with torch.no_grad():
+        model(input_ids=ids[None], logits_to_keep=1)
+    capture(model, ids, block_size=16, rows=(1, 2, 4))
+    handle.remove()
+    own, captured = caught
+    torch.testing.assert_close(captured, own, rtol=1e-5, atol=1e-5)
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_only_full_attention_layers_are_captured() -> None:
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    torch.manual_seed(3)
+    mixed = Qwen2ForCausalLM(
+        Qwen2Config(
+            vocab_size=128,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=4,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            use_sliding_window=True,
+            sliding_window=20,
+            layer_types=["full_attention", "sliding_attention"] * 2,
+        )
+    ).eval()
+    assert capture(mixed, token_ids(80), block_size=16, rows=(1, 2, 4)).layers == (0, 2)
+
+
+def test_a_model_with_windows_alone_is_refused() -> None:
+    from transformers import MistralConfig, MistralForCausalLM
+
+    mistral = MistralForCausalLM(
+        MistralConfig(
+            vocab_size=128,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            sliding_window=20,
+        )
+    ).eval()
+    with pytest.raises(UnsupportedError, match="no layer with full causal attention"):
+        capture(mistral, token_ids(80), block_size=16, rows=(1, 2, 4))
+
+
+def test_queries_that_are_not_finite_are_refused() -> None:
+    broken = tiny_llama()
+    broken.model.layers[1].self_attn.q_proj.weight.data[0, 0] = torch.inf
+    with pytest.raises(DataError, match="not finite"):
+        capture(broken, token_ids(80), block_size=16, rows=(1, 2, 4))

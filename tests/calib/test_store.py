@@ -1,0 +1,121 @@
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from shareprefill.calib.capture import PromptMaps
+from shareprefill.calib.store import INDEX, MapStore, newest_calibration
+from shareprefill.config import CalibrateConfig
+from shareprefill.errors import ConfigError, DataError
+from shareprefill.models import Fingerprint, ModelGeometry
+
+CONFIG = CalibrateConfig(model="m", samples=3, length=512, block_size=64)
+MODEL = Fingerprint("llama", ModelGeometry(2, 4, 2, 16), "0" * 64)
+
+
+def maps() -> PromptMaps:
+    return PromptMaps((0, 1), {"full": torch.rand(2, 4, 8, 8).half()})
+
+
+def filled(folder: Path, prompts: int = 3) -> MapStore:
+    store = MapStore.begin(folder, CONFIG, MODEL, resume=True)
+    for number in range(prompts):
+        ids = torch.arange(number + 1)
+        store.add("needle", ids, f"digest{number}", maps())
+    return store
+
+
+def test_what_was_added_is_read_back(tmp_path: Path) -> None:
+    store = MapStore.begin(tmp_path, CONFIG, MODEL, resume=True)
+    added = [maps() for _ in range(3)]
+    for number, one in enumerate(added):
+        assert not store.complete
+        store.add("needle", torch.arange(number + 1), "digest", one)
+    opened = MapStore.open(tmp_path)
+    opened.verify()
+    assert opened.complete
+    assert (opened.config, opened.fingerprint, opened.layers) == (CONFIG, MODEL, (0, 1))
+    assert [record.tokens for record in opened.prompts] == [1, 2, 3]
+    for number, one in enumerate(added):
+        assert torch.equal(opened.load(number, "full")["full"], one.tensors["full"])
+
+
+def test_resuming_keeps_what_is_there(tmp_path: Path) -> None:
+    filled(tmp_path, prompts=2)
+    assert len(MapStore.begin(tmp_path, CONFIG, MODEL, resume=True).prompts) == 2
+    assert len(MapStore.begin(tmp_path, CONFIG, MODEL, resume=False).prompts) == 0
+    assert not list(tmp_path.glob("*.safetensors"))
+
+
+def test_another_configuration_is_refused_with_both_named(tmp_path: Path) -> None:
+    filled(tmp_path)
+    with pytest.raises(ConfigError, match="length 512 there, 1024 now"):
+        MapStore.begin(tmp_path, replace(CONFIG, length=1024), MODEL, resume=True)
+    other = replace(MODEL, geometry=ModelGeometry(3, 4, 2, 16))
+    with pytest.raises(ConfigError, match=r"layers=2.*layers=3"):
+        MapStore.begin(tmp_path, CONFIG, other, resume=True)
+    assert len(MapStore.open(tmp_path).prompts) == 3
+
+
+def test_a_damaged_shard_is_found(tmp_path: Path) -> None:
+    store = filled(tmp_path)
+    shard = tmp_path / store.prompts[1].file
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(DataError, match="maps-00001.*checksum"):
+        MapStore.open(tmp_path).verify()
+    shard.write_bytes(content[:100])
+    with pytest.raises(DataError, match="maps-00001.*cannot be read"):
+        store.load(1)
+    shard.unlink()
+    with pytest.raises(DataError, match="maps-00001.*cannot be read"):
+        store.verify()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "cannot be read"),
+        ("[]", "damaged"),
+        ("{}", "damaged"),
+        ('{"format_version": 99}', "format version 99"),
+    ],
+)
+def test_a_damaged_index_is_refused(tmp_path: Path, content: str, message: str) -> None:
+    filled(tmp_path)
+    (tmp_path / INDEX).write_text(content)
+    with pytest.raises(DataError, match=message):
+        MapStore.open(tmp_path)
+
+
+def test_an_unknown_option_in_the_index_is_refused(tmp_path: Path) -> None:
+    filled(tmp_path)
+    index = json.loads((tmp_path / INDEX).read_text())
+    index["config"]["colour"] = "red"
+    (tmp_path / INDEX).write_text(json.dumps(index))
+    with pytest.raises(DataError, match="colour"):
+        MapStore.open(tmp_path)
+
+
+def test_no_calibration(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="holds no calibration"):
+        MapStore.open(tmp_path)
+    with pytest.raises(DataError, match="holds no calibration"):
+        newest_calibration(tmp_path)
+
+
+def test_the_newest_calibration_is_found(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        filled(tmp_path / name / "calibration")
+    first, second = tmp_path / "a" / "calibration", tmp_path / "b" / "calibration"
+    assert newest_calibration(tmp_path) == second
+    stamp = (second / INDEX).stat().st_mtime_ns + 10**9
+    import os
+
+    os.utime(first / INDEX, ns=(stamp, stamp))
+    assert newest_calibration(tmp_path) == first
