@@ -120,8 +120,9 @@ class TrainConfig(Stage):
         code_size: Dimensions of a code.
         resolution: Side of the square that every map is pooled to before it is encoded.
         hidden: Width of the nonlinear branches.
-        epochs: Passes over the training maps at most.
-        patience: Epochs without a better validation loss before training stops.
+        epochs: Passes over the training maps at most, with each strength of variation tried.
+        patience: Epochs without a better validation loss before training stops. The loss may rise
+            while the learning rate is high and reach its best only as the rate falls.
         batch_size: Maps a step.
         learning_rate: AdamW's peak learning rate.
         seed: Seed of initialisation and shuffling.
@@ -130,8 +131,8 @@ class TrainConfig(Stage):
     code_size: int = 64
     resolution: int = 64
     hidden: int = 256
-    epochs: int = 200
-    patience: int = 20
+    epochs: int = 100
+    patience: int = 50
     batch_size: int = 128
     learning_rate: float = 1e-3
     seed: int = 0
@@ -206,6 +207,7 @@ class RuntimeConfig(Stage):
         sink_blocks: First key blocks that every query block reads.
         local_blocks: Last key blocks, the diagonal one among them, that every query block reads.
         min_tokens: Prompts shorter than this run dense; None: the device's measured crossover.
+        max_density: Heads whose pattern is denser are computed densely; None: measured, likewise.
     """
 
     policy: PolicyName = "auto"
@@ -218,11 +220,14 @@ class RuntimeConfig(Stage):
     sink_blocks: int = 1
     local_blocks: int = 2
     min_tokens: int | None = None
+    max_density: float | None = None
 
     def __post_init__(self) -> None:
         _require(self.policy in POLICIES, "policy", self.policy, f"one of {POLICIES}")
         if self.gamma is not None:
             _require_fraction("gamma", self.gamma)
+        if self.max_density is not None:
+            _require_fraction("max_density", self.max_density)
         if self.tau is not None:
             _require_distance("tau", self.tau)
         if self.delta is not None:

@@ -1,0 +1,1 @@
+"""Attention block maps as short codes: what a head looks like, whatever the prompt."""

@@ -1,0 +1,115 @@
+"""The training stage: a complete map store in; weights, codes and history beside it out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from shareprefill.autoencoder.dataset import MapDataset, Split
+from shareprefill.autoencoder.embedding import embed
+from shareprefill.autoencoder.losses import Losses
+from shareprefill.autoencoder.training import save_autoencoder, train_autoencoder
+from shareprefill.calib.capture import FULL
+from shareprefill.calib.store import MapStore
+from shareprefill.config import TrainConfig
+from shareprefill.errors import DataError
+from shareprefill.files import atomic_write_bytes, atomic_write_text, locked_folder
+
+WEIGHTS = "autoencoder.safetensors"
+CODES = "codes.safetensors"
+HISTORY = "history.json"
+
+
+@dataclass(frozen=True)
+class Training:
+    """What a training left beside its maps.
+
+    Attributes:
+        config: How it was trained.
+        split: Which prompts trained, stopped and measured it.
+        losses: On the held-out prompts.
+        epochs: Epochs run.
+    """
+
+    config: TrainConfig
+    split: Split
+    losses: Losses
+    epochs: int
+
+
+def load_maps(store: MapStore, resolution: int) -> MapDataset:
+    """The exact maps of all prompts and heads, at one resolution."""
+    prompts = [store.load(number, FULL)[FULL].flatten(0, 1) for number in range(len(store.prompts))]
+    return MapDataset.from_prompts(prompts, resolution)
+
+
+def train(
+    folder: Path, config: TrainConfig, *, on_epoch: Callable[[dict[str, Any]], None] | None = None
+) -> Training:
+    """Trains the autoencoder on a calibration's maps, and writes weights, codes and history.
+
+    Args:
+        folder: The calibration.
+        config: How to train.
+        on_epoch: Called with every epoch's entry of every trial.
+
+    Returns:
+        The training's configuration, split and losses.
+
+    Raises:
+        DataError: the calibration is missing, incomplete or damaged.
+    """
+    with locked_folder(folder):
+        store = MapStore.open(folder)
+        if not store.complete:
+            raise DataError(
+                f"{folder} has {len(store.prompts)} of {store.config.samples} prompts; run sp "
+                "calibrate again to finish it"
+            )
+        store.verify()
+        dataset = load_maps(store, config.resolution)
+        split = dataset.split([record.source for record in store.prompts])
+        trained = train_autoencoder(dataset.maps, config, split=split, on_epoch=on_epoch)
+        codes = embed(trained.network, dataset.maps).codes
+        training = Training(config, split, trained.losses, len(trained.history) - 1)
+        save_autoencoder(folder / WEIGHTS, trained, config)
+        atomic_write_bytes(folder / CODES, save({"codes": codes}))
+        history = {
+            "config": config.to_dict(),
+            "split": asdict(split),
+            "strength": trained.strength,
+            "trials": trained.trials,
+            "losses": asdict(trained.losses),
+            "epochs": trained.history,
+        }
+        atomic_write_text(folder / HISTORY, json.dumps(history, indent=1, sort_keys=True) + "\n")
+    return training
+
+
+def load_training(folder: Path) -> tuple[Training, Tensor]:
+    """A training's record and its codes, float32 `[P, K, Z]`.
+
+    Raises:
+        DataError: the calibration was not trained, or its files are damaged.
+    """
+    try:
+        history = json.loads((folder / HISTORY).read_text(encoding="utf-8"))
+        training = Training(
+            TrainConfig.from_dict(history["config"]),
+            Split(**{name: tuple(numbers) for name, numbers in history["split"].items()}),
+            Losses(**history["losses"]),
+            len(history["epochs"]) - 1,
+        )
+        with safe_open(folder / CODES, framework="pt") as file:
+            return training, file.get_tensor("codes")
+    except FileNotFoundError as error:
+        raise DataError(f"{folder} has no trained autoencoder; run sp train") from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+        raise DataError(f"{folder} has a damaged training ({error}); run sp train") from error
