@@ -1,8 +1,9 @@
-"""The prompt length below which dense attention is faster, as measured."""
+"""Where dense attention is faster, as measured."""
 
 from __future__ import annotations
 
-_CROSSOVER = {"cpu": 2048, "cuda": 4096}
+_TOKENS = {"cpu": 2048, "cuda": 4096}
+_DENSITY = {"cpu": 0.6, "cuda": 0.75}
 
 
 def crossover_tokens(device_type: str) -> int:
@@ -14,4 +15,16 @@ def crossover_tokens(device_type: str) -> int:
     Returns:
         Tokens.
     """
-    return _CROSSOVER.get(device_type, _CROSSOVER["cuda"])
+    return _TOKENS.get(device_type, _TOKENS["cuda"])
+
+
+def crossover_density(device_type: str) -> float:
+    """Density above which a head's dense attention takes less time than its pattern.
+
+    Args:
+        device_type: `cpu`, `cuda`, ...; unknown ones take the GPU's value.
+
+    Returns:
+        Computed blocks over causal blocks, in (0, 1).
+    """
+    return _DENSITY.get(device_type, _DENSITY["cuda"])

@@ -57,6 +57,7 @@ class RuntimePlan:
         check_rows: Rows a block of the check before sharing.
         sink_blocks: Leading key blocks always read.
         local_blocks: Trailing causal key blocks always read.
+        max_density: Density above which a head is computed densely; None: the device's crossover.
     """
 
     layers: tuple[tuple[HeadPlan, ...], ...]
@@ -69,6 +70,7 @@ class RuntimePlan:
     check_rows: int
     sink_blocks: int
     local_blocks: int
+    max_density: float | None
 
 
 def make_plan(artifact: Artifact, config: RuntimeConfig) -> RuntimePlan:
@@ -123,6 +125,7 @@ def make_plan(artifact: Artifact, config: RuntimeConfig) -> RuntimePlan:
         check_rows=_chosen(config.check_rows, rows.check),
         sink_blocks=config.sink_blocks,
         local_blocks=config.local_blocks,
+        max_density=config.max_density,
     )
 
 

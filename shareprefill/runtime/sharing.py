@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from shareprefill.artifact import Policy
+from shareprefill.runtime.crossover import crossover_density
 from shareprefill.runtime.interface import causal_attention
 from shareprefill.runtime.ops.block_sparse_attention import block_sparse_attention
 from shareprefill.runtime.ops.blocks import BlockLists, causal_blocks
@@ -254,8 +255,9 @@ class LayerPass:
         )
 
     def _profiles(self, heads: list[int]) -> tuple[Tensor, Tensor]:
+        # The last rows read all keys, twice as many as a row does on average.
         rows = min(self.plan.block_size, self.query.shape[1])
-        self._charge(heads, rows / self.query.shape[1])
+        self._charge(heads, 2 * rows / self.query.shape[1])
         return vertical_slash_profile(
             self.query,
             self.key,
@@ -287,6 +289,7 @@ class LayerPass:
         return torch.tensor(heads, dtype=torch.int64, device=self.query.device)
 
     def _compute(self) -> None:
+        bitmap, pattern = self._distinct()
         dense = [
             h for h in range(len(self.heads)) if h not in self.patterns and h not in self.computed
         ]
@@ -300,14 +303,16 @@ class LayerPass:
                 scale=self.scale,
             )
         if self.patterns:
-            bitmap, pattern = self._distinct()
             lists = BlockLists.from_bitmap(bitmap, pattern, self.plan.block_size)
             block_sparse_attention(
                 self.query, self.key, self.value, lists, scale=self.scale, out=self.out
             )
 
     def _distinct(self) -> tuple[Tensor, Tensor]:
-        """The distinct patterns with the blocks that are always read, and each head's index."""
+        """The distinct patterns with the blocks that are always read, and each head's index.
+
+        Heads whose pattern would take longer than dense attention lose it, and are dense.
+        """
         always = always_blocks(
             self.query.shape[1],
             self.key.shape[1],
@@ -318,14 +323,29 @@ class LayerPass:
         )
         numbers: dict[int, int] = {}
         distinct: list[Tensor] = []
-        pattern = [-1] * len(self.heads)
-        for h, tensor in self.patterns.items():
+        for tensor in self.patterns.values():
             if id(tensor) not in numbers:
                 numbers[id(tensor)] = len(distinct)
                 distinct.append((tensor | always) & self.causal)
-            self.patterns[h] = distinct[numbers[id(tensor)]]
-            pattern[h] = numbers[id(tensor)]
-        return torch.stack(distinct), torch.tensor(pattern, device=self.query.device)
+        bitmap = torch.stack(distinct) if distinct else always[:0, None]
+        counts = bitmap.sum((1, 2)).tolist()
+        most = self._max_density() * int(self.causal.sum())
+        pattern = [-1] * len(self.heads)
+        for h, tensor in list(self.patterns.items()):
+            number = numbers[id(tensor)]
+            if counts[number] > most:
+                del self.patterns[h]
+                if self.policies[h] is not Policy.PIVOT:
+                    self.policies[h] = Policy.DENSE
+            else:
+                self.patterns[h] = distinct[number]
+                pattern[h] = number
+        return bitmap, torch.tensor(pattern, device=self.query.device)
+
+    def _max_density(self) -> float:
+        if self.plan.max_density is not None:
+            return self.plan.max_density
+        return crossover_density(self.query.device.type)
 
     def _record(self, measure_recall: bool) -> LayerRecord:
         causal = self.causal.sum()

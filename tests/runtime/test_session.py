@@ -14,8 +14,8 @@ from tests.support.tiny import BLOCK, tiny_artifact, tiny_llama, token_ids
 
 P, S, R, V = Policy.PIVOT, Policy.SHARE, Policy.SAMPLED, Policy.VERTICAL_SLASH
 POLICIES = [[P, S, R, V], [S, S, P, R], [V, R, S, S]]
-EVERYTHING = RuntimeConfig(gamma=1.0, tau=1.0, min_tokens=0)
-SPARSE = RuntimeConfig(gamma=0.6, min_tokens=0)
+EVERYTHING = RuntimeConfig(gamma=1.0, tau=1.0, min_tokens=0, max_density=1.0)
+SPARSE = RuntimeConfig(gamma=0.6, min_tokens=0, max_density=1.0)
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 
 

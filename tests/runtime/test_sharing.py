@@ -53,7 +53,10 @@ def run(
     layer: int = 0,
     **changes: Any,
 ):
-    plan = make_plan(tiny_artifact(model, policies, **changes), config or RuntimeConfig())
+    config = config or RuntimeConfig()
+    if config.max_density is None:
+        config = replace(config, max_density=1.0)
+    plan = make_plan(tiny_artifact(model, policies, **changes), config)
     layer_pass = LayerPass(plan, layer, store or PivotStore(), **inputs, scale=0.25)
     out, record = layer_pass.run(measure_recall=True)
     return out, record, layer_pass
@@ -75,7 +78,7 @@ def test_everything_selected_is_dense_attention(
     model: Any, row: list[Policy], n_query: int, n_key: int
 ) -> None:
     inputs = tensors(n_query, n_key)
-    config = RuntimeConfig(gamma=1.0, tau=1.0, delta=0.0)
+    config = RuntimeConfig(gamma=1.0, tau=1.0, delta=0.0, max_density=1.0)
     out, record, _ = run(model, [row, [D] * 4, [D] * 4], inputs, config)
     torch.testing.assert_close(out, dense(inputs), rtol=1e-4, atol=1e-5)
     assert list(record.policies) == row
@@ -193,6 +196,20 @@ def test_the_papers_rule(model: Any) -> None:
     assert list(unlike.policies) == [P, V, P, V]
     _, sparse, _ = run(model, policies, inputs, replace(config, delta=0.0), cluster=cluster)
     assert list(sparse.policies) == [V] * 4
+
+
+def test_heads_denser_than_the_crossover_are_computed_densely(model: Any) -> None:
+    inputs = tensors(320, 320)
+    row = [P, S, R, V]
+    config = RuntimeConfig(gamma=1.0, tau=1.0, delta=0.0, max_density=0.5)
+    out, record, layer_pass = run(model, [row, [D] * 4, [D] * 4], inputs, config)
+    torch.testing.assert_close(out, dense(inputs), rtol=1e-4, atol=1e-5)
+    assert list(record.policies) == [P, D, D, D]
+    assert record.blocks.tolist() == [record.causal] * 4
+    assert not layer_pass.patterns
+    _, sparse, _ = run(model, [row, [D] * 4, [D] * 4], inputs, replace(config, gamma=0.1))
+    assert list(sparse.policies) == row
+    assert (sparse.blocks < record.causal).all()
 
 
 def test_options_go_before_the_artifact(model: Any) -> None:

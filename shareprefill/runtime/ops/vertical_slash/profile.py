@@ -7,8 +7,8 @@ from torch.nn.functional import pad
 
 from shareprefill.runtime.ops.blocks import count_blocks
 
-# Weights of one step, `[heads, rows, keys]` in float32.
-WEIGHT_BYTES = 256 * 2**20
+# Weights of one step, `[heads, rows, keys]` in float32: what fills a GPU, or a CPU's cache.
+WEIGHT_BYTES = {"cuda": 256 * 2**20, "cpu": 4 * 2**20}
 
 
 def profile_last_rows(
@@ -30,7 +30,8 @@ def profile_last_rows(
         groups = torch.arange(n_groups, device=key.device)
     else:
         rows, groups, shared = rows[heads], heads // shared, 1
-    step = max(1, WEIGHT_BYTES // (4 * shared * n_rows * n_k_tokens))
+    budget = WEIGHT_BYTES.get(query.device.type, WEIGHT_BYTES["cuda"])
+    step = max(1, budget // (4 * shared * n_rows * n_k_tokens))
     parts = []
     for start in range(0, len(rows), step):
         some = slice(start, start + step)
