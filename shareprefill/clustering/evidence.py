@@ -1,0 +1,174 @@
+"""What every policy would have covered and cost on the held-out prompts, head by head.
+
+Costs are shares of the time of a head's dense causal attention: the blocks of its pattern, which
+take a little longer each than in a dense kernel, and the work of choosing it (logits are half of
+attention's products, so r of B rows cost r / 2B).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from shareprefill.calib.capture import FULL, SLASH, VERTICAL, rows_key
+from shareprefill.calib.store import MapStore
+from shareprefill.config import RuntimeConfig
+from shareprefill.runtime.ops.blocks import causal_blocks
+from shareprefill.runtime.patterns import (
+    always_blocks,
+    cumulative_pattern,
+    distance_to_uniform,
+    js_distance,
+    recall,
+    vertical_slash_pattern,
+)
+
+# Attention mass that a pattern may be asked to cover: the choices for every head.
+GAMMAS = (
+    *(0.5, 0.6, 0.7, 0.75, 0.8, 0.84, 0.87, 0.9),
+    *(0.92, 0.935, 0.95, 0.96, 0.97, 0.98, 0.99),
+)
+
+# Time of a block in a block-sparse kernel over its time in a dense one: 1.2 to 1.3 for
+# FlashAttention-4 on an H100 at 32K tokens, 1.5 for the blockwise implementation on a CPU.
+SPARSE_OVERHEAD = 1.3
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One selector on the held-out prompts: means over prompts.
+
+    Attributes:
+        recall: float64 `[gammas, K]`.
+        density: float64 `[gammas, K]`, blocks computed over causal blocks.
+        work: Selection work.
+    """
+
+    recall: Tensor
+    density: Tensor
+    work: float
+
+    @property
+    def cost(self) -> Tensor:
+        """Predicted cost, float64 `[gammas, K]`."""
+        return SPARSE_OVERHEAD * self.density + self.work
+
+
+@dataclass(frozen=True)
+class _Prompt:
+    full: Tensor
+    pivot: Tensor
+    check: Tensor
+    always: Tensor
+    causal: Tensor
+
+
+class Evidence:
+    """Measures the policies on held-out prompts.
+
+    Args:
+        store: A complete calibration.
+        prompts: Numbers of the held-out prompts.
+        pivot_rows: Query rows a block of a pivot's map; 0 for all of them.
+    """
+
+    def __init__(self, store: MapStore, prompts: Sequence[int], pivot_rows: int) -> None:
+        self.block_size = store.config.block_size
+        self.check_rows, self.sample_rows, _ = store.config.rows
+        self.pivot_rows = pivot_rows
+        self._prompts: list[_Prompt] = []
+        self._distances: dict[tuple[int, int], list[float]] = {}
+        sampled, slashes, pivots, spreads = [], [], [], []
+        works = []
+        pairs: Tensor | None = None
+        runtime = RuntimeConfig()
+        for number in prompts:
+            maps = {name: t.float() for name, t in store.load(number).items()}
+            tokens = store.prompts[number].tokens
+            full = maps[FULL].flatten(0, 1)
+            causal = causal_blocks(tokens, 0, self.block_size)
+            always = always_blocks(
+                tokens,
+                tokens,
+                self.block_size,
+                sink=runtime.sink_blocks,
+                local=runtime.local_blocks,
+                device=full.device,
+            )
+            pivot_name = rows_key(pivot_rows) if pivot_rows else FULL
+            prompt = _Prompt(
+                full=full,
+                pivot=maps[pivot_name].flatten(0, 1),
+                check=maps[rows_key(self.check_rows)].flatten(0, 1),
+                always=always,
+                causal=causal,
+            )
+            self._prompts.append(prompt)
+            vertical, slash = maps[VERTICAL].flatten(0, 1), maps[SLASH].flatten(0, 1)
+            sample = maps[rows_key(self.sample_rows)].flatten(0, 1)
+            sampled.append(self._table(prompt, lambda g, s=sample: cumulative_pattern(s, g)))
+            pivots.append(self._table(prompt, lambda g, p=prompt.pivot: cumulative_pattern(p, g)))
+            slashes.append(
+                self._table(
+                    prompt,
+                    lambda g, v=vertical, s=slash, n=tokens: vertical_slash_pattern(
+                        v, s, torch.full((len(v),), g), n, n, self.block_size
+                    ),
+                )
+            )
+            # The last rows read all keys, twice as many as a row does on average.
+            works.append(min(self.block_size, tokens) / tokens)
+            spreads.append(distance_to_uniform(vertical[:, None, :], causal[-1:]))
+            covered = self._pairs(prompt)
+            pairs = covered if pairs is None else pairs + covered
+        assert pairs is not None
+        half = 2 * self.block_size
+        self.sampled = _mean(sampled, self.sample_rows / half)
+        self.vertical_slash = _mean(slashes, sum(works) / len(works))
+        self.pivots = _mean(pivots, pivot_rows / half)
+        # [gammas, K, K]: recall of head h under the pattern of pivot p.
+        self.pairs = pairs / len(self._prompts)
+        # Distance of the last block's distribution to uniform, the least over prompts.
+        self.spread = torch.stack(spreads).min(0).values
+        self.check_work = self.check_rows / half
+
+    @property
+    def heads(self) -> int:
+        """K, all captured heads."""
+        return len(self.spread)
+
+    def distances(self, head: int, pivot: int) -> list[float]:
+        """JS distance of a head's check to a pivot, on every held-out prompt (kept once found)."""
+        key = (head, pivot)
+        if key not in self._distances:
+            self._distances[key] = [
+                js_distance(prompt.check[head], prompt.pivot[pivot]).mean().item()
+                for prompt in self._prompts
+            ]
+        return self._distances[key]
+
+    def _table(self, prompt: _Prompt, pattern_for) -> tuple[Tensor, Tensor]:
+        recalls, densities = [], []
+        for gamma in GAMMAS:
+            pattern = (pattern_for(gamma) | prompt.always) & prompt.causal
+            recalls.append(recall(prompt.full, pattern).double())
+            densities.append(pattern.sum((-1, -2)) / prompt.causal.sum())
+        return torch.stack(recalls), torch.stack(densities).double()
+
+    def _pairs(self, prompt: _Prompt) -> Tensor:
+        """Recall of every head under every head's pivot pattern, `[gammas, K, K]` float64."""
+        inside = prompt.full.flatten(1)
+        rows = prompt.full.shape[1]
+        found = []
+        for gamma in GAMMAS:
+            pattern = (cumulative_pattern(prompt.pivot, gamma) | prompt.always) & prompt.causal
+            found.append((inside @ pattern.flatten(1).float().T).double().div(rows).clamp(max=1))
+        return torch.stack(found)
+
+
+def _mean(tables: list[tuple[Tensor, Tensor]], work: float) -> Measured:
+    recalls = torch.stack([t[0] for t in tables]).mean(0)
+    return Measured(recalls, torch.stack([t[1] for t in tables]).mean(0), work)

@@ -1,0 +1,188 @@
+"""The clustering stage: a trained calibration in, an artifact out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shareprefill.artifact import Artifact, Policy, Rows, Thresholds
+from shareprefill.autoencoder.embedding import Consensus, consensus
+from shareprefill.autoencoder.pipeline import WEIGHTS, Training, load_maps, load_training
+from shareprefill.autoencoder.training import load_autoencoder
+from shareprefill.calib.store import MapStore
+from shareprefill.clustering.distances import code_distances, gamma_patterns, jaccard_distances
+from shareprefill.clustering.evidence import Evidence
+from shareprefill.clustering.hierarchy import build_linkage, candidate_counts, cut, silhouette
+from shareprefill.clustering.policies import Choice, alone, share, total_cost
+from shareprefill.config import ClusterConfig
+from shareprefill.errors import ConfigError, DataError
+
+
+@dataclass(frozen=True)
+class Clustering:
+    """One number of clusters, and what it would cost.
+
+    Attributes:
+        k: Clusters.
+        cost: Predicted cost of all heads on held-out prompts, as a share of dense attention.
+        silhouette: Of the labels; NaN where it is not defined.
+        sharing: Heads that share another head's pattern.
+    """
+
+    k: int
+    cost: float
+    silhouette: float
+    sharing: int
+
+
+def cluster(folder: Path, config: ClusterConfig) -> tuple[Artifact, list[Clustering]]:
+    """Clusters a calibration's heads and chooses every head's policy.
+
+    Consensus maps, distances and clusters come from the prompts that are not held out; the policy
+    of every head, and the number of clusters where it is not given, from those that are.
+
+    Args:
+        folder: A trained calibration.
+        config: Metric, linkage, targets and thresholds.
+
+    Returns:
+        The artifact, and every number of clusters that was tried, in ascending order.
+
+    Raises:
+        ConfigError: k is larger than the number of heads, or `pivot_rows` was not captured.
+        DataError: the calibration is missing, incomplete or damaged.
+    """
+    store = MapStore.open(folder)
+    training, codes = load_training(folder)
+    if codes.shape[0] != len(store.prompts):
+        raise DataError(f"{folder} was trained on other maps than it holds; run sp train")
+    store.verify()
+    distances, agreed = _distances(store, folder, training, codes, config)
+    heads = len(distances)
+    if config.k is not None and config.k > heads:
+        raise ConfigError(f"k = {config.k} is larger than the number of heads ({heads})")
+    linkage = build_linkage(distances, config.linkage)
+    layers = torch.arange(len(store.layers)).repeat_interleave(heads // len(store.layers))
+    best: tuple[float, Evidence, list[Choice], Tensor] | None = None
+    tried: dict[int, Clustering] = {}
+    for pivot_rows in _pivot_rows(store, config):
+        evidence = Evidence(store, training.split.held_out, pivot_rows)
+        singles = alone(evidence, config)
+        for k in candidate_counts(heads) if config.k is None else [config.k]:
+            labels = cut(linkage, k)
+            choices = share(labels, layers, singles, evidence, config)
+            cost = total_cost(choices)
+            if k not in tried or cost < tried[k].cost:
+                sharing = sum(c.policy is Policy.SHARE for c in choices)
+                score = silhouette(distances, labels)
+                tried[k] = Clustering(k, cost, score, sharing)
+            if best is None or cost < best[0]:
+                best = (cost, evidence, choices, labels)
+    assert best is not None
+    _, evidence, choices, labels = best
+    trials = [tried[k] for k in sorted(tried)]
+    artifact = _artifact(store, training, config, evidence, choices, labels, agreed)
+    return artifact, trials
+
+
+def _pivot_rows(store: MapStore, config: ClusterConfig) -> tuple[int, ...]:
+    captured = (0, *store.config.rows[1:])
+    if config.pivot_rows is None:
+        return captured
+    if config.pivot_rows not in captured:
+        raise ConfigError(
+            f"pivot_rows = {config.pivot_rows} was not captured: it must be one of {captured} "
+            "(0: all rows)"
+        )
+    return (config.pivot_rows,)
+
+
+def _distances(
+    store: MapStore, folder: Path, training: Training, codes: Tensor, config: ClusterConfig
+) -> tuple[Tensor, Consensus]:
+    known = sorted((*training.split.train, *training.split.validation))
+    network = load_autoencoder(folder / WEIGHTS)
+    agreed = consensus(network, codes, known)
+    if config.metric == "code":
+        return code_distances(agreed.code), agreed
+    maps = agreed.maps
+    if config.metric == "jaccard-raw":
+        maps = load_maps(store, training.config.resolution).maps[known].mean(0)
+    return jaccard_distances(gamma_patterns(maps, config.gamma)), agreed
+
+
+def _artifact(
+    store: MapStore,
+    training: Training,
+    config: ClusterConfig,
+    evidence: Evidence,
+    choices: list[Choice],
+    labels: Tensor,
+    agreed: Consensus,
+) -> Artifact:
+    geometry = store.fingerprint.geometry
+    layers, heads = geometry.layers, geometry.heads
+    # Captured heads are numbered one after the other; the artifact counts all layers.
+    captured = torch.tensor(store.layers)
+
+    def spread(values: list[Any] | Tensor, dtype: torch.dtype, missing: float) -> Tensor:
+        found = torch.as_tensor(values, dtype=dtype)
+        full = torch.full((layers, heads, *found.shape[1:]), missing, dtype=dtype)
+        full[captured] = found.unflatten(0, (len(captured), heads))
+        return full
+
+    def head_id(number: int) -> int:
+        return number if number < 0 else int(captured[number // heads]) * heads + number % heads
+
+    fallbacks = [c.policy if c.fallback is None else c.fallback for c in choices]
+    return Artifact(
+        model=store.config.model,
+        fingerprint=store.fingerprint,
+        cluster=spread(labels, torch.int32, -1),
+        policy=spread([int(c.policy) for c in choices], torch.int8, int(Policy.DENSE)),
+        pivot=spread([head_id(c.pivot) for c in choices], torch.int32, -1),
+        fallback=spread([int(f) for f in fallbacks], torch.int8, int(Policy.DENSE)),
+        gamma=spread([c.gamma for c in choices], torch.float32, 1.0),
+        fallback_gamma=spread(
+            [c.gamma if c.fallback is None else c.fallback_gamma for c in choices],
+            torch.float32,
+            1.0,
+        ),
+        tau=spread([c.tau for c in choices], torch.float32, 0.0),
+        recall=spread([c.recall for c in choices], torch.float32, 1.0),
+        density=spread([c.density for c in choices], torch.float32, 1.0),
+        instability=spread(agreed.instability, torch.float32, 0.0),
+        code=spread(agreed.code, torch.float32, 0.0),
+        block_size=store.config.block_size,
+        thresholds=Thresholds(gamma=config.gamma, tau=config.tau, delta=config.delta),
+        rows=Rows(
+            pivot=evidence.pivot_rows, sample=evidence.sample_rows, check=evidence.check_rows
+        ),
+        configuration={
+            "calibrate": store.config.to_dict(),
+            "train": training.config.to_dict(),
+            "cluster": config.to_dict(),
+        },
+        summary=_summary(store, training, choices, labels),
+    )
+
+
+def _summary(
+    store: MapStore, training: Training, choices: list[Choice], labels: Tensor
+) -> dict[str, Any]:
+    recalls = sorted(c.recall for c in choices)
+    worst = recalls[: max(1, len(recalls) // 20)]
+    return {
+        "clusters": int(labels.max()) + 1,
+        "sharing_heads": sum(c.policy is Policy.SHARE for c in choices),
+        "cost": round(total_cost(choices), 6),
+        "density": round(sum(c.density for c in choices) / len(choices), 6),
+        "recall": round(sum(recalls) / len(recalls), 6),
+        "recall_worst_5_percent": round(sum(worst) / len(worst), 6),
+        "held_out_prompts": [store.prompts[n].source for n in training.split.held_out],
+        "held_out_tokens": [store.prompts[n].tokens for n in training.split.held_out],
+    }

@@ -1,0 +1,102 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from shareprefill.artifact import Policy, artifact_bytes
+from shareprefill.autoencoder.pipeline import load_training, train
+from shareprefill.calib.pipeline import capture_maps
+from shareprefill.calib.store import MapStore
+from shareprefill.clustering.evidence import GAMMAS, Evidence
+from shareprefill.clustering.pipeline import cluster
+from shareprefill.config import CalibrateConfig, ClusterConfig, TrainConfig
+from shareprefill.errors import ConfigError, DataError
+from shareprefill.runtime.patterns import recall
+from tests.support.checkpoint import save_checkpoint, small_calibration
+
+TRAIN = TrainConfig(epochs=3, hidden=16, resolution=16, code_size=8)
+
+
+@pytest.fixture(scope="module")
+def calibration(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    checkpoint = save_checkpoint(tmp_path_factory.mktemp("model"))
+    folder = tmp_path_factory.mktemp("calibration")
+    capture_maps(CalibrateConfig(**small_calibration(checkpoint, samples=6)), folder)
+    train(folder, TRAIN)
+    return folder
+
+
+def test_same_inputs_give_the_same_bytes(calibration: Path) -> None:
+    config = ClusterConfig(target_recall=0.8)
+    first, second = (artifact_bytes(cluster(calibration, config)[0]) for _ in range(2))
+    assert first == second
+
+
+def test_training_again_gives_the_same_codes(calibration: Path) -> None:
+    _, before = load_training(calibration)
+    train(calibration, TRAIN)
+    assert torch.equal(load_training(calibration)[1], before)
+
+
+@pytest.mark.parametrize("metric", ["jaccard", "jaccard-raw", "code"])
+@pytest.mark.parametrize("linkage", ["average", "complete", "single"])
+def test_metrics_and_linkages(calibration: Path, metric: str, linkage: str) -> None:
+    config = ClusterConfig.from_dict({"k": 3, "metric": metric, "linkage": linkage})
+    artifact, trials = cluster(calibration, config)
+    assert [trial.k for trial in trials] == [3]
+    assert sorted(artifact.cluster.unique().tolist()) == [0, 1, 2]
+
+
+def test_auto_takes_the_least_predicted_cost(calibration: Path) -> None:
+    artifact, trials = cluster(calibration, ClusterConfig(target_recall=0.8))
+    assert len(trials) > 3
+    assert artifact.summary["cost"] == pytest.approx(min(t.cost for t in trials), abs=1e-6)
+    assert (artifact.recall >= 0.8 - 1e-6).all()
+
+
+def test_more_clusters_than_heads_are_refused(calibration: Path) -> None:
+    with pytest.raises(ConfigError, match=r"k = 13 is larger than the number of heads \(12\)"):
+        cluster(calibration, ClusterConfig(k=13))
+
+
+def test_pivot_rows_that_were_not_captured_are_refused(calibration: Path) -> None:
+    with pytest.raises(ConfigError, match="pivot_rows = 5 was not captured"):
+        cluster(calibration, ClusterConfig(pivot_rows=5))
+
+
+def test_an_untrained_calibration_is_refused(tmp_path: Path) -> None:
+    checkpoint = save_checkpoint(tmp_path / "model")
+    capture_maps(CalibrateConfig(**small_calibration(checkpoint, samples=3)), tmp_path / "out")
+    with pytest.raises(DataError, match="no trained autoencoder; run sp train"):
+        cluster(tmp_path / "out", ClusterConfig())
+
+
+def test_evidence_is_measured_on_the_exact_maps(calibration: Path) -> None:
+    """Every head's recall under every pivot's pattern, recomputed pair by pair."""
+    store = MapStore.open(calibration)
+    evidence = Evidence(store, [2, 5], pivot_rows=0)
+    g = GAMMAS.index(0.9)
+    expected = torch.zeros(12, 12, dtype=torch.float64)
+    from shareprefill.runtime.patterns import always_blocks, cumulative_pattern
+
+    for number in (2, 5):
+        full = store.load(number, "full")["full"].float().flatten(0, 1)
+        tokens = store.prompts[number].tokens
+        always = always_blocks(tokens, tokens, 32, sink=1, local=2, device=full.device)
+        for pivot in range(12):
+            pattern = cumulative_pattern(full[pivot], 0.9) | always
+            expected[:, pivot] += recall(full, pattern).double() / 2
+    torch.testing.assert_close(evidence.pairs[g], expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(evidence.pivots.recall[g], expected.diagonal(), rtol=1e-5, atol=1e-5)
+    assert evidence.pivots.work == 0.0
+    assert (evidence.pivots.recall[g] >= 0.9 - 1e-3).all()
+    assert (evidence.sampled.recall <= 1).all()
+    assert evidence.distances(3, 3)[0] < evidence.distances(3, 9)[0] + 1e-6
+
+
+def test_the_policies_of_an_artifact_are_consistent(calibration: Path) -> None:
+    artifact, _ = cluster(calibration, ClusterConfig(k=2, target_recall=0.7, tau=1.0))
+    sharing = artifact.policy == int(Policy.SHARE)
+    assert (artifact.pivot[~sharing & (artifact.policy != int(Policy.PIVOT))] == -1).all()
