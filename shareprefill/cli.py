@@ -1,0 +1,356 @@
+"""The command `sp`: parses, builds a configuration, calls one function, prints."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from shareprefill import __version__
+from shareprefill.config import (
+    LINKAGES,
+    METRICS,
+    POLICIES,
+    CalibrateConfig,
+    ClusterConfig,
+    RuntimeConfig,
+    TrainConfig,
+)
+from shareprefill.errors import ConfigError, DataError, ShareprefillError
+
+ARTIFACTS = Path("artifacts")
+CLUSTERS = Path("clusters.st")
+
+# Defaults are read off the configurations, where alone they live.
+_CALIBRATE = CalibrateConfig(model="-")
+_TRAIN = TrainConfig()
+_CLUSTER = ClusterConfig()
+_RUN = RuntimeConfig()
+
+app = typer.Typer(
+    name="sp",
+    help="Make long prompts cheap: calibrate a model's attention patterns, cluster its heads, and "
+    "run its prefill with shared sparse attention.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+ModelOption = Annotated[
+    str, typer.Option("--model", help="Hub id, local folder, or the built-in sp-tiny.")
+]
+DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
+DtypeOption = Annotated[
+    str, typer.Option(help="auto (float32 on a CPU), float32, bfloat16 or float16.")
+]
+RemoteCodeOption = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run code from the model's repository.")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")]
+CalibrationArgument = Annotated[
+    Path | None,
+    typer.Argument(help="Calibration folder; the newest one under artifacts/ by default."),
+]
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    """Shared sparse attention patterns for long prompts."""
+    if version:
+        typer.echo(f"sp {__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def calibrate(
+    model: ModelOption,
+    data: Annotated[
+        list[str],
+        typer.Option(
+            help="Data set: retr_kv, retr_passkey, retr_number, math_find, code_run, "
+            "variable_tracking, needle, text, mixture (all of these), a .jsonl, .json or .txt "
+            "file, a folder of them, or hub:<dataset>:<config>:<split>. May be repeated."
+        ),
+    ] = list(_CALIBRATE.data),  # noqa: B006
+    samples: Annotated[int, typer.Option(help="Prompts in all.")] = _CALIBRATE.samples,
+    length: Annotated[int, typer.Option(help="Tokens a prompt.")] = _CALIBRATE.length,
+    block_size: Annotated[int, typer.Option(help="Tokens a block.")] = _CALIBRATE.block_size,
+    seed: Annotated[int, typer.Option(help="Seed of prompts and training.")] = _CALIBRATE.seed,
+    device: DeviceOption = _CALIBRATE.device,
+    dtype: DtypeOption = _CALIBRATE.dtype,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder; artifacts/<model>/calibration by default.")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume/--fresh", help="Go on with a killed run, or start anew.")
+    ] = True,
+    trust_remote_code: RemoteCodeOption = False,
+) -> None:
+    """Capture block-pooled attention maps on prompts, and train the autoencoder on them."""
+    config = CalibrateConfig(
+        model=model,
+        data=tuple(data),
+        samples=samples,
+        length=length,
+        block_size=block_size,
+        seed=seed,
+        device=device,
+        dtype=dtype,
+    )
+    from shareprefill.autoencoder.pipeline import train as train_stage
+    from shareprefill.calib.pipeline import capture_maps
+    from shareprefill.console import progress, show_training
+    from shareprefill.models import model_slug
+
+    folder = out or ARTIFACTS / model_slug(model) / "calibration"
+    with progress("prompts") as advance:
+        capture_maps(
+            config,
+            folder,
+            resume=resume,
+            trust_remote_code=trust_remote_code,
+            progress=advance,
+        )
+    show_training(folder, train_stage(folder, TrainConfig(seed=seed)))
+
+
+@app.command()
+def train(
+    calibration: CalibrationArgument = None,
+    code_size: Annotated[int, typer.Option(help="Dimensions of a code.")] = _TRAIN.code_size,
+    resolution: Annotated[
+        int, typer.Option(help="Side that maps are pooled to.")
+    ] = _TRAIN.resolution,
+    hidden: Annotated[int, typer.Option(help="Width of the network.")] = _TRAIN.hidden,
+    epochs: Annotated[int, typer.Option(help="Epochs at most.")] = _TRAIN.epochs,
+    patience: Annotated[
+        int, typer.Option(help="Epochs without progress before it stops.")
+    ] = _TRAIN.patience,
+    batch_size: Annotated[int, typer.Option(help="Maps a step.")] = _TRAIN.batch_size,
+    learning_rate: Annotated[float, typer.Option(help="Peak rate.")] = _TRAIN.learning_rate,
+    seed: Annotated[int, typer.Option(help="Seed.")] = _TRAIN.seed,
+) -> None:
+    """Train the autoencoder of a calibration again."""
+    config = TrainConfig(
+        code_size=code_size,
+        resolution=resolution,
+        hidden=hidden,
+        epochs=epochs,
+        patience=patience,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        seed=seed,
+    )
+    from shareprefill.autoencoder.pipeline import train as train_stage
+    from shareprefill.console import show_training
+
+    folder = _calibration(calibration)
+    show_training(folder, train_stage(folder, config))
+
+
+@app.command()
+def cluster(
+    calibration: CalibrationArgument = None,
+    k: Annotated[str, typer.Option(help="Number of clusters, or auto.")] = "auto",
+    metric: Annotated[str, typer.Option(help=f"One of {', '.join(METRICS)}.")] = _CLUSTER.metric,
+    linkage: Annotated[str, typer.Option(help=f"One of {', '.join(LINKAGES)}.")] = _CLUSTER.linkage,
+    min_size: Annotated[
+        int, typer.Option(help="Heads that a sharing cluster needs.")
+    ] = _CLUSTER.min_size,
+    target_recall: Annotated[
+        float, typer.Option(help="Attention mass that every head's pattern must cover.")
+    ] = _CLUSTER.target_recall,
+    gamma: Annotated[
+        float, typer.Option(help="Attention mass of the patterns that are compared.")
+    ] = _CLUSTER.gamma,
+    tau: Annotated[
+        float, typer.Option(help="JS distance to the pivot under which a head shares.")
+    ] = _CLUSTER.tau,
+    delta: Annotated[
+        float, typer.Option(help="JS distance to uniform above which a head is highly sparse.")
+    ] = _CLUSTER.delta,
+    pivot_rows: Annotated[
+        str,
+        typer.Option(help="Query rows a block of a pivot's map: auto, 0 (all rows), or a number."),
+    ] = "auto",
+    out: Annotated[Path, typer.Option(help="The artifact to write.")] = CLUSTERS,
+) -> None:
+    """Cluster the heads of a calibration, choose every head's policy, and write the artifact."""
+    config = ClusterConfig.from_dict(
+        {
+            "k": _number_or_auto("k", k),
+            "metric": metric,
+            "linkage": linkage,
+            "min_size": min_size,
+            "target_recall": target_recall,
+            "gamma": gamma,
+            "tau": tau,
+            "delta": delta,
+            "pivot_rows": _number_or_auto("pivot-rows", pivot_rows),
+        }
+    )
+    from shareprefill.artifact import save_artifact
+    from shareprefill.clustering.pipeline import cluster as cluster_stage
+    from shareprefill.console import show_clusterings, status, summarize
+
+    folder = _calibration(calibration)
+    with status("clustering"):
+        artifact, trials = cluster_stage(folder, config)
+    save_artifact(artifact, out)
+    show_clusterings(trials)
+    summarize(artifact, out)
+
+
+@app.command()
+def run(
+    prompt: Annotated[Path, typer.Argument(help="Text file; - reads standard input.")],
+    artifact: Annotated[Path, typer.Option(help="Artifact of the model.")] = CLUSTERS,
+    model: Annotated[
+        str | None, typer.Option(help="Where the model is, if not where the artifact says.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")] = 64,
+    policy: Annotated[str, typer.Option(help=f"One of {', '.join(POLICIES)}.")] = _RUN.policy,
+    gamma: Annotated[
+        float | None,
+        typer.Option(help="Attention mass a pattern covers (paper: 0.9); by head by default."),
+    ] = None,
+    tau: Annotated[
+        float | None, typer.Option(help="JS distance to share (paper: 0.2); the artifact's.")
+    ] = None,
+    delta: Annotated[
+        float | None, typer.Option(help="JS distance to uniform (paper: 0.3); the artifact's.")
+    ] = None,
+    pivot_rows: Annotated[
+        int | None, typer.Option(help="Rows a block of a pivot's map, 0 for all; the artifact's.")
+    ] = None,
+    min_tokens: Annotated[
+        int | None, typer.Option(help="Run shorter prompts dense; measured by default.")
+    ] = None,
+    compare_dense: Annotated[
+        bool, typer.Option("--compare-dense", help="Run dense attention too, and compare.")
+    ] = False,
+    recall: Annotated[
+        bool, typer.Option("--recall", help="Measure the patterns' recall (slower).")
+    ] = False,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
+    trust_remote_code: RemoteCodeOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Answer a prompt, its prefill with shared sparse attention."""
+    config = RuntimeConfig.from_dict(
+        {
+            "policy": policy,
+            "gamma": gamma,
+            "tau": tau,
+            "delta": delta,
+            "pivot_rows": pivot_rows,
+            "min_tokens": min_tokens,
+        }
+    )
+    text = _read_prompt(prompt)
+    from shareprefill.artifact import load_artifact
+    from shareprefill.console import finish_run
+    from shareprefill.runtime.answering import answer
+
+    loaded = load_artifact(artifact)
+    result = answer(
+        loaded,
+        text,
+        config,
+        model=model,
+        max_new_tokens=max_new_tokens,
+        compare_dense=compare_dense,
+        measure_recall=recall,
+        device=device,
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
+        on_text=None if as_json else _print_now,
+    )
+    finish_run(result, as_json=as_json)
+
+
+@app.command()
+def inspect(
+    artifact: Annotated[Path, typer.Argument(help="An artifact.")] = CLUSTERS,
+    as_json: JsonOption = False,
+) -> None:
+    """Print what is in an artifact."""
+    from shareprefill.artifact import load_artifact
+    from shareprefill.console import describe, summarize
+
+    loaded = load_artifact(artifact)
+    if as_json:
+        typer.echo(json.dumps(describe(loaded), indent=1))
+    else:
+        summarize(loaded, artifact)
+
+
+@app.command()
+def doctor(as_json: JsonOption = False) -> None:
+    """Print versions and the device, and what works here and what does not."""
+    from shareprefill.console import show_checks
+    from shareprefill.diagnosis import diagnose
+
+    checks = diagnose()
+    if as_json:
+        typer.echo(json.dumps([asdict(check) for check in checks], indent=1))
+    else:
+        show_checks(checks)
+    if any(check.broken for check in checks):
+        raise typer.Exit(1)
+
+
+def main() -> None:
+    """Runs `sp`: an expected error is one line on stderr and exit status 1."""
+    try:
+        app()
+    except ShareprefillError as error:
+        typer.echo(f"sp: {error}", err=True)
+        sys.exit(1)
+
+
+def _calibration(folder: Path | None) -> Path:
+    from shareprefill.calib.store import newest_calibration
+
+    if folder is None:
+        folder = newest_calibration(ARTIFACTS)
+        typer.echo(f"calibration: {folder} (the newest)", err=True)
+    return folder
+
+
+def _number_or_auto(name: str, value: str) -> int | None:
+    if value == "auto":
+        return None
+    try:
+        return int(value)
+    except ValueError:
+        raise ConfigError(f"{name} = {value!r} is not allowed: give auto or a number") from None
+
+
+def _read_prompt(path: Path) -> str:
+    try:
+        if str(path) == "-":
+            return sys.stdin.read()
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise DataError(
+            f"{path} does not exist: name a text file, or - for standard input"
+        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} cannot be read as UTF-8 text: {error}") from error
+
+
+def _print_now(piece: Any) -> None:
+    typer.echo(piece, nl=False)
+
+
+if __name__ == "__main__":
+    main()

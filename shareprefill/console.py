@@ -1,0 +1,251 @@
+"""What the commands print: tables, progress bars and JSON objects."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from shareprefill.artifact import Artifact
+    from shareprefill.autoencoder.pipeline import Training
+    from shareprefill.clustering.pipeline import Clustering
+    from shareprefill.diagnosis import Check
+    from shareprefill.runtime.answering import Answer
+
+# A table that is piped into a file or a log keeps its columns.
+_PIPED_WIDTH = 100
+
+
+@contextmanager
+def progress(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar on stderr, silent where that is no terminal; yields its (done, all) setter."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Progress(
+        *columns, TimeElapsedColumn(), console=console, disable=not console.is_terminal
+    ) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+@contextmanager
+def status(what: str) -> Iterator[None]:
+    """A spinner on stderr, silent where that is no terminal."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield
+        return
+    with console.status(what):
+        yield
+
+
+def show_training(folder: Path, training: Training) -> None:
+    """The autoencoder's loss on held-out prompts, beside what it has to beat."""
+    losses = training.losses
+    table = _table(f"maps and autoencoder in {folder}", "held-out loss", "mean Hellinger² per row")
+    size = training.config.code_size
+    for name, loss in (
+        (f"autoencoder-{size}", losses.autoencoder),
+        (f"PCA-{size}, rows normalised", losses.pca),
+        (f"PCA-{size}", losses.pca_linear),
+        ("mean map of each head", losses.head_mean),
+        ("mean map", losses.mean),
+    ):
+        table.add_row(name, f"{loss:.5f}")
+    _print(table)
+    verdict = "beats" if losses.beats_pca else "does not beat"
+    _line(
+        f"{training.epochs} epochs on {len(training.split.train)} prompts, "
+        f"{len(training.split.held_out)} held out: the autoencoder {verdict} PCA"
+    )
+
+
+def show_clusterings(trials: list[Clustering]) -> None:
+    """The numbers of clusters that were tried, the cheapest marked."""
+    best = min(trials, key=lambda trial: trial.cost)
+    table = _table("predicted cost on held-out prompts", "k", "cost", "silhouette", "sharing heads")
+    for trial in trials:
+        score = "-" if math.isnan(trial.silhouette) else f"{trial.silhouette:.3f}"
+        mark = " *" if trial is best else ""
+        table.add_row(f"{trial.k}{mark}", f"{trial.cost:.4f}", score, str(trial.sharing))
+    _print(table)
+
+
+def summarize(artifact: Artifact, path: Path) -> None:
+    """An artifact in tables: its origin, its heads by policy, and its sharing clusters."""
+    facts = describe(artifact)
+    policies = _table("heads by policy", "policy", "heads", "recall", "density")
+    for policy in facts["policies"]:
+        policies.add_row(
+            policy["policy"],
+            str(policy["heads"]),
+            f"{policy['recall']:.3f}",
+            f"{policy['density']:.3f}",
+        )
+    _print(policies)
+    if facts["clusters"]:
+        clusters = _table("sharing clusters", "cluster", "heads", "pivots", "sharing", "recall")
+        for cluster in facts["clusters"]:
+            clusters.add_row(
+                str(cluster["cluster"]),
+                str(cluster["heads"]),
+                " ".join(cluster["pivots"]),
+                str(cluster["sharing"]),
+                f"{cluster['recall']:.3f}",
+            )
+        _print(clusters)
+    _line(
+        f"{path}: {facts['model']}, {facts['heads']} heads, block {facts['block_size']}, "
+        f"{facts['sharing_share']:.0%} of heads share; expected density "
+        f"{facts['density']:.3f}, recall {facts['recall']:.3f}"
+    )
+
+
+def describe(artifact: Artifact) -> dict[str, Any]:
+    """An artifact as a JSON-ready object."""
+    from shareprefill.artifact import Policy
+    from shareprefill.files import printable
+
+    policy = artifact.policy.flatten()
+    recall, density = artifact.recall.flatten().double(), artifact.density.flatten().double()
+    rows = []
+    for kind in Policy:
+        chosen = policy == kind
+        if chosen.any():
+            rows.append(
+                {
+                    "policy": kind.label,
+                    "heads": int(chosen.sum()),
+                    "recall": recall[chosen].mean().item(),
+                    "density": density[chosen].mean().item(),
+                }
+            )
+    sharing = policy == Policy.SHARE
+    return {
+        "model": printable(artifact.model),
+        "fingerprint": asdict(artifact.fingerprint),
+        "heads": artifact.heads,
+        "block_size": artifact.block_size,
+        "thresholds": asdict(artifact.thresholds),
+        "rows": asdict(artifact.rows),
+        "density": density.mean().item(),
+        "recall": recall.mean().item(),
+        "sharing_share": sharing.double().mean().item(),
+        "policies": rows,
+        "clusters": _sharing_clusters(artifact),
+        "configuration": artifact.configuration,
+        "summary": artifact.summary,
+    }
+
+
+def _sharing_clusters(artifact: Artifact) -> list[dict[str, Any]]:
+    """The clusters in which a head shares, largest first; pivots as layer.head."""
+    from shareprefill.artifact import Policy
+
+    heads = artifact.policy.shape[1]
+    cluster, policy = artifact.cluster.flatten(), artifact.policy.flatten()
+    found = []
+    for label in cluster[policy == Policy.SHARE].unique().tolist():
+        members = cluster == label
+        pivots = (members & (policy == Policy.PIVOT)).nonzero()[:, 0].tolist()
+        sharing = members & (policy == Policy.SHARE)
+        found.append(
+            {
+                "cluster": label,
+                "heads": int(members.sum()),
+                "pivots": [f"{pivot // heads}.{pivot % heads}" for pivot in pivots],
+                "sharing": int(sharing.sum()),
+                "recall": artifact.recall.flatten()[sharing].mean().item(),
+            }
+        )
+    return sorted(found, key=lambda row: (-row["sharing"], row["cluster"]))
+
+
+def finish_run(result: Answer, *, as_json: bool) -> None:
+    """The last lines of `sp run`, or its JSON object."""
+    facts = _run_facts(result)
+    if as_json:
+        _line(json.dumps(facts, ensure_ascii=False, indent=1))
+        return
+    speed = facts["decode_tokens_per_s"]
+    policies = ", ".join(f"{count} {name}" for name, count in facts["policies"].items())
+    parts = [
+        f"{facts['prompt_tokens']} prompt tokens, {facts['new_tokens']} new",
+        f"density {facts['density']:.3f}",
+        f"heads: {policies or 'all dense (prompt below the crossover)'}",
+        f"first token {facts['ttft_s']:.2f} s",
+        "decode -" if speed is None else f"decode {speed:.1f} tokens/s",
+    ]
+    if facts.get("recall") is not None:
+        parts.insert(2, f"recall {facts['recall']:.3f}")
+    _line("\n" + " | ".join(parts))
+    if result.dense is not None:
+        same = "the same answer" if facts["same_answer"] else f"answer {facts['dense_text']!r}"
+        _line(
+            f"dense: {same} | first token {facts['dense_ttft_s']:.2f} s | speed-up "
+            f"{facts['speedup']:.2f} | relative error of the last hidden state "
+            f"{facts['hidden_error']:.2e}"
+        )
+
+
+def _run_facts(result: Answer) -> dict[str, Any]:
+    generation, report = result.generation, result.report
+    facts: dict[str, Any] = {
+        "text": generation.text,
+        "prompt_tokens": generation.prompt_tokens,
+        "new_tokens": generation.new_tokens,
+        "density": report.density,
+        "selection_work": report.selection_work,
+        "policies": report.policies,
+        "ttft_s": generation.ttft_s,
+        "decode_tokens_per_s": generation.decode_tokens_per_s,
+    }
+    recalls = [value for layer in report.layers for value in layer.recall or ()]
+    if recalls:
+        facts["recall"] = sum(recalls) / len(recalls)
+    if result.dense is not None:
+        facts |= {
+            "dense_text": result.dense.text,
+            "dense_ttft_s": result.dense.ttft_s,
+            "speedup": result.speedup,
+            "hidden_error": result.hidden_error,
+            "same_answer": result.same_answer,
+        }
+    return facts
+
+
+def show_checks(checks: list[Check]) -> None:
+    """What `sp doctor` found."""
+    table = _table("sp doctor", "what", "state", "detail")
+    for check in checks:
+        table.add_row(check.name, check.state, check.detail)
+    _print(table)
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold")
+    for column in columns:
+        table.add_column(column, justify="left" if column == columns[0] else "right")
+    return table
+
+
+def _print(table: Table) -> None:
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=_PIPED_WIDTH)
+    console.print(table)
+
+
+def _line(text: str) -> None:
+    # Not through rich: model text and paths may hold what it takes for markup.
+    print(text)  # noqa: T201

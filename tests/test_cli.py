@@ -1,0 +1,232 @@
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from shareprefill import cli
+from shareprefill.artifact import load_artifact
+from tests.support.checkpoint import save_checkpoint
+
+Sp = Any
+
+
+@pytest.fixture
+def sp(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> Sp:
+    """Runs `sp` in an empty folder; returns exit status, stdout and stderr."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["sp", *map(str, arguments)])
+        capfd.readouterr()
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as end:
+            code = int(end.code or 0)
+        out, err = capfd.readouterr()
+        return code, out, err
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a model, its calibration and its artifact, made by the three commands."""
+    folder = tmp_path_factory.mktemp("work")
+    save_checkpoint(folder / "model")
+    data = ["--data", "retr_kv", "--data", "text"]
+    size = ["--samples", "4", "--length", "512", "--block-size", "32"]
+    for command in (
+        ["calibrate", "--model", "model", *data, *size],
+        ["cluster", "--k", "auto", "--target-recall", "0.8"],
+    ):
+        subprocess.run([sys.executable, "-m", "shareprefill.cli", *command], cwd=folder, check=True)
+    return folder
+
+
+def expect_error(result: tuple[int, str, str], *words: str) -> None:
+    code, _, err = result
+    assert code == 1
+    assert err.startswith("sp: ")
+    assert err.count("\n") == 1, err
+    for word in words:
+        assert word in err
+
+
+def test_the_three_commands(work: Path, sp: Sp, tmp_path: Path) -> None:
+    artifact = load_artifact(work / "clusters.st")
+    assert artifact.model == "model"
+    assert (work / "artifacts" / "model" / "calibration" / "index.json").exists()
+    prompt = tmp_path / "prompt.txt"
+    prompt.write_text("A line of text that is read. " * 60)
+    options = ["--artifact", work / "clusters.st", "--model", work / "model", "--min-tokens", "0"]
+    code, out, err = sp("run", *options, prompt, "--max-new-tokens", 5, "--compare-dense", "--json")
+    assert (code, err) == (0, "")
+    facts = json.loads(out)
+    assert 0 < facts["density"] <= 1
+    assert sum(facts["policies"].values()) == 12
+    assert facts["new_tokens"] == 5
+    assert facts["same_answer"] == (facts["text"] == facts["dense_text"])
+    for name in ("prompt_tokens", "ttft_s", "decode_tokens_per_s", "speedup", "hidden_error"):
+        assert facts[name] > 0
+    code, out, _ = sp("run", *options, prompt, "--max-new-tokens", 5, "--policy", "dense")
+    assert code == 0
+    assert facts["dense_text"] in out
+    assert f"{facts['prompt_tokens']} prompt tokens" in out.splitlines()[-1]
+
+
+def test_a_prompt_from_standard_input(work: Path) -> None:
+    command = ["run", "--artifact", "clusters.st", "-", "--max-new-tokens", "2", "--json"]
+    found = subprocess.run(
+        [sys.executable, "-m", "shareprefill.cli", *command],
+        cwd=work,
+        input="Some words.",
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    facts = json.loads(found.stdout)
+    assert facts["density"] == 1.0
+    assert facts["policies"] == {}
+
+
+def test_recall_on_request(work: Path, sp: Sp, tmp_path: Path) -> None:
+    (tmp_path / "prompt.txt").write_text("A line of text that is read. " * 60)
+    options = ["--artifact", work / "clusters.st", "--model", work / "model", "--min-tokens", "0"]
+    code, out, _ = sp("run", *options, "prompt.txt", "--recall", "--json", "--gamma", "0.7")
+    assert code == 0
+    assert 0.6 < json.loads(out)["recall"] <= 1
+
+
+def test_inspect(work: Path, sp: Sp) -> None:
+    code, out, _ = sp("inspect", work / "clusters.st", "--json")
+    facts = json.loads(out)
+    assert (code, facts["heads"], facts["block_size"]) == (0, 12, 32)
+    assert facts["configuration"]["calibrate"]["data"] == ["retr_kv", "text"]
+    code, out, _ = sp("inspect", work / "clusters.st")
+    assert code == 0
+    assert "heads by policy" in out
+
+
+def test_cluster_says_which_calibration_it_takes(work: Path, sp: Sp, tmp_path: Path) -> None:
+    (tmp_path / "artifacts").symlink_to(work / "artifacts")
+    code, out, err = sp("cluster", "--k", 3, "--out", "three.st")
+    assert code == 0
+    assert "artifacts/model/calibration (the newest)" in err
+    assert "heads by policy" in out
+    assert load_artifact(tmp_path / "three.st").cluster.max() == 2
+
+
+def test_train_alone_and_resume(work: Path, sp: Sp) -> None:
+    folder = work / "artifacts" / "model" / "calibration"
+    code, out, _ = sp("train", folder, "--epochs", 2, "--code-size", 8)
+    assert code == 0
+    assert "autoencoder-8" in out
+    assert "PCA-8" in out
+    assert "mean map" in out
+    stamps = {p: p.stat().st_mtime_ns for p in folder.glob("maps-*")}
+    options = ["--samples", 4, "--length", 512, "--block-size", 32, "--out", folder]
+    data = ["--data", "retr_kv", "--data", "text"]
+    result = sp("calibrate", "--model", work / "model", *data, *options)
+    expect_error(result, "another configuration", "model 'model' there")
+    command = ["calibrate", "--model", "model", *data, *options]
+    subprocess.run(
+        [sys.executable, "-m", "shareprefill.cli", *map(str, command)], cwd=work, check=True
+    )
+    assert {p: p.stat().st_mtime_ns for p in folder.glob("maps-*")} == stamps
+
+
+def test_doctor(sp: Sp) -> None:
+    code, out, _ = sp("doctor", "--json")
+    checks = {check["name"]: check for check in json.loads(out)}
+    assert code == 0
+    assert checks["attention: blockwise"]["state"] == "works"
+    assert sp("doctor")[0] == 0
+
+
+def test_bad_prompts(work: Path, sp: Sp, tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").write_text(" \n")
+    (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe")
+    (tmp_path / "long.txt").write_text("word " * 6000)
+    options = ["--artifact", work / "clusters.st", "--model", work / "model"]
+    expect_error(sp("run", *options, "missing.txt"), "missing.txt", "does not exist")
+    expect_error(sp("run", *options, "empty.txt"), "empty")
+    expect_error(sp("run", *options, "bytes.txt"), "bytes.txt", "UTF-8")
+    expect_error(sp("run", *options, "long.txt"), "maximum of 4096")
+
+
+def test_bad_artifacts(work: Path, sp: Sp, tmp_path: Path) -> None:
+    (tmp_path / "prompt.txt").write_text("words")
+    good = (work / "clusters.st").read_bytes()
+    (tmp_path / "cut.st").write_bytes(good[:-10])
+    expect_error(sp("run", "--artifact", "missing.st", "prompt.txt"), "missing.st")
+    expect_error(sp("run", "--artifact", "cut.st", "prompt.txt"), "cut.st", "regenerate it")
+    expect_error(sp("inspect", "cut.st"), "cut.st")
+    other = save_checkpoint(tmp_path / "other")
+    config = json.loads((other / "config.json").read_text())
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    LlamaForCausalLM(LlamaConfig(**{**config, "num_hidden_layers": 2})).save_pretrained(other)
+    options = ["--artifact", work / "clusters.st", "--model", other]
+    expect_error(sp("run", *options, "prompt.txt"), "3 layers", "2 layers")
+
+
+def test_bad_models(sp: Sp, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    for name in ("./nowhere", "empty"):
+        expect_error(sp("calibrate", "--model", name, "--length", 512), name)
+    assert not (tmp_path / "artifacts").exists()
+    checkpoint = save_checkpoint(tmp_path / "bare")
+    for file in checkpoint.glob("token*"):
+        file.unlink()
+    expect_error(sp("calibrate", "--model", "bare", "--length", 512), "tokenizer")
+
+
+def test_bad_options(work: Path, sp: Sp, tmp_path: Path) -> None:
+    model = work / "model"
+    short = ("--model", model, "--length", 512)
+    expect_error(sp("calibrate", *short, "--data", "retr_vk"), "retr_vk", "retr_kv")
+    expect_error(sp("calibrate", "--model", model, "--samples", 1), "samples = 1")
+    expect_error(sp("calibrate", "--model", model, "--length", 5000), "maximum of 4096")
+    folder = work / "artifacts" / "model" / "calibration"
+    expect_error(sp("cluster", folder, "--k", 13), "k = 13", "12")
+    expect_error(sp("cluster", folder, "--k", "many"), "'many'", "auto")
+    expect_error(sp("cluster", folder, "--metric", "cosine"), "'cosine'", "jaccard-raw")
+    expect_error(sp("cluster"), "holds no calibration", "sp calibrate")
+    assert sp("cluster", "--no-such-option")[0] == 2
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs a mount: run as root")
+def test_a_full_disk_leaves_nothing_behind(work: Path, sp: Sp, tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8k", "tmpfs", disk], check=False)
+    if mounted.returncode:
+        pytest.skip("mounting is not allowed here")
+    try:
+        folder = work / "artifacts" / "model" / "calibration"
+        (disk / "clusters.st").write_bytes(b"earlier")
+        expect_error(sp("cluster", folder, "--out", disk / "clusters.st"), "disk is full")
+        assert [p.name for p in disk.iterdir()] == ["clusters.st"]
+        assert (disk / "clusters.st").read_bytes() == b"earlier"
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+def test_help_is_quick_and_loads_no_torch() -> None:
+    check = "import sys, shareprefill.cli; print('torch' in sys.modules)"
+    found = subprocess.run(
+        [sys.executable, "-c", check], capture_output=True, text=True, check=True
+    )
+    assert found.stdout.strip() == "False"
+    start = time.perf_counter()
+    subprocess.run([sys.executable, "-m", "shareprefill.cli", "--help"], check=True)
+    assert time.perf_counter() - start < 5

@@ -1,0 +1,87 @@
+"""The order of the stages: a module may use an earlier stage, never a later one."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "shareprefill"
+
+# What each part may import of the package, besides itself and the parts named at "common".
+COMMON = {"errors", "config", "files", "container", "models", "artifact", "__init__"}
+ALLOWED = {
+    "runtime": set(),
+    "calib": {"runtime"},
+    "autoencoder": {"calib", "runtime"},
+    "clustering": {"autoencoder", "calib", "runtime"},
+    "diagnosis": {"runtime"},
+    "console": {"autoencoder", "calib", "clustering", "runtime", "diagnosis"},
+    "cli": {"autoencoder", "calib", "clustering", "runtime", "diagnosis", "console"},
+}
+OFFLINE_LIBRARIES = {"sklearn", "scipy", "datasets"}
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def part_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imports_of(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} has a relative import"
+            found.add(node.module or "")
+    return found
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_no_module_uses_a_later_stage(path: Path) -> None:
+    part = part_of(path)
+    used = {name.split(".")[1] for name in imports_of(path) if name.startswith("shareprefill.")}
+    allowed = COMMON | {part}
+    if part == "__init__":
+        allowed |= {"runtime"}
+    elif part not in COMMON:
+        allowed |= ALLOWED[part]
+    assert used <= allowed
+
+
+@pytest.mark.parametrize(
+    "path", [p for p in FILES if part_of(p) == "runtime"], ids=lambda p: str(p.relative_to(PACKAGE))
+)
+def test_the_runtime_needs_no_offline_library(path: Path) -> None:
+    assert not {name.split(".")[0] for name in imports_of(path)} & OFFLINE_LIBRARIES
+
+
+@pytest.mark.parametrize(
+    "path",
+    [p for p in FILES if p.parts[-2] != "ops" and "ops" in p.parts],
+    ids=lambda p: str(p.relative_to(PACKAGE)),
+)
+def test_operators_are_a_leaf(path: Path) -> None:
+    ours = {n for n in imports_of(path) if n.startswith("shareprefill.")}
+    assert all(n.startswith(("shareprefill.runtime.ops", "shareprefill.errors")) for n in ours)
+
+
+@pytest.mark.parametrize(
+    ("code", "banned"),
+    [
+        ("import shareprefill", "torch transformers rich"),
+        ("import shareprefill.config, shareprefill.errors", "torch transformers rich"),
+        ("import shareprefill.cli", "torch transformers sklearn scipy datasets"),
+        ("import shareprefill.runtime.session", "sklearn scipy datasets triton"),
+    ],
+)
+def test_imports_are_cheap(code: str, banned: str) -> None:
+    check = f"{code}; import sys; print([m for m in {banned.split()} if m in sys.modules])"
+    found = subprocess.run(
+        [sys.executable, "-c", check], capture_output=True, text=True, check=True
+    )
+    assert found.stdout.strip() == "[]"
