@@ -16,6 +16,7 @@ METRICS: tuple[str, ...] = ("jaccard", "jaccard-raw", "code")
 LINKAGES: tuple[str, ...] = ("average", "complete", "single")
 POLICIES: tuple[str, ...] = ("auto", "share", "sampled", "vertical-slash", "dense")
 BLOCK_SIZES: tuple[int, ...] = (16, 32, 64, 128, 256)
+MIN_RESOLUTION = 8
 
 
 def _require(holds: bool, name: str, value: object, allowed: str) -> None:
@@ -118,7 +119,8 @@ class TrainConfig(Stage):
 
     Attributes:
         code_size: Dimensions of a code.
-        resolution: Side of the square that every map is pooled to before it is encoded.
+        resolution: Side of the square that every map is pooled to before it is encoded, at most;
+            maps of fewer blocks keep their own.
         hidden: Width of the nonlinear branches.
         epochs: Passes over the training maps at most, with each strength of variation tried.
         patience: Epochs without a better validation loss before training stops. The loss may rise
@@ -139,7 +141,8 @@ class TrainConfig(Stage):
 
     def __post_init__(self) -> None:
         _require(1 <= self.code_size <= 4096, "code_size", self.code_size, "between 1 and 4096")
-        _require(8 <= self.resolution <= 512, "resolution", self.resolution, "between 8 and 512")
+        allowed = f"between {MIN_RESOLUTION} and 512"
+        _require(MIN_RESOLUTION <= self.resolution <= 512, "resolution", self.resolution, allowed)
         _require(self.hidden >= 1, "hidden", self.hidden, "at least 1")
         _require(self.epochs >= 1, "epochs", self.epochs, "at least 1")
         _require(self.patience >= 1, "patience", self.patience, "at least 1")

@@ -39,8 +39,8 @@ def main() -> int:
     FOLDER.mkdir(parents=True, exist_ok=True)
     calibration, clusters = str(FOLDER / "calibration"), str(FOLDER / "clusters.st")
     sp(
-        *("calibrate", "--model", MODEL, "--data", "mixture", "--samples", "12"),
-        *("--length", "4096", "--block-size", "64", "--out", calibration),
+        *("calibrate", "--model", MODEL, "--data", "mixture", "--samples", "24"),
+        *("--length", "4096", "--out", calibration),
     )
     sp("cluster", calibration, "--k", "auto", "--out", clusters)
     example = generate("retr_kv", load_tokenizer(MODEL), LENGTH, SEED)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -37,10 +36,6 @@ class Losses:
     def beats_pca(self) -> bool:
         """Whether the autoencoder is better than both forms of PCA."""
         return self.autoencoder < min(self.pca, self.pca_linear)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The losses and `beats_pca`, JSON-ready."""
-        return {**asdict(self), "beats_pca": self.beats_pca}
 
 
 def hellinger_loss(roots: Tensor, target: Tensor, resolution: int) -> Tensor:

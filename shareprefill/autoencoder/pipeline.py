@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,10 @@ from shareprefill.autoencoder.losses import Losses
 from shareprefill.autoencoder.training import save_autoencoder, train_autoencoder
 from shareprefill.calib.capture import FULL
 from shareprefill.calib.store import MapStore
-from shareprefill.config import TrainConfig
+from shareprefill.config import MIN_RESOLUTION, TrainConfig
 from shareprefill.errors import DataError
 from shareprefill.files import atomic_write_bytes, atomic_write_text, locked_folder
+from shareprefill.runtime.ops.blocks import count_blocks
 
 WEIGHTS = "autoencoder.safetensors"
 CODES = "codes.safetensors"
@@ -32,7 +33,7 @@ class Training:
     """What a training left beside its maps.
 
     Attributes:
-        config: How it was trained.
+        config: How it was trained, at the resolution that it had.
         split: Which prompts trained, stopped and measured it.
         losses: On the held-out prompts.
         epochs: Epochs run.
@@ -57,7 +58,7 @@ def train(
 
     Args:
         folder: The calibration.
-        config: How to train.
+        config: How to train; a resolution beyond the maps' own is lowered to it.
         on_epoch: Called with every epoch's entry of every trial.
 
     Returns:
@@ -74,6 +75,7 @@ def train(
                 "calibrate again to finish it"
             )
         store.verify()
+        config = _fitting(config, store)
         dataset = load_maps(store, config.resolution)
         split = dataset.split([record.source for record in store.prompts])
         trained = train_autoencoder(dataset.maps, config, split=split, on_epoch=on_epoch)
@@ -91,6 +93,12 @@ def train(
         }
         atomic_write_text(folder / HISTORY, json.dumps(history, indent=1, sort_keys=True) + "\n")
     return training
+
+
+def _fitting(config: TrainConfig, store: MapStore) -> TrainConfig:
+    """The configuration at a resolution that the maps have: a finer one only repeats blocks."""
+    blocks = max(count_blocks(p.tokens, store.config.block_size) for p in store.prompts)
+    return replace(config, resolution=min(config.resolution, max(blocks, MIN_RESOLUTION)))
 
 
 def load_training(folder: Path) -> tuple[Training, Tensor]:

@@ -1,8 +1,8 @@
 """What every policy would have covered and cost on the held-out prompts, head by head.
 
-Costs are shares of the time of a head's dense causal attention: the blocks of its pattern, which
-take a little longer each than in a dense kernel, and the work of choosing it (logits are half of
-attention's products, so r of B rows cost r / 2B).
+Costs are shares of the time of a head's dense causal attention: the blocks of its pattern, and the
+work of choosing it (logits are half of attention's products, so r of B rows are r / 2B of them),
+each times how much longer it takes than the same products in a dense kernel.
 """
 
 from __future__ import annotations
@@ -35,6 +35,10 @@ GAMMAS = (
 # Time of a block in a block-sparse kernel over its time in a dense one: 1.2 to 1.3 for
 # FlashAttention-4 on an H100 at 32K tokens, 1.5 for the blockwise implementation on a CPU.
 SPARSE_OVERHEAD = 1.3
+# The same for selection, whose products are few for the softmax that comes with them: 8 rows a
+# block take 2.6 times their share on an H100 at 32K tokens, 2 rows and a profile 2.5 and 3 times
+# on a CPU at 8K.
+SELECTION_OVERHEAD = 2.5
 
 
 @dataclass(frozen=True)
@@ -54,7 +58,7 @@ class Measured:
     @property
     def cost(self) -> Tensor:
         """Predicted cost, float64 `[gammas, K]`."""
-        return SPARSE_OVERHEAD * self.density + self.work
+        return SPARSE_OVERHEAD * self.density + SELECTION_OVERHEAD * self.work
 
 
 @dataclass(frozen=True)
@@ -133,7 +137,7 @@ class Evidence:
         self.pairs = pairs / len(self._prompts)
         # Distance of the last block's distribution to uniform, the least over prompts.
         self.spread = torch.stack(spreads).min(0).values
-        self.check_work = self.check_rows / half
+        self.check_cost = SELECTION_OVERHEAD * self.check_rows / half
 
     @property
     def heads(self) -> int:

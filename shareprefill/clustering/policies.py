@@ -146,7 +146,7 @@ def _share_costs(evidence: Evidence, config: ClusterConfig) -> Tensor:
     reaches = evidence.pairs >= config.target_recall
     first = reaches.int().argmax(0)
     density = evidence.pivots.density[first, torch.arange(evidence.heads)[None, :]]
-    cost = SPARSE_OVERHEAD * density + evidence.check_work
+    cost = SPARSE_OVERHEAD * density + evidence.check_cost
     return torch.where(reaches.any(0), cost, torch.inf)
 
 
@@ -178,7 +178,7 @@ def _sharer(
         gamma=GAMMAS[g],
         recall=evidence.pairs[g, head, pivot].item(),
         density=density,
-        cost=SPARSE_OVERHEAD * density + evidence.check_work,
+        cost=SPARSE_OVERHEAD * density + evidence.check_cost,
         pivot=pivot,
         fallback=single.policy,
         fallback_gamma=single.gamma,

@@ -11,7 +11,7 @@ LOSSES = Losses(autoencoder=0.1, start=0.3, pca=0.2, pca_linear=0.2, mean=0.5, h
 
 
 def test_beats_pca_wants_both_forms_beaten() -> None:
-    assert LOSSES.to_dict()["beats_pca"] is True
+    assert LOSSES.beats_pca is True
     assert not replace(LOSSES, pca=LOSSES.autoencoder).beats_pca
     assert not replace(LOSSES, pca_linear=LOSSES.autoencoder).beats_pca
     assert replace(LOSSES, start=0.0).beats_pca

@@ -62,7 +62,7 @@ def test_it_beats_pca_on_held_out_prompts(trained: TrainedAutoencoder) -> None:
     assert max(losses.pca, losses.pca_linear) < losses.mean
     assert losses.head_mean < losses.mean
     assert trained.beats_pca
-    assert losses.to_dict()["beats_pca"] is True
+    assert losses.beats_pca is True
 
 
 def test_losses_are_hellinger_distances_of_held_out_maps(trained: TrainedAutoencoder) -> None:

@@ -1,0 +1,71 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from shareprefill.autoencoder.pipeline import CODES, HISTORY, WEIGHTS, load_training, train
+from shareprefill.autoencoder.training import load_autoencoder
+from shareprefill.calib.capture import PromptMaps
+from shareprefill.calib.store import MapStore
+from shareprefill.config import CalibrateConfig, TrainConfig
+from shareprefill.errors import DataError
+from shareprefill.models import Fingerprint, ModelGeometry
+
+MODEL = Fingerprint("llama", ModelGeometry(2, 4, 2, 16), "0" * 64)
+CONFIG = TrainConfig(epochs=2, hidden=8, resolution=16, code_size=4)
+
+
+def calibration(folder: Path, tokens: int, prompts: int = 6) -> Path:
+    config = CalibrateConfig(model="m", samples=6, length=512, block_size=32)
+    store = MapStore.begin(folder, config, MODEL, resume=True)
+    n = -(-tokens // 32)
+    for number in range(prompts):
+        maps = torch.rand(2, 4, n, n).tril() + 1e-3 * torch.eye(n)
+        maps = maps / maps.sum(-1, keepdim=True)
+        layers = PromptMaps((0, 1), {"full": maps.half()})
+        store.add(f"source{number % 2}", torch.arange(tokens), f"{number}", layers)
+    return folder
+
+
+def test_a_training_is_read_back(tmp_path: Path) -> None:
+    seen: list[dict] = []
+    folder = calibration(tmp_path, 512)
+    done = train(folder, CONFIG, on_epoch=seen.append)
+    loaded, codes = load_training(folder)
+    assert loaded == done
+    assert codes.shape == (6, 8, 4)
+    assert seen
+    assert load_autoencoder(folder / WEIGHTS).code_size == 4
+    history = json.loads((folder / HISTORY).read_text())
+    assert history["losses"]["autoencoder"] == done.losses.autoencoder
+
+
+@pytest.mark.parametrize(("tokens", "resolution"), [(512, 16), (321, 11), (130, 8)])
+def test_the_resolution_is_at_most_the_maps_own(
+    tmp_path: Path, tokens: int, resolution: int
+) -> None:
+    folder = calibration(tmp_path, tokens)
+    assert train(folder, CONFIG).config.resolution == resolution
+    assert load_autoencoder(folder / WEIGHTS).resolution == resolution
+
+
+def test_an_unfinished_calibration_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="5 of 6 prompts; run sp calibrate again"):
+        train(calibration(tmp_path, 512, prompts=5), CONFIG)
+
+
+@pytest.mark.parametrize("name", [HISTORY, CODES])
+def test_damaged_files_are_refused(tmp_path: Path, name: str) -> None:
+    folder = calibration(tmp_path, 512)
+    with pytest.raises(DataError, match="no trained autoencoder"):
+        load_training(folder)
+    train(folder, CONFIG)
+    (folder / name).write_text("{")
+    with pytest.raises(DataError, match="damaged training"):
+        load_training(folder)
+    (folder / name).unlink()
+    with pytest.raises(DataError, match="no trained autoencoder"):
+        load_training(folder)
