@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-_TOKENS = {"cpu": 2048, "cuda": 4096}
+_TOKENS = {"cpu": 5120, "cuda": 4096}
 _DENSITY = {"cpu": 0.6, "cuda": 0.75}
 
 

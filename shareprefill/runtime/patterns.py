@@ -26,13 +26,32 @@ def cumulative_pattern(maps: Tensor, gamma: float | Tensor) -> Tensor:
     >>> cumulative_pattern(torch.tensor([[0.5, 0.1, 0.4]]), 0.8)
     tensor([[ True, False,  True]])
     """
+    return select_mass(mass_before(maps), gamma)
+
+
+def mass_before(maps: Tensor) -> Tensor:
+    """Mass of the blocks of a row that come before each block, largest first.
+
+    Args:
+        maps: Block distributions `[..., n_k]`.
+
+    Returns:
+        float32, of the shape of `maps`; infinite for blocks without mass.
+
+    >>> mass_before(torch.tensor([[0.5, 0.0, 0.25]]))
+    tensor([[0.0000,    inf, 0.5000]])
+    """
     values, order = maps.float().sort(dim=-1, descending=True, stable=True)
-    before = values.cumsum(-1) - values
+    before = torch.where(values > 0, values.cumsum(-1) - values, torch.inf)
+    return torch.empty_like(before).scatter_(-1, order, before)
+
+
+def select_mass(before: Tensor, gamma: float | Tensor) -> Tensor:
+    """`cumulative_pattern` of maps that `mass_before` has ranked."""
     if isinstance(gamma, Tensor):
         gamma = gamma[..., None]
-    # One unit in the last place per added value: a sum that should reach gamma exactly may not.
-    keep = (before < gamma - 1e-6) & (values > 0)
-    return torch.zeros_like(keep).scatter_(-1, order, keep)
+    # A sum of float32 values that should reach gamma exactly may miss it by rounding.
+    return before < gamma - 1e-6
 
 
 def always_blocks(

@@ -27,7 +27,8 @@ from shareprefill.runtime.interface import (
 )
 from shareprefill.runtime.ops.blocks import causal_blocks
 from shareprefill.runtime.plan import RuntimePlan, make_plan
-from shareprefill.runtime.sharing import LayerPass, LayerRecord, PivotStore
+from shareprefill.runtime.sharing import LayerPass, LayerRecord
+from shareprefill.runtime.state import ForwardState, Geometry
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -132,7 +133,7 @@ class Session:
         with self._lock:
             records, dense = list(self._records), list(self._dense)
         heads = self.artifact.policy.shape[1]
-        computed = sum(float(r.blocks.sum()) for r in records)
+        computed = sum(sum(r.blocks) for r in records)
         causal = sum(r.causal * heads for r in records)
         skipped_nothing = sum(d.blocks * heads for d in dense)
         taken = Counter(policy.label for r in records for policy in r.policies)
@@ -161,7 +162,7 @@ class Session:
             if call.query.shape[2] > 1:
                 self._book_dense(call.layer, call.query.shape[2], call.key.shape[2])
             return dense_attention(call)
-        stores = self._forward_stores(call.layer)
+        states = self._forward_states(call.layer)
         out = call.query.new_zeros((*call.query.shape[:3], call.value.shape[-1]))
         for sequence in sequences:
             query = call.query[sequence.row, :, sequence.query]
@@ -171,8 +172,11 @@ class Session:
                 self._book_dense(call.layer, query.shape[1], key.shape[1])
                 done = causal_attention(query, key, value, scale=call.scale)
             else:
-                store = stores.setdefault(sequence.row, PivotStore())
-                layer_pass = LayerPass(self.plan, call.layer, store, query, key, value, call.scale)
+                if sequence.row not in states:
+                    sizes = (query.shape[1], key.shape[1])
+                    states[sequence.row] = ForwardState(Geometry(*sizes, self.plan, query.device))
+                state = states[sequence.row]
+                layer_pass = LayerPass(self.plan, call.layer, state, query, key, value, call.scale)
                 done, record = layer_pass.run(measure_recall=self.measure_recall)
                 with self._lock:
                     self._records.append(record)
@@ -188,15 +192,15 @@ class Session:
             least = crossover_tokens(next(self.model.parameters()).device.type)
         return rows >= self.plan.block_size and keys >= least
 
-    def _forward_stores(self, layer: int) -> dict[int, PivotStore]:
-        """The pivots of the forward pass that this thread is in, by sequence.
+    def _forward_states(self, layer: int) -> dict[int, ForwardState]:
+        """The states of the forward pass that this thread is in, by sequence.
 
         Layers come in ascending order, so a layer that is not above the last one begins a new pass.
         """
         if layer <= getattr(self._pass, "layer", layer):
-            self._pass.stores = {}
+            self._pass.states = {}
         self._pass.layer = layer
-        return self._pass.stores
+        return self._pass.states
 
     def _book_dense(self, layer: int, n_query: int, n_key: int) -> None:
         causal = causal_blocks(n_query, n_key - n_query, self.plan.block_size)
@@ -253,7 +257,7 @@ def share_prefill(
 
 def _layer_report(layer: int, records: list[LayerRecord]) -> LayerReport:
     heads = range(len(records[0].policies))
-    blocks = torch.stack([r.blocks.cpu() for r in records])
+    blocks = torch.tensor([r.blocks for r in records], dtype=torch.float64)
     causal = torch.tensor([r.causal for r in records], dtype=torch.float64)
     distances = torch.tensor([r.distances for r in records])
     recalls = [r.recall.cpu() for r in records if r.recall is not None]

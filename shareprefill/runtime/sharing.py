@@ -7,7 +7,7 @@ too. A shared pattern is not copied: heads point at one list.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -16,11 +16,10 @@ from shareprefill.artifact import Policy
 from shareprefill.runtime.crossover import crossover_density
 from shareprefill.runtime.interface import causal_attention
 from shareprefill.runtime.ops.block_sparse_attention import block_sparse_attention
-from shareprefill.runtime.ops.blocks import BlockLists, causal_blocks
-from shareprefill.runtime.ops.pooled_attention import pooled_attention, sample_rows
+from shareprefill.runtime.ops.blocks import BlockLists
+from shareprefill.runtime.ops.pooled_attention import pooled_attention
 from shareprefill.runtime.ops.vertical_slash import vertical_slash_profile
 from shareprefill.runtime.patterns import (
-    always_blocks,
     cumulative_pattern,
     distance_to_uniform,
     js_distance,
@@ -28,27 +27,7 @@ from shareprefill.runtime.patterns import (
     vertical_slash_pattern,
 )
 from shareprefill.runtime.plan import HeadPlan, RuntimePlan
-
-
-@dataclass
-class PivotStore:
-    """Block maps of the pivots computed so far in one forward pass of one sequence.
-
-    Attributes:
-        maps: Pivot's global id -> block map `[n_q, n_k]`, float32.
-        patterns: (pivot's global id, gamma) -> pattern `[n_q, n_k]`, bool.
-        of_cluster: Cluster id -> pivot's global id (policy `share` finds pivots at run time).
-    """
-
-    maps: dict[int, Tensor] = field(default_factory=dict)
-    patterns: dict[tuple[int, float], Tensor] = field(default_factory=dict)
-    of_cluster: dict[int, int] = field(default_factory=dict)
-
-    def pattern(self, pivot: int, gamma: float) -> Tensor:
-        key = (pivot, gamma)
-        if key not in self.patterns:
-            self.patterns[key] = cumulative_pattern(self.maps[pivot], gamma)
-        return self.patterns[key]
+from shareprefill.runtime.state import ForwardState
 
 
 @dataclass(frozen=True)
@@ -59,7 +38,7 @@ class LayerRecord:
         layer: Layer index.
         policies: Policy that every head took.
         distances: JS distance of every sharing candidate to its pivot; NaN for other heads.
-        blocks: Blocks computed by every head, float64 `[H]`.
+        blocks: Blocks computed by every head.
         causal: Causal blocks of one head.
         work: Selection work of every head, as a share of its dense attention's operations.
         recall: Attention mass inside every head's pattern `[H]`, float32, where asked for.
@@ -68,7 +47,7 @@ class LayerRecord:
     layer: int
     policies: tuple[Policy, ...]
     distances: tuple[float, ...]
-    blocks: Tensor
+    blocks: tuple[int, ...]
     causal: int
     work: tuple[float, ...]
     recall: Tensor | None
@@ -80,7 +59,7 @@ class LayerPass:
     Args:
         plan: What every head of the model is to do.
         layer: Layer index.
-        store: Pivots of the earlier layers in this forward pass; this layer's are added.
+        state: Pivots of the earlier layers in this forward pass; this layer's are added.
         query: `[H, Nq, D]`.
         key: `[G, Nk, D]`; query row i is at position Nk - Nq + i.
         value: `[G, Nk, Dv]`.
@@ -91,24 +70,23 @@ class LayerPass:
         self,
         plan: RuntimePlan,
         layer: int,
-        store: PivotStore,
+        state: ForwardState,
         query: Tensor,
         key: Tensor,
         value: Tensor,
         scale: float,
     ) -> None:
-        self.plan, self.layer, self.store = plan, layer, store
+        self.plan, self.layer, self.state = plan, layer, state
         self.query, self.key, self.value, self.scale = query, key, value, scale
         self.heads: tuple[HeadPlan, ...] = plan.layers[layer]
         n_heads = len(self.heads)
-        self.causal = causal_blocks(
-            query.shape[1], key.shape[1] - query.shape[1], plan.block_size, device=query.device
-        )
+        self.geometry = state.geometry
         self.policies: list[Policy] = [Policy.DENSE] * n_heads
         self.distances: list[float] = [float("nan")] * n_heads
         self.work: list[float] = [0.0] * n_heads
         # Pattern of every sparse head; heads that share hold the same tensor.
         self.patterns: dict[int, Tensor] = {}
+        self.blocks: list[int] = [self.geometry.causal_count] * n_heads
         self.out = query.new_empty((n_heads, query.shape[1], value.shape[-1]))
         self.computed: set[int] = set()
 
@@ -145,7 +123,7 @@ class LayerPass:
         """Pivots' maps: from all rows, with the dense output in the same pass, or from samples."""
         if not heads:
             return
-        index = self._index(heads)
+        index = self.geometry.index(heads)
         if self.plan.pivot_rows == 0:
             out, maps = pooled_attention(
                 self.query,
@@ -160,26 +138,25 @@ class LayerPass:
             self.computed.update(heads)
         else:
             maps = self._sampled_maps(heads, self.plan.pivot_rows)
-        for h, pivot_map in zip(heads, maps, strict=True):
-            pivot = self.heads[h].head
-            self.store.maps[pivot] = pivot_map
+        self.state.add_pivots([self.heads[h].head for h in heads], maps)
+        for h in heads:
             self.policies[h] = Policy.PIVOT
             if h not in self.computed:
-                self.patterns[h] = self.store.pattern(pivot, self.heads[h].gamma)
+                self.patterns[h] = self.state.pattern(self.heads[h].head, self.heads[h].gamma)
 
     def _select_shares(self, heads: list[int]) -> list[int]:
         """Heads that look like their pivot take its pattern; the others are returned."""
         if not heads:
             return []
         maps = self._sampled_maps(heads, self.plan.check_rows)
-        pivots = torch.stack([self.store.maps[self.heads[h].pivot] for h in heads])
+        pivots = torch.stack([self.state.maps[self.heads[h].pivot] for h in heads])
         distances = js_distance(maps, pivots).mean(-1).tolist()
         failed = []
         for h, distance in zip(heads, distances, strict=True):
             self.distances[h] = distance
             if distance < self.heads[h].tau:
                 self.policies[h] = Policy.SHARE
-                self.patterns[h] = self.store.pattern(self.heads[h].pivot, self.heads[h].gamma)
+                self.patterns[h] = self.state.pattern(self.heads[h].pivot, self.heads[h].gamma)
             else:
                 failed.append(h)
         return failed
@@ -192,7 +169,7 @@ class LayerPass:
         sparse = [True] * len(heads)
         if self.plan.guarded:
             last = vertical[:, None, :]
-            spread = distance_to_uniform(last, self.causal[-1:])
+            spread = distance_to_uniform(last, self.geometry.causal[-1:])
             sparse = (spread > self.plan.delta).tolist()
         patterns = self._vertical_slash(vertical, slash, self._gammas(heads))
         for h, pattern, taken in zip(heads, patterns, sparse, strict=True):
@@ -219,22 +196,22 @@ class LayerPass:
         """
         every = list(range(len(self.heads)))
         vertical, slash = self._profiles(every)
-        spread = distance_to_uniform(vertical[:, None, :], self.causal[-1:]).tolist()
+        spread = distance_to_uniform(vertical[:, None, :], self.geometry.causal[-1:]).tolist()
         rest = []
         for h, head in enumerate(self.heads):
             if spread[h] > self.plan.delta or head.cluster < 0:
                 rest.append(h)
                 continue
-            if head.cluster not in self.store.of_cluster:
-                self.store.of_cluster[head.cluster] = head.head
+            if head.cluster not in self.state.of_cluster:
+                self.state.of_cluster[head.cluster] = head.head
                 self._select_pivots([h])
                 continue
-            pivot = self.store.of_cluster[head.cluster]
-            distance = js_distance(vertical[h], self.store.maps[pivot][-1]).item()
+            pivot = self.state.of_cluster[head.cluster]
+            distance = js_distance(vertical[h], self.state.maps[pivot][-1]).item()
             self.distances[h] = distance
             if distance < head.tau:
                 self.policies[h] = Policy.SHARE
-                self.patterns[h] = self.store.pattern(pivot, head.gamma)
+                self.patterns[h] = self.state.pattern(pivot, head.gamma)
             else:
                 rest.append(h)
         if rest:
@@ -263,20 +240,19 @@ class LayerPass:
             self.key,
             block_size=self.plan.block_size,
             scale=self.scale,
-            heads=self._index(heads),
+            heads=self.geometry.index(heads),
         )
 
     def _sampled_maps(self, heads: list[int], rows: int) -> Tensor:
-        block_size = self.plan.block_size
-        chosen = sample_rows(self.query.shape[1], block_size, rows, self.query.device)
+        chosen = self.geometry.rows(rows)
         self._charge(heads, chosen.numel() / self.query.shape[1])
         _, maps = pooled_attention(
             self.query,
             self.key,
             rows=chosen,
-            block_size=block_size,
+            block_size=self.plan.block_size,
             scale=self.scale,
-            heads=self._index(heads),
+            heads=self.geometry.index(heads),
         )
         return maps
 
@@ -285,9 +261,6 @@ class LayerPass:
         for h in heads:
             self.work[h] += rows / 2
 
-    def _index(self, heads: Sequence[int]) -> Tensor:
-        return torch.tensor(heads, dtype=torch.int64, device=self.query.device)
-
     def _compute(self) -> None:
         bitmap, pattern = self._distinct()
         dense = [
@@ -295,7 +268,7 @@ class LayerPass:
         ]
         if dense:
             groups = len(self.heads) // self.key.shape[0]
-            index = self._index(dense)
+            index = self.geometry.index(dense)
             self.out[index] = causal_attention(
                 self.query[index],
                 self.key[index // groups],
@@ -313,23 +286,14 @@ class LayerPass:
 
         Heads whose pattern would take longer than dense attention lose it, and are dense.
         """
-        always = always_blocks(
-            self.query.shape[1],
-            self.key.shape[1],
-            self.plan.block_size,
-            sink=self.plan.sink_blocks,
-            local=self.plan.local_blocks,
-            device=self.query.device,
-        )
-        numbers: dict[int, int] = {}
-        distinct: list[Tensor] = []
-        for tensor in self.patterns.values():
-            if id(tensor) not in numbers:
-                numbers[id(tensor)] = len(distinct)
-                distinct.append((tensor | always) & self.causal)
-        bitmap = torch.stack(distinct) if distinct else always[:0, None]
+        order = {id(tensor): tensor for tensor in self.patterns.values()}
+        numbers = {name: number for number, name in enumerate(order)}
+        geometry = self.geometry
+        bitmap = geometry.always[:0, None]
+        if order:
+            bitmap = (torch.stack(list(order.values())) | geometry.always) & geometry.causal
         counts = bitmap.sum((1, 2)).tolist()
-        most = self._max_density() * int(self.causal.sum())
+        most = self._max_density() * geometry.causal_count
         pattern = [-1] * len(self.heads)
         for h, tensor in list(self.patterns.items()):
             number = numbers[id(tensor)]
@@ -338,7 +302,8 @@ class LayerPass:
                 if self.policies[h] is not Policy.PIVOT:
                     self.policies[h] = Policy.DENSE
             else:
-                self.patterns[h] = distinct[number]
+                self.patterns[h] = bitmap[number]
+                self.blocks[h] = counts[number]
                 pattern[h] = number
         return bitmap, torch.tensor(pattern, device=self.query.device)
 
@@ -348,27 +313,20 @@ class LayerPass:
         return crossover_density(self.query.device.type)
 
     def _record(self, measure_recall: bool) -> LayerRecord:
-        causal = self.causal.sum()
-        blocks = torch.stack(
-            [
-                self.patterns[h].sum() if h in self.patterns else causal
-                for h in range(len(self.heads))
-            ]
-        ).double()
         covered = None
         if measure_recall:
             _, maps = pooled_attention(
                 self.query, self.key, block_size=self.plan.block_size, scale=self.scale
             )
-            everything = torch.ones_like(self.causal)
+            everything = torch.ones_like(self.geometry.causal)
             kept = [self.patterns.get(h, everything) for h in range(len(self.heads))]
             covered = recall(maps, torch.stack(kept))
         return LayerRecord(
             layer=self.layer,
             policies=tuple(self.policies),
             distances=tuple(self.distances),
-            blocks=blocks,
-            causal=int(causal),
+            blocks=tuple(self.blocks),
+            causal=self.geometry.causal_count,
             work=tuple(self.work),
             recall=covered,
         )
