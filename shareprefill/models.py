@@ -209,18 +209,22 @@ def geometry(model: PreTrainedModel) -> ModelGeometry:
             f"no self-attention module was found in a model of type {config.model_type}: "
             "its family is not supported"
         )
+    # First: where heads differ, a configuration may refuse to tell one head_dim.
+    differing = UnsupportedError(
+        f"the attention heads of a {config.model_type} model differ from layer to layer: "
+        "only models with one number of heads and one head_dim are supported; run the model "
+        "without a session"
+    )
+    if len({_module_sizes(layer.module) for layer in layers}) > 1:
+        raise differing
     heads = config.num_attention_heads
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     head_dim = getattr(config, "head_dim", None)
     if head_dim is None and isinstance(heads, int):
         head_dim = config.hidden_size // heads
     sizes: tuple[Any, ...] = (config.num_hidden_layers, heads, kv_heads, head_dim)
-    differing = {_module_sizes(layer.module) for layer in layers}
-    if len(differing) > 1 or not all(isinstance(size, int) for size in sizes):
-        raise UnsupportedError(
-            f"the attention heads of a {config.model_type} model differ from layer to layer: "
-            "only models with one number of heads and one head_dim are supported"
-        )
+    if not all(isinstance(size, int) for size in sizes):
+        raise differing
     return ModelGeometry(*sizes)
 
 

@@ -44,8 +44,7 @@ class _Recorder:
         self.layers: dict[int, dict[str, Tensor]] = {}
 
     def __call__(self, call: AttentionCall) -> Tensor:
-        facts = call.facts
-        if facts is not None and facts.window is None:
+        if call.is_shareable:
             self.layers[call.layer] = self._pool(call.query[0], call.key[0], call.scale)
         return dense_attention(call)
 
@@ -92,8 +91,8 @@ def capture(
         cast(Any, model)(input_ids=input_ids[None].to(device), use_cache=False, logits_to_keep=1)
     if not recorder.layers:
         raise UnsupportedError(
-            f"{type(model).__name__} has no layer with full causal attention; there is nothing to "
-            "share"
+            f"{type(model).__name__} has no layer with full causal attention that could be shared; "
+            "run it without a session (sp doctor --model tells what its layers are)"
         )
     layers = tuple(sorted(recorder.layers))
     names = recorder.layers[layers[0]]

@@ -20,56 +20,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from shareprefill.errors import UnsupportedError
+from shareprefill.runtime.masks import FactMask, MaskFacts, bool_mask, lost_facts, mask_facts
+from shareprefill.runtime.own_attention import is_causal, own_attention, own_reason, rows_at_once
 
 IMPLEMENTATION = "shareprefill"
 
 # Rows of a masked dense attention computed at once: bounds the mask at this many rows of all keys.
 _DENSE_ROWS = 1024
-
-
-@dataclass(frozen=True)
-class MaskFacts:
-    """What a causal mask says, without its `[B, 1, Lq, Lk]` tensor.
-
-    Key k may be read by query q of sequence b if `k + kv_offset <= q + q_offset`, and
-    `k + kv_offset > q + q_offset - window` where there is a window, and `padding[b, k + kv_offset]`
-    where there is padding.
-    """
-
-    q_offset: int
-    kv_offset: int
-    padding: Tensor | None
-    window: int | None
-
-
-class FactMask(torch.Tensor):
-    """A mask that carries its facts: a one-element tensor expanded to the mask's shape.
-
-    Models hand it through untouched, cut it to the keys' length, or move it to a layer's device;
-    all of that returns the mask itself. What else is done to it loses the facts, and the attention
-    function refuses such a mask.
-    """
-
-    facts: MaskFacts
-    __torch_function__ = torch._C._disabled_torch_function_impl  # pyright: ignore[reportAssignmentType]
-
-    @staticmethod
-    def make(
-        shape: tuple[int, int, int, int], device: torch.device | str, facts: MaskFacts
-    ) -> FactMask:
-        base = torch.ones((), dtype=torch.bool, device=device).expand(shape)
-        mask = cast(FactMask, base.as_subclass(FactMask))
-        mask.facts = facts
-        return mask
-
-    def _itself(self, *_args: Any, **_kwargs: Any) -> FactMask:
-        return self
-
-    contiguous = to = clone = _itself  # pyright: ignore[reportAssignmentType]
-
-    def __getitem__(self, index: Any) -> Tensor:
-        whole = isinstance(index, tuple) and all(isinstance(i, slice) for i in index)
-        return self if whole and index[0] == slice(None) else super().__getitem__(index)
 
 
 @dataclass(frozen=True)
@@ -100,6 +57,8 @@ class AttentionCall:
         mask: Facts, a bool mask `[B, 1, Lq, Lk]`, or None for plain causal attention.
         scale: The model's own factor on the logits.
         options: The keyword arguments that were left.
+        own: Why only the model's own function can compute this call (soft-capping, sinks); None
+            where plain attention does.
     """
 
     module: torch.nn.Module
@@ -110,6 +69,12 @@ class AttentionCall:
     mask: FactMask | Tensor | None
     scale: float
     options: dict[str, Any]
+    own: str | None = None
+
+    @property
+    def is_shareable(self) -> bool:
+        """Whether sparse patterns may be laid over it: plain attention, causal, over all keys."""
+        return self.own is None and self.facts is not None and self.facts.window is None
 
     @property
     def facts(self) -> MaskFacts | None:
@@ -158,12 +123,16 @@ class Handler(Protocol):
 def dense_attention(call: AttentionCall) -> Tensor:
     """The layer's own attention, exactly as its mask says, through SDPA.
 
+    What is no plain attention (soft-capping, sinks) runs with the model's own function.
+
     Args:
         call: The layer's inputs.
 
     Returns:
         `[B, H, Lq, Dv]`. Rows that are padding are zero where facts tell them apart.
     """
+    if call.own is not None:
+        return _own_dense(call)
     facts = call.facts
     if facts is None:
         return _sdpa(call.query, call.key, call.value, call.mask, call.mask is None, call.scale)
@@ -172,7 +141,9 @@ def dense_attention(call: AttentionCall) -> Tensor:
     if whole and facts.window is None:
         return _sdpa(call.query, call.key, call.value, None, True, call.scale)
     if sequences is None:
-        return _sdpa(call.query, call.key, call.value, _bool_mask(call, facts), False, call.scale)
+        rows, keys = slice(0, call.query.shape[2]), slice(0, call.key.shape[2])
+        mask = bool_mask(facts, call.query.shape[0], rows, keys, call.query.device)
+        return _sdpa(call.query, call.key, call.value, mask, False, call.scale)
     shape = (*call.query.shape[:3], call.value.shape[-1])
     out = call.query.new_zeros(shape)
     for sequence in sequences:
@@ -234,22 +205,48 @@ def _sdpa(
     )
 
 
-def _bool_mask(call: AttentionCall, facts: MaskFacts) -> Tensor:
-    device = call.query.device
-    queries = torch.arange(call.query.shape[2], device=device)[:, None] + facts.q_offset
-    keys = torch.arange(call.key.shape[2], device=device)[None, :] + facts.kv_offset
-    mask = keys <= queries
-    if facts.window is not None:
-        mask &= keys > queries - facts.window
-    mask = mask[None, None].expand(call.query.shape[0], 1, -1, -1)
-    if facts.padding is None:
-        return mask
-    present = torch.zeros(call.query.shape[0], call.key.shape[2], dtype=torch.bool, device=device)
-    padding = facts.padding[:, facts.kv_offset : facts.kv_offset + call.key.shape[2]].bool()
-    present[:, : padding.shape[1]] = padding
-    # A row with nothing to read would be NaN; such rows are padding, so what they read is free.
-    mask = mask & present[:, None, None, :]
-    return mask | ~mask.any(-1, keepdim=True)
+def _own_dense(call: AttentionCall) -> Tensor:
+    """The model's own function, in pieces of query rows on the keys that they may read."""
+    n_query, n_key = call.query.shape[2], call.key.shape[2]
+    step = rows_at_once(call.module, call.query, call.key, call.options)
+    pieces = []
+    for start in range(0, n_query, step):
+        rows = slice(start, min(start + step, n_query))
+        keys = slice(0, n_key)
+        if call.facts is not None and step < n_query:
+            keys = _readable_keys(call.facts, rows, n_key)
+        pieces.append(
+            own_attention(
+                call.module,
+                call.query[:, :, rows],
+                call.key[:, :, keys],
+                call.value[:, :, keys],
+                _own_mask(call, rows, keys),
+                call.scale,
+                call.options,
+            )
+        )
+    return torch.cat(pieces, dim=2)
+
+
+def _readable_keys(facts: MaskFacts, rows: slice, n_key: int) -> slice:
+    """The keys that some of the rows may read."""
+    last = min(n_key, rows.stop + facts.q_offset - facts.kv_offset)
+    if facts.window is None:
+        return slice(0, last)
+    return slice(max(0, rows.start + facts.q_offset - facts.kv_offset - facts.window + 1), last)
+
+
+def _own_mask(call: AttentionCall, rows: slice, keys: slice) -> Tensor | None:
+    if call.facts is not None:
+        return bool_mask(call.facts, call.query.shape[0], rows, keys, call.query.device)
+    if call.mask is not None:
+        return call.mask[:, :, rows, keys]
+    if call.query.shape[2] == 1 or not is_causal(call.module, call.options):
+        return None
+    # As SDPA's `is_causal` has it: aligned at the first key.
+    causal = MaskFacts(0, 0, None, None)
+    return bool_mask(causal, call.query.shape[0], rows, keys, call.query.device)
 
 
 _handlers: WeakKeyDictionary[torch.nn.Module, list[Handler]] = WeakKeyDictionary()
@@ -316,7 +313,7 @@ def _register() -> None:
     from transformers import AttentionInterface, AttentionMaskInterface
 
     AttentionInterface.register(IMPLEMENTATION, _attention)
-    AttentionMaskInterface.register(IMPLEMENTATION, _mask)
+    AttentionMaskInterface.register(IMPLEMENTATION, mask_facts)
 
 
 def _attention(
@@ -338,17 +335,11 @@ def _attention(
         )
     if dropout:
         raise UnsupportedError("attention dropout is not supported: call model.eval() first")
-    for name, what in (("softcap", "logit soft-capping"), ("s_aux", "attention sinks")):
-        if options.get(name) is not None:
-            raise UnsupportedError(
-                f"{type(module).__name__} uses {what}, which this version cannot compute; run the "
-                "model without a session"
-            )
     if torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value)):
         raise UnsupportedError(
             "the sparse prefill has no backward pass: wrap the call in torch.no_grad()"
         )
-    if _lost_facts(attention_mask):
+    if lost_facts(attention_mask):
         raise UnsupportedError(
             f"{type(module).__name__} rearranges the attention mask before it uses it; run the "
             "model without a session"
@@ -362,51 +353,6 @@ def _attention(
         mask=cast("FactMask | Tensor | None", attention_mask),
         scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
         options=options,
+        own=own_reason(module, options),
     )
     return stack[-1](call).transpose(1, 2).contiguous(), None
-
-
-def _lost_facts(mask: Tensor | None) -> bool:
-    """Whether this is a piece of a `FactMask` that is no `FactMask` any more (all one element)."""
-    if mask is None or isinstance(mask, FactMask) or mask.ndim != 4:
-        return False
-    return mask.dtype == torch.bool and mask.shape[2] > 1 and mask.stride()[2:] == (0, 0)
-
-
-def _mask(
-    batch_size: int,
-    q_length: int,
-    kv_length: int,
-    q_offset: int | Tensor = 0,
-    kv_offset: int = 0,
-    attention_mask: Tensor | None = None,
-    local_size: int | None = None,
-    allow_is_causal_skip: bool = True,
-    config: Any = None,
-    device: torch.device | str = "cpu",
-    **others: Any,
-) -> Tensor | None:
-    """Facts for plainly causal masks; transformers' own mask for a decode step and all others."""
-    from transformers.masking_utils import sdpa_mask
-
-    # `local_size` is a window, except in models with chunked attention.
-    chunked = local_size is not None and getattr(config, "attention_chunk_size", None) is not None
-    # Without the permission to skip, something was laid over the causal mask (packed sequences).
-    if q_length == 1 or chunked or not allow_is_causal_skip or isinstance(q_offset, Tensor):
-        return sdpa_mask(
-            batch_size=batch_size,
-            q_length=q_length,
-            kv_length=kv_length,
-            q_offset=cast(int, q_offset),
-            kv_offset=kv_offset,
-            attention_mask=attention_mask,
-            local_size=local_size,
-            allow_is_causal_skip=allow_is_causal_skip,
-            device=device,
-            **others,
-        )
-    padding = None
-    if attention_mask is not None and not bool(attention_mask.all()):
-        padding = attention_mask
-    facts = MaskFacts(q_offset, int(kv_offset), padding, local_size)
-    return FactMask.make((batch_size, 1, q_length, kv_length), device, facts)

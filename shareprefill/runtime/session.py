@@ -155,8 +155,7 @@ class Session:
         )
 
     def _attend(self, call: AttentionCall) -> Tensor:
-        facts = call.facts
-        sequences = call.sequences() if facts is not None and facts.window is None else None
+        sequences = call.sequences() if call.is_shareable else None
         sparse = [s for s in sequences or () if self._is_worth_it(s)]
         if sequences is None or not sparse:
             if call.query.shape[2] > 1:

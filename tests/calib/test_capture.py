@@ -8,6 +8,8 @@ import torch
 from shareprefill.calib.capture import capture
 from shareprefill.errors import DataError, UnsupportedError
 from shareprefill.runtime.ops.pooled_attention import sample_rows
+from tests.support.allocation import LargestTensor
+from tests.support.families import FAMILIES, build
 from tests.support.tiny import tiny_llama, token_ids
 
 
@@ -65,6 +67,13 @@ def test_capture_changes_neither_output_nor_model(model: Any) -> None:
     assert model.config._attn_implementation == "sdpa"
 
 
+def test_capture_never_holds_an_n_by_n_tensor(model: Any) -> None:
+    tokens = 3000
+    with LargestTensor() as largest:
+        capture(model, token_ids(tokens), block_size=64, rows=(2, 8, 32))
+    assert largest.elements < tokens**2 / 4
+
+
 def test_only_full_attention_layers_are_captured() -> None:
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
@@ -108,3 +117,15 @@ def test_queries_that_are_not_finite_are_refused() -> None:
     broken.model.layers[1].self_attn.q_proj.weight.data[0, 0] = torch.inf
     with pytest.raises(DataError, match="not finite"):
         capture(broken, token_ids(80), block_size=16, rows=(1, 2, 4))
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gpt_oss", "mistral (sliding window)"])
+def test_a_model_with_nothing_to_share_is_not_captured(name: str) -> None:
+    family = next(family for family in FAMILIES if family.name == name)
+    with pytest.raises(UnsupportedError, match="sp doctor --model"):
+        capture(build(family), token_ids(60), block_size=16, rows=(1, 2, 4))
+
+
+def test_only_layers_that_can_be_shared_are_captured() -> None:
+    family = next(family for family in FAMILIES if family.name == "gemma3_text")
+    assert capture(build(family), token_ids(60), block_size=16, rows=(1, 2, 4)).layers == (1,)

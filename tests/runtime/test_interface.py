@@ -6,10 +6,12 @@ import pytest
 import torch
 
 from shareprefill.errors import UnsupportedError
+from shareprefill.runtime import interface, own_attention
 from shareprefill.runtime.interface import AttentionCall, attached, dense_attention
+from tests.support.families import FAMILIES, build
 from tests.support.tiny import tiny_llama, token_ids
 
-CLOSE = {"rtol": 1e-4, "atol": 1e-4}
+CLOSE: Any = {"rtol": 1e-4, "atol": 1e-4}
 
 
 @pytest.fixture(scope="module")
@@ -171,22 +173,97 @@ def test_gradients_are_refused(model: Any) -> None:
         model(input_ids=token_ids(1, 8))
 
 
-def test_soft_capping_is_refused() -> None:
-    from transformers import Gemma2Config, Gemma2ForCausalLM
+def own_family(name: str, **changes: Any) -> Any:
+    return build(next(family for family in FAMILIES if family.name == name), **changes)
 
-    gemma = Gemma2ForCausalLM(
-        Gemma2Config(
-            vocab_size=64,
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            head_dim=16,
-        )
-    ).eval()
-    with pytest.raises(UnsupportedError, match="soft-capping"):
-        logits(gemma, dense_attention, input_ids=token_ids(1, 8, vocabulary=64))
+
+@pytest.mark.parametrize("name", ["gemma2", "gpt_oss"])
+@pytest.mark.parametrize("rows", [1, 7, 1024])
+def test_soft_capping_and_sinks_run_with_the_models_own_function(
+    name: str, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(own_attention, "_ROWS", rows)
+    own = own_family(name)
+    reasons: list[str | None] = []
+
+    def handler(call: AttentionCall) -> torch.Tensor:
+        reasons.append(call.own)
+        assert not call.is_shareable
+        return dense_attention(call)
+
+    holes = padded([60, 60], left=True)
+    holes["attention_mask"][0, 7:12] = 0
+    positions = torch.cat([torch.arange(25), torch.arange(35)])[None]
+    packed = {"input_ids": token_ids(1, 60), "position_ids": positions, "use_cache": False}
+    left, right = padded([60, 33, 1], left=True), padded([60, 33, 1], left=False)
+    for inputs in (left, right, holes, packed, {"input_ids": token_ids(1, 1)}):
+        real = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).bool()
+        found, expected = logits(own, handler, **inputs), logits(own, **inputs)
+        torch.testing.assert_close(found[real], expected[real], **CLOSE)
+    what = {"gemma2": "logit soft-capping", "gpt_oss": "attention sinks"}
+    assert set(reasons) == {what[name]}
+
+
+def test_own_functions_get_few_rows_of_long_prompts() -> None:
+    module, options = torch.nn.Module(), {"softcap": 2.0}
+    query, key = torch.empty(1, 32, 9000, 1), torch.empty(1, 8, 131072, 1)
+    assert own_attention.rows_at_once(module, query, key, options) == 16
+    # What is not known may hold something for every row, so all rows stay together.
+    options["position_bias"] = torch.zeros(1)
+    assert own_attention.rows_at_once(module, query, key, options) == 9000
+
+
+def eager_attention_forward(
+    module: Any, query: Any, key: Any, value: Any, mask: Any, temperature: float = 1.0, **_: Any
+) -> tuple[torch.Tensor, None]:
+    """Found as the own function of modules whose class is from this file."""
+    if mask is None:
+        return torch.zeros_like(value).transpose(1, 2), None
+    out = (mask == 0).to(value.dtype) @ value
+    return (out * temperature).transpose(1, 2), None
+
+
+class Module(torch.nn.Module):
+    layer_idx = 0
+
+
+def call_attention(module: Any, **options: Any) -> torch.Tensor:
+    query = key = value = torch.ones(1, 2, 5, 4)
+    interface._handlers[module] = [dense_attention]
+    return interface._attention(module, query, key, value, None, **options)[0]
+
+
+def test_an_option_that_the_own_function_reads_is_handed_to_it() -> None:
+    out = call_attention(Module(), temperature=3.0, use_cache=False)
+    # The function counts what may be read: causal, from the first key.
+    assert out[0, :, 0, 0].tolist() == [3.0, 6.0, 9.0, 12.0, 15.0]
+    assert call_attention(Module(), temperature=None)[0, :, 0, 0].tolist() == [1.0] * 5
+
+
+@pytest.mark.parametrize("option", ["indices", "position_bias", "cache", "s_aux"])
+def test_an_option_that_nothing_reads_is_refused(option: str) -> None:
+    # Of a file without an own function.
+    foreign: Any = torch.nn.Linear(1, 1)
+    foreign.layer_idx = 0
+    with pytest.raises(UnsupportedError, match="Module uses .* without a session"):
+        call_attention(Module(), **{option: torch.zeros(1)})
+    with pytest.raises(UnsupportedError, match="Linear uses .* without a session"):
+        call_attention(foreign, softcap=1.0)
+
+
+def test_an_option_beside_sinks_is_refused() -> None:
+    attention = own_family("gpt_oss").model.layers[0].self_attn
+    assert own_attention.own_reason(attention, {"s_aux": 1.0}) == "attention sinks"
+    with pytest.raises(UnsupportedError, match="'position_bias' and attention sinks"):
+        own_attention.own_reason(attention, {"s_aux": 1.0, "position_bias": 1.0})
+
+
+def test_attention_that_is_not_causal_runs_with_the_own_function() -> None:
+    assert call_attention(Module(), is_causal=False).abs().sum() == 0
+    module = Module()
+    module.is_causal = False
+    assert call_attention(module).abs().sum() == 0
+    assert call_attention(module, is_causal=True).abs().sum() == 5 * 8
 
 
 def test_a_family_with_its_own_attention_is_refused() -> None:

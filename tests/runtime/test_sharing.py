@@ -17,6 +17,7 @@ from shareprefill.runtime.patterns import always_blocks, cumulative_pattern
 from shareprefill.runtime.plan import RuntimePlan, make_plan
 from shareprefill.runtime.sharing import LayerPass
 from shareprefill.runtime.state import ForwardState, Geometry
+from tests.support.allocation import LargestTensor
 from tests.support.tiny import BLOCK, tiny_artifact, tiny_llama
 
 D, P, S, R, V = (
@@ -219,6 +220,16 @@ def test_heads_denser_than_the_crossover_are_computed_densely(model: Any) -> Non
     _, sparse, _ = run(model, [row, [D] * 4, [D] * 4], inputs, replace(config, gamma=0.1))
     assert list(sparse.policies) == row
     assert max(sparse.blocks) < record.causal
+
+
+@pytest.mark.parametrize("row", [[P, S, R, V], [D] * 4])
+def test_no_n_by_n_tensor_is_made(model: Any, row: list[Policy]) -> None:
+    tokens = 3000
+    inputs = tensors(tokens, tokens)
+    plan = make_plan(tiny_artifact(model, [row, [D] * 4, [D] * 4]), RuntimeConfig(tau=1.0))
+    with LargestTensor() as largest:
+        LayerPass(plan, 0, state_of(plan, inputs), **inputs, scale=0.25).run()
+    assert largest.elements < tokens**2 / 4
 
 
 def test_options_go_before_the_artifact(model: Any) -> None:

@@ -1,0 +1,97 @@
+"""What a session can do with each layer of a model, seen on the calls that the model makes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor
+
+from shareprefill.files import printable
+from shareprefill.models import geometry
+from shareprefill.runtime.interface import AttentionCall, attached
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_PROBE_TOKENS = 4
+
+
+class LayerKind(StrEnum):
+    """How a layer's prefill is computed under a session."""
+
+    SHARED = "shared"
+    WINDOW = "window, dense"
+    OWN = "own attention"
+    OWN_MASK = "own mask, dense"
+    NONE = "not attention"
+
+
+@dataclass(frozen=True)
+class LayerUse:
+    """One layer's kind, and the reason where it is not shared.
+
+    Attributes:
+        index: Layer index.
+        kind: How its prefill is computed.
+        reason: Why it is not shared; empty where it is.
+    """
+
+    index: int
+    kind: LayerKind
+    reason: str
+
+
+@torch.no_grad()
+def layer_uses(model: PreTrainedModel) -> tuple[LayerUse, ...]:
+    """Runs a few tokens through a model and looks at every layer's attention call.
+
+    Attention itself is not computed, so a model on the meta device will do where the rest of its
+    forward pass runs there.
+
+    Args:
+        model: A transformers decoder.
+
+    Returns:
+        The layers in order.
+
+    Raises:
+        UnsupportedError: the model cannot run under a session.
+        RuntimeError: the forward pass needs values that a model on the meta device has not.
+    """
+    found: dict[int, LayerUse] = {}
+
+    names = getattr(model.config.get_text_config(decoder=True), "layer_types", None) or ()
+
+    def probe(call: AttentionCall) -> Tensor:
+        found[call.layer] = _use_of(call, _layer_name(names, call.layer))
+        return call.query.new_zeros((*call.query.shape[:3], call.value.shape[-1]))
+
+    device = cast(Any, model).get_input_embeddings().weight.device
+    ids = torch.zeros(1, _PROBE_TOKENS, dtype=torch.int64, device=device)
+    with attached(model, probe):
+        # With a cache, positions are not read for where packed sequences begin.
+        cast(Any, model)(input_ids=ids, use_cache=True)
+    sizes = geometry(model)
+    return tuple(
+        found.get(index)
+        or LayerUse(index, LayerKind.NONE, _layer_name(names, index) or "no attention")
+        for index in range(sizes.layers)
+    )
+
+
+def _use_of(call: AttentionCall, name: str) -> LayerUse:
+    if call.own is not None:
+        return LayerUse(call.layer, LayerKind.OWN, call.own)
+    if call.facts is None:
+        return LayerUse(call.layer, LayerKind.OWN_MASK, name or "masked attention")
+    if call.facts.window is not None:
+        return LayerUse(call.layer, LayerKind.WINDOW, f"sliding window of {call.facts.window}")
+    return LayerUse(call.layer, LayerKind.SHARED, "")
+
+
+def _layer_name(names: Any, index: int) -> str:
+    """The configuration's word for a layer, empty where it has none."""
+    return printable(str(names[index])).replace("_", " ") if index < len(names) else ""

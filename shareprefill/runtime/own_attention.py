@@ -1,0 +1,158 @@
+"""Attention that our operators cannot compute: the model's own function does it instead."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from shareprefill.errors import UnsupportedError
+
+# Keyword arguments of an attention call that change nothing beside what its mask says already, or
+# that transformers' eager functions pass over. All others are either handed to a function that
+# knows them or refused: an option that is not known here may change the result.
+HARMLESS_OPTIONS = frozenset(
+    {
+        "cache_position",
+        "cu_seq_lens_k",
+        "cu_seq_lens_q",
+        "is_causal",
+        "logits_to_keep",
+        "max_length_k",
+        "max_length_q",
+        "num_items_in_batch",
+        "output_attentions",
+        "output_hidden_states",
+        "output_router_logits",
+        "past_key_values",
+        "position_embeddings",
+        "position_ids",
+        "return_dict",
+        "seq_idx",
+        "sliding_window",
+        "use_cache",
+    }
+)
+
+_SOFT_CAP, _SINKS = "softcap", "s_aux"
+_ROW_BY_ROW = frozenset({_SOFT_CAP, _SINKS})
+_WORDS = {
+    _SOFT_CAP: "logit soft-capping",
+    _SINKS: "attention sinks",
+    "indices": "keys that it selects by itself ('indices')",
+}
+# Logits that one call of the model's own function may make, and its rows at most.
+_LOGITS, _ROWS = 2**26, 1024
+
+
+def active_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of an attention call that may change its result."""
+    return {
+        name: value
+        for name, value in options.items()
+        if value is not None and name not in HARMLESS_OPTIONS
+    }
+
+
+def is_causal(module: nn.Module, options: Mapping[str, Any]) -> bool:
+    """Whether a call is causal where its mask does not say."""
+    chosen = options.get("is_causal")
+    return bool(getattr(module, "is_causal", True) if chosen is None else chosen)
+
+
+def own_reason(module: nn.Module, options: Mapping[str, Any]) -> str | None:
+    """Why only the model's own function can compute a call; None where plain attention does.
+
+    Args:
+        module: The attention module.
+        options: Keyword arguments of the call.
+
+    Raises:
+        UnsupportedError: it needs the model's own function, and there is none that knows all of
+            the call's options.
+    """
+    active = active_options(options)
+    reasons = [_WORDS.get(name, f"the option {name!r}") for name in sorted(active)]
+    if not is_causal(module, options):
+        reasons.append("attention that is not causal")
+    if not reasons:
+        return None
+    reason = " and ".join(reasons)
+    function = _own_function(module)
+    unknown = [name for name in sorted(active) if function and not _knows(function, name)]
+    if function is None or unknown:
+        raise UnsupportedError(
+            f"{type(module).__name__} uses {reason}, which neither this version nor transformers' "
+            "eager attention of that family computes; run the model without a session"
+        )
+    return reason
+
+
+def own_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    options: Mapping[str, Any],
+) -> Tensor:
+    """The attention function that transformers has for a module's family (its eager one).
+
+    Args:
+        module: The attention module.
+        query: `[B, H, Lq, D]`.
+        key: `[B, G, Lk, D]`.
+        value: `[B, G, Lk, Dv]`.
+        mask: `[B, 1, Lq, Lk]`, bool (True may be read) or additive; None reads everything.
+        scale: Factor on the logits.
+        options: Keyword arguments of the call.
+
+    Returns:
+        `[B, H, Lq, Dv]`.
+    """
+    function = _own_function(module)
+    assert function is not None, "own_reason refuses such a module"
+    if mask is not None and mask.dtype == torch.bool:
+        lowest = torch.finfo(query.dtype).min
+        mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, lowest)
+    out, _ = function(module, query, key, value, mask, scaling=scale, dropout=0.0, **options)
+    return out.transpose(1, 2)
+
+
+def rows_at_once(module: nn.Module, query: Tensor, key: Tensor, options: Mapping[str, Any]) -> int:
+    """Query rows that one call of the model's own function may take, to bound its memory.
+
+    Options that are not known may hold something for every row: such calls are not divided.
+    """
+    if not is_causal(module, options) or not active_options(options).keys() <= _ROW_BY_ROW:
+        return query.shape[2]
+    a_row = query.shape[0] * query.shape[1] * key.shape[2]
+    return max(1, min(_ROWS, _LOGITS // a_row))
+
+
+def _own_function(module: nn.Module) -> Callable[..., tuple[Tensor, Any]] | None:
+    """`eager_attention_forward` of the file that a module's class is from.
+
+    Transformers takes that function for a family's definition: the other implementations are
+    registered for all families, and some of them pass over soft-capping and sinks.
+    """
+    for kind in type(module).__mro__:
+        function = getattr(sys.modules.get(kind.__module__), "eager_attention_forward", None)
+        if function is not None:
+            return function
+    return None
+
+
+def _knows(function: Callable[..., Any], option: str) -> bool:
+    """Whether a function reads an option; `**kwargs` alone would swallow it unread."""
+    function = inspect.unwrap(function)
+    if option in inspect.signature(function).parameters:
+        return True
+    # Eager functions take the sinks off the module instead of the argument.
+    code = getattr(function, "__code__", None)
+    return option == _SINKS and code is not None and "sinks" in code.co_names

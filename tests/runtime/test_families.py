@@ -1,0 +1,136 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from shareprefill import share_prefill
+from shareprefill.artifact import Policy
+from shareprefill.config import RuntimeConfig
+from shareprefill.errors import UnsupportedError
+from shareprefill.runtime.interface import attached, dense_attention
+from shareprefill.runtime.layers import LayerKind, layer_uses
+from tests.support.families import (
+    DOCUMENT,
+    FAMILIES,
+    Family,
+    build,
+    document,
+    is_installed,
+    support_of,
+)
+from tests.support.tiny import tiny_artifact, token_ids
+
+EVERYTHING = RuntimeConfig(gamma=1.0, tau=1.0, min_tokens=0, max_density=1.0)
+SPARSE = RuntimeConfig(gamma=0.5, min_tokens=0, max_density=1.0)
+CLOSE: Any = {"rtol": 1e-4, "atol": 1e-4}
+TOKENS = 75
+POLICIES = [Policy.PIVOT, Policy.SHARE, Policy.SAMPLED, Policy.VERTICAL_SLASH]
+
+# Which families share every layer, some, or none; the rest of the table is in docs/models.md.
+PARTLY = {
+    "cohere2", "exaone4", "gemma3_text", "jamba", "lfm2", "llama4_text", "nemotron_h", "olmo3",
+    "qwen3_next",
+}  # fmt: skip
+NOT_SHARED = {"gemma2", "gpt_oss", "mistral (sliding window)"}
+REFUSED = {
+    "bloom": "computes attention by itself",
+    "codegen": "computes attention by itself",
+    "deepseek_v32": "indices",
+    "falcon": "computes attention by itself",
+    "gemma4_text": "attention heads .* differ from layer to layer",
+    "gpt_neo": "computes attention by itself",
+    "gptj": "computes attention by itself",
+    "mpt": "computes attention by itself",
+}
+
+
+def named(families: list[Family]) -> Any:
+    return pytest.mark.parametrize("family", families, ids=lambda family: family.name)
+
+
+def installed(family: Family) -> Family:
+    if not is_installed(family):
+        pytest.skip(f"the installed transformers has no {family.name}")
+    return family
+
+
+@torch.no_grad()
+def runs(model: Any) -> dict[str, torch.Tensor]:
+    """Logits of a prefill, of the real tokens of a left-padded batch, and of two chunks."""
+    ids = token_ids(2, TOKENS)
+    mask = torch.ones_like(ids)
+    mask[1, :31] = 0
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    batch = model(input_ids=ids, attention_mask=mask, position_ids=positions).logits
+    first = model(input_ids=ids[:1, :40], use_cache=True)
+    second = model(input_ids=ids[:1, 40:], past_key_values=first.past_key_values, use_cache=True)
+    return {
+        "prefill": model(input_ids=ids).logits,
+        "padded batch": batch[mask.bool()],
+        "chunks": torch.cat([first.logits, second.logits], 1),
+    }
+
+
+def assert_equal_runs(found: dict[str, torch.Tensor], own: dict[str, torch.Tensor]) -> None:
+    for name, expected in own.items():
+        torch.testing.assert_close(
+            found[name], expected, **CLOSE, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
+@named([family for family in FAMILIES if family.name not in REFUSED])
+def test_logits_are_the_models_own_and_layers_are_what_they_are_said_to_be(family: Family) -> None:
+    model = build(installed(family))
+    model.set_attn_implementation("eager")
+    torch.manual_seed(1)
+    own = runs(model)
+    shared = [use.index for use in layer_uses(model) if use.kind is LayerKind.SHARED]
+    layers = range(model.config.num_hidden_layers)
+    policies = [POLICIES if layer in shared else [Policy.DENSE] * 4 for layer in layers]
+    artifact = tiny_artifact(model, policies)
+    torch.manual_seed(1)
+    with share_prefill(model, artifact, EVERYTHING) as session:
+        assert_equal_runs(runs(model), own)
+    assert [layer.layer for layer in session.report().layers] == shared
+    torch.manual_seed(1)
+    with share_prefill(model, artifact, SPARSE) as session:
+        sparse = runs(model)
+    assert all(bool(logits.isfinite().all()) for logits in sparse.values())
+    assert (session.report().density < 1) == bool(shared)
+    # What is compared above is sensitive: less attention is seen in it.
+    assert torch.allclose(sparse["prefill"], own["prefill"], **CLOSE) != bool(shared)
+    expected = "no" if family.name in NOT_SHARED else "partly" if family.name in PARTLY else "yes"
+    assert support_of(family).shared == expected
+
+
+@named([family for family in FAMILIES if family.name in REFUSED])
+def test_what_cannot_be_shared_is_refused_with_its_reason(family: Family) -> None:
+    with pytest.raises(UnsupportedError, match=REFUSED[family.name]):
+        layer_uses(build(installed(family)))
+
+
+@named([family for family in FAMILIES if family.name not in REFUSED])
+def test_a_model_without_weights_tells_the_same(family: Family) -> None:
+    with torch.device("meta"):
+        weightless = build(installed(family)).to(torch.bfloat16)
+    assert layer_uses(weightless) == layer_uses(build(family))
+
+
+def test_heads_that_differ_by_layer_still_run_dense() -> None:
+    family = installed(next(family for family in FAMILIES if family.name == "gemma4_text"))
+    model = build(family)
+    model.set_attn_implementation("eager")
+    torch.manual_seed(1)
+    own = runs(model)
+    torch.manual_seed(1)
+    with attached(model, dense_attention):
+        assert_equal_runs(runs(model), own)
+
+
+def test_the_document_is_up_to_date() -> None:
+    text = DOCUMENT.read_text(encoding="utf-8")
+    assert document(text) == text, "run python tools/family_table.py"
+    for family in FAMILIES:
+        assert f"\n| {family.name} |" in text

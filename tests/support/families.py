@@ -1,0 +1,319 @@
+"""Decoder families of transformers as tiny random models, built in memory."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from shareprefill.errors import UnsupportedError
+from shareprefill.runtime.layers import LayerKind, LayerUse, layer_uses
+
+# What most families call the sizes of a small decoder.
+_SIZES: dict[str, Any] = {
+    "vocab_size": 128,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.2,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 2,
+}
+_HEAD = {"head_dim": 16}
+_MIXED = {"num_hidden_layers": 3, "sliding_window": 24}
+_ALTERNATING = {
+    **_MIXED,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+}
+_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+_LOCAL_EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
+_MLA = {
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 12,
+    "num_key_value_heads": 4,
+}
+_GPT = {
+    "vocab_size": 128,
+    "n_positions": 512,
+    "n_embd": 32,
+    "n_layer": 2,
+    "n_head": 4,
+    "initializer_range": 0.2,
+}
+_MAMBA = {"mamba_d_state": 8, "mamba_d_conv": 4, "mamba_expand": 2}
+
+
+@dataclass(frozen=True)
+class Family:
+    """A family of decoders.
+
+    Attributes:
+        name: Its name in transformers (a folder under `models`).
+        prefix: Prefix of its classes: `<prefix>Config` and `<prefix>ForCausalLM`.
+        options: What its tiny configuration changes of the common sizes.
+        sizes: The common sizes, for families that name them otherwise.
+        config: Prefix of its configuration class, where it differs.
+        model: Its class, where that is not `<prefix>ForCausalLM`.
+    """
+
+    name: str
+    prefix: str
+    options: dict[str, Any] = field(default_factory=dict)
+    sizes: dict[str, Any] = field(default_factory=lambda: _SIZES)
+    config: str = ""
+    model: str = ""
+
+    @property
+    def class_name(self) -> str:
+        """Name of its decoder class."""
+        return self.model or f"{self.prefix}ForCausalLM"
+
+
+FAMILIES: tuple[Family, ...] = (
+    Family("apertus", "Apertus"),
+    Family("arcee", "Arcee", _HEAD),
+    Family("bloom", "Bloom", {"n_layer": 2, "n_head": 4}),
+    Family("codegen", "CodeGen", {"rotary_dim": 4}, sizes=_GPT),
+    Family("cohere", "Cohere"),
+    Family("cohere2", "Cohere2", _ALTERNATING),
+    Family("deepseek_v2", "DeepseekV2", {**_MLA, "first_k_dense_replace": 2, "head_dim": 8}),
+    Family("deepseek_v3", "DeepseekV3", {**_MLA, "first_k_dense_replace": 2, "head_dim": 8}),
+    Family("deepseek_v32", "DeepseekV32", {**_MLA, "first_k_dense_replace": 2, "head_dim": 8}),
+    Family("ernie4_5", "Ernie4_5", _HEAD),
+    Family("exaone4", "Exaone4", _ALTERNATING),
+    Family("falcon", "Falcon", {"new_decoder_architecture": False, "alibi": False}),
+    Family("gemma", "Gemma", _HEAD),
+    Family(
+        "gemma2",
+        "Gemma2",
+        {
+            **_HEAD,
+            **_ALTERNATING,
+            "query_pre_attn_scalar": 1,
+            # Low enough for random logits to reach it.
+            "attn_logit_softcapping": 2.0,
+        },
+    ),
+    Family("gemma3_text", "Gemma3", {**_HEAD, **_ALTERNATING}, config="Gemma3Text"),
+    Family(
+        "gemma4_text",
+        "Gemma4",
+        {
+            **_HEAD,
+            **_MIXED,
+            "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+            "global_head_dim": 32,
+            "num_kv_shared_layers": 0,
+            "hidden_size_per_layer_input": 0,
+            "vocab_size_per_layer_input": 128,
+        },
+        config="Gemma4Text",
+    ),
+    Family("glm", "Glm", _HEAD),
+    Family("glm4", "Glm4", _HEAD),
+    Family(
+        "glm4_moe",
+        "Glm4Moe",
+        {**_HEAD, "n_routed_experts": 4, "num_experts_per_tok": 2, "first_k_dense_replace": 2},
+    ),
+    Family("gpt2", "GPT2", sizes=_GPT, model="GPT2LMHeadModel"),
+    Family(
+        "gpt_neo",
+        "GPTNeo",
+        {"num_layers": 2, "num_heads": 4, "attention_types": [[["global"], 2]]},
+    ),
+    Family("gpt_neox", "GPTNeoX"),
+    Family("gpt_oss", "GptOss", {**_HEAD, **_ALTERNATING, **_LOCAL_EXPERTS}),
+    Family("gptj", "GPTJ", {"rotary_dim": 4}, sizes=_GPT),
+    Family("granite", "Granite"),
+    Family("hunyuan_v1_dense", "HunYuanDenseV1", _HEAD),
+    Family(
+        "jamba",
+        "Jamba",
+        {
+            **_MAMBA,
+            "num_experts": 2,
+            "num_experts_per_tok": 1,
+            "attn_layer_period": 2,
+            "attn_layer_offset": 1,
+            "use_mamba_kernels": False,
+        },
+    ),
+    Family("lfm2", "Lfm2", {"layer_types": ["conv", "full_attention"], "block_multiple_of": 8}),
+    Family("llama", "Llama", _HEAD),
+    Family(
+        "llama4_text",
+        "Llama4",
+        {
+            **_HEAD,
+            **_LOCAL_EXPERTS,
+            "intermediate_size_mlp": 48,
+            "attention_chunk_size": 24,
+            "layer_types": ["chunked_attention", "full_attention"],
+            "no_rope_layers": [1, 0],
+        },
+        config="Llama4Text",
+    ),
+    Family("minimax_m2", "MiniMaxM2", {**_HEAD, **_LOCAL_EXPERTS, "rotary_dim": 8}),
+    Family("mistral", "Mistral", {**_HEAD, "sliding_window": None}),
+    Family("mistral (sliding window)", "Mistral", {**_HEAD, "sliding_window": 24}),
+    Family("mixtral", "Mixtral", {**_LOCAL_EXPERTS, "sliding_window": None}),
+    Family(
+        "mpt",
+        "Mpt",
+        {"d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 512, "expansion_ratio": 1},
+        sizes={"vocab_size": 128, "initializer_range": 0.2},
+    ),
+    Family("nemotron", "Nemotron"),
+    Family(
+        "nemotron_h",
+        "NemotronH",
+        {
+            "layers_block_type": ["mamba", "attention", "mlp", "attention"],
+            "num_hidden_layers": 4,
+            "head_dim": 8,
+            "mamba_num_heads": 4,
+            "mamba_head_dim": 16,
+            "ssm_state_size": 8,
+            "n_groups": 1,
+            "use_mamba_kernels": False,
+        },
+    ),
+    Family("olmo2", "Olmo2"),
+    Family("olmo3", "Olmo3", _ALTERNATING),
+    Family("opt", "OPT", {"ffn_dim": 48, "word_embed_proj_dim": 32}),
+    Family("phi", "Phi"),
+    Family("phi3", "Phi3", {"sliding_window": None}),
+    Family("qwen2", "Qwen2"),
+    Family("qwen3", "Qwen3", _HEAD),
+    Family("qwen3_moe", "Qwen3Moe", {**_HEAD, **_EXPERTS}),
+    Family(
+        "qwen3_next",
+        "Qwen3Next",
+        {
+            **_HEAD,
+            **_EXPERTS,
+            "shared_expert_intermediate_size": 24,
+            "layer_types": ["linear_attention", "full_attention"],
+            "linear_num_value_heads": 2,
+            "linear_num_key_heads": 2,
+            "linear_key_head_dim": 8,
+            "linear_value_head_dim": 8,
+        },
+    ),
+    Family("seed_oss", "SeedOss", _HEAD),
+    Family("smollm3", "SmolLM3", {"no_rope_layers": [1, 0]}),
+    Family("stablelm", "StableLm"),
+    Family("starcoder2", "Starcoder2", {"sliding_window": None}),
+)
+
+
+def is_installed(family: Family) -> bool:
+    """Whether the installed transformers has this family."""
+    import transformers
+
+    return hasattr(transformers, family.class_name)
+
+
+def build(family: Family, **changes: Any) -> Any:
+    """A random model of a family in float32, with its own eager attention."""
+    transformers = importlib.import_module("transformers")
+    prefix = family.config or family.prefix
+    config = getattr(transformers, f"{prefix}Config")(
+        **{**family.sizes, **family.options, **changes}
+    )
+    torch.manual_seed(0)
+    model = getattr(transformers, family.class_name)(config)
+    return model.float().eval()
+
+
+@dataclass(frozen=True)
+class Support:
+    """What a session does with a family.
+
+    Attributes:
+        family: Its name.
+        shared: `yes`, `partly` or `no`.
+        detail: What is not shared and why.
+    """
+
+    family: str
+    shared: str
+    detail: str
+
+    @property
+    def line(self) -> str:
+        """Its row of the table in docs/models.md."""
+        return f"| {self.family} | {self.shared} | {self.detail} |"
+
+
+def support_of(family: Family) -> Support:
+    """Looks at a family's tiny model as `sp doctor --model` does at a real one."""
+    try:
+        uses = layer_uses(build(family))
+    except UnsupportedError as error:
+        return Support(family.name, "no", f"refused: {error}")
+    shared = [use for use in uses if use.kind is LayerKind.SHARED]
+    details = sorted({_explained(use) for use in uses if use.kind is not LayerKind.SHARED})
+    word = "yes" if not details else "partly" if shared else "no"
+    return Support(family.name, word, "; ".join(details))
+
+
+def _explained(use: LayerUse) -> str:
+    if use.kind is LayerKind.WINDOW:
+        return "sliding-window layers run dense inside their window"
+    if use.kind is LayerKind.OWN:
+        return f"layers with {use.reason} run with the model's own attention"
+    if use.kind is LayerKind.OWN_MASK:
+        return f"{use.reason} layers run dense with transformers' own mask"
+    return f"{use.reason} layers are left alone"
+
+
+DOCUMENT = Path(__file__).parents[2] / "docs" / "models.md"
+
+_TEXT = """# Models
+
+Any decoder of transformers that calls attention through its attention interface runs under a
+session. What of it is shared is decided layer by layer, on the call that the layer makes:
+
+- **full causal attention** is shared, multi-head latent attention (MLA) included;
+- **sliding windows** run dense inside their window;
+- **soft-capping and sinks** are computed by transformers' own function for the family, in pieces of
+  query rows, so that the result is the model's own;
+- **chunked and packed masks** run dense with transformers' own mask;
+- **linear attention, state-space and convolution layers** are not touched.
+
+A call with an option that is not known to be harmless runs with the family's own function if that
+function reads the option, and is refused if not. `sp doctor --model <model>` prints which of this
+holds for each layer of a model.
+
+The table is written by `python tools/family_table.py` from small random models of every family. The
+tests compare each of them with the model's own attention, in a prefill, in a padded batch and in
+two chunks against a cache. "partly" and "no" have their reason beside them. A family that is not
+listed may well run; `sp doctor` says so.
+
+| family | shared | what is not, and why |
+| --- | --- | --- |
+"""
+
+
+def document(existing: str = "") -> str:
+    """The text of docs/models.md; rows of families that are not installed are kept as they were."""
+    kept = {line.split("|")[1].strip(): line for line in existing.splitlines() if "|" in line}
+    lines = []
+    for family in FAMILIES:
+        if is_installed(family):
+            lines.append(support_of(family).line)
+        elif family.name in kept:
+            lines.append(kept[family.name])
+    return _TEXT + "\n".join(lines) + "\n"
