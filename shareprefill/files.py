@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import secrets
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -14,6 +16,8 @@ from shareprefill.errors import DataError
 
 LOCK_NAME = ".lock"
 _TEMPORARY = ".sp-{}.tmp"
+# A writer locks its temporary file right after it was created: a younger one may not be locked yet.
+_LOCKED_AFTER_S = 1.0
 _ADVICE = {
     errno.ENOSPC: "the disk is full: free some space, or choose a folder on another disk",
     errno.EDQUOT: "the disk quota is used up: free some space, or choose a folder elsewhere",
@@ -42,17 +46,21 @@ def printable(value: object, limit: int = 200) -> str:
 def atomic_write_bytes(path: str | Path, data: bytes) -> None:
     """Writes `data` to `path` so that the old or the new content is found there, never a part.
 
+    Temporary files that killed writers of the same path left are removed.
+
     Raises:
         DataError: the file cannot be written; an earlier file is untouched and nothing is left.
     """
     path = Path(path)
-    temporary = path.with_name(_TEMPORARY.format(secrets.token_hex(8)))
+    mark = hashlib.sha256(os.fsencode(path.name)).hexdigest()[:16]
+    temporary = path.with_name(_TEMPORARY.format(f"{mark}-{secrets.token_hex(8)}"))
     try:
         if path.is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
         try:
-            _write_synced(temporary, data)
-            os.replace(temporary, path)
+            _remove_abandoned(path.parent.glob(_TEMPORARY.format(f"{mark}-*")), _LOCKED_AFTER_S)
+            with _write_synced(temporary, data):
+                os.replace(temporary, path)
         finally:
             # Gone already after a rename; there after any failure, Ctrl-C among them.
             with suppress(OSError):
@@ -105,21 +113,41 @@ def locked_folder(path: str | Path) -> Iterator[Path]:
             _lock(descriptor)
         except OSError as error:
             raise _cannot_lock(folder, error) from error
-        for leftover in folder.rglob(_TEMPORARY.format("*")):
-            with suppress(OSError):
-                leftover.unlink()
+        _remove_abandoned(folder.rglob(_TEMPORARY.format("*")))
         yield folder
     finally:
         os.close(descriptor)  # releases the lock
 
 
-def _write_synced(path: Path, data: bytes) -> None:
+@contextmanager
+def _write_synced(path: Path, data: bytes) -> Iterator[None]:
+    """Writes a new file, and holds it for the block, so that nobody takes it for abandoned."""
     # Not `tempfile`: its files are private to the user whatever the umask says.
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     with open(descriptor, "wb") as file:
+        if sys.platform != "win32":  # an open file cannot be renamed there
+            with suppress(OSError):  # no locks here, so nobody removes it either
+                _lock(descriptor)
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
+        if sys.platform == "win32":
+            file.close()
+        yield
+
+
+def _remove_abandoned(files: Iterable[Path], age_s: float = 0.0) -> None:
+    """Removes temporary files that no process holds any more, and that are at least so old."""
+    for path in files:
+        with suppress(OSError):
+            if time.time() - path.stat().st_mtime < age_s:
+                continue
+            descriptor = os.open(path, os.O_RDWR)
+            try:
+                _lock(descriptor)
+                path.unlink()
+            finally:
+                os.close(descriptor)
 
 
 def _sync_folder(folder: Path) -> None:

@@ -5,6 +5,7 @@ import os
 import stat
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -169,6 +170,50 @@ def test_lock_removes_what_a_killed_writer_left(tmp_path: Path) -> None:
     with locked_folder(tmp_path):
         assert list(target.parent.iterdir()) == [target]
     assert target.read_bytes() == b"old"
+
+
+KILLED = """
+import os, signal, sys
+from shareprefill import files
+os.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+files.atomic_write_bytes(sys.argv[1], b"new")
+"""
+
+
+def test_the_next_write_removes_what_a_killed_one_left(tmp_path: Path) -> None:
+    target, other = tmp_path / "a.st", tmp_path / "b.st"
+    for path in (target, other):
+        subprocess.run([sys.executable, "-c", KILLED, str(path)], check=False)
+    left = sorted(tmp_path.iterdir())
+    assert len(left) == 2
+    past = time.time() - 2
+    for path in left:
+        os.utime(path, (past, past))
+    atomic_write_bytes(target, b"next")
+    # Another path's leftover is its own next writer's.
+    assert len(list(tmp_path.iterdir())) == 2
+    atomic_write_bytes(other, b"next")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.st", "b.st"]
+
+
+def test_a_writer_at_work_keeps_its_temporary_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, target = os.replace, tmp_path / "a.st"
+
+    def replace_late(temporary: Path, path: Path) -> None:
+        monkeypatch.undo()
+        past = time.time() - 60
+        os.utime(temporary, (past, past))
+        atomic_write_bytes(target, b"between")
+        with locked_folder(tmp_path):
+            assert temporary.exists()
+        real(temporary, path)
+
+    monkeypatch.setattr(os, "replace", replace_late)
+    atomic_write_bytes(target, b"late")
+    assert target.read_bytes() == b"late"
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".lock", "a.st"]
 
 
 def test_lock_on_a_file_system_without_locks(

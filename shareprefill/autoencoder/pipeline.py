@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from torch import Tensor
 
 from shareprefill.autoencoder.dataset import MapDataset, Split
@@ -90,6 +91,9 @@ def train(
             "trials": trained.trials,
             "losses": asdict(trained.losses),
             "epochs": trained.history,
+            # Written last, so that a killed training is not taken for a whole one.
+            "files": {name: _sha256((folder / name).read_bytes()) for name in (WEIGHTS, CODES)},
+            "maps": [record.sha256 for record in store.prompts],
         }
         atomic_write_text(folder / HISTORY, json.dumps(history, indent=1, sort_keys=True) + "\n")
     return training
@@ -105,7 +109,8 @@ def load_training(folder: Path) -> tuple[Training, Tensor]:
     """A training's record and its codes, float32 `[P, K, Z]`.
 
     Raises:
-        DataError: the calibration was not trained, or its files are damaged.
+        DataError: the calibration was not trained, or not to the end, or on other maps than it
+            holds; or its files are damaged.
     """
     try:
         history = json.loads((folder / HISTORY).read_text(encoding="utf-8"))
@@ -115,9 +120,21 @@ def load_training(folder: Path) -> tuple[Training, Tensor]:
             Losses(**history["losses"]),
             len(history["epochs"]) - 1,
         )
-        with safe_open(folder / CODES, framework="pt") as file:
-            return training, file.get_tensor("codes")
+        data = {name: (folder / name).read_bytes() for name in (WEIGHTS, CODES)}
+        for name in (WEIGHTS, CODES):
+            if _sha256(data[name]) != history["files"][name]:
+                raise DataError(
+                    f"{folder} has a damaged training ({name} is not the one that {HISTORY} "
+                    "names: it was changed, or a training was killed); run sp train"
+                )
+        if history["maps"] != [record.sha256 for record in MapStore.open(folder).prompts]:
+            raise DataError(f"{folder} was trained on other maps than it holds; run sp train")
+        return training, load(data[CODES])["codes"]
     except FileNotFoundError as error:
         raise DataError(f"{folder} has no trained autoencoder; run sp train") from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise DataError(f"{folder} has a damaged training ({error}); run sp train") from error
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()

@@ -88,12 +88,13 @@ class MapStore:
         if resume and (folder / INDEX).exists():
             store = cls.open(folder)
             _refuse_other(store, config, fingerprint)
+            store._remove_unnamed("maps-*.safetensors")
             return store
         make_folder(folder)
-        for stale in folder.glob("*.safetensors"):
-            stale.unlink()
         store = cls(folder, config, fingerprint, [])
+        # The index first: it must never name what is gone.
         store._write_index()
+        store._remove_unnamed("*.safetensors")
         return store
 
     @classmethod
@@ -183,6 +184,12 @@ class MapStore:
                 ) from error
             if digest != record.sha256:
                 raise DataError(f"{path} is damaged (checksum); run sp calibrate --fresh")
+
+    def _remove_unnamed(self, pattern: str) -> None:
+        named = {record.file for record in self.prompts}
+        for path in self.folder.glob(pattern):
+            if path.name not in named:
+                path.unlink()
 
     def _write_index(self) -> None:
         index: dict[str, Any] = {

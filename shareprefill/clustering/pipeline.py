@@ -19,7 +19,7 @@ from shareprefill.clustering.evidence import Evidence
 from shareprefill.clustering.hierarchy import build_linkage, candidate_counts, cut, silhouette
 from shareprefill.clustering.policies import Choice, alone, share, total_cost
 from shareprefill.config import ClusterConfig
-from shareprefill.errors import ConfigError, DataError
+from shareprefill.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -58,8 +58,6 @@ def cluster(folder: Path, config: ClusterConfig) -> tuple[Artifact, list[Cluster
     """
     store = MapStore.open(folder)
     training, codes = load_training(folder)
-    if codes.shape[0] != len(store.prompts):
-        raise DataError(f"{folder} was trained on other maps than it holds; run sp train")
     store.verify()
     distances, agreed = _distances(store, folder, training, codes, config)
     heads = len(distances)

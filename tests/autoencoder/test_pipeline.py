@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -69,3 +70,27 @@ def test_damaged_files_are_refused(tmp_path: Path, name: str) -> None:
     (folder / name).unlink()
     with pytest.raises(DataError, match="no trained autoencoder"):
         load_training(folder)
+
+
+def test_a_training_of_two_runs_is_refused(tmp_path: Path) -> None:
+    """What a kill between two of a training's files leaves."""
+    folder = calibration(tmp_path, 512)
+    train(folder, CONFIG)
+    earlier = {name: (folder / name).read_bytes() for name in (WEIGHTS, CODES, HISTORY)}
+    train(folder, replace(CONFIG, seed=1))
+    for name in (HISTORY, CODES):
+        (folder / name).write_bytes(earlier[name])
+        with pytest.raises(DataError, match="not the one that history.json names.*run sp train"):
+            load_training(folder)
+    (folder / WEIGHTS).write_bytes(earlier[WEIGHTS])
+    load_training(folder)
+
+
+def test_a_training_on_other_maps_is_refused(tmp_path: Path) -> None:
+    folder = calibration(tmp_path / "one", 512)
+    train(folder, CONFIG)
+    other = calibration(tmp_path / "two", 512)
+    for name in (WEIGHTS, CODES, HISTORY):
+        (other / name).write_bytes((folder / name).read_bytes())
+    with pytest.raises(DataError, match="trained on other maps than it holds; run sp train"):
+        load_training(other)

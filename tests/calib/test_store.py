@@ -51,6 +51,34 @@ def test_resuming_keeps_what_is_there(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("*.safetensors"))
 
 
+def test_resuming_removes_what_the_index_does_not_name(tmp_path: Path) -> None:
+    store = filled(tmp_path, prompts=2)
+    for name in ("maps-00002.safetensors", "codes.safetensors"):
+        (tmp_path / name).write_bytes(b"")
+    MapStore.begin(tmp_path, CONFIG, MODEL, resume=True).verify()
+    kept = sorted(p.name for p in tmp_path.glob("*.safetensors"))
+    assert kept == ["codes.safetensors", *(record.file for record in store.prompts)]
+
+
+def test_a_fresh_start_killed_at_its_first_deletion_can_be_resumed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    filled(tmp_path)
+    unlink = Path.unlink
+
+    def kill(path: Path, missing_ok: bool = False) -> None:
+        unlink(path, missing_ok)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", kill)
+        with pytest.raises(KeyboardInterrupt):
+            MapStore.begin(tmp_path, CONFIG, MODEL, resume=False)
+    resumed = MapStore.begin(tmp_path, CONFIG, MODEL, resume=True)
+    resumed.verify()
+    assert (resumed.prompts, list(tmp_path.glob("maps-*"))) == ([], [])
+
+
 def test_another_configuration_is_refused_with_both_named(tmp_path: Path) -> None:
     filled(tmp_path)
     with pytest.raises(ConfigError, match="length 512 there, 1024 now"):
