@@ -294,12 +294,45 @@ def inspect(
 
 
 @app.command()
-def doctor(as_json: JsonOption = False) -> None:
+def diff(
+    before: Annotated[Path, typer.Argument(help="An artifact.")],
+    after: Annotated[Path, typer.Argument(help="Another one of the same model.")],
+    exit_code: Annotated[
+        bool, typer.Option("--exit-code", help="Exit with 1 where anything differs.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Print what changed between two artifacts of one model."""
+    from shareprefill.artifact import load_artifact
+    from shareprefill.clustering.comparison import compare_artifacts
+    from shareprefill.console import show_comparison
+
+    comparison = compare_artifacts(load_artifact(before), load_artifact(after))
+    if as_json:
+        typer.echo(json.dumps(comparison.to_dict(), indent=1))
+    else:
+        show_comparison(comparison)
+    if exit_code and comparison.differs:
+        raise typer.Exit(1)
+
+
+@app.command()
+def doctor(
+    model: Annotated[
+        str | None,
+        typer.Option(help="Print instead what a session does with each layer of this model."),
+    ] = None,
+    trust_remote_code: RemoteCodeOption = False,
+    as_json: JsonOption = False,
+) -> None:
     """Print versions and the device, and what works here and what does not."""
     from shareprefill.console import show_checks
-    from shareprefill.diagnosis import diagnose
+    from shareprefill.diagnosis import diagnose, diagnose_model
 
-    checks = diagnose()
+    if model is None:
+        checks = diagnose()
+    else:
+        checks = diagnose_model(model, trust_remote_code=trust_remote_code)
     if as_json:
         typer.echo(json.dumps([asdict(check) for check in checks], indent=1))
     else:

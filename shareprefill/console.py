@@ -11,17 +11,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 if TYPE_CHECKING:
     from shareprefill.artifact import Artifact
     from shareprefill.autoencoder.pipeline import Training
+    from shareprefill.clustering.comparison import Comparison
     from shareprefill.clustering.pipeline import Clustering
     from shareprefill.diagnosis import Check
     from shareprefill.runtime.answering import Answer
 
 # A table that is piped into a file or a log keeps its columns.
 _PIPED_WIDTH = 100
+_MOVED_ROWS = 20
 
 
 @contextmanager
@@ -169,6 +172,53 @@ def _sharing_clusters(artifact: Artifact) -> list[dict[str, Any]]:
             }
         )
     return sorted(found, key=lambda row: (-row["sharing"], row["cluster"]))
+
+
+def show_comparison(comparison: Comparison) -> None:
+    """What `sp diff` found."""
+    if not comparison.differs:
+        _line(f"the artifacts are equal: {comparison.heads} heads of {comparison.models[0]}")
+        return
+    figures = _table("expected", "figure", "before", "after", "change")
+    for name in ("density", "recall", "cost"):
+        old, new = getattr(comparison, name)
+        texts = ["-" if value is None else f"{value:.4f}" for value in (old, new)]
+        change = "-" if old is None or new is None else f"{new - old:+.4f}"
+        figures.add_row(name, *texts, change)
+    _print(figures)
+    if comparison.moved:
+        moved = _table("heads that moved", "layer.head", "policy", "pivot", "cluster")
+        for head in comparison.moved[:_MOVED_ROWS]:
+            pairs = (head.policy, head.pivot, head.cluster)
+            moved.add_row(head.head, *(_change(*pair) for pair in pairs))
+        _print(moved)
+        if len(comparison.moved) > _MOVED_ROWS:
+            _line(f"and {len(comparison.moved) - _MOVED_ROWS} more; --json has all")
+    if comparison.settings:
+        settings = _table("settings", "name", "before", "after")
+        for setting in comparison.settings:
+            settings.add_row(escape(setting.name), _value(setting.before), _value(setting.after))
+        _print(settings)
+    if comparison.values:
+        counts = ", ".join(f"{name} {count}" for name, count in comparison.values.items())
+        _line(f"heads with other values: {counts}")
+    _line(
+        f"{len(comparison.moved)} of {comparison.heads} heads moved; adjusted Rand index of the "
+        f"clusters {comparison.rand_index:.4f}"
+    )
+
+
+def _change(old: object, new: object) -> str:
+    texts = ["-" if value is None or value == -1 else str(value) for value in (old, new)]
+    return texts[0] if texts[0] == texts[1] else " > ".join(texts)
+
+
+def _value(value: object) -> str:
+    from shareprefill.clustering.comparison import ABSENT
+    from shareprefill.files import printable
+
+    # Escaped: a file's text may hold what rich takes for markup.
+    return "(absent)" if value is ABSENT else escape(printable(json.dumps(value), 60))
 
 
 def finish_run(result: Answer, *, as_json: bool) -> None:

@@ -6,8 +6,17 @@ import importlib.metadata
 import importlib.util
 import platform
 from dataclasses import dataclass
+from itertools import groupby
+from typing import TYPE_CHECKING
 
-WORKS, BROKEN, ABSENT = "works", "broken", "not here"
+from shareprefill.errors import UnsupportedError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from shareprefill.runtime.layers import LayerUse
+
+WORKS, BROKEN, ABSENT, UNSUPPORTED = "works", "broken", "not here", "unsupported"
 
 _LIBRARIES = ("torch", "transformers", "datasets", "scikit-learn", "scipy", "safetensors", "triton")
 
@@ -18,7 +27,7 @@ class Check:
 
     Attributes:
         name: What was looked at.
-        state: A version, `works`, `not here`, or `broken`.
+        state: A version, `works`, `not here`, `broken`, `unsupported`, or the kind of a layer.
         detail: What follows from it.
     """
 
@@ -29,7 +38,7 @@ class Check:
     @property
     def broken(self) -> bool:
         """Whether something is there that does not work."""
-        return self.state == BROKEN
+        return self.state in (BROKEN, UNSUPPORTED)
 
 
 def diagnose() -> list[Check]:
@@ -42,6 +51,91 @@ def diagnose() -> list[Check]:
     checks += _implementations()
     checks.append(_built_in())
     return checks
+
+
+def diagnose_model(name: str, *, trust_remote_code: bool = False) -> list[Check]:
+    """What a session does with each layer of a model.
+
+    The weights are read only where the model's forward pass depends on their values.
+
+    Args:
+        name: A hub id, a local folder, or the name of a built-in model.
+        trust_remote_code: Runs Python code that the model's repository brings.
+
+    Returns:
+        One check for every run of like layers; a single one with the reason where the model is not
+        supported.
+
+    Raises:
+        ModelError: the model cannot be found or loaded, or is no causal decoder.
+    """
+    try:
+        uses = _layer_uses(name, trust_remote_code)
+    except UnsupportedError as error:
+        return [Check("model", UNSUPPORTED, str(error))]
+    return [_layers_check(group) for group in _like_layers(uses)]
+
+
+def _layer_uses(name: str, trust_remote_code: bool) -> tuple[LayerUse, ...]:
+    from shareprefill.models import load_model
+    from shareprefill.runtime.layers import layer_uses
+
+    if (model := _weightless(name, trust_remote_code)) is not None:
+        try:
+            return layer_uses(model)
+        # Torch's error for values that are not there: experts that are chosen token by token.
+        except RuntimeError:
+            del model
+    return layer_uses(load_model(name, trust_remote_code=trust_remote_code))
+
+
+def _weightless(name: str, trust_remote_code: bool) -> PreTrainedModel | None:
+    """The model on the meta device; None where it cannot be built there."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from shareprefill.models import (
+        _load_config,
+        _loading_options,
+        _require_causal_config,
+        resolve_model,
+    )
+
+    path = resolve_model(name)
+    config = _load_config(name, path, _loading_options(path, trust_remote_code))
+    _require_causal_config(name, config, trust_remote_code)
+    try:
+        with torch.device("meta"):
+            # Grouped products of experts want bfloat16 there.
+            model = AutoModelForCausalLM.from_config(
+                config, dtype=torch.bfloat16, trust_remote_code=trust_remote_code
+            )
+    except (ValueError, ImportError, RuntimeError):
+        return None
+    return model.eval()
+
+
+def _like_layers(uses: tuple[LayerUse, ...]) -> list[list[LayerUse]]:
+    """Layers of one kind and reason, in the order of their first layer."""
+    order = {(use.kind, use.reason): use.index for use in reversed(uses)}
+    ranked = sorted(uses, key=lambda use: (order[use.kind, use.reason], use.index))
+    return [list(group) for _, group in groupby(ranked, key=lambda use: (use.kind, use.reason))]
+
+
+def _layers_check(group: list[LayerUse]) -> Check:
+    word = "layer" if len(group) == 1 else "layers"
+    return Check(f"{word} {_spans([use.index for use in group])}", group[0].kind, group[0].reason)
+
+
+def _spans(numbers: list[int]) -> str:
+    """`0-2, 5` of ascending numbers."""
+    spans: list[list[int]] = []
+    for number in numbers:
+        if spans and number == spans[-1][-1] + 1:
+            spans[-1] = [spans[-1][0], number]
+        else:
+            spans.append([number])
+    return ", ".join("-".join(map(str, span)) for span in spans)
 
 
 def _version(name: str) -> str:

@@ -13,6 +13,7 @@ import pytest
 from shareprefill import cli
 from shareprefill.artifact import load_artifact
 from tests.support.checkpoint import save_checkpoint
+from tests.support.families import FAMILIES, build
 
 Sp = Any
 
@@ -230,3 +231,75 @@ def test_help_is_quick_and_loads_no_torch() -> None:
     start = time.perf_counter()
     subprocess.run([sys.executable, "-m", "shareprefill.cli", "--help"], check=True)
     assert time.perf_counter() - start < 5
+
+
+def test_diff(work: Path, sp: Sp, tmp_path: Path) -> None:
+    folder, before = work / "artifacts" / "model" / "calibration", work / "clusters.st"
+    assert sp("cluster", folder, "--k", 3, "--tau", 0.3, "--out", "after.st")[0] == 0
+    code, out, err = sp("diff", before, "after.st", "--json")
+    assert (code, err) == (0, "")
+    facts = json.loads(out)
+    assert facts["differs"]
+    assert {"name": "thresholds.tau", "before": 0.2, "after": 0.3} in facts["settings"]
+    code, out, _ = sp("diff", before, "after.st", "--exit-code")
+    assert code == 1
+    assert f"{len(facts['moved'])} of 12 heads moved" in out
+    assert "thresholds.tau" in out
+    assert sp("diff", before, before, "--exit-code")[:2] == (
+        0,
+        "the artifacts are equal: 12 heads of model\n",
+    )
+
+
+def test_diff_refuses_what_it_cannot_compare(work: Path, sp: Sp, tmp_path: Path) -> None:
+    (tmp_path / "cut.st").write_bytes((work / "clusters.st").read_bytes()[:-10])
+    expect_error(sp("diff", work / "clusters.st", "cut.st"), "cut.st", "regenerate it")
+    expect_error(sp("diff", "missing.st", work / "clusters.st"), "missing.st")
+
+
+def test_doctor_tells_what_each_layer_of_a_model_is(sp: Sp, tmp_path: Path) -> None:
+    for name in ("gemma3_text", "gpt_oss", "qwen3_next", "gpt_neo"):
+        build(next(f for f in FAMILIES if f.name == name)).save_pretrained(tmp_path / name)
+        # Only the configuration is looked at.
+        (tmp_path / name / "model.safetensors").unlink()
+
+    def checks(name: str, status: int = 0) -> list[tuple[str, str, str]]:
+        code, out, _ = sp("doctor", "--model", name, "--json")
+        assert code == status
+        return [(check["name"], check["state"], check["detail"]) for check in json.loads(out)]
+
+    assert checks("sp-tiny") == [("layers 0-5", "shared", "")]
+    assert checks("gemma3_text") == [
+        ("layers 0, 2", "window, dense", "sliding window of 24"),
+        ("layer 1", "shared", ""),
+    ]
+    assert checks("gpt_oss") == [("layers 0-2", "own attention", "attention sinks")]
+    assert checks("qwen3_next") == [
+        ("layer 0", "not attention", "linear attention"),
+        ("layer 1", "shared", ""),
+    ]
+    ((name, state, detail),) = checks("gpt_neo", status=1)
+    assert (name, state) == ("model", "unsupported")
+    assert "computes attention by itself" in detail
+    assert "attention sinks" in sp("doctor", "--model", "gpt_oss")[1]
+    expect_error(sp("doctor", "--model", "missing/model/x"), "missing/model/x")
+
+
+def test_doctor_loads_a_model_that_does_not_run_without_weights(
+    sp: Sp, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from shareprefill.runtime import layers
+
+    devices = []
+
+    def needs_values(model: Any) -> Any:
+        devices.append(model.device.type)
+        if devices == ["meta"]:
+            raise RuntimeError("Tensor.item() cannot be called on meta tensors")
+        return found(model)
+
+    found = layers.layer_uses
+    monkeypatch.setattr(layers, "layer_uses", needs_values)
+    assert "layers 0-5" in sp("doctor", "--model", "sp-tiny")[1]
+    assert len(devices) == 2
+    assert devices[1] != "meta"
