@@ -1,6 +1,6 @@
 """Peak memory of a prefill on the CPU, shared against dense, each in a process of its own.
 
-    python benchmarks/measure_memory.py --artifact clusters.st --length 32768
+python benchmarks/measure_memory.py --artifact clusters.st --length 32768
 """
 
 from __future__ import annotations
