@@ -114,7 +114,8 @@ def mask_facts(
             **others,
         )
     padding = None
-    if attention_mask is not None and not bool(attention_mask.all()):
+    # A mask on the meta device has no values to look at.
+    if attention_mask is not None and (attention_mask.is_meta or not bool(attention_mask.all())):
         padding = attention_mask
     facts = MaskFacts(q_offset, int(kv_offset), padding, local_size)
     return FactMask.make((batch_size, 1, q_length, kv_length), device, facts)
