@@ -100,11 +100,10 @@ def share(
         if found is None:
             continue
         pivot, candidates = found
-        saved = sum(own[h].item() - costs[h, pivot].item() for h in candidates)
-        if len(candidates) + 1 >= config.min_size and saved > pivots[pivot].cost - own[pivot]:
+        if len(candidates) + 1 >= config.min_size:
             choices[pivot] = pivots[pivot]
             for h in candidates:
-                choices[h] = _sharer(h, pivot, singles[h], evidence, config)
+                choices[h] = _sharer(h, pivot, costs[h, pivot].item(), singles[h], evidence, config)
     return choices
 
 
@@ -168,7 +167,7 @@ def _best_pivot(
 
 
 def _sharer(
-    head: int, pivot: int, single: Choice, evidence: Evidence, config: ClusterConfig
+    head: int, pivot: int, cost: float, single: Choice, evidence: Evidence, config: ClusterConfig
 ) -> Choice:
     g = int((evidence.pairs[:, head, pivot] >= config.target_recall).nonzero()[0])
     density = evidence.pivots.density[g, pivot].item()
@@ -178,7 +177,7 @@ def _sharer(
         gamma=GAMMAS[g],
         recall=evidence.pairs[g, head, pivot].item(),
         density=density,
-        cost=SPARSE_OVERHEAD * density + evidence.check_cost,
+        cost=cost,
         pivot=pivot,
         fallback=single.policy,
         fallback_gamma=single.gamma,
