@@ -16,7 +16,8 @@ class LayerInputs:
 
     Attributes:
         query: `[H, Nq, D]`, after RoPE and any query norm.
-        key: `[G, Nk, D]`; query row i is at position Nk - Nq + i; head h reads KV head h // (H / G).
+        key: `[G, Nk, D]`; query row i is at position Nk - Nq + i; query head h reads KV head
+            h // (H / G).
         scale: The model's own factor on the logits.
         geometry: Block size, the causal blocks, and the rows that stand for a block.
         softcap: The model's soft-cap c of the logits, c * tanh(logit / c); None for none.
