@@ -11,6 +11,13 @@ from typing import Annotated, Any
 import typer
 
 from shareprefill import __version__
+from shareprefill.commands.options import (
+    DeviceOption,
+    DtypeOption,
+    JsonOption,
+    ModelOption,
+    RemoteCodeOption,
+)
 from shareprefill.config import (
     LINKAGES,
     METRICS,
@@ -41,17 +48,6 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-ModelOption = Annotated[
-    str, typer.Option("--model", help="Hub id, local folder, or the built-in sp-tiny.")
-]
-DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
-DtypeOption = Annotated[
-    str, typer.Option(help="auto (float32 on a CPU), float32, bfloat16 or float16.")
-]
-RemoteCodeOption = Annotated[
-    bool, typer.Option("--trust-remote-code", help="Run code from the model's repository.")
-]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")]
 CalibrationArgument = Annotated[
     Path | None,
     typer.Argument(help="Calibration folder; the newest one under artifacts/ by default."),

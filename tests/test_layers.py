@@ -13,14 +13,24 @@ PACKAGE = Path(__file__).parents[1] / "shareprefill"
 
 # What each part may import of the package, besides itself and the parts named at "common".
 COMMON = {"errors", "config", "files", "container", "models", "artifact", "__init__"}
+EVERY_STAGE = {
+    *("runtime", "calib", "autoencoder", "clustering", "evaluation"),
+    *("diagnosis", "report", "audit", "regeneration", "hub"),
+}
 ALLOWED = {
     "runtime": set(),
     "calib": {"runtime"},
     "autoencoder": {"calib", "runtime"},
     "clustering": {"autoencoder", "calib", "runtime"},
     "diagnosis": {"runtime"},
-    "console": {"autoencoder", "calib", "clustering", "runtime", "diagnosis"},
-    "cli": {"autoencoder", "calib", "clustering", "runtime", "diagnosis", "console"},
+    "evaluation": {"clustering", "autoencoder", "calib", "runtime", "report"},
+    "report": set(),
+    "audit": {"clustering", "autoencoder", "calib", "runtime", "report"},
+    "regeneration": {"evaluation", "clustering", "autoencoder", "calib", "runtime", "report"},
+    "hub": {"runtime"},
+    "console": EVERY_STAGE,
+    "commands": EVERY_STAGE | {"console"},
+    "cli": EVERY_STAGE | {"console", "commands"},
 }
 OFFLINE_LIBRARIES = {"sklearn", "scipy", "datasets"}
 FILES = sorted(PACKAGE.rglob("*.py"))

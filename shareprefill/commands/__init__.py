@@ -1,0 +1,1 @@
+"""Commands of `sp`, one a file: parse, build a configuration, call one function, print."""
