@@ -10,11 +10,16 @@ from shareprefill.errors import ConfigError
 
 Metric = Literal["jaccard", "jaccard-raw", "code"]
 Linkage = Literal["average", "complete", "single"]
-PolicyName = Literal["auto", "share", "sampled", "vertical-slash", "dense"]
+Nonfinite = Literal["dense", "error"]
 
 METRICS: tuple[str, ...] = ("jaccard", "jaccard-raw", "code")
 LINKAGES: tuple[str, ...] = ("average", "complete", "single")
-POLICIES: tuple[str, ...] = ("auto", "share", "sampled", "vertical-slash", "dense")
+# What a session may run under: `auto` as the artifact says, otherwise one policy for every head.
+POLICIES: tuple[str, ...] = (
+    *("auto", "share", "dense", "sampled", "vertical-slash"),
+    *("antidiagonal", "decompose", "flash", "flex", "oracle", "pooled", "streaming"),
+)
+NONFINITE: tuple[str, ...] = ("dense", "error")
 BLOCK_SIZES: tuple[int, ...] = (16, 32, 64, 128, 256)
 MIN_RESOLUTION = 8
 
@@ -211,9 +216,12 @@ class RuntimeConfig(Stage):
         local_blocks: Last key blocks, the diagonal one among them, that every query block reads.
         min_tokens: Prompts shorter than this run dense; None: the device's measured crossover.
         max_density: Heads whose pattern is denser are computed densely; None: measured, likewise.
+        nonfinite: What to do about NaN or Inf in a layer's queries or keys: `dense` (a head whose
+            own pattern rests on them reads every causal block, and no head shares such a pattern)
+            or `error` (also for values; waits for the device at every layer).
     """
 
-    policy: PolicyName = "auto"
+    policy: str = "auto"
     gamma: float | None = None
     tau: float | None = None
     delta: float | None = None
@@ -224,8 +232,10 @@ class RuntimeConfig(Stage):
     local_blocks: int = 2
     min_tokens: int | None = None
     max_density: float | None = None
+    nonfinite: Nonfinite = "dense"
 
     def __post_init__(self) -> None:
+        _require(self.nonfinite in NONFINITE, "nonfinite", self.nonfinite, f"one of {NONFINITE}")
         _require(self.policy in POLICIES, "policy", self.policy, f"one of {POLICIES}")
         if self.gamma is not None:
             _require_fraction("gamma", self.gamma)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
 from shareprefill.artifact import Artifact, Policy
 from shareprefill.config import RuntimeConfig
+from shareprefill.runtime.policies import POLICIES
+from shareprefill.runtime.policies.base import SelectionPolicy
 
 T = TypeVar("T")
 
@@ -15,6 +18,8 @@ _UNIFORM = {
     "sampled": Policy.SAMPLED,
     "vertical-slash": Policy.VERTICAL_SLASH,
 }
+# The number of a policy that no artifact names.
+_FURTHER = len(Policy)
 
 
 @dataclass(frozen=True)
@@ -23,9 +28,9 @@ class HeadPlan:
 
     Attributes:
         head: Global id, layer * H + index in the layer.
-        policy: What it does.
+        policy: What it does: a `Policy`, or the number of a further one in the plan's `labels`.
         pivot: Global id of the head whose pattern it shares; -1 for none.
-        fallback: What it does when its check before sharing fails.
+        fallback: What it does when its check before sharing fails; otherwise its policy.
         gamma: Attention mass its pattern covers.
         fallback_gamma: Attention mass the fallback's pattern covers.
         tau: JS distance to its pivot under which it shares.
@@ -33,9 +38,9 @@ class HeadPlan:
     """
 
     head: int
-    policy: Policy
+    policy: int
     pivot: int
-    fallback: Policy
+    fallback: int
     gamma: float
     fallback_gamma: float
     tau: float
@@ -48,6 +53,8 @@ class RuntimePlan:
 
     Attributes:
         layers: `layers[l][h]`.
+        labels: Names of the policies, by their numbers in the heads' plans.
+        selectors: What chooses the blocks of the policies that no artifact names, by number.
         online: Whether pivots are found at run time by the paper's rule (policy `share`).
         guarded: Whether a vertical-slash pattern is left to highly sparse heads (delta).
         block_size: Tokens a block.
@@ -58,9 +65,12 @@ class RuntimePlan:
         sink_blocks: Leading key blocks always read.
         local_blocks: Trailing causal key blocks always read.
         max_density: Density above which a head is computed densely; None: the device's crossover.
+        refuse_nonfinite: Whether NaN or Inf in a layer's inputs is an error.
     """
 
     layers: tuple[tuple[HeadPlan, ...], ...]
+    labels: tuple[str, ...]
+    selectors: Mapping[int, SelectionPolicy]
     online: bool
     guarded: bool
     block_size: int
@@ -71,6 +81,7 @@ class RuntimePlan:
     sink_blocks: int
     local_blocks: int
     max_density: float | None
+    refuse_nonfinite: bool
 
 
 def make_plan(artifact: Artifact, config: RuntimeConfig) -> RuntimePlan:
@@ -84,7 +95,12 @@ def make_plan(artifact: Artifact, config: RuntimeConfig) -> RuntimePlan:
         The orders of every head.
     """
     online = config.policy == "share"
-    forced = _UNIFORM.get(config.policy)
+    forced: int | None = _UNIFORM.get(config.policy)
+    labels = tuple(policy.label for policy in Policy)
+    selectors: dict[int, SelectionPolicy] = {}
+    if forced is None and config.policy not in ("auto", "share"):
+        forced, labels = _FURTHER, (*labels, config.policy)
+        selectors[_FURTHER] = POLICIES[config.policy]()
     layers, heads = artifact.policy.shape
     columns = {
         name: getattr(artifact, name).reshape(-1).tolist()
@@ -98,12 +114,12 @@ def make_plan(artifact: Artifact, config: RuntimeConfig) -> RuntimePlan:
             # One rule for all heads: what was chosen head by head for another does not apply.
             gamma = fallback_gamma = artifact.thresholds.gamma
             tau = artifact.thresholds.tau
-        policy = Policy(columns["policy"][head]) if forced is None else forced
+        policy: int = columns["policy"][head] if forced is None else forced
         return HeadPlan(
             head=head,
             policy=policy,
             pivot=columns["pivot"][head] if forced is None else -1,
-            fallback=Policy(columns["fallback"][head]) if forced is None else forced,
+            fallback=columns["fallback"][head] if forced is None else forced,
             gamma=_chosen(config.gamma, gamma),
             fallback_gamma=_chosen(config.gamma, fallback_gamma),
             tau=_chosen(config.tau, tau),
@@ -115,6 +131,8 @@ def make_plan(artifact: Artifact, config: RuntimeConfig) -> RuntimePlan:
         layers=tuple(
             tuple(order(layer * heads + head) for head in range(heads)) for layer in range(layers)
         ),
+        labels=labels,
+        selectors=selectors,
         online=online,
         guarded=config.policy == "auto",
         block_size=artifact.block_size,
@@ -126,6 +144,7 @@ def make_plan(artifact: Artifact, config: RuntimeConfig) -> RuntimePlan:
         sink_blocks=config.sink_blocks,
         local_blocks=config.local_blocks,
         max_density=config.max_density,
+        refuse_nonfinite=config.nonfinite == "error",
     )
 
 

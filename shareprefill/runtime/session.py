@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Self
 import torch
 from torch import Tensor
 
-from shareprefill.artifact import Artifact, Policy, check_fingerprint, load_artifact
+from shareprefill.artifact import Artifact, check_fingerprint, load_artifact
 from shareprefill.config import RuntimeConfig
 from shareprefill.errors import ConfigError
 from shareprefill.models import fingerprint
@@ -26,7 +26,9 @@ from shareprefill.runtime.interface import (
     dense_attention,
 )
 from shareprefill.runtime.ops.blocks import causal_blocks
+from shareprefill.runtime.orders import Orders
 from shareprefill.runtime.plan import RuntimePlan, make_plan
+from shareprefill.runtime.policies.base import LayerInputs
 from shareprefill.runtime.sharing import LayerPass, LayerRecord
 from shareprefill.runtime.state import ForwardState, Geometry
 
@@ -40,14 +42,14 @@ class LayerReport:
 
     Attributes:
         layer: Layer index.
-        policies: Policy that each head took most often.
+        policies: Name of the policy that each head took most often.
         density: Computed share of the causal blocks, by head.
         distance: Mean JS distance to the pivot, by head; NaN where a head was no candidate.
         recall: Attention mass inside the patterns, by head; None unless the session measures it.
     """
 
     layer: int
-    policies: tuple[Policy, ...]
+    policies: tuple[str, ...]
     density: tuple[float, ...]
     distance: tuple[float, ...]
     recall: tuple[float, ...] | None
@@ -100,6 +102,7 @@ class Session:
         self.artifact = artifact
         self.config = config
         self.plan: RuntimePlan = make_plan(artifact, config)
+        self.orders = Orders(self.plan)
         self.measure_recall = measure_recall
         self._pass = threading.local()
         self._lock = threading.Lock()
@@ -132,13 +135,16 @@ class Session:
         """What was done since the session began or was last reset."""
         with self._lock:
             records, dense = list(self._records), list(self._dense)
+        totals = [
+            _Totals(self.plan, n, [r for r in records if r.layer == n])
+            for n in sorted({r.layer for r in records})
+        ]
         heads = self.artifact.policy.shape[1]
-        computed = sum(sum(r.blocks) for r in records)
-        causal = sum(r.causal * heads for r in records)
+        computed = sum(t.blocks.sum().item() for t in totals)
+        causal = sum(r.causal * len(r.blocks) for r in records)
         skipped_nothing = sum(d.blocks * heads for d in dense)
-        taken = Counter(policy.label for r in records for policy in r.policies)
-        work = sum(sum(r.work) * r.causal for r in records)
-        layers = sorted({r.layer for r in records})
+        taken = sum((t.taken for t in totals), Counter[str]())
+        work = sum(t.work for t in totals)
         first = min({r.layer for r in records} | {d.layer for d in dense}, default=0)
         return SessionReport(
             prefills=sum(r.layer == first for r in records),
@@ -151,7 +157,7 @@ class Session:
                 "tau": self.config.tau,
                 "delta": self.plan.delta,
             },
-            layers=tuple(_layer_report(n, [r for r in records if r.layer == n]) for n in layers),
+            layers=tuple(t.report() for t in totals),
         )
 
     def _attend(self, call: AttentionCall) -> Tensor:
@@ -173,9 +179,11 @@ class Session:
             else:
                 if sequence.row not in states:
                     sizes = (query.shape[1], key.shape[1])
-                    states[sequence.row] = ForwardState(Geometry(*sizes, self.plan, query.device))
+                    geometry = Geometry(*sizes, self.plan, query.device)
+                    states[sequence.row] = ForwardState(geometry, self.orders)
                 state = states[sequence.row]
-                layer_pass = LayerPass(self.plan, call.layer, state, query, key, value, call.scale)
+                inputs = LayerInputs(query, key, call.scale, state.geometry)
+                layer_pass = LayerPass(self.plan, call.layer, state, inputs, value)
                 done, record = layer_pass.run(measure_recall=self.measure_recall)
                 with self._lock:
                     self._records.append(record)
@@ -254,20 +262,30 @@ def share_prefill(
     return session
 
 
-def _layer_report(layer: int, records: list[LayerRecord]) -> LayerReport:
-    heads = range(len(records[0].policies))
-    blocks = torch.tensor([r.blocks for r in records], dtype=torch.float64)
-    causal = torch.tensor([r.causal for r in records], dtype=torch.float64)
-    distances = torch.tensor([r.distances for r in records])
-    recalls = [r.recall.cpu() for r in records if r.recall is not None]
-    covered = torch.stack(recalls).mean(0).tolist() if recalls else None
-    return LayerReport(
-        layer=layer,
-        policies=tuple(Counter(r.policies[h] for r in records).most_common(1)[0][0] for h in heads),
-        density=tuple((blocks.sum(0) / causal.sum()).tolist()),
-        distance=tuple(distances.nanmean(0).tolist()),
-        recall=None if covered is None else tuple(covered),
-    )
+class _Totals:
+    """One layer's records, brought to the host."""
+
+    def __init__(self, plan: RuntimePlan, layer: int, records: list[LayerRecord]) -> None:
+        self.layer = layer
+        policies = torch.stack([r.policies for r in records]).cpu()
+        self.names = [[plan.labels[code] for code in row] for row in policies.T.tolist()]
+        self.taken = Counter(name for names in self.names for name in names)
+        self.blocks = torch.stack([r.blocks for r in records]).cpu()
+        self.causal = torch.tensor([r.causal for r in records], dtype=torch.float64)
+        self.distances = torch.stack([r.distances for r in records]).cpu()
+        shares = torch.stack([r.work for r in records]).cpu().double()
+        self.work = (shares.sum(-1) * self.causal).sum().item()
+        recalls = [r.recall for r in records if r.recall is not None]
+        self.recall = torch.stack(recalls).mean(0).tolist() if recalls else None
+
+    def report(self) -> LayerReport:
+        return LayerReport(
+            layer=self.layer,
+            policies=tuple(Counter(names).most_common(1)[0][0] for names in self.names),
+            density=tuple((self.blocks.double().sum(0) / self.causal.sum()).tolist()),
+            distance=tuple(self.distances.nanmean(0).tolist()),
+            recall=None if self.recall is None else tuple(self.recall),
+        )
 
 
 def _ratio(part: float, whole: float) -> float:

@@ -1,97 +1,100 @@
 """The attention of one layer with shared sparse patterns: SharePrefill, and the planned policies.
 
 Pivots come first, then every other head of the layer, so that heads of the pivot's own layer share
-too. A shared pattern is not copied: heads point at one list.
+too. All decisions are made on the device, for all heads at once: nothing here waits for it. A
+shared pattern is not copied: heads point at one list.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from shareprefill.artifact import Policy
+from shareprefill.errors import DataError
 from shareprefill.runtime.crossover import crossover_density
 from shareprefill.runtime.interface import causal_attention
 from shareprefill.runtime.ops.block_sparse_attention import block_sparse_attention
-from shareprefill.runtime.ops.blocks import BlockLists
 from shareprefill.runtime.ops.pooled_attention import pooled_attention
-from shareprefill.runtime.ops.vertical_slash import vertical_slash_profile
-from shareprefill.runtime.patterns import (
-    cumulative_pattern,
-    distance_to_uniform,
-    js_distance,
-    recall,
-    vertical_slash_pattern,
+from shareprefill.runtime.ops.selection import (
+    covered_mass,
+    js_distances,
+    list_blocks,
+    select_blocks,
+    vertical_slash_blocks,
 )
-from shareprefill.runtime.plan import HeadPlan, RuntimePlan
+from shareprefill.runtime.ops.vertical_slash import vertical_slash_profile
+from shareprefill.runtime.orders import LayerOrders
+from shareprefill.runtime.patterns import distance_to_uniform
+from shareprefill.runtime.plan import RuntimePlan
+from shareprefill.runtime.policies.base import LayerInputs
 from shareprefill.runtime.state import ForwardState
+
+# The first candidate pattern holds every causal block.
+_FULL = 0
 
 
 @dataclass(frozen=True)
 class LayerRecord:
-    """What one layer did with one sequence (or one chunk of it).
+    """What one layer did with one sequence (or one chunk of it), on the layer's device.
 
     Attributes:
         layer: Layer index.
-        policies: Policy that every head took.
-        distances: JS distance of every sharing candidate to its pivot; NaN for other heads.
-        blocks: Blocks computed by every head.
+        policies: Number of the policy that every head took, int64 `[H]`: a `Policy`, or one of the
+            plan's further ones.
+        distances: JS distance of every sharing candidate to its pivot, float32 `[H]`; NaN for
+            other heads.
+        blocks: Blocks computed by every head, int64 `[H]`.
         causal: Causal blocks of one head.
-        work: Selection work of every head, as a share of its dense attention's operations.
-        recall: Attention mass inside every head's pattern `[H]`, float32, where asked for.
+        work: Selection work of every head, float32 `[H]`, as a share of its dense attention's
+            operations.
+        recall: Attention mass inside every head's pattern, float32 `[H]`, where asked for.
     """
 
     layer: int
-    policies: tuple[Policy, ...]
-    distances: tuple[float, ...]
-    blocks: tuple[int, ...]
+    policies: Tensor
+    distances: Tensor
+    blocks: Tensor
     causal: int
-    work: tuple[float, ...]
+    work: Tensor
     recall: Tensor | None
 
 
 class LayerPass:
-    """One layer's heads on one sequence: selects a pattern for every head, then computes them.
+    """One layer's heads on one sequence: chooses a pattern for every head, then computes them.
 
     Args:
         plan: What every head of the model is to do.
         layer: Layer index.
         state: Pivots of the earlier layers in this forward pass; this layer's are added.
-        query: `[H, Nq, D]`.
-        key: `[G, Nk, D]`; query row i is at position Nk - Nq + i.
+        inputs: Queries and keys.
         value: `[G, Nk, Dv]`.
-        scale: Factor on the logits.
     """
 
     def __init__(
-        self,
-        plan: RuntimePlan,
-        layer: int,
-        state: ForwardState,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        scale: float,
+        self, plan: RuntimePlan, layer: int, state: ForwardState, inputs: LayerInputs, value: Tensor
     ) -> None:
         self.plan, self.layer, self.state = plan, layer, state
-        self.query, self.key, self.value, self.scale = query, key, value, scale
-        self.heads: tuple[HeadPlan, ...] = plan.layers[layer]
-        n_heads = len(self.heads)
-        self.geometry = state.geometry
-        self.policies: list[Policy] = [Policy.DENSE] * n_heads
-        self.distances: list[float] = [float("nan")] * n_heads
-        self.work: list[float] = [0.0] * n_heads
-        # Pattern of every sparse head; heads that share hold the same tensor.
-        self.patterns: dict[int, Tensor] = {}
-        self.blocks: list[int] = [self.geometry.causal_count] * n_heads
-        self.out = query.new_empty((n_heads, query.shape[1], value.shape[-1]))
-        self.computed: set[int] = set()
+        self.inputs, self.value = inputs, value
+        self.geometry = inputs.geometry
+        query = inputs.query
+        self.orders: LayerOrders = state.orders.of(layer, query.device)
+        heads = self.orders.n_heads
+        self.out = query.new_empty((heads, query.shape[1], value.shape[-1]))
+        self.policies = self.orders.codes.clone()
+        self.distances = query.new_full((heads,), torch.nan, dtype=torch.float32)
+        self.work = query.new_zeros((heads,), dtype=torch.float32)
+        # Candidate patterns, every causal block first, and which of them every head reads; -1: its
+        # output is dense.
+        self._bitmaps: list[Tensor] = [self.geometry.causal[None]]
+        self.bitmap = self._bitmaps[0]
+        self.pattern = torch.full_like(self.policies, -1)
+        self.blocks = torch.full_like(self.policies, self.geometry.causal_count)
 
     def run(self, *, measure_recall: bool = False) -> tuple[Tensor, LayerRecord]:
-        """Selects and computes.
+        """Chooses and computes.
 
         Args:
             measure_recall: Also compute the exact map of every head (as much work as dense
@@ -100,233 +103,324 @@ class LayerPass:
         Returns:
             The output `[H, Nq, Dv]`, and what was done.
         """
-        if self.plan.online:
-            self._select_online()
-        else:
-            self._select_planned()
-        self._compute()
+        if self.plan.refuse_nonfinite:
+            self._refuse_nonfinite()
+        self.choose()
+        self.compute()
         return self.out, self._record(measure_recall)
 
-    def _select_planned(self) -> None:
-        planned = {policy: self._having(policy) for policy in Policy}
-        self._select_pivots(planned[Policy.PIVOT])
-        failed = self._select_shares(planned[Policy.SHARE])
-        slashes = [h for h in failed if self.heads[h].fallback == Policy.VERTICAL_SLASH]
-        refused = self._select_vertical_slash(planned[Policy.VERTICAL_SLASH] + slashes)
-        sampled = [h for h in failed if self.heads[h].fallback == Policy.SAMPLED]
-        self._select_sampled(sorted(planned[Policy.SAMPLED] + sampled + refused))
-
-    def _having(self, policy: Policy) -> list[int]:
-        return [h for h, head in enumerate(self.heads) if head.policy == policy]
-
-    def _select_pivots(self, heads: list[int]) -> None:
-        """Pivots' maps: from all rows, with the dense output in the same pass, or from samples."""
-        if not heads:
-            return
-        index = self.geometry.index(heads)
-        if self.plan.pivot_rows == 0:
-            out, maps = pooled_attention(
-                self.query,
-                self.key,
-                self.value,
-                block_size=self.plan.block_size,
-                scale=self.scale,
-                heads=index,
-            )
-            assert out is not None
-            self.out[index] = out
-            self.computed.update(heads)
+    def choose(self) -> None:
+        """Chooses the patterns; pivots that are computed densely have their output then."""
+        if self.plan.online:
+            self._choose_online()
         else:
-            maps = self._sampled_maps(heads, self.plan.pivot_rows)
-        self.state.add_pivots([self.heads[h].head for h in heads], maps)
-        for h in heads:
-            self.policies[h] = Policy.PIVOT
-            if h not in self.computed:
-                self.patterns[h] = self.state.pattern(self.heads[h].head, self.heads[h].gamma)
+            self._choose_planned()
+        self.bitmap = torch.cat(self._bitmaps)
+        self._leave_dense_what_is_too_dense()
 
-    def _select_shares(self, heads: list[int]) -> list[int]:
-        """Heads that look like their pivot take its pattern; the others are returned."""
-        if not heads:
-            return []
-        maps = self._sampled_maps(heads, self.plan.check_rows)
-        pivots = torch.stack([self.state.maps[self.heads[h].pivot] for h in heads])
-        distances = js_distance(maps, pivots).mean(-1).tolist()
-        failed = []
-        for h, distance in zip(heads, distances, strict=True):
-            self.distances[h] = distance
-            if distance < self.heads[h].tau:
-                self.policies[h] = Policy.SHARE
-                self.patterns[h] = self.state.pattern(self.heads[h].pivot, self.heads[h].gamma)
-            else:
-                failed.append(h)
-        return failed
+    def _choose_planned(self) -> None:
+        self._choose_pivots()
+        passed = self._choose_shares()
+        refused = self._choose_vertical_slash(passed)
+        for code, group in self.orders.selected:
+            chosen = self.plan.selectors[code].select(self.inputs, group.index, group.gamma)
+            sound = self._is_finite(group.index)
+            self._add(group.index, self._with_always(chosen.pattern), sound=sound)
+            self.work[group.index] += chosen.work
+        self._choose_sampled(passed, refused)
 
-    def _select_vertical_slash(self, heads: list[int]) -> list[int]:
-        """Highly sparse heads take their vertical-slash pattern; the others are returned."""
-        if not heads:
-            return []
-        vertical, slash = self._profiles(heads)
-        sparse = [True] * len(heads)
-        if self.plan.guarded:
-            last = vertical[:, None, :]
-            spread = distance_to_uniform(last, self.geometry.causal[-1:])
-            sparse = (spread > self.plan.delta).tolist()
-        patterns = self._vertical_slash(vertical, slash, self._gammas(heads))
-        for h, pattern, taken in zip(heads, patterns, sparse, strict=True):
-            if taken:
-                self.policies[h] = Policy.VERTICAL_SLASH
-                self.patterns[h] = pattern
-        return [h for h, taken in zip(heads, sparse, strict=True) if not taken]
-
-    def _select_sampled(self, heads: list[int]) -> None:
-        if not heads:
+    def _choose_pivots(self) -> None:
+        """Pivots' maps: from all rows, with the dense output in the same pass, or from samples."""
+        orders, state = self.orders, self.state
+        if not len(orders.layer_slots):
             return
-        maps = self._sampled_maps(heads, self.plan.sample_rows)
-        patterns = cumulative_pattern(maps, self._gammas(heads)[:, None])
-        for h, pattern in zip(heads, patterns, strict=True):
-            self.policies[h] = Policy.SAMPLED
-            self.patterns[h] = pattern
+        group = orders.pivots
+        if len(group):
+            if self.plan.pivot_rows == 0:
+                out, maps = self._pooled(group.index, with_output=True)
+                assert out is not None
+                self.out[group.index] = out
+            else:
+                maps = self._sampled_maps(group.index, self.plan.pivot_rows)
+            state.maps[orders.pivot_slots] = maps
+        state.complete(orders.layer_slots)
+        if len(orders.new_pairs):
+            maps = state.maps[orders.new_slots]
+            state.patterns[orders.new_pairs] = self._select(maps, orders.new_gammas)
 
-    def _select_online(self) -> None:
-        """SharePrefill's rule (arXiv 2505.19578, section 3), head by head in order.
+    def _choose_shares(self) -> Tensor:
+        """Heads that look like their pivot take its pattern; bool `[S + 1]`, the last one False."""
+        orders, state = self.orders, self.state
+        shares = orders.shares
+        offset = self._offset()
+        if len(orders.pairs):
+            self._bitmaps.append(state.patterns[orders.pairs])
+        if orders.pivot_pairs is not None and len(orders.pivots):
+            maps = state.maps[orders.pivot_slots]
+            places = torch.where(_are_sound(maps), orders.pivot_pairs + offset, _FULL)
+            self.pattern[orders.pivots.index] = places
+        if not len(shares):
+            return self.policies.new_zeros(1, dtype=torch.bool)
+        maps = self._sampled_maps(shares.index, self.plan.check_rows)
+        # A pivot's map that is not finite has no distance, and is not shared.
+        distances = js_distances(maps, state.maps, orders.share_slots)
+        passed = distances < orders.tau
+        self.distances[shares.index] = distances
+        self.pattern[shares.index] = torch.where(passed, orders.share_pairs + offset, -1)
+        return torch.cat([passed, passed.new_zeros(1)])
+
+    def _choose_vertical_slash(self, passed: Tensor) -> Tensor:
+        """Highly sparse heads take their vertical-slash pattern.
+
+        Returns:
+            bool `[S + 1]`: heads that it is refused to; the last one True.
+        """
+        group = self.orders.slash
+        if not len(group):
+            return passed.new_ones(1)
+        active = ~passed[self.orders.slash_share]
+        heads = torch.where(active, group.index, -1)
+        vertical, slash = self._profiles(heads)
+        taken = active
+        if self.plan.guarded:
+            taken = active & (self._spread(vertical) > self.plan.delta)
+        pattern = self._vertical_slash(vertical, slash, group.gamma)
+        # A spread that is not a number is above nothing: its head is refused, and found out then.
+        self._add(group.index, pattern, taken, Policy.VERTICAL_SLASH, _are_sound(vertical))
+        return torch.cat([active & ~taken, taken.new_ones(1)])
+
+    def _choose_sampled(self, passed: Tensor, refused: Tensor) -> None:
+        group = self.orders.sampled
+        if not len(group):
+            return
+        active = ~passed[self.orders.sampled_share] & refused[self.orders.sampled_slash]
+        maps = self._sampled_maps(torch.where(active, group.index, -1), self.plan.sample_rows)
+        pattern = self._select(maps, group.gamma)
+        self._add(group.index, pattern, active, Policy.SAMPLED, _are_sound(maps))
+
+    def _choose_online(self) -> None:
+        """SharePrefill's rule (arXiv 2505.19578, section 3), heads in ascending order.
 
         On the last query block's distribution: a highly sparse head takes a vertical-slash
         pattern; the first other head of a cluster is computed densely and gives its pattern; a
         later one shares it where it looks alike, and takes a vertical-slash pattern where not.
         """
-        every = list(range(len(self.heads)))
+        orders, state = self.orders, self.state
+        every = torch.arange(orders.n_heads, device=self.policies.device)
         vertical, slash = self._profiles(every)
-        spread = distance_to_uniform(vertical[:, None, :], self.geometry.causal[-1:]).tolist()
-        rest = []
-        for h, head in enumerate(self.heads):
-            if spread[h] > self.plan.delta or head.cluster < 0:
-                rest.append(h)
-                continue
-            if head.cluster not in self.state.of_cluster:
-                self.state.of_cluster[head.cluster] = head.head
-                self._select_pivots([h])
-                continue
-            pivot = self.state.of_cluster[head.cluster]
-            distance = js_distance(vertical[h], self.state.maps[pivot][-1]).item()
-            self.distances[h] = distance
-            if distance < head.tau:
-                self.policies[h] = Policy.SHARE
-                self.patterns[h] = self.state.pattern(pivot, head.gamma)
-            else:
-                rest.append(h)
-        if rest:
-            patterns = self._vertical_slash(vertical[rest], slash[rest], self._gammas(rest))
-            for h, pattern in zip(rest, patterns, strict=True):
-                self.policies[h] = Policy.VERTICAL_SLASH
-                self.patterns[h] = pattern
+        spread = self._spread(vertical)
+        clustered = (orders.cluster_of >= 0) & (spread <= self.plan.delta)
+        is_pivot = state.elect(orders, clustered)
+        out, maps = self._pooled(torch.where(is_pivot, every, -1), with_output=True)
+        assert out is not None
+        self.out = out
+        state.keep_elected(orders, is_pivot, maps)
+        candidates = clustered & ~is_pivot
+        clusters = state.maps[orders.clusters]
+        offset = self._offset()
+        self._bitmaps.append(self._select(clusters, orders.gamma[:1].expand(len(clusters))))
+        of_cluster = orders.cluster_of.clamp(min=0)
+        distances = spread.new_full(spread.shape, torch.nan)
+        if len(clusters):
+            distances = js_distances(vertical[:, None], clusters[:, -1:].contiguous(), of_cluster)
+            candidates = candidates & _are_sound(clusters)[of_cluster]
+        passed = candidates & (distances < orders.tau)
+        self.distances = torch.where(candidates, distances, torch.nan)
+        self.policies.fill_(int(Policy.VERTICAL_SLASH))
+        pattern = self._vertical_slash(vertical, slash, orders.gamma)
+        self._add(every, pattern, sound=_are_sound(vertical))
+        self.pattern = torch.where(is_pivot, -1, self.pattern)
+        self.pattern = torch.where(passed, of_cluster + offset, self.pattern)
+        self.policies = torch.where(passed, int(Policy.SHARE), self.policies)
+        self.policies = torch.where(is_pivot, int(Policy.PIVOT), self.policies)
 
-    def _gammas(self, heads: Sequence[int]) -> Tensor:
-        """Mass to cover, `[S]`: a head whose check failed has the fallback's."""
-        plans = [self.heads[h] for h in heads]
-        values = [p.fallback_gamma if p.policy is Policy.SHARE else p.gamma for p in plans]
-        return torch.tensor(values, device=self.query.device)
+    def _offset(self) -> int:
+        return sum(len(bitmap) for bitmap in self._bitmaps)
+
+    def _add(
+        self,
+        heads: Tensor,
+        bitmap: Tensor,
+        taken: Tensor | None = None,
+        policy: Policy | None = None,
+        sound: Tensor | None = None,
+    ) -> None:
+        """Gives heads `[S]` a pattern each, bool `[S, n_q, n_k]`.
+
+        Args:
+            heads: Query heads.
+            bitmap: Their patterns.
+            taken: bool `[S]`: heads that take it; None for all.
+            policy: The policy that they then have; None for the planned one.
+            sound: bool `[S]`: where it is False, the pattern rests on NaN or Inf, and the head
+                reads every causal block instead.
+        """
+        places = torch.arange(len(bitmap), device=bitmap.device) + self._offset()
+        self._bitmaps.append(bitmap)
+        if sound is not None:
+            places = torch.where(sound, places, _FULL)
+        if taken is not None:
+            places = torch.where(taken, places, self.pattern[heads])
+        self.pattern[heads] = places
+        if policy is not None:
+            chosen = self.policies.new_full(heads.shape, int(policy))
+            if taken is not None:
+                chosen = torch.where(taken, chosen, self.policies[heads])
+            self.policies[heads] = chosen
+
+    def _select(self, maps: Tensor, gamma: Tensor) -> Tensor:
+        geometry = self.geometry
+        return select_blocks(
+            maps,
+            gamma,
+            n_query=geometry.n_query,
+            n_key=geometry.n_key,
+            block_size=geometry.block_size,
+            sink_blocks=self.plan.sink_blocks,
+            local_blocks=self.plan.local_blocks,
+        )
 
     def _vertical_slash(self, vertical: Tensor, slash: Tensor, gamma: Tensor) -> Tensor:
-        return vertical_slash_pattern(
-            vertical, slash, gamma, self.query.shape[1], self.key.shape[1], self.plan.block_size
-        )
-
-    def _profiles(self, heads: list[int]) -> tuple[Tensor, Tensor]:
-        # The last rows read all keys, twice as many as a row does on average.
-        rows = min(self.plan.block_size, self.query.shape[1])
-        self._charge(heads, 2 * rows / self.query.shape[1])
-        return vertical_slash_profile(
-            self.query,
-            self.key,
-            block_size=self.plan.block_size,
-            scale=self.scale,
-            heads=self.geometry.index(heads),
-        )
-
-    def _sampled_maps(self, heads: list[int], rows: int) -> Tensor:
-        chosen = self.geometry.rows(rows)
-        self._charge(heads, chosen.numel() / self.query.shape[1])
-        _, maps = pooled_attention(
-            self.query,
-            self.key,
-            rows=chosen,
-            block_size=self.plan.block_size,
-            scale=self.scale,
-            heads=self.geometry.index(heads),
-        )
-        return maps
-
-    def _charge(self, heads: Sequence[int], rows: float) -> None:
-        """Books selection work: `rows` of a head's query rows, logits alone (half the products)."""
-        for h in heads:
-            self.work[h] += rows / 2
-
-    def _compute(self) -> None:
-        bitmap, pattern = self._distinct()
-        dense = [
-            h for h in range(len(self.heads)) if h not in self.patterns and h not in self.computed
-        ]
-        if dense:
-            groups = len(self.heads) // self.key.shape[0]
-            index = self.geometry.index(dense)
-            self.out[index] = causal_attention(
-                self.query[index],
-                self.key[index // groups],
-                self.value[index // groups],
-                scale=self.scale,
-            )
-        if self.patterns:
-            lists = BlockLists.from_bitmap(bitmap, pattern, self.plan.block_size)
-            block_sparse_attention(
-                self.query, self.key, self.value, lists, scale=self.scale, out=self.out
-            )
-
-    def _distinct(self) -> tuple[Tensor, Tensor]:
-        """The distinct patterns with the blocks that are always read, and each head's index.
-
-        Heads whose pattern would take longer than dense attention lose it, and are dense.
-        """
-        order = {id(tensor): tensor for tensor in self.patterns.values()}
-        numbers = {name: number for number, name in enumerate(order)}
         geometry = self.geometry
-        bitmap = geometry.always[:0, None]
-        if order:
-            bitmap = (torch.stack(list(order.values())) | geometry.always) & geometry.causal
-        counts = bitmap.sum((1, 2)).tolist()
-        most = self._max_density() * geometry.causal_count
-        pattern = [-1] * len(self.heads)
-        for h, tensor in list(self.patterns.items()):
-            number = numbers[id(tensor)]
-            if counts[number] > most:
-                del self.patterns[h]
-                if self.policies[h] is not Policy.PIVOT:
-                    self.policies[h] = Policy.DENSE
-            else:
-                self.patterns[h] = bitmap[number]
-                self.blocks[h] = counts[number]
-                pattern[h] = number
-        return bitmap, torch.tensor(pattern, device=self.query.device)
+        return vertical_slash_blocks(
+            vertical,
+            slash,
+            gamma,
+            n_query=geometry.n_query,
+            n_key=geometry.n_key,
+            block_size=geometry.block_size,
+            sink_blocks=self.plan.sink_blocks,
+            local_blocks=self.plan.local_blocks,
+        )
+
+    def _with_always(self, pattern: Tensor) -> Tensor:
+        return (pattern | self.geometry.always) & self.geometry.causal
+
+    def _spread(self, vertical: Tensor) -> Tensor:
+        return distance_to_uniform(vertical[:, None, :], self.geometry.causal[-1:])
+
+    def _profiles(self, heads: Tensor) -> tuple[Tensor, Tensor]:
+        # The last rows read all keys, twice as many as a row does on average.
+        rows = min(self.geometry.block_size, self.geometry.n_query)
+        self._charge(heads, 2 * rows)
+        inputs = self.inputs
+        return vertical_slash_profile(
+            inputs.query,
+            inputs.key,
+            block_size=self.geometry.block_size,
+            scale=inputs.scale,
+            heads=heads,
+        )
+
+    def _sampled_maps(self, heads: Tensor, rows: int) -> Tensor:
+        chosen = self.geometry.rows(rows)
+        self._charge(heads, chosen.numel())
+        return self._pooled(heads, rows=chosen)[1]
+
+    def _pooled(
+        self, heads: Tensor | None, *, rows: Tensor | None = None, with_output: bool = False
+    ) -> tuple[Tensor | None, Tensor]:
+        inputs = self.inputs
+        return pooled_attention(
+            inputs.query,
+            inputs.key,
+            self.value if with_output else None,
+            rows=rows,
+            block_size=self.geometry.block_size,
+            scale=inputs.scale,
+            heads=heads,
+        )
+
+    def _charge(self, heads: Tensor, rows: int) -> None:
+        """Books selection work: query rows of a head, logits alone (half the products)."""
+        work = rows / self.geometry.n_query / 2
+        self.work.index_add_(0, heads.clamp(min=0), torch.where(heads >= 0, work, 0.0))
+
+    def compute(self) -> None:
+        """Computes all heads that have no output yet."""
+        dense = self.orders.dense.index
+        if self.policies.device.type == "cpu":
+            # Its values may be read at no cost, and its sparse blocks cost more than dense ones.
+            full = self.pattern == _FULL
+            dense = torch.cat([dense, full.nonzero()[:, 0]])
+            self.pattern[full] = -1
+        if len(dense):
+            self._compute_dense(dense)
+        if len(self.bitmap) > 1 and len(dense) < self.orders.n_heads:
+            geometry = self.geometry
+            lists = list_blocks(
+                self.bitmap,
+                self.pattern,
+                geometry.block_size,
+                n_query=geometry.n_query,
+                n_key=geometry.n_key,
+            )
+            block_sparse_attention(
+                self.inputs.query,
+                self.inputs.key,
+                self.value,
+                lists,
+                scale=self.inputs.scale,
+                out=self.out,
+            )
+
+    def _leave_dense_what_is_too_dense(self) -> None:
+        """Heads whose pattern would take longer than dense attention read every causal block."""
+        causal = self.geometry.causal_count
+        counts = self.bitmap.flatten(1).sum(-1)
+        over = (counts > self._max_density() * causal)[self.pattern] & (self.pattern >= 0)
+        self.pattern = torch.where(over, _FULL, self.pattern)
+        is_dense = (self.pattern == _FULL) & (self.policies != int(Policy.PIVOT))
+        self.policies = torch.where(is_dense, int(Policy.DENSE), self.policies)
+        self.blocks = torch.where(self.pattern >= 0, counts[self.pattern], causal)
+
+    def _compute_dense(self, heads: Tensor) -> None:
+        inputs = self.inputs
+        if len(heads) == self.orders.n_heads:
+            self.out = causal_attention(inputs.query, inputs.key, self.value, scale=inputs.scale)
+            return
+        group = heads // (self.orders.n_heads // inputs.key.shape[0])
+        self.out[heads] = causal_attention(
+            inputs.query[heads], inputs.key[group], self.value[group], scale=inputs.scale
+        )
+
+    def _is_finite(self, heads: Tensor) -> Tensor:
+        """Whether the queries and keys of heads hold numbers only, bool `[S]`."""
+        query = self.inputs.query.isfinite().flatten(1).all(-1)
+        key = self.inputs.key.isfinite().flatten(1).all(-1)
+        return (query & key.repeat_interleave(len(query) // len(key)))[heads]
+
+    def _refuse_nonfinite(self) -> None:
+        named = {"query": self.inputs.query, "key": self.inputs.key, "value": self.value}
+        for name, tensor in named.items():
+            heads = (~tensor.isfinite().flatten(1).all(-1)).nonzero()[:, 0].tolist()
+            if heads:
+                raise DataError(
+                    f"layer {self.layer} has NaN or Inf in the {name} of heads {heads}: look for "
+                    "an overflow in the model's weights or dtype, or set nonfinite='dense'"
+                )
 
     def _max_density(self) -> float:
         if self.plan.max_density is not None:
             return self.plan.max_density
-        return crossover_density(self.query.device.type)
+        return crossover_density(self.out.device.type)
 
     def _record(self, measure_recall: bool) -> LayerRecord:
         covered = None
         if measure_recall:
-            _, maps = pooled_attention(
-                self.query, self.key, block_size=self.plan.block_size, scale=self.scale
-            )
-            everything = torch.ones_like(self.geometry.causal)
-            kept = [self.patterns.get(h, everything) for h in range(len(self.heads))]
-            covered = recall(maps, torch.stack(kept))
+            _, maps = self._pooled(None)
+            covered = covered_mass(maps, self.bitmap, self.pattern)
         return LayerRecord(
             layer=self.layer,
-            policies=tuple(self.policies),
-            distances=tuple(self.distances),
-            blocks=tuple(self.blocks),
+            policies=self.policies,
+            distances=self.distances,
+            blocks=self.blocks,
             causal=self.geometry.causal_count,
-            work=tuple(self.work),
+            work=self.work,
             recall=covered,
         )
+
+
+def _are_sound(maps: Tensor) -> Tensor:
+    """Whether maps `[S, ...]` hold numbers only, bool `[S]`."""
+    return maps.flatten(1).sum(-1).isfinite()

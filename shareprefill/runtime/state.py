@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import cached_property
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from shareprefill.runtime.ops.blocks import causal_blocks
+from shareprefill.runtime.ops.blocks import causal_blocks, count_causal_blocks
 from shareprefill.runtime.ops.pooled_attention import sample_rows
-from shareprefill.runtime.patterns import always_blocks, mass_before, select_mass
+from shareprefill.runtime.orders import LayerOrders, Orders
+from shareprefill.runtime.patterns import always_blocks
 from shareprefill.runtime.plan import RuntimePlan
 
 
@@ -29,7 +30,6 @@ class Geometry:
         self.block_size = plan.block_size
         self._sink, self._local = plan.sink_blocks, plan.local_blocks
         self._rows: dict[int, Tensor] = {}
-        self._heads: dict[tuple[int, ...], Tensor] = {}
 
     @cached_property
     def causal(self) -> Tensor:
@@ -40,7 +40,7 @@ class Geometry:
     @cached_property
     def causal_count(self) -> int:
         """Number of causal blocks."""
-        return int(self.causal.sum())
+        return count_causal_blocks(self.n_query, self.n_key - self.n_query, self.block_size)
 
     @cached_property
     def always(self) -> Tensor:
@@ -60,38 +60,104 @@ class Geometry:
             self._rows[r] = sample_rows(self.n_query, self.block_size, r, self.device)
         return self._rows[r]
 
-    def index(self, heads: Sequence[int]) -> Tensor:
-        """Heads as int64 `[S]`: a copy to the device only once for each choice of heads."""
-        key = tuple(heads)
-        if key not in self._heads:
-            self._heads[key] = torch.tensor(key, dtype=torch.int64, device=self.device)
-        return self._heads[key]
+
+class Exchange(Protocol):
+    """Brings together what the processes of a tensor-parallel group have found."""
+
+    def sum(self, tensor: Tensor) -> None:
+        """Adds the tensors of all processes, in place in each."""
+        ...
 
 
 class ForwardState:
     """Geometry and pivots of one sequence (or one chunk of it) in one forward pass.
 
-    Attributes:
+    Args:
         geometry: Of the sequence.
-        maps: Pivot's global id -> block map `[n_q, n_k]`, float32.
-        of_cluster: Cluster id -> pivot's global id (policy `share` finds pivots at run time).
+        orders: What the heads that this process holds are to do.
+        exchange: Of the other processes' heads; None where this one holds all of them.
     """
 
-    def __init__(self, geometry: Geometry) -> None:
-        self.geometry = geometry
-        self.maps: dict[int, Tensor] = {}
-        self.of_cluster: dict[int, int] = {}
-        self._before: dict[int, Tensor] = {}
-        self._patterns: dict[tuple[int, float], Tensor] = {}
+    def __init__(
+        self, geometry: Geometry, orders: Orders, exchange: Exchange | None = None
+    ) -> None:
+        self.geometry, self.orders, self.exchange = geometry, orders, exchange
 
-    def add_pivots(self, pivots: Sequence[int], maps: Tensor) -> None:
-        """Keeps pivots' maps `[S, n_q, n_k]`; they are ranked once, for every gamma."""
-        for pivot, pivot_map, before in zip(pivots, maps, mass_before(maps), strict=True):
-            self.maps[pivot], self._before[pivot] = pivot_map, before
+    @cached_property
+    def maps(self) -> Tensor:
+        """Maps of the pivots so far, float32 `[slots, n_q, n_k]`; zeros for the others.
 
-    def pattern(self, pivot: int, gamma: float) -> Tensor:
-        """A pivot's pattern, bool `[n_q, n_k]`: one tensor for all heads that share it."""
-        key = (pivot, gamma)
-        if key not in self._patterns:
-            self._patterns[key] = select_mass(self._before[pivot], gamma)
-        return self._patterns[key]
+        A slot is a planned pivot, or a cluster where pivots are elected at run time.
+        """
+        online = self.orders.plan.online
+        slots = self.orders.n_clusters if online else len(self.orders.pivots)
+        shape = (slots, *self.geometry.causal.shape)
+        return torch.zeros(shape, device=self.geometry.device)
+
+    @cached_property
+    def patterns(self) -> Tensor:
+        """Patterns that heads share, bool `[pairs, n_q, n_k]`, by the orders' pairs."""
+        shape = (len(self.orders.pairs), *self.geometry.causal.shape)
+        return torch.zeros(shape, dtype=torch.bool, device=self.geometry.device)
+
+    @cached_property
+    def elected(self) -> Tensor:
+        """Clusters that have a pivot, bool `[C]`."""
+        shape = (self.orders.n_clusters,)
+        return torch.zeros(shape, dtype=torch.bool, device=self.geometry.device)
+
+    def complete(self, slots: Tensor) -> None:
+        """Fills in the maps of a layer's pivots that other processes have computed."""
+        if self.exchange is not None:
+            maps = self.maps[slots]
+            self.exchange.sum(maps)
+            self.maps[slots] = maps
+
+    def elect(self, orders: LayerOrders, willing: Tensor) -> Tensor:
+        """The first willing head of every cluster that has no pivot yet.
+
+        Args:
+            orders: Of the layer.
+            willing: Heads that may be one, bool `[H]`.
+
+        Returns:
+            bool `[H]`.
+        """
+        willing = self._of_all_heads(willing)
+        candidates = orders.members & willing
+        new = candidates.any(-1) & ~self.elected[orders.clusters]
+        first = candidates.int().argmax(-1)
+        places = torch.arange(len(willing), device=willing.device)
+        chosen = ((places == first[:, None]) & new[:, None]).any(0)
+        return chosen[self.orders.heads.start : self.orders.heads.stop]
+
+    def keep_elected(self, orders: LayerOrders, is_pivot: Tensor, maps: Tensor) -> None:
+        """Keeps the maps `[H, n_q, n_k]` of the heads that are pivots."""
+        if not len(orders.clusters):
+            return
+        mine = slice(self.orders.heads.start, self.orders.heads.stop)
+        won = orders.members[:, mine] & is_pivot
+        found = maps[won.int().argmax(-1)]
+        found = torch.where(won.any(-1)[:, None, None], found, 0.0)
+        new = self._of_all_clusters(won.any(-1))
+        if self.exchange is not None:
+            self.exchange.sum(found)
+        old = self.maps[orders.clusters]
+        self.maps[orders.clusters] = torch.where(new[:, None, None], found, old)
+        self.elected[orders.clusters] |= new
+
+    def _of_all_heads(self, mine: Tensor) -> Tensor:
+        if self.exchange is None:
+            return mine
+        heads = len(self.orders.plan.layers[0])
+        every = torch.zeros(heads, dtype=torch.int32, device=mine.device)
+        every[self.orders.heads.start : self.orders.heads.stop] = mine.int()
+        self.exchange.sum(every)
+        return every.bool()
+
+    def _of_all_clusters(self, mine: Tensor) -> Tensor:
+        if self.exchange is None:
+            return mine
+        every = mine.int()
+        self.exchange.sum(every)
+        return every.bool()

@@ -10,11 +10,14 @@ import torch.nn.functional as F
 
 from shareprefill.artifact import Policy, Thresholds
 from shareprefill.config import RuntimeConfig
+from shareprefill.errors import DataError
 from shareprefill.runtime.ops.block_sparse_attention import block_sparse_attention
 from shareprefill.runtime.ops.blocks import BlockLists, causal_blocks
 from shareprefill.runtime.ops.pooled_attention import pooled_attention
+from shareprefill.runtime.orders import Orders
 from shareprefill.runtime.patterns import always_blocks, cumulative_pattern
 from shareprefill.runtime.plan import RuntimePlan, make_plan
+from shareprefill.runtime.policies.base import LayerInputs
 from shareprefill.runtime.sharing import LayerPass
 from shareprefill.runtime.state import ForwardState, Geometry
 from tests.support.allocation import LargestTensor
@@ -61,14 +64,27 @@ def run(
     plan = make_plan(tiny_artifact(model, policies, **changes), config)
     if state is None:
         state = state_of(plan, inputs)
-    layer_pass = LayerPass(plan, layer, state, **inputs, scale=0.25)
+    layer_pass = pass_of(plan, layer, state, inputs)
     out, record = layer_pass.run(measure_recall=True)
     return out, record, layer_pass
 
 
+def pass_of(
+    plan: RuntimePlan, layer: int, state: ForwardState, inputs: dict[str, torch.Tensor]
+) -> LayerPass:
+    of_layer = LayerInputs(inputs["query"], inputs["key"], 0.25, state.geometry)
+    return LayerPass(plan, layer, state, of_layer, inputs["value"])
+
+
 def state_of(plan: RuntimePlan, inputs: dict[str, torch.Tensor]) -> ForwardState:
     sizes = (inputs["query"].shape[1], inputs["key"].shape[1])
-    return ForwardState(Geometry(*sizes, plan, torch.device("cpu")))
+    return ForwardState(Geometry(*sizes, plan, torch.device("cpu")), Orders(plan))
+
+
+def kept(layer_pass: LayerPass, head: int) -> torch.Tensor:
+    """The pattern that a head has read."""
+    assert layer_pass.pattern[head] >= 0
+    return layer_pass.bitmap[layer_pass.pattern[head]]
 
 
 def dense(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -90,7 +106,7 @@ def test_everything_selected_is_dense_attention(
     config = RuntimeConfig(gamma=1.0, tau=1.0, delta=0.0, max_density=1.0)
     out, record, _ = run(model, [row, [D] * 4, [D] * 4], inputs, config)
     torch.testing.assert_close(out, dense(inputs), rtol=1e-4, atol=1e-5)
-    assert list(record.policies) == row
+    assert record.policies.tolist() == row
     assert record.recall is not None
     assert record.recall.min() > 0.999
 
@@ -100,21 +116,19 @@ def test_a_sharing_head_computes_with_its_pivots_pattern(model: Any) -> None:
     config = RuntimeConfig(tau=1.0, gamma=0.8)
     out, record, layer_pass = run(model, [[S, P, S, D], [D] * 4, [D] * 4], inputs, config)
     # The pivot comes second, and the head before it in its layer shares too.
-    assert list(record.policies) == [S, P, S, D]
-    assert torch.equal(layer_pass.patterns[0], layer_pass.patterns[2])
-    rows = torch.arange(200)
+    assert record.policies.tolist() == [S, P, S, D]
+    assert torch.equal(kept(layer_pass, 0), kept(layer_pass, 2))
     _, exact = pooled_attention(
         inputs["query"], inputs["key"], block_size=BLOCK, scale=0.25, impl="reference"
     )
-    assert len(rows) == 200
-    kept = layer_pass.patterns[0]
-    lists = BlockLists.from_bitmap(kept[None], torch.zeros(4).int(), BLOCK)
+    pattern = kept(layer_pass, 0)
+    lists = BlockLists.from_bitmap(pattern[None], torch.zeros(4).int(), BLOCK)
     expected = block_sparse_attention(**inputs, lists=lists, scale=0.25, impl="reference")
     torch.testing.assert_close(out[:3], expected[:3], rtol=1e-4, atol=1e-5)
     assert record.recall is not None
-    inside = (exact * kept).sum(-1).mean(-1)
+    inside = (exact * pattern).sum(-1).mean(-1)
     torch.testing.assert_close(record.recall[[0, 2]], inside[[0, 2]], rtol=1e-4, atol=1e-4)
-    assert list(record.blocks) == [int(kept.sum())] * 3 + [record.causal]
+    assert record.blocks.tolist() == [int(pattern.sum())] * 3 + [record.causal]
 
 
 def test_a_pivot_of_all_rows_gives_its_exact_pattern_and_dense_output(model: Any) -> None:
@@ -129,18 +143,18 @@ def test_a_pivot_of_all_rows_gives_its_exact_pattern_and_dense_output(model: Any
     always = always_blocks(150, 150, BLOCK, sink=1, local=2, device=torch.device("cpu"))
     causal = causal_blocks(150, 0, BLOCK)
     expected = (cumulative_pattern(exact[0], 0.8) | always) & causal
-    assert torch.equal(layer_pass.patterns[1], expected)
+    assert torch.equal(kept(layer_pass, 1), expected)
 
 
 def test_pivots_of_an_earlier_layer_are_shared(model: Any) -> None:
     inputs = tensors(150, 150)
     policies = [[P, D, D, D], [S, S, D, D], [D] * 4]
     config = RuntimeConfig(tau=1.0)
-    state = state_of(make_plan(tiny_artifact(model), config), inputs)
+    state = state_of(make_plan(tiny_artifact(model, policies), config), inputs)
     _, _, first = run(model, policies, inputs, config, state, layer=0)
     _, record, second = run(model, policies, inputs, config, state, layer=1)
-    assert list(record.policies) == [S, S, D, D]
-    assert torch.equal(second.patterns[0], first.patterns[0])
+    assert record.policies.tolist() == [S, S, D, D]
+    assert torch.equal(kept(second, 0), kept(first, 0))
 
 
 def test_a_head_unlike_its_pivot_falls_back(model: Any) -> None:
@@ -150,7 +164,7 @@ def test_a_head_unlike_its_pivot_falls_back(model: Any) -> None:
     _, record, _ = run(
         model, policies, inputs, RuntimeConfig(tau=0.0, delta=0.0), fallback=fallback
     )
-    assert list(record.policies) == [P, R, V, D]
+    assert record.policies.tolist() == [P, R, V, D]
     assert all(d > 0 for d in record.distances[1:3])
     assert math.isnan(record.distances[0])
     assert record.work[1] > record.work[2] > 0
@@ -171,8 +185,8 @@ def test_vertical_slash_is_for_highly_sparse_heads(model: Any) -> None:
     policies = [[V] * 4, [D] * 4, [D] * 4]
     _, spread, _ = run(model, policies, inputs, RuntimeConfig(delta=1.0))
     _, sparse, _ = run(model, policies, inputs, RuntimeConfig(delta=0.0))
-    assert list(spread.policies) == [R] * 4
-    assert list(sparse.policies) == [V] * 4
+    assert spread.policies.tolist() == [R] * 4
+    assert sparse.policies.tolist() == [V] * 4
 
 
 @pytest.mark.parametrize(("name", "policy"), [("sampled", R), ("vertical-slash", V), ("dense", D)])
@@ -180,7 +194,7 @@ def test_one_policy_for_every_head(model: Any, name: str, policy: Policy) -> Non
     inputs = tensors(150, 150)
     config = RuntimeConfig.from_dict({"policy": name, "delta": 1.0})
     _, record, _ = run(model, [[P, S, V, R], [D] * 4, [D] * 4], inputs, config)
-    assert list(record.policies) == [policy] * 4
+    assert record.policies.tolist() == [policy] * 4
 
 
 def test_the_papers_rule(model: Any) -> None:
@@ -192,7 +206,7 @@ def test_the_papers_rule(model: Any) -> None:
     policies = [[D] * 4] * 3
     config = RuntimeConfig(policy="share", tau=0.2, delta=0.8)
     out, record, layer_pass = run(model, policies, inputs, config, cluster=cluster)
-    assert list(record.policies) == [P, S, P, V]
+    assert record.policies.tolist() == [P, S, P, V]
     assert record.distances[1] < 0.2
     torch.testing.assert_close(out[0], dense(inputs)[0], rtol=1e-4, atol=1e-5)
     always = always_blocks(150, 150, BLOCK, sink=1, local=2, device=torch.device("cpu"))
@@ -201,11 +215,11 @@ def test_the_papers_rule(model: Any) -> None:
     )
     causal = causal_blocks(150, 0, BLOCK)
     expected = (cumulative_pattern(exact[0], 0.9) | always) & causal
-    assert torch.equal(layer_pass.patterns[1], expected)
+    assert torch.equal(kept(layer_pass, 1), expected)
     _, unlike, _ = run(model, policies, inputs, replace(config, tau=0.0), cluster=cluster)
-    assert list(unlike.policies) == [P, V, P, V]
+    assert unlike.policies.tolist() == [P, V, P, V]
     _, sparse, _ = run(model, policies, inputs, replace(config, delta=0.0), cluster=cluster)
-    assert list(sparse.policies) == [V] * 4
+    assert sparse.policies.tolist() == [V] * 4
 
 
 def test_heads_denser_than_the_crossover_are_computed_densely(model: Any) -> None:
@@ -214,12 +228,12 @@ def test_heads_denser_than_the_crossover_are_computed_densely(model: Any) -> Non
     config = RuntimeConfig(gamma=1.0, tau=1.0, delta=0.0, max_density=0.5)
     out, record, layer_pass = run(model, [row, [D] * 4, [D] * 4], inputs, config)
     torch.testing.assert_close(out, dense(inputs), rtol=1e-4, atol=1e-5)
-    assert list(record.policies) == [P, D, D, D]
-    assert list(record.blocks) == [record.causal] * 4
-    assert not layer_pass.patterns
+    assert record.policies.tolist() == [P, D, D, D]
+    assert record.blocks.tolist() == [record.causal] * 4
+    assert layer_pass.pattern.tolist() == [-1] * 4
     _, sparse, _ = run(model, [row, [D] * 4, [D] * 4], inputs, replace(config, gamma=0.1))
-    assert list(sparse.policies) == row
-    assert max(sparse.blocks) < record.causal
+    assert sparse.policies.tolist() == row
+    assert sparse.blocks.max() < record.causal
 
 
 @pytest.mark.parametrize("row", [[P, S, R, V], [D] * 4])
@@ -228,7 +242,7 @@ def test_no_n_by_n_tensor_is_made(model: Any, row: list[Policy]) -> None:
     inputs = tensors(tokens, tokens)
     plan = make_plan(tiny_artifact(model, [row, [D] * 4, [D] * 4]), RuntimeConfig(tau=1.0))
     with LargestTensor() as largest:
-        LayerPass(plan, 0, state_of(plan, inputs), **inputs, scale=0.25).run()
+        pass_of(plan, 0, state_of(plan, inputs), inputs).run()
     assert largest.elements < tokens**2 / 4
 
 
@@ -244,3 +258,44 @@ def test_options_go_before_the_artifact(model: Any) -> None:
     plan = make_plan(artifact, RuntimeConfig(policy="share"))
     assert plan.pivot_rows == 0
     assert (plan.layers[0][0].gamma, plan.layers[0][0].tau) == (0.7, 0.1)
+
+
+@pytest.mark.parametrize("name", ["query", "key"])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("policy", ["auto", "share"])
+def test_numbers_that_are_none_stay_with_their_head(
+    model: Any, policy: str, bad: float, name: str
+) -> None:
+    """Head 0 is the pivot; what it cannot give, the heads that would share it choose themselves."""
+    clean, inputs = tensors(150, 150), {}
+    clean["query"][1:] = clean["query"][:1]
+    inputs = {key: tensor.clone() for key, tensor in clean.items()}
+    # The last row of a block is always sampled; KV head 0 serves the heads 0 and 1.
+    row = 3 * BLOCK - 1
+    inputs[name][0, row, 3] = bad
+    policies = [[P, S, S, S], [D] * 4, [D] * 4]
+    config = RuntimeConfig(policy=policy, tau=0.9, delta=0.9, gamma=0.8)
+    out, record, layer_pass = run(model, policies, inputs, config)
+    _, before, _ = run(model, policies, clean, config)
+    assert before.policies.tolist() == [P, S, S, S]
+    if policy == "auto":
+        assert record.policies.tolist()[2:] != [S, S]
+        assert record.blocks[0] == record.causal
+    assert out[2:].isfinite().all()
+    recalls = record.recall
+    assert recalls is not None
+    assert recalls[2:].min() > 0.7
+    if name == "query":
+        expected = dense(clean)[0]
+        rest = torch.arange(150) != row
+        torch.testing.assert_close(out[0, rest], expected[rest], rtol=1e-4, atol=1e-5)
+    assert layer_pass.pattern.dtype == torch.int64
+
+
+def test_numbers_that_are_none_can_be_an_error(model: Any) -> None:
+    inputs = tensors(150, 150)
+    inputs["value"][1, 7, 0] = math.inf
+    policies = [[P, S, R, V], [D] * 4, [D] * 4]
+    with pytest.raises(DataError, match=r"layer 0 .* value of heads \[1\]"):
+        run(model, policies, inputs, RuntimeConfig(nonfinite="error"))
+    run(model, policies, inputs, RuntimeConfig(nonfinite="dense"))

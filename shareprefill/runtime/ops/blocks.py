@@ -43,6 +43,42 @@ def causal_blocks(
     return first_keys[None, :] <= last_positions[:, None]
 
 
+def count_causal_blocks(n_q_tokens: int, q_offset: int, block_size: int) -> int:
+    """Number of set entries of `causal_blocks`, counted without making it.
+
+    >>> count_causal_blocks(100, 20, 32), int(causal_blocks(100, 20, 32).sum())
+    (14, 14)
+    """
+    n_q = count_blocks(n_q_tokens, block_size)
+    n_k = count_blocks(q_offset + n_q_tokens, block_size)
+    # Row I before the last sees key blocks 0 .. I + first; the last row of blocks sees all.
+    first = (block_size - 1 + q_offset) // block_size
+    return (n_q - 1) * (first + 1) + (n_q - 1) * (n_q - 2) // 2 + n_k
+
+
+def block_diagonals(
+    n_q_tokens: int,
+    q_offset: int,
+    block_size: int,
+    *,
+    device: torch.device | str | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Key blocks that the first and the last row of every query block lie in.
+
+    Args:
+        n_q_tokens: query rows.
+        q_offset: keys before the first query row.
+        block_size: tokens in a block.
+        device: device of the result.
+
+    Returns:
+        Two tensors int64 `[n_q]`.
+    """
+    starts = torch.arange(0, n_q_tokens, block_size, device=device)
+    ends = (starts + block_size).clamp_(max=n_q_tokens) - 1
+    return (starts + q_offset) // block_size, (ends + q_offset) // block_size
+
+
 @dataclass(frozen=True, eq=False)
 class BlockLists:
     """Key blocks per (pattern, query block) in CSR form, and the pattern of each query head.

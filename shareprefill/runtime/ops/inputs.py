@@ -58,16 +58,19 @@ def check_attention_inputs(
 
 
 def check_heads(heads: torch.Tensor, n_heads: int, device: torch.device) -> None:
-    """Refuse a head subset that is not int64 `[S]` on `device`; on a CPU its range is read too."""
+    """Refuse a head subset that is not int64 `[S]` on `device`; on a CPU its range is read too.
+
+    A negative entry stands for a head that is skipped.
+    """
     if heads.dtype != torch.int64 or heads.ndim != 1 or heads.device != device:
         raise ConfigError(
             f"heads must be int64 [S] on {device}, "
             f"got {heads.dtype} of shape {tuple(heads.shape)} on {heads.device}"
         )
     if heads.device.type == "cpu" and len(heads):
-        low, high = int(heads.min()), int(heads.max())
-        if low < 0 or high >= n_heads:
-            raise ConfigError(f"heads must lie in 0..{n_heads - 1}, got {low}..{high}")
+        highest = int(heads.max())
+        if highest >= n_heads:
+            raise ConfigError(f"heads must lie below {n_heads}, got {highest}")
 
 
 def check_block_size(block_size: int) -> None:
@@ -87,6 +90,38 @@ def resolve_scale(scale: float | None, head_dim: int) -> float:
     if not 0.0 < scale < math.inf:
         raise ConfigError(f"scale must be a positive number, got {scale}")
     return float(scale)
+
+
+def check_softcap(softcap: float | None) -> None:
+    """Refuse a bound of the logits that is not a positive number.
+
+    Raises:
+        ConfigError: says what came.
+    """
+    if softcap is not None and not 0.0 < softcap < math.inf:
+        raise ConfigError(
+            f"softcap must be a positive number, or None for no bound, got {softcap}"
+        )
+
+
+def check_sinks(sinks: torch.Tensor | None, query: torch.Tensor) -> None:
+    """Refuse sinks that are not a floating-point `[H]` on query's device.
+
+    Raises:
+        ConfigError: says what was expected and what came.
+    """
+    if sinks is None:
+        return
+    wanted = (query.shape[0],)
+    if (
+        sinks.shape != wanted
+        or not sinks.dtype.is_floating_point
+        or sinks.device != query.device
+    ):
+        raise ConfigError(
+            f"sinks must be one floating-point logit for each of {query.shape[0]} query heads on "
+            f"{query.device}, got {sinks.dtype} of shape {tuple(sinks.shape)} on {sinks.device}"
+        )
 
 
 def unit_last_stride(tensor: torch.Tensor) -> torch.Tensor:
@@ -126,11 +161,17 @@ def select_impl(impl: str, known: tuple[str, ...], tensor: torch.Tensor, cpu_imp
     if impl == "auto":
         return "triton" if on_gpu and "triton" in known else cpu_impl
     if impl == "triton":
-        _require_triton(tensor, on_gpu)
+        require_triton(tensor)
     return impl
 
 
-def _require_triton(tensor: torch.Tensor, on_gpu: bool) -> None:
+def require_triton(tensor: torch.Tensor) -> None:
+    """Refuse `impl="triton"` where it cannot compute `tensor`.
+
+    Raises:
+        UnsupportedError: Triton is not installed, or does not take the device or the dtype.
+    """
+    on_gpu = tensor.device.type == "cuda"
     if importlib.util.find_spec("triton") is None:
         raise UnsupportedError(
             "impl='triton' needs the triton package; install shareprefill[triton], "

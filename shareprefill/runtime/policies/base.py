@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor
 
-from shareprefill.runtime.state import Geometry
+if TYPE_CHECKING:
+    from shareprefill.runtime.state import Geometry
 
 
 @dataclass(frozen=True)

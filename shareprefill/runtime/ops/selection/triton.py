@@ -1,0 +1,209 @@
+"""Launches of the Triton kernels of selection; nothing waits for the device."""
+
+from __future__ import annotations
+
+import torch
+import triton
+
+from shareprefill.runtime.ops.blocks import BlockLists, count_causal_blocks
+from shareprefill.runtime.ops.selection.cover import (
+    cover_profiles_kernel,
+    select_kernel,
+    vertical_slash_kernel,
+)
+from shareprefill.runtime.ops.selection.lists import count_kernel, offsets_kernel, write_kernel
+from shareprefill.runtime.ops.selection.measures import covered_kernel, js_kernel
+from shareprefill.runtime.ops.selection.reference import ROUNDING
+
+# Entries of a row that a program holds at a time. Fixed, so that no length compiles a kernel anew.
+CHUNK = 256
+LIST_CHUNK = 512
+# Rows and columns of a tile of the measures.
+MEASURE_ROWS, MEASURE_CHUNK = 8, 128
+# Counts that a program of the offsets reads at a time.
+OFFSET_PATTERNS, OFFSET_ROWS = 16, 256
+
+
+def select_blocks(
+    maps: torch.Tensor,
+    gamma: torch.Tensor,
+    n_query: int,
+    n_key: int,
+    block_size: int,
+    sink_blocks: int,
+    local_blocks: int,
+) -> torch.Tensor:
+    """One launch; arguments as in the operator of this name."""
+    maps, gamma = maps.contiguous(), gamma.contiguous()
+    n_maps, n_q, n_k = maps.shape
+    chosen = torch.empty((n_maps, n_q, n_k), dtype=torch.bool, device=maps.device)
+    if n_maps:
+        with torch.cuda.device_of(maps):
+            select_kernel[(n_maps * n_q,)](
+                maps,
+                gamma,
+                chosen.view(torch.uint8),
+                n_q,
+                n_k,
+                n_query,
+                n_key - n_query,
+                block_size,
+                sink_blocks,
+                local_blocks,
+                ROUNDING=ROUNDING,
+                CHUNK=CHUNK,
+                num_warps=1,
+            )
+    return chosen
+
+
+def vertical_slash_blocks(
+    vertical: torch.Tensor,
+    slash: torch.Tensor,
+    gamma: torch.Tensor,
+    n_query: int,
+    n_key: int,
+    block_size: int,
+    sink_blocks: int,
+    local_blocks: int,
+) -> torch.Tensor:
+    """Two launches; arguments as in the operator of this name."""
+    vertical, slash, gamma = vertical.contiguous(), slash.contiguous(), gamma.contiguous()
+    n_heads, n_k = vertical.shape
+    n_q = triton.cdiv(n_query, block_size)
+    columns = torch.empty((n_heads, n_k), dtype=torch.uint8, device=vertical.device)
+    distances = torch.empty((n_heads, n_k + 1), dtype=torch.uint8, device=vertical.device)
+    chosen = torch.empty((n_heads, n_q, n_k), dtype=torch.bool, device=vertical.device)
+    if n_heads:
+        with torch.cuda.device_of(vertical):
+            cover_profiles_kernel[(2 * n_heads,)](
+                vertical,
+                slash,
+                gamma,
+                columns,
+                distances,
+                n_k,
+                ROUNDING=ROUNDING,
+                CHUNK=CHUNK,
+                num_warps=1,
+            )
+            vertical_slash_kernel[(n_heads * n_q,)](
+                columns,
+                distances,
+                chosen.view(torch.uint8),
+                n_q,
+                n_k,
+                n_query,
+                n_key - n_query,
+                block_size,
+                sink_blocks,
+                local_blocks,
+                CHUNK=CHUNK,
+                num_warps=1,
+            )
+    return chosen
+
+
+def js_distances(maps: torch.Tensor, pivots: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Two launches, the second a sum of few numbers; arguments as in the operator of this name."""
+    return _measure(js_kernel, maps, pivots.contiguous(), index)
+
+
+def covered_mass(maps: torch.Tensor, patterns: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Three launches, two of few numbers; arguments as in the operator of this name."""
+    return _measure(
+        covered_kernel, maps, patterns.contiguous().view(torch.uint8), index
+    ).clamp_(max=1)
+
+
+def list_blocks(
+    bitmap: torch.Tensor,
+    pattern: torch.Tensor,
+    n_query: int,
+    n_key: int,
+    block_size: int,
+    max_blocks: int | None,
+) -> BlockLists:
+    """Three launches; `max_blocks` is what `max_density` of the operator stands for."""
+    bitmap, pattern = bitmap.contiguous().view(torch.uint8), pattern.contiguous()
+    n_patterns, n_q, n_k = bitmap.shape
+    n_heads, offset = len(pattern), n_key - n_query
+    most = count_causal_blocks(n_query, offset, block_size)
+    n_used = min(n_patterns, n_heads)
+    capacity = n_used * most if max_blocks is None else n_used * max_blocks + most
+    n_lists = n_patterns + (max_blocks is not None)
+    numbers = {"dtype": torch.int32, "device": bitmap.device}
+    offsets = torch.empty(n_lists * n_q + 1, **numbers)
+    indices = torch.empty(max(1, capacity), **numbers)
+    listed = torch.empty(n_heads, **numbers)
+    if not n_lists or not n_heads:
+        return BlockLists(offsets.zero_(), indices, listed.fill_(-1), n_q, n_k, block_size)
+    counts = torch.empty(max(1, n_patterns * n_q), **numbers)
+    heads = triton.next_power_of_2(n_heads)
+    geometry = (n_query, offset, block_size)
+    with torch.cuda.device_of(bitmap):
+        if n_patterns:
+            count_kernel[(n_patterns * n_q,)](
+                bitmap,
+                pattern,
+                counts,
+                n_q,
+                n_k,
+                n_heads,
+                *geometry,
+                HEADS=heads,
+                CHUNK=LIST_CHUNK,
+                num_warps=1,
+            )
+        offsets_kernel[(n_lists,)](
+            counts,
+            pattern,
+            offsets,
+            listed,
+            n_patterns,
+            n_q,
+            n_heads,
+            *geometry,
+            0 if max_blocks is None else max_blocks,
+            HEADS=heads,
+            PATTERNS=OFFSET_PATTERNS,
+            ROWS=OFFSET_ROWS,
+            HAS_BOUND=max_blocks is not None,
+            num_warps=4,
+        )
+        write_kernel[(n_lists * n_q,)](
+            bitmap,
+            offsets,
+            indices,
+            n_patterns,
+            n_q,
+            n_k,
+            *geometry,
+            CHUNK=LIST_CHUNK,
+            num_warps=1,
+        )
+    return BlockLists(offsets, indices, listed, n_q, n_k, block_size)
+
+
+def _measure(
+    kernel: triton.JITFunction, maps: torch.Tensor, partners: torch.Tensor, index: torch.Tensor
+) -> torch.Tensor:
+    """Sum over the row tiles of what `kernel` finds for each map."""
+    maps, index = maps.contiguous(), index.contiguous()
+    n_maps, n_q, n_k = maps.shape
+    n_parts = triton.cdiv(n_q, MEASURE_ROWS)
+    parts = torch.empty((n_maps, n_parts), dtype=torch.float32, device=maps.device)
+    if n_maps:
+        with torch.cuda.device_of(maps):
+            kernel[(n_parts, n_maps)](
+                maps,
+                partners,
+                index,
+                parts,
+                n_q,
+                n_k,
+                ROWS=MEASURE_ROWS,
+                CHUNK=MEASURE_CHUNK,
+                num_warps=4,
+            )
+    return parts.sum(1)

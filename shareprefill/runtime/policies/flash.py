@@ -1,0 +1,117 @@
+"""FlashPrefill: tile energies on mean keys, and the mean correction of what is skipped."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from shareprefill.runtime.ops.blocks import count_blocks
+from shareprefill.runtime.policies.base import LayerInputs, Selection
+from shareprefill.runtime.policies.logits import (
+    block_means,
+    kv_heads,
+    mean_over_blocks,
+    pieces,
+    positions,
+    products,
+    query_blocks,
+    real_heads,
+    visible_counts,
+)
+from shareprefill.runtime.policies.pooled import pooling_work
+
+
+@dataclass(frozen=True)
+class Flash:
+    """Energy of a tile, E[I, J] = sum over the rows of I of 2^(s - max), on mean keys.
+
+    `max` is one number a query block, over its rows and key blocks. Blocks with E of at least
+    alpha times the largest E of their query block are kept. After FlashPrefill.
+
+    Attributes:
+        alpha: Share of the largest energy; None takes 1 - gamma.
+    """
+
+    alpha: float | None = None
+
+    def select(self, inputs: LayerInputs, heads: Tensor, gamma: Tensor) -> Selection:
+        """The blocks of enough energy; gamma sets alpha = 1 - gamma where none is given."""
+        energy = _energies(inputs, real_heads(heads))
+        alpha = 1 - gamma if self.alpha is None else torch.full_like(gamma, self.alpha)
+        pattern = energy >= alpha[:, None, None] * energy.amax(-1, keepdim=True)
+        return Selection(pattern & (energy > 0), pooling_work(inputs))
+
+
+def _energies(inputs: LayerInputs, heads: Tensor) -> Tensor:
+    """Tile energies, float32 `[S, n_q, n_k]`, zero where a block is not causal."""
+    block = inputs.geometry.block_size
+    n_query, n_key = inputs.query.shape[1], inputs.key.shape[1]
+    n_q, n_k = count_blocks(n_query, block), count_blocks(n_key, block)
+    means = block_means(inputs.key, block)
+    where = positions(inputs)
+    energies = torch.empty((len(heads), n_q, n_k), device=heads.device)
+    for blocks in pieces(n_q, 8 * block * n_k, heads.device):
+        rows = query_blocks(inputs, blocks)
+        seen = visible_counts(where[rows], n_key, block) > 0
+        for some in pieces(len(heads), 8 * seen.numel(), heads.device):
+            keys = means[kv_heads(inputs, heads[some])]
+            logits = products(inputs.query[heads[some], rows], keys, inputs)
+            logits = logits.mul_(1 / math.log(2)).masked_fill_(~seen, -torch.inf)
+            top = _block_maximum(logits.amax(-1), block)
+            energy = torch.exp2(logits - top[..., None])
+            # Means, not sums: the same order within a query block.
+            energies[some, blocks] = mean_over_blocks(energy, block).float()
+    return energies
+
+
+def _block_maximum(rows: Tensor, block: int) -> Tensor:
+    """The largest value of every block of rows, at each of its rows: `[S, r]`."""
+    n_rows = rows.shape[1]
+    padded = torch.nn.functional.pad(rows, (0, -n_rows % block), value=-torch.inf)
+    return padded.unflatten(1, (-1, block)).amax(2).repeat_interleave(block, 1)[:, :n_rows]
+
+
+def mean_correction(
+    inputs: LayerInputs, value: Tensor, heads: Tensor, pattern: Tensor, out: Tensor, lse: Tensor
+) -> Tensor:
+    """Adds one mean key and mean value for every skipped block to a sparse output.
+
+    A skipped block of m keys counts as m times the exponential of its mean key's logit (a lower
+    bound of its true mass, by convexity), and with its mean value. After FlashPrefill v2.
+
+    Args:
+        inputs: The layer's inputs.
+        value: `[G, Nk, Dv]`.
+        heads: int64 `[S]`, at least 0: the query heads that are corrected.
+        pattern: bool `[S, n_q, n_k]`, the blocks that were computed.
+        out: `[S, Nq, Dv]`, the sparse output of these heads.
+        lse: float32 `[S, Nq]`, natural log-sum-exp of the computed logits.
+
+    Returns:
+        The corrected output, of `out`'s shape and dtype.
+    """
+    block = inputs.geometry.block_size
+    n_key = inputs.key.shape[1]
+    n_k = count_blocks(n_key, block)
+    means, values = block_means(inputs.key, block), block_means(value, block)
+    where = positions(inputs)
+    corrected = torch.empty_like(out)
+    for blocks in pieces(pattern.shape[1], 16 * block * n_k, heads.device):
+        rows = query_blocks(inputs, blocks)
+        counts = visible_counts(where[rows], n_key, block).log()
+        for some in pieces(len(heads), 16 * counts.numel(), heads.device):
+            groups = kv_heads(inputs, heads[some])
+            logits = products(inputs.query[heads[some], rows], means[groups], inputs)
+            kept = pattern[some, blocks].repeat_interleave(block, 1)[:, : counts.shape[0]]
+            logits = logits.add_(counts).masked_fill_(kept, -torch.inf)
+            known = lse[some, rows].to(logits.dtype)
+            whole = torch.logaddexp(known, logits.logsumexp(-1))
+            # A row that computed nothing and skipped nothing has no output to correct.
+            whole = torch.where(whole == -torch.inf, 0.0, whole)
+            skipped = torch.exp(logits - whole[..., None]) @ values[groups].to(logits.dtype)
+            old = out[some, rows].to(logits.dtype) * torch.exp(known - whole)[..., None]
+            corrected[some, rows] = (old + skipped).to(out.dtype)
+    return corrected

@@ -1,0 +1,36 @@
+"""Sink and local blocks: what StreamingLLM reads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from shareprefill.runtime.patterns import always_blocks
+from shareprefill.runtime.policies.base import LayerInputs, Selection
+
+
+@dataclass(frozen=True)
+class Streaming:
+    """The first blocks and the last causal ones, whatever the input. After arXiv 2309.17453.
+
+    Attributes:
+        sink_blocks: First key blocks.
+        local_blocks: Last causal key blocks, the diagonal one among them.
+    """
+
+    sink_blocks: int = 1
+    local_blocks: int = 8
+
+    def select(self, inputs: LayerInputs, heads: Tensor, gamma: Tensor) -> Selection:
+        """One pattern for all heads; gamma is not used."""
+        pattern = always_blocks(
+            inputs.query.shape[1],
+            inputs.key.shape[1],
+            inputs.geometry.block_size,
+            sink=self.sink_blocks,
+            local=self.local_blocks,
+            device=heads.device,
+        )
+        return Selection(pattern.expand(len(heads), -1, -1), 0.0)
+

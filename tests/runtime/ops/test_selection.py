@@ -1,0 +1,281 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from shareprefill.errors import ConfigError
+from shareprefill.runtime.ops.blocks import BlockLists, causal_blocks, count_causal_blocks
+from shareprefill.runtime.ops.selection import (
+    covered_mass,
+    js_distances,
+    list_blocks,
+    select_blocks,
+    vertical_slash_blocks,
+)
+
+IMPLS = ["reference", pytest.param("triton", marks=pytest.mark.interpreter)]
+# (n_query, n_key, block size)
+SHAPES = [(1, 1, 16), (64, 64, 16), (100, 120, 32), (50, 113, 16), (7, 700, 128), (40, 5000, 16)]
+
+
+def random_maps(
+    n_maps: int, shape: tuple[int, int, int], levels: int = 0, device: str = "cpu"
+) -> torch.Tensor:
+    """Peaked causal maps; with `levels`, multiples of 1 / levels whose sums are exact."""
+    causal = causal_blocks(shape[0], shape[1] - shape[0], shape[2], device=device)
+    maps = torch.rand(n_maps, *causal.shape, device=device) ** 6 * causal
+    if levels:
+        return (maps * levels / 8).round() / levels
+    return maps / maps.sum(-1, keepdim=True)
+
+
+def geometry(shape: tuple[int, int, int]) -> dict[str, int]:
+    return dict(zip(("n_query", "n_key", "block_size"), shape, strict=True))
+
+
+def smallest_cover(row: list[float], gamma: float) -> set[int]:
+    """By the definition: take the largest block, the leftmost of equals, until gamma is reached."""
+    taken: set[int] = set()
+    for place in sorted(range(len(row)), key=lambda place: -row[place]):
+        if math.fsum(row[other] for other in taken) >= gamma - 1e-6 or row[place] == 0:
+            break
+        taken.add(place)
+    return taken
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("shape", SHAPES[:5], ids=str)
+@pytest.mark.parametrize("levels", [0, 64])
+def test_selected_blocks_are_the_smallest_cover(
+    shape: tuple[int, int, int], levels: int, impl: str
+) -> None:
+    maps = random_maps(2, shape, levels)
+    gamma = torch.tensor([0.9, 0.25])
+    chosen = select_blocks(maps, gamma, **geometry(shape), impl=impl)
+    assert chosen.dtype == torch.bool
+    for one, pattern, limit in zip(maps, chosen, gamma.tolist(), strict=True):
+        for row, taken in zip(one.tolist(), pattern.tolist(), strict=True):
+            assert {place for place, is_in in enumerate(taken) if is_in} == smallest_cover(
+                row, limit
+            )
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_sink_and_local_blocks_are_always_read(impl: str) -> None:
+    shape = (50, 113, 16)
+    nothing = torch.zeros(1, 4, 8)
+    options = {"sink_blocks": 1, "local_blocks": 2, "impl": impl}
+    chosen = select_blocks(nothing, torch.tensor([0.9]), **geometry(shape), **options)
+    # The first rows of the query blocks lie in key blocks 3, 4, 5 and 6, their last rows in
+    # 4, 5, 6 and 7.
+    wanted = [
+        [1, 0, 1, 1, 1, 0, 0, 0],
+        [1, 0, 0, 1, 1, 1, 0, 0],
+        [1, 0, 0, 0, 1, 1, 1, 0],
+        [1, 0, 0, 0, 0, 1, 1, 1],
+    ]
+    assert chosen[0].int().tolist() == wanted
+    profiles = torch.zeros(1, 8), torch.zeros(1, 9)
+    same = vertical_slash_blocks(*profiles, torch.tensor([0.9]), **geometry(shape), **options)
+    assert torch.equal(same, chosen)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_mass_that_is_not_causal_is_ignored(impl: str) -> None:
+    maps = torch.tensor([[[0.5, 0.9], [0.5, 0.25]]])
+    chosen = select_blocks(
+        maps, torch.tensor([0.4]), n_query=32, n_key=32, block_size=16, impl=impl
+    )
+    assert chosen.int().tolist() == [[[1, 0], [1, 0]]]
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("levels", [0, 1024])
+def test_triton_selects_what_the_reference_selects(
+    shape: tuple[int, int, int], levels: int
+) -> None:
+    maps = random_maps(3, shape, levels)
+    gamma = torch.tensor([0.95, 0.5, 1.0])
+    options = geometry(shape) | {"sink_blocks": 1, "local_blocks": 1}
+    wanted = select_blocks(maps, gamma, **options, impl="reference")
+    assert torch.equal(select_blocks(maps, gamma, **options, impl="triton"), wanted)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_vertical_and_slash_blocks_by_their_definition(impl: str) -> None:
+    n_query, n_key, size = shape = (50, 113, 16)
+    vertical, slash = torch.rand(3, 8) ** 6, torch.rand(3, 9) ** 6
+    vertical, slash = (profile / profile.sum(-1, keepdim=True) for profile in (vertical, slash))
+    gamma = torch.tensor([0.9, 0.5, 0.3])
+    chosen = vertical_slash_blocks(vertical, slash, gamma, **geometry(shape), impl=impl)
+    for head in range(3):
+        columns = smallest_cover(vertical[head].tolist(), float(gamma[head]))
+        distances = smallest_cover(slash[head].tolist(), float(gamma[head]))
+        for row in range(4):
+            start = row * size + n_key - n_query
+            ends = start // size, (min(start + size, n_key) - 1) // size
+            wanted = [
+                block <= ends[1]
+                and (block in columns or any(end - block in distances for end in ends))
+                for block in range(8)
+            ]
+            assert chosen[head, row].tolist() == wanted
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_triton_vertical_slash_blocks_equal_the_reference(shape: tuple[int, int, int]) -> None:
+    n_k = -(-shape[1] // shape[2])
+    profiles = torch.rand(3, n_k).softmax(-1), torch.rand(3, n_k + 1).softmax(-1)
+    options = geometry(shape) | {"sink_blocks": 1, "local_blocks": 1}
+    both = [
+        vertical_slash_blocks(*profiles, torch.tensor([0.9, 0.5, 0.1]), **options, impl=impl)
+        for impl in ("reference", "triton")
+    ]
+    assert torch.equal(*both)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_distances_of_equal_and_of_disjoint_maps(impl: str) -> None:
+    maps = torch.rand(2, 19, 300).softmax(-1)
+    far = torch.zeros(2, 19, 300)
+    far[:, :, 7] = 1.0
+    other = torch.zeros(1, 19, 300)
+    other[:, :, 6] = 1.0
+    pivots = torch.cat([maps, other])
+    index = torch.tensor([1, 0, 2, -1])
+    maps = torch.stack([maps[1], maps[0], far[0], far[1]])
+    distances = js_distances(maps, pivots, index, impl=impl)
+    # Rounding of the sum, 1e-7, has a root of 3e-4.
+    limit = math.sqrt(math.log(2))
+    wanted = torch.tensor([0.0, 0.0, limit, math.inf])
+    torch.testing.assert_close(distances, wanted, atol=1e-3, rtol=1e-6)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_distances_and_coverage_equal_float64(shape: tuple[int, int, int], impl: str) -> None:
+    maps, pivots = random_maps(3, shape), random_maps(2, shape)
+    index = torch.tensor([1, 0, 1])
+    p, q = maps.double(), pivots[index].double()
+    middle = (p + q) / 2
+    kl = [torch.xlogy(x, x / middle.clamp(min=1e-300)).sum(-1) for x in (p, q)]
+    wanted = ((kl[0] + kl[1]) / 2).clamp(min=0).sqrt().mean(-1).float()
+    actual = js_distances(maps, pivots, index, impl=impl)
+    torch.testing.assert_close(actual, wanted, atol=1e-3 if shape[1] == 1 else 1e-5, rtol=1e-5)
+
+    patterns = torch.rand(2, *maps.shape[1:]) < 0.4
+    index = torch.tensor([1, -1, 0])
+    wanted = torch.stack(
+        [(maps[0] * patterns[1]).sum(-1), maps[1].sum(-1), (maps[2] * patterns[0]).sum(-1)]
+    )
+    actual = covered_mass(maps, patterns, index, impl=impl)
+    torch.testing.assert_close(actual, wanted.mean(-1), atol=1e-6, rtol=1e-6)
+
+
+def lists_by_hand(lists: BlockLists, head: int, n_q: int) -> list[list[int]]:
+    pattern, offsets = int(lists.pattern[head]), lists.offsets.tolist()
+    rows = range(pattern * n_q, (pattern + 1) * n_q)
+    return [lists.indices[offsets[row] : offsets[row + 1]].tolist() for row in rows]
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("max_density", [None, 0.5, 1.0])
+def test_lists_hold_every_causal_block(
+    shape: tuple[int, int, int], max_density: float | None, impl: str
+) -> None:
+    n_query, n_key, size = shape
+    causal = causal_blocks(n_query, n_key - n_query, size)
+    n_q, n_k = causal.shape
+    share = torch.tensor([0.2, 0.9, 0.4, 0.3])
+    bitmap = torch.rand(4, n_q, n_k) < share[:, None, None]
+    pattern = torch.tensor([3, -1, 1, 0, 3, 1, 0] + ([] if max_density is None else [4]))
+    lists = list_blocks(
+        bitmap, pattern, size, n_query=n_query, n_key=n_key, max_density=max_density, impl=impl
+    )
+    lists.validate()
+    assert (lists.n_q, lists.n_k, lists.block_size) == (n_q, n_k, size)
+    assert lists.n_patterns == (4 if max_density is None else 5)
+    most = None if max_density is None else int(max_density * int(causal.sum()))
+    for head, number in enumerate(pattern.tolist()):
+        if number < 0:
+            assert lists.pattern[head] == -1
+            continue
+        blocks = causal if number == 4 else bitmap[number] & causal
+        if most is not None and int(blocks.sum()) > most:
+            assert lists.pattern[head] == 4
+            blocks = causal
+        wanted = [row.nonzero()[:, 0].tolist() for row in blocks]
+        assert lists_by_hand(lists, head, n_q) == wanted
+    assert not lists.to_bitmap()[2].any()  # no head points there
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_lists_without_patterns_or_heads(impl: str) -> None:
+    options = {"n_query": 40, "n_key": 40, "impl": impl}
+    none = torch.zeros(0, 3, 3, dtype=torch.bool)
+    lists = list_blocks(none, torch.tensor([-1, -1]), 16, **options)
+    lists.validate()
+    assert lists.pattern.tolist() == [-1, -1]
+    dense = list_blocks(none, torch.tensor([-1, 0]), 16, max_density=0.5, **options)
+    dense.validate()
+    assert lists_by_hand(dense, 1, 3) == [[0], [0, 1], [0, 1, 2]]
+    headless = list_blocks(
+        torch.ones(2, 3, 3, dtype=torch.bool), torch.zeros(0, dtype=torch.int64), 16, **options
+    )
+    headless.validate()
+    assert not headless.to_bitmap().any()
+
+
+@pytest.mark.interpreter
+def test_room_is_made_for_the_bound_and_no_more() -> None:
+    bitmap = torch.rand(3, 8, 8) < 0.2
+    options = {"n_query": 128, "n_key": 128, "impl": "triton"}
+    most = count_causal_blocks(128, 0, 16)
+    pattern = torch.tensor([0, 1])
+    assert len(list_blocks(bitmap, pattern, 16, **options).indices) == 2 * most
+    bounded = list_blocks(bitmap, pattern, 16, max_density=0.25, **options)
+    assert len(bounded.indices) == 2 * (most // 4) + most
+
+
+def test_user_errors_say_what_came() -> None:
+    maps, gamma = torch.rand(2, 3, 3), torch.tensor([0.9, 0.9])
+    index = torch.tensor([0, 1])
+    sizes = {"n_query": 40, "n_key": 40, "block_size": 16}
+    lists = {"n_query": 40, "n_key": 40}
+    bitmap = maps > 0.5
+    cases = [
+        (lambda: select_blocks(maps.double(), gamma, **sizes), r"maps must be float32 \[S"),
+        (lambda: select_blocks(maps, gamma[:1], **sizes), r"gamma must be torch.float32 \[2\]"),
+        (lambda: select_blocks(maps, gamma, **sizes | {"n_key": 60}), r"make maps \[.., 3, 4\]"),
+        (lambda: select_blocks(maps, gamma, **sizes | {"n_query": 41}), "1 <= n_query <= n_key"),
+        (lambda: select_blocks(maps, gamma, **sizes, sink_blocks=-1), "at least 0, got -1, 0"),
+        (lambda: select_blocks(maps, gamma, **sizes, impl="fast"), "impl must be one of"),
+        (
+            lambda: vertical_slash_blocks(maps[0], maps[0], gamma, **sizes),
+            r"slash must be float32 \[3, 4\]",
+        ),
+        (lambda: js_distances(maps, maps[:, :2], index), r"pivots must be \[P, 3, 3\]"),
+        (lambda: js_distances(maps, maps, index + 1), "index must lie below 2, got 2"),
+        (lambda: js_distances(maps, maps, index.int()), r"index must be torch.int64 \[2\]"),
+        (lambda: covered_mass(maps, maps, index), r"patterns must be bool \[P"),
+        (lambda: list_blocks(bitmap, gamma, 16, **lists), r"pattern must be integers \[H\]"),
+        (lambda: list_blocks(bitmap, index, 16, **lists, max_density=0.0), r"lie in \(0, 1\]"),
+        (
+            lambda: list_blocks(
+                torch.zeros(1, 1, 1, dtype=torch.bool).expand(99, 9999, 9999),
+                torch.arange(99),
+                16,
+                n_query=16 * 9999,
+                n_key=16 * 9999,
+            ),
+            "offsets hold 2147483647",
+        ),
+    ]
+    for call, message in cases:
+        with pytest.raises(ConfigError, match=message):
+            call()

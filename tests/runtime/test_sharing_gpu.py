@@ -1,0 +1,148 @@
+"""The layer pass on a GPU: as on the CPU, without waiting for the device, in a CUDA graph."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+from shareprefill.artifact import Policy
+from shareprefill.runtime.orders import Orders
+from shareprefill.runtime.plan import HeadPlan, RuntimePlan
+from shareprefill.runtime.policies.base import LayerInputs
+from shareprefill.runtime.sharing import LayerPass
+from shareprefill.runtime.state import ForwardState, Geometry
+
+pytestmark = pytest.mark.gpu
+
+HEADS, GROUPS, DIM, BLOCK = 8, 2, 64, 64
+D, P, S, R, V = Policy.DENSE, Policy.PIVOT, Policy.SHARE, Policy.SAMPLED, Policy.VERTICAL_SLASH
+PLANS = {
+    "mixed": (P, S, S, S, R, V, V, D),
+    "pivot of all rows": (P, S, S, S, S, S, R, V),
+    "sampled": (R,) * HEADS,
+    "vertical-slash": (V,) * HEADS,
+    "share": (D,) * HEADS,
+}
+
+
+def plan_of(name: str) -> RuntimePlan:
+    heads = tuple(
+        HeadPlan(
+            head=head,
+            policy=policy,
+            pivot=0 if policy in (P, S) else -1,
+            fallback=(V if head % 2 else R) if policy is S else policy,
+            gamma=0.9,
+            fallback_gamma=0.9,
+            tau=0.3,
+            cluster=head % 3 - 1,
+        )
+        for head, policy in enumerate(PLANS[name])
+    )
+    return RuntimePlan(
+        layers=(heads,),
+        labels=tuple(policy.label for policy in Policy),
+        selectors={},
+        online=name == "share",
+        guarded=True,
+        block_size=BLOCK,
+        delta=0.4,
+        pivot_rows=0 if "all rows" in name else 8,
+        sample_rows=8,
+        check_rows=2,
+        sink_blocks=1,
+        local_blocks=2,
+        max_density=0.9,
+        refuse_nonfinite=False,
+    )
+
+
+def tensors(n_query: int, n_key: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    """Queries that a few key blocks attract, in some heads more than in others."""
+    query = torch.randn(HEADS, n_query, DIM, device="cuda")
+    key, value = (torch.randn(GROUPS, n_key, DIM, device="cuda") for _ in range(2))
+    query[..., 0] += torch.tensor([4.0, 4, 4, 0, 6, 8, 1, 3], device="cuda")[:, None]
+    key[:, BLOCK : BLOCK + 8, 0] += 6
+    return query.to(dtype), key.to(dtype), value.to(dtype)
+
+
+def run(plan: RuntimePlan, orders: Orders, query: torch.Tensor, key: torch.Tensor, value):
+    geometry = Geometry(query.shape[1], key.shape[1], plan, query.device)
+    inputs = LayerInputs(query, key, DIM**-0.5, geometry)
+    return LayerPass(plan, 0, ForwardState(geometry, orders), inputs, value).run()
+
+
+@contextmanager
+def never_waiting() -> Iterator[None]:
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("sizes", [(1000, 1000), (512, 512), (300, 1111)])
+@pytest.mark.parametrize("name", PLANS)
+def test_equal_to_the_cpu(name: str, sizes: tuple[int, int]) -> None:
+    plan = plan_of(name)
+    inputs = tensors(*sizes, torch.float32)
+    out, record = run(plan, Orders(plan), *inputs)
+    expected, wanted = run(plan, Orders(plan), *(t.cpu() for t in inputs))
+    assert record.policies.tolist() == wanted.policies.tolist()
+    # Rounding may move a block of equal mass in or out of a pattern.
+    torch.testing.assert_close(record.blocks.cpu(), wanted.blocks, rtol=0.02, atol=2)
+    torch.testing.assert_close(
+        record.distances.cpu(), wanted.distances, rtol=1e-3, atol=1e-3, equal_nan=True
+    )
+    torch.testing.assert_close(record.work.cpu(), wanted.work)
+    error = (out.cpu() - expected).norm(dim=-1) / expected.norm(dim=-1)
+    assert error.quantile(0.95) < 1e-2
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_nothing_waits_for_the_device(name: str) -> None:
+    plan = plan_of(name)
+    orders = Orders(plan)
+    run(plan, orders, *tensors(900, 900, torch.bfloat16))
+    inputs = tensors(1300, 1300, torch.bfloat16)
+    with never_waiting():
+        out, _ = run(plan, orders, *inputs)
+    assert out.isfinite().all()
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_a_layer_in_a_cuda_graph(name: str) -> None:
+    plan = plan_of(name)
+    orders = Orders(plan)
+    inputs = tensors(1000, 1000, torch.bfloat16)
+    run(plan, orders, *inputs)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out, record = run(plan, orders, *inputs)
+    for _ in range(2):
+        fresh = tensors(1000, 1000, torch.bfloat16)
+        for old, new in zip(inputs, fresh, strict=True):
+            old.copy_(new)
+        out.fill_(math.nan)
+        graph.replay()
+        expected, wanted = run(plan, orders, *fresh)
+        assert torch.equal(record.policies, wanted.policies)
+        torch.testing.assert_close(out, expected, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("name", ["mixed", "share"])
+def test_numbers_that_are_none_stay_with_their_head(name: str) -> None:
+    """KV head 0 serves the heads 0 to 3, the pivot among them."""
+    plan = plan_of(name)
+    query, key, value = tensors(1000, 1000, torch.bfloat16)
+    key[0, 130] = math.nan
+    out, record = run(plan, Orders(plan), query, key, value)
+    assert out[4:].isfinite().all()
+    assert record.blocks[:4].eq(record.causal).all()
+    assert int(Policy.SHARE) not in record.policies[:4].tolist()
