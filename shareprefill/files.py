@@ -1,4 +1,4 @@
-"""Files that are never half-written: atomic replacement, and one process a folder."""
+"""Files that are never half-written: atomic replacement, one writer a folder or file."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from shareprefill.errors import DataError
 
 LOCK_NAME = ".lock"
 _TEMPORARY = ".sp-{}.tmp"
+_OUTPUT_LOCK = ".sp-{}.lock"
 # A writer locks its temporary file right after it was created: a younger one may not be locked yet.
 _LOCKED_AFTER_S = 1.0
 _ADVICE = {
@@ -52,7 +53,7 @@ def atomic_write_bytes(path: str | Path, data: bytes) -> None:
         DataError: the file cannot be written; an earlier file is untouched and nothing is left.
     """
     path = Path(path)
-    mark = hashlib.sha256(os.fsencode(path.name)).hexdigest()[:16]
+    mark = _mark(path)
     temporary = path.with_name(_TEMPORARY.format(f"{mark}-{secrets.token_hex(8)}"))
     try:
         if path.is_dir():
@@ -104,19 +105,93 @@ def locked_folder(path: str | Path) -> Iterator[Path]:
         DataError: another process holds the folder, or it cannot be written or locked.
     """
     folder = make_folder(path)
+    with _held(folder / LOCK_NAME, folder):
+        _remove_abandoned(folder.rglob(_TEMPORARY.format("*")))
+        yield folder
+
+
+@contextmanager
+def reading_folder(path: str | Path) -> Iterator[Path]:
+    """Keeps writers out of the folder `path`; several processes may read it at once.
+
+    A folder that cannot be written here is read without a lock.
+
+    Raises:
+        DataError: a process that writes holds the folder.
+    """
+    folder = Path(path)
     try:
         descriptor = os.open(folder / LOCK_NAME, os.O_RDWR | os.O_CREAT, 0o666)
-    except OSError as error:
-        raise _cannot_write(folder, error) from error
+    except OSError:
+        # There is no such folder, as its reader will say, or it is read-only.
+        yield folder
+        return
     try:
         try:
-            _lock(descriptor)
+            _lock(descriptor, shared=True)
         except OSError as error:
-            raise _cannot_lock(folder, error) from error
-        _remove_abandoned(folder.rglob(_TEMPORARY.format("*")))
+            if error.errno not in _NOT_OFFERED:
+                raise _cannot_lock(folder, error) from error
         yield folder
     finally:
         os.close(descriptor)  # releases the lock
+
+
+@contextmanager
+def locked_output(path: str | Path) -> Iterator[Path]:
+    """Holds the file `path`, there or still to be written, for this process alone.
+
+    A command that works for long before it writes one file takes this first: a second one that
+    would write the same file fails before its work, and a path that cannot be written does too.
+    The lock is a file beside `path` while it is held; one that a killed process left is taken over.
+
+    Raises:
+        DataError: another process holds the file, or its folder cannot be written or locked.
+    """
+    path = Path(path)
+    lock = path.with_name(_OUTPUT_LOCK.format(_mark(path)))
+    with _held(lock, path):
+        try:
+            if path.is_dir():
+                raise _cannot_write(path, IsADirectoryError(errno.EISDIR, ""))
+            yield path
+        finally:
+            # While it is still held: whoever waits for it sees that it is gone, and makes another.
+            with suppress(OSError):
+                lock.unlink()
+
+
+@contextmanager
+def _held(lock: Path, target: Path) -> Iterator[None]:
+    """Holds a lock file for the block; `target` is what messages name."""
+    while True:
+        try:
+            descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
+        except OSError as error:
+            raise _cannot_write(target, error) from error
+        try:
+            try:
+                _lock(descriptor)
+            except OSError as error:
+                raise _cannot_lock(target, error) from error
+            if not _is_at(descriptor, lock):
+                continue  # the one who held it removed it meanwhile
+            yield
+            return
+        finally:
+            os.close(descriptor)  # releases the lock
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+    except FileNotFoundError:
+        return False
+
+
+def _mark(path: Path) -> str:
+    """What temporary and lock files of one path have in common."""
+    return hashlib.sha256(os.fsencode(path.name)).hexdigest()[:16]
 
 
 @contextmanager
@@ -163,26 +238,26 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _lock(descriptor: int) -> None:
-    if sys.platform == "win32":
+def _lock(descriptor: int, *, shared: bool = False) -> None:
+    if sys.platform == "win32":  # which has no shared ones
         import msvcrt
 
         msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
     else:
         import fcntl
 
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
 
 
-def _cannot_lock(folder: Path, error: OSError) -> DataError:
+def _cannot_lock(path: Path, error: OSError) -> DataError:
     if error.errno in _NOT_OFFERED:
         return DataError(
-            f"cannot lock {printable(folder)}: its file system has no locks: "
+            f"cannot lock {printable(path)}: its file system has no locks: "
             "choose a folder on a local disk"
         )
     return DataError(
-        f"{printable(folder)} is in use by another process: "
-        "wait until that one has ended, or choose another folder"
+        f"{printable(path)} is in use by another process: "
+        "wait until that one has ended, or choose another place"
     )
 
 

@@ -6,6 +6,8 @@ import stat
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -16,17 +18,33 @@ from shareprefill.files import (
     atomic_write_bytes,
     atomic_write_text,
     locked_folder,
+    locked_output,
     make_folder,
     printable,
+    reading_folder,
 )
 
 HOLD = """
 import sys
-from shareprefill.files import locked_folder
-with locked_folder(sys.argv[1]):
+from shareprefill import files
+with getattr(files, sys.argv[1])(sys.argv[2]):
     print("held", flush=True)
     sys.stdin.read()
 """
+
+
+@contextmanager
+def held_elsewhere(kind: str, path: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """Another process that holds `path`; killed after the block."""
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLD, kind, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline().strip() == b"held"
+        try:
+            yield holder
+        finally:
+            holder.kill()
 
 
 def test_writes_replace_the_file_and_leave_nothing_else(tmp_path: Path) -> None:
@@ -128,11 +146,7 @@ def test_a_folder_without_permission_is_reported(tmp_path: Path) -> None:
 
 def test_second_holder_of_a_folder_fails_at_once(tmp_path: Path) -> None:
     folder = tmp_path / "new" / "folder"
-    with subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-    ) as holder:
-        assert holder.stdout is not None
-        assert holder.stdout.readline().strip() == b"held"
+    with held_elsewhere("locked_folder", folder) as holder:
         with (
             pytest.raises(DataError, match=r"folder is in use by another process"),
             locked_folder(folder),
@@ -142,6 +156,74 @@ def test_second_holder_of_a_folder_fails_at_once(tmp_path: Path) -> None:
         holder.wait()
         with locked_folder(folder) as held:
             assert held == folder
+
+
+def test_readers_share_a_folder_and_keep_writers_out(tmp_path: Path) -> None:
+    with held_elsewhere("reading_folder", tmp_path):
+        with reading_folder(tmp_path), reading_folder(tmp_path) as folder:
+            assert folder == tmp_path
+        with pytest.raises(DataError, match="in use"), locked_folder(tmp_path):
+            pass
+    with (
+        held_elsewhere("locked_folder", tmp_path),
+        pytest.raises(DataError, match="in use"),
+        reading_folder(tmp_path),
+    ):
+        pass
+    with locked_folder(tmp_path):
+        pass
+    with reading_folder(tmp_path / "none"):
+        assert not (tmp_path / "none").exists()
+
+
+def test_second_holder_of_an_output_fails_at_once_and_a_killed_one_leaves_it_free(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "a.st"
+    with held_elsewhere("locked_output", path) as holder:
+        with pytest.raises(DataError, match=r"a\.st is in use"), locked_output(path):
+            pass
+        with locked_output(tmp_path / "b.st"):
+            pass
+        holder.kill()
+        holder.wait()
+        assert len(list(tmp_path.iterdir())) == 1
+        with locked_output(path) as held:
+            atomic_write_bytes(held, b"whole")
+    assert [p.name for p in tmp_path.iterdir()] == ["a.st"]
+
+
+def test_an_output_that_cannot_be_written_is_refused_before_the_work(tmp_path: Path) -> None:
+    for path, message in (
+        (tmp_path, "it is a folder"),
+        (tmp_path / "none" / "a.st", "its folder does not exist"),
+    ):
+        with pytest.raises(DataError, match=rf"cannot write .*{message}"), locked_output(path):
+            raise AssertionError("the work began")
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(ZeroDivisionError), locked_output(tmp_path / "a.st"):
+        raise ZeroDivisionError
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_output_lock_that_was_removed_meanwhile_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, taken = files._lock, []
+
+    def lock_what_is_gone(descriptor: int, **options: bool) -> None:
+        real(descriptor, **options)
+        if not taken:
+            (lock,) = tmp_path.iterdir()
+            lock.unlink()
+        taken.append(descriptor)
+
+    monkeypatch.setattr(files, "_lock", lock_what_is_gone)
+    with locked_output(tmp_path / "a.st"):
+        monkeypatch.undo()
+        with pytest.raises(DataError, match="in use"), locked_output(tmp_path / "a.st"):
+            pass
+    assert len(taken) == 2
 
 
 def test_lock_ends_with_the_block_and_with_its_error(tmp_path: Path) -> None:

@@ -1,0 +1,55 @@
+"""`sp audit`: a page about an artifact."""
+
+from __future__ import annotations
+
+import json
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from shareprefill.commands.options import JsonOption
+
+PAGE = Path("audit.html")
+
+
+def audit_command(
+    artifact: Annotated[Path, typer.Argument(help="An artifact.")] = Path("clusters.st"),
+    calibration: Annotated[
+        Path | None,
+        typer.Option(help="The calibration folder that it was made from, for the maps."),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="The page to write; audit.html by default, none with --json."),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Write a page about an artifact: clusters, maps, distances, stability, recall and density."""
+    from shareprefill.artifact import load_artifact
+    from shareprefill.audit.findings import examine, to_dict
+    from shareprefill.console import status
+    from shareprefill.files import atomic_write_text, locked_output, printable
+
+    loaded = load_artifact(artifact)
+    path = out or (None if as_json else PAGE)
+    with status("auditing"), nullcontext() if path is None else locked_output(path):
+        findings = examine(loaded, calibration)
+        if path is not None:
+            from shareprefill.audit.page import build_page
+
+            atomic_write_text(path, build_page(findings).html())
+    for warning in findings.warnings:
+        typer.echo(f"sp: warning: {warning}", err=True)
+    if findings.missing:
+        typer.echo(
+            f"sp: without maps, as {findings.missing}: name the folder with --calibration", err=True
+        )
+    if as_json:
+        typer.echo(json.dumps(to_dict(findings), indent=1, allow_nan=False))
+    else:
+        typer.echo(
+            f"{printable(path)}: {findings.heads.count} heads, "
+            f"{len(findings.heads.sizes())} clusters, {findings.noise.share:.0%} noise"
+        )
