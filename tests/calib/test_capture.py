@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from shareprefill.calib.capture import capture
+from shareprefill.calib.capture import FULL, capture
 from shareprefill.errors import DataError, UnsupportedError
 from shareprefill.runtime.ops.pooled_attention import sample_rows
 from tests.support.allocation import LargestTensor
@@ -119,11 +119,25 @@ def test_queries_that_are_not_finite_are_refused() -> None:
         capture(broken, token_ids(80), block_size=16, rows=(1, 2, 4))
 
 
-@pytest.mark.parametrize("name", ["gemma2", "gpt_oss", "mistral (sliding window)"])
-def test_a_model_with_nothing_to_share_is_not_captured(name: str) -> None:
-    family = next(family for family in FAMILIES if family.name == name)
+def test_a_model_with_nothing_to_share_is_not_captured() -> None:
+    family = next(family for family in FAMILIES if family.name == "mistral (sliding window)")
     with pytest.raises(UnsupportedError, match="sp doctor --model"):
         capture(build(family), token_ids(60), block_size=16, rows=(1, 2, 4))
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gpt_oss"])
+def test_maps_of_soft_capped_logits_and_beside_sinks(name: str) -> None:
+    model = build(next(family for family in FAMILIES if family.name == name))
+    model.set_attn_implementation("eager")
+    ids = token_ids(64)
+    found = capture(model, ids, block_size=16, rows=(1, 2, 4))
+    assert found.layers == (1,)
+    with torch.no_grad():
+        weights = model(input_ids=ids[None], output_attentions=True).attentions[1][0]
+    # What goes to a sink is of no block.
+    weights = weights / weights.sum(-1, keepdim=True)
+    maps = weights.unflatten(-1, (4, 16)).sum(-1).unflatten(1, (4, 16)).mean(2)
+    torch.testing.assert_close(found.tensors[FULL][0].float(), maps, rtol=1e-2, atol=1e-3)
 
 
 def test_only_layers_that_can_be_shared_are_captured() -> None:

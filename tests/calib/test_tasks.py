@@ -10,7 +10,7 @@ from importlib import resources
 import pytest
 from transformers import AutoTokenizer
 
-from shareprefill.calib.tasks import TASKS, Example, generate, score
+from shareprefill.calib.tasks import NIAH_TASKS, TASKS, Example, generate, score
 from shareprefill.errors import ConfigError, DataError
 
 
@@ -93,6 +93,30 @@ def test_answer_follows_from_the_prompt(tokenizer, task, seed):
     assert example.answer.strip() == example.answers[0]
 
 
+@pytest.mark.parametrize("task", NIAH_TASKS)
+@pytest.mark.parametrize("seed", range(3))
+def test_all_asked_needles_are_in_the_prompt(tokenizer, task, seed):
+    example = generate(task, tokenizer, 1200 + 41 * seed, seed)
+    facts = re.findall(r"magic numbers for (\S+) is: (\d{7})\.", example.prompt)
+    asked = re.search(r"The special magic numbers? for (.+) (?:is|are): \Z", example.prompt)
+    assert asked
+    keys = asked[1].replace(" and ", " ").replace(",", "").split()
+    # In the order of the question; the numbers of one key as they stand in the text.
+    answers = tuple(value for key in keys for name, value in facts if name == key)
+    assert example.answers == answers
+    assert example.answer == ", ".join(answers)
+    counts = (len(set(dict(facts))), len(facts), len(keys))
+    assert (
+        counts
+        == {
+            "niah_single": (1, 1, 1),
+            "niah_multikey": (4, 4, 1),
+            "niah_multivalue": (1, 4, 1),
+            "niah_multiquery": (4, 4, 4),
+        }[task]
+    )
+
+
 @pytest.mark.parametrize("task", [*TASKS, "text"])
 @pytest.mark.parametrize("length", [640, 1024, 2999, 8192])
 def test_prompt_fills_the_length_and_never_exceeds_it(tokenizer, task, length):
@@ -103,7 +127,7 @@ def test_prompt_fills_the_length_and_never_exceeds_it(tokenizer, task, length):
         assert length - max(0.03 * length, item) <= tokens <= length
 
 
-@pytest.mark.parametrize("task", [*TASKS, "text"])
+@pytest.mark.parametrize("task", [*TASKS, *NIAH_TASKS, "text"])
 def test_prompt_and_answer_tokenize_apart(tokenizer, task):
     example = generate(task, tokenizer, 1024, 9)
     parts = tokenizer(example.prompt).input_ids

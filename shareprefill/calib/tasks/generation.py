@@ -8,6 +8,12 @@ from typing import TYPE_CHECKING
 
 from shareprefill.calib.tasks.example import Draft, Example
 from shareprefill.calib.tasks.haystack import TextDraft
+from shareprefill.calib.tasks.needles import (
+    MultiKeyNeedleDraft,
+    MultiQueryNeedleDraft,
+    MultiValueNeedleDraft,
+    SingleNeedleDraft,
+)
 from shareprefill.calib.tasks.reasoning import (
     CodeRunDraft,
     MathFindDraft,
@@ -32,11 +38,18 @@ _DRAFTS: dict[str, Callable[[random.Random, int], Draft]] = {
     "code_run": CodeRunDraft,
     "variable_tracking": VariableTrackingDraft,
     "needle": NeedleDraft,
+    "niah_single": SingleNeedleDraft,
+    "niah_multikey": MultiKeyNeedleDraft,
+    "niah_multivalue": MultiValueNeedleDraft,
+    "niah_multiquery": MultiQueryNeedleDraft,
     "text": TextDraft,
 }
 
-TASKS: tuple[str, ...] = tuple(name for name in _DRAFTS if name != "text")
-"""Tasks with an answer; `generate` also knows `text`."""
+NIAH_TASKS: tuple[str, ...] = tuple(name for name in _DRAFTS if name.startswith("niah_"))
+"""RULER's needle family, which is for evaluation: no data set `mixture` holds them."""
+
+TASKS: tuple[str, ...] = tuple(name for name in _DRAFTS if name not in (*NIAH_TASKS, "text"))
+"""The tasks of the data set `mixture` that have an answer; `generate` also knows `text`."""
 
 _PROBE = 16
 """Items added to the smallest prompt to learn how many tokens an item takes."""
@@ -48,7 +61,7 @@ def generate(task: str, tokenizer: PreTrainedTokenizerBase, length: int, seed: i
     The same arguments give the same example in every process.
 
     Args:
-        task: One of `TASKS`, or `text`.
+        task: One of `TASKS` or `NIAH_TASKS`, or `text`.
         tokenizer: Tokenizer of the model; the special tokens it adds by itself are counted.
         length: Most tokens of the prompt, as `tokenizer(prompt).input_ids` counts them.
         seed: Picks the example.

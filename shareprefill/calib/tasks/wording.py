@@ -75,6 +75,15 @@ def needle_query(key: str) -> str:
     )
 
 
+def needles_query(keys: list[str]) -> str:
+    """Asks for all numbers of one key, or of several."""
+    asked = keys[0] if len(keys) == 1 else f"{', '.join(keys[:-1])}, and {keys[-1]}"
+    return (
+        f"\nWhat are all the special magic numbers for {asked} mentioned in the text? "
+        f"The special magic numbers for {asked} are: "
+    )
+
+
 def variable_root(name: str, value: str) -> str:
     return f"\nVAR {name} = {value}\n"
 

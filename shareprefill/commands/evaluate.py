@@ -1,0 +1,178 @@
+"""`sp eval`: an artifact's policies against dense attention, on tasks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from shareprefill.commands.options import DeviceOption, DtypeOption, JsonOption, RemoteCodeOption
+from shareprefill.config import POLICIES
+from shareprefill.errors import ConfigError
+from shareprefill.evaluation.config import EvalConfig
+
+# Defaults are read off the configuration, where alone they live.
+_EVAL = EvalConfig(artifact="-")
+_TASKS, _POLICIES = ",".join(_EVAL.tasks), ",".join(_EVAL.policies)
+_LENGTHS = ",".join(map(str, _EVAL.lengths))
+_PIPED_WIDTH = 140
+
+ArtifactOption = Annotated[Path, typer.Option(help="Artifact of the model.")]
+OtherModelOption = Annotated[
+    str | None, typer.Option("--model", help="Where the model is, if not where the artifact says.")
+]
+TasksOption = Annotated[
+    str,
+    typer.Option(
+        help="Generated tasks, perplexity, perplexity:<file>, or ruler:, infinitebench: or "
+        "longbench:<file or hub:...>, with commas between them."
+    ),
+]
+OutOption = Annotated[
+    Path | None, typer.Option(help="Folder that keeps every outcome, to go on with, and results.")
+]
+FreshOption = Annotated[
+    bool, typer.Option("--resume/--fresh", help="Use the outcomes in the folder, or start anew.")
+]
+HtmlOption = Annotated[
+    bool, typer.Option("--html", help="Write a self-contained page into the folder too.")
+]
+
+
+def eval_command(
+    artifact: ArtifactOption = Path("clusters.st"),
+    model: OtherModelOption = None,
+    tasks: TasksOption = _TASKS,
+    policies: Annotated[
+        str, typer.Option(help=f"Policies with commas between them, or all: {', '.join(POLICIES)}.")
+    ] = _POLICIES,
+    lengths: Annotated[
+        str, typer.Option(help="Tokens a prompt at most, with commas between them.")
+    ] = _LENGTHS,
+    samples: Annotated[int, typer.Option(help="Prompts of each task and length.")] = _EVAL.samples,
+    gamma: Annotated[
+        list[float] | None,
+        typer.Option(help="Attention mass to cover; may be repeated. By head by default."),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the prompts.")] = _EVAL.seed,
+    measure: Annotated[
+        bool,
+        typer.Option(
+            "--measure/--no-measure",
+            help="Measure recall and the attention's errors, in prefills of their own.",
+        ),
+    ] = _EVAL.measure,
+    max_density: Annotated[
+        float | None,
+        typer.Option(help="Compute heads of denser patterns densely; the device's by default."),
+    ] = _EVAL.max_density,
+    bins: Annotated[int, typer.Option(help="Ranges of position of perplexity.")] = _EVAL.bins,
+    cut_middle: Annotated[
+        bool, typer.Option("--cut-middle", help="Cut the middle out of rows that are too long.")
+    ] = _EVAL.cut_middle,
+    device: DeviceOption = _EVAL.device,
+    dtype: DtypeOption = _EVAL.dtype,
+    out: OutOption = None,
+    resume: FreshOption = True,
+    html: HtmlOption = False,
+    trust_remote_code: RemoteCodeOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure accuracy, recall, errors, density and time of policies against dense attention."""
+    config = EvalConfig(
+        artifact=str(artifact),
+        model=model,
+        tasks=listed(tasks),
+        policies=POLICIES if policies == "all" else listed(policies),
+        lengths=whole_numbers("lengths", lengths),
+        gammas=tuple(gamma or ()),
+        samples=samples,
+        seed=seed,
+        device=device,
+        dtype=dtype,
+        measure=measure,
+        max_density=max_density,
+        bins=bins,
+        cut_middle=cut_middle,
+    )
+    require_folder(out, html=html)
+    from shareprefill.console import progress
+    from shareprefill.evaluation.frontier import TARGET_RECALL
+    from shareprefill.evaluation.page import (
+        evaluation_page,
+        reached_table,
+        short_table,
+        summary_table,
+    )
+    from shareprefill.evaluation.pipeline import evaluate
+    from shareprefill.files import atomic_write_text
+
+    with progress("outcomes") as advance:
+        found = evaluate(
+            config,
+            out=out,
+            fresh=not resume,
+            trust_remote_code=trust_remote_code,
+            progress=advance,
+        )
+    if out is not None:
+        atomic_write_text(out / "evaluation.json", found.to_json())
+        if html:
+            atomic_write_text(out / "evaluation.html", evaluation_page(found))
+    if as_json:
+        typer.echo(found.to_json(), nl=False)
+        return
+    show_table("policies, over all tasks and lengths", *summary_table(found))
+    columns, rows = reached_table(found)
+    if rows:
+        show_table(f"at a mean recall of {TARGET_RECALL}", columns, rows)
+    show_table("by task, with 95 % intervals over prompts", *short_table(found.cells))
+
+
+def listed(text: str) -> tuple[str, ...]:
+    """The parts of a list with commas."""
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def whole_numbers(name: str, text: str) -> tuple[int, ...]:
+    """The numbers of a list with commas.
+
+    Raises:
+        ConfigError: one of them is none.
+    """
+    try:
+        return tuple(int(part) for part in listed(text))
+    except ValueError:
+        raise ConfigError(
+            f"{name} = {text!r} is not allowed: give whole numbers with commas between them"
+        ) from None
+
+
+def require_folder(out: Path | None, *, html: bool) -> None:
+    """Refuses to make a page that has no place.
+
+    Raises:
+        ConfigError: a page is asked for without a folder.
+    """
+    if html and out is None:
+        raise ConfigError("--html needs a folder to write the page into: name it with --out")
+
+
+def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Prints a table; piped into a file, it keeps its columns."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", title_style="bold")
+    for number, column in enumerate(columns):
+        words = rows and not rows[0][number][:1].isdigit()
+        table.add_column(column, justify="left" if number == 0 or words else "right")
+    for row in rows:
+        table.add_row(*map(escape, row))
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=_PIPED_WIDTH)
+    console.print(table)

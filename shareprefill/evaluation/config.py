@@ -1,0 +1,206 @@
+"""What an evaluation and a sweep measure. Imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import product
+
+from shareprefill.config import BLOCK_SIZES, POLICIES, RuntimeConfig, Stage
+from shareprefill.errors import ConfigError
+
+DENSE = "dense"
+DEFAULT_TASKS = (
+    "retr_kv",
+    "retr_passkey",
+    "retr_number",
+    "math_find",
+    "code_run",
+    "variable_tracking",
+)
+
+
+def _require(holds: bool, name: str, value: object, allowed: str) -> None:
+    if not holds:
+        raise ConfigError(f"{name} = {value!r} is not allowed: it must be {allowed}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig(Stage):
+    """What `sp eval` measures.
+
+    Attributes:
+        artifact: Path of the artifact.
+        model: Where the model is; None: where the artifact says.
+        tasks: Generated tasks, `perplexity` (of the shipped text), `perplexity:<file or folder>`,
+            or rows of a benchmark, `<benchmark>:<file>` or `<benchmark>:hub:...`; see
+            `evaluation.questions`.
+        policies: Policies of `config.POLICIES`. `dense` is always measured too: all others are
+            compared with it.
+        lengths: Tokens a prompt, at most.
+        gammas: Attention masses to cover; none: the artifact's own, chosen head by head.
+        samples: Prompts of each task and length.
+        seed: Picks the generated prompts. No seed gives a prompt of a calibration.
+        device: `auto`, `cpu`, `cuda`, `cuda:1`, ...
+        dtype: `auto`, `float32`, `bfloat16` or `float16`.
+        measure: Also measure recall and the attention's output errors. It takes a second prefill
+            of every prompt, so that the times do not include it.
+        max_density: Heads whose pattern is denser are computed densely; None: the device's
+            crossover, as in any session.
+        bins: Ranges of position that perplexity is told for.
+        cut_middle: Cut the middle out of a benchmark's rows that are longer than the length, as
+            InfiniteBench and LongBench do; otherwise such a row is an error.
+    """
+
+    artifact: str
+    model: str | None = None
+    tasks: tuple[str, ...] = DEFAULT_TASKS
+    policies: tuple[str, ...] = ("auto",)
+    lengths: tuple[int, ...] = (8192,)
+    gammas: tuple[float, ...] = ()
+    samples: int = 20
+    seed: int = 0
+    device: str = "auto"
+    dtype: str = "auto"
+    measure: bool = True
+    max_density: float | None = None
+    bins: int = 8
+    cut_middle: bool = False
+
+    def __post_init__(self) -> None:
+        _require(bool(self.artifact), "artifact", self.artifact, "the path of an artifact")
+        for name in ("tasks", "policies", "lengths"):
+            _require(bool(getattr(self, name)), name, getattr(self, name), "at least one")
+        for name in ("tasks", "policies", "lengths", "gammas"):
+            values = getattr(self, name)
+            _require(len(set(values)) == len(values), name, values, "a list without repetitions")
+        for length in self.lengths:
+            _require(length >= 1, "lengths", length, "at least 1")
+        _require(self.samples >= 1, "samples", self.samples, "at least 1")
+        _require(self.seed >= 0, "seed", self.seed, "0 or more")
+        _require(self.bins >= 1, "bins", self.bins, "at least 1")
+        self.runtimes()
+
+    def runtimes(self) -> list[RuntimeConfig]:
+        """The options of every session that is compared with dense attention, in order.
+
+        Raises:
+            ConfigError: a policy or a gamma is no such thing.
+        """
+        policies = [policy for policy in self.policies if policy != DENSE]
+        return [
+            RuntimeConfig.from_dict(
+                {
+                    "policy": policy,
+                    "gamma": gamma,
+                    "min_tokens": 0,
+                    "max_density": self.max_density,
+                }
+            )
+            for policy, gamma in product(policies, self.gammas or (None,))
+        ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepConfig(Stage):
+    """What `sp sweep` varies, one parameter at a time.
+
+    Attributes:
+        artifact: Path of the artifact that the others values are taken from.
+        model: Where the model is; None: where the artifact says.
+        taus: JS distances to share.
+        deltas: JS distances to uniform.
+        gammas: Attention masses to cover.
+        block_sizes: Tokens a block; each needs a calibration of that block size.
+        ks: Numbers of clusters; needs a calibration.
+        calibrations: Folders of calibrations, for `block_sizes` and `ks`.
+        policy: Policy of all points.
+        tasks: As in `EvalConfig`.
+        length: Tokens a prompt, at most.
+        samples: Prompts of each task.
+        seed: Picks the generated prompts.
+        device: As in `EvalConfig`.
+        dtype: As in `EvalConfig`.
+        max_density: As in `EvalConfig`.
+    """
+
+    artifact: str
+    model: str | None = None
+    taus: tuple[float, ...] = ()
+    deltas: tuple[float, ...] = ()
+    gammas: tuple[float, ...] = ()
+    block_sizes: tuple[int, ...] = ()
+    ks: tuple[int, ...] = ()
+    calibrations: tuple[str, ...] = ()
+    policy: str = "auto"
+    tasks: tuple[str, ...] = ("retr_kv", "perplexity")
+    length: int = 8192
+    samples: int = 8
+    seed: int = 0
+    device: str = "auto"
+    dtype: str = "auto"
+    max_density: float | None = None
+
+    def __post_init__(self) -> None:
+        varied = ("taus", "deltas", "gammas", "block_sizes", "ks")
+        _require(
+            any(getattr(self, name) for name in varied),
+            "values",
+            (),
+            "at least one value of tau, delta, gamma, block size or k",
+        )
+        for name in varied:
+            values = getattr(self, name)
+            _require(len(set(values)) == len(values), name, values, "a list without repetitions")
+        for size in self.block_sizes:
+            _require(size in BLOCK_SIZES, "block_size", size, f"one of {BLOCK_SIZES}")
+        for k in self.ks:
+            _require(k >= 1, "k", k, "at least 1")
+        if (self.block_sizes or self.ks) and not self.calibrations:
+            raise ConfigError(
+                "another block size or number of clusters needs the calibration that it is "
+                "clustered from: name its folder with --calibration"
+            )
+        _require(
+            self.policy in POLICIES and self.policy != DENSE,
+            "policy",
+            self.policy,
+            f"one of {tuple(p for p in POLICIES if p != DENSE)}",
+        )
+        for name, values in (("tau", self.taus), ("delta", self.deltas), ("gamma", self.gammas)):
+            for value in values:
+                self.runtime(**{name: value})
+        self.evaluation()
+
+    def runtime(self, **changes: float) -> RuntimeConfig:
+        """A session's options with some of them changed.
+
+        Raises:
+            ConfigError: a value is outside its range.
+        """
+        return RuntimeConfig.from_dict(
+            {
+                "policy": self.policy,
+                "min_tokens": 0,
+                "max_density": self.max_density,
+                **changes,
+            }
+        )
+
+    def evaluation(self) -> EvalConfig:
+        """What is measured at every point.
+
+        Raises:
+            ConfigError: one of the options that both have is outside its range.
+        """
+        return EvalConfig(
+            artifact=self.artifact,
+            model=self.model,
+            tasks=self.tasks,
+            policies=(self.policy,),
+            lengths=(self.length,),
+            samples=self.samples,
+            seed=self.seed,
+            device=self.device,
+            dtype=self.dtype,
+            max_density=self.max_density,
+        )

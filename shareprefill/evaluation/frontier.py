@@ -1,0 +1,140 @@
+"""Which policy needs least: density at equal recall, and the points that no other point beats."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from typing import Any
+
+from shareprefill.evaluation.results import Cell, Evaluation
+
+TARGET_RECALL = 0.95
+ORACLE = "oracle"
+
+
+@dataclass(frozen=True)
+class Reached:
+    """A policy at the target recall, interpolated between its gammas.
+
+    Attributes:
+        task: Task.
+        length: Tokens a prompt.
+        policy: Policy.
+        density: Computed blocks over causal blocks.
+        selection_work: Share of dense attention's work.
+        recall_worst: Attention mass inside the patterns of the worst 5 % of heads.
+        attention_error: Relative error of the attention output, mean over layers.
+        to_oracle: Density and selection work over the oracle's density alone; None for the oracle
+            itself, and without it.
+    """
+
+    task: str
+    length: int
+    policy: str
+    density: float
+    selection_work: float
+    recall_worst: float
+    attention_error: float
+    to_oracle: float | None
+
+    @property
+    def effective_density(self) -> float:
+        """Density and selection work together."""
+        return self.density + self.selection_work
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields and `effective_density`, JSON-ready."""
+        return {**asdict(self), "effective_density": self.effective_density}
+
+
+def reached(evaluation: Evaluation, target: float = TARGET_RECALL) -> list[Reached]:
+    """Every policy at a mean recall, where its gammas lie on both sides of it.
+
+    Args:
+        evaluation: With recall, and several gammas.
+        target: Mean recall over heads and prompts.
+
+    Returns:
+        By task and length, in the order of the policies.
+    """
+    groups: dict[tuple[str, int], dict[str, list[Cell]]] = {}
+    for cell in evaluation.cells:
+        if cell.recall is not None:
+            policies = groups.setdefault((cell.task, cell.length), {})
+            policies.setdefault(cell.policy, []).append(cell)
+    found = []
+    for (task, length), policies in groups.items():
+        points = {policy: _at(cells, target) for policy, cells in policies.items()}
+        oracle = points.get(ORACLE)
+        for policy, point in points.items():
+            if point is not None:
+                density, work, worst, error = point
+                ratio = None
+                if oracle is not None and policy != ORACLE:
+                    ratio = (density + work) / oracle[0]
+                found.append(Reached(task, length, policy, density, work, worst, error, ratio))
+    return found
+
+
+def _at(cells: list[Cell], target: float) -> tuple[float, float, float, float] | None:
+    """Density, selection work, worst heads' recall and error where the mean recall is `target`."""
+    ordered = sorted((cell.recall.value, *_figures(cell)) for cell in cells if cell.recall)
+    for low, high in pairwise(ordered):
+        if low[0] <= target <= high[0]:
+            share = (target - low[0]) / (high[0] - low[0]) if high[0] > low[0] else 1.0
+            a, b, c, d = (x + share * (y - x) for x, y in zip(low[1:], high[1:], strict=True))
+            return a, b, c, d
+    return None
+
+
+def _figures(cell: Cell) -> tuple[float, float, float, float]:
+    assert cell.recall_worst is not None
+    errors = [error.value for error in cell.layer_errors]
+    return (
+        cell.density.value,
+        cell.selection_work.value,
+        cell.recall_worst.value,
+        sum(errors) / len(errors) if errors else 0.0,
+    )
+
+
+def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
+    """Indices of the (cost, gain) points that no other point beats, by ascending cost.
+
+    >>> pareto([(0.3, 0.9), (0.2, 0.8), (0.25, 0.7)])
+    [1, 0]
+    """
+    best = float("-inf")
+    kept = []
+    for index in sorted(range(len(points)), key=lambda i: (points[i][0], -points[i][1])):
+        if points[index][1] > best:
+            best = points[index][1]
+            kept.append(index)
+    return kept
+
+
+def knee(points: Sequence[tuple[float, float]]) -> int | None:
+    """Index of the (cost, gain) point beyond which more cost buys little gain.
+
+    Both axes of the points that no other beats are scaled to 0 to 1; the knee is the point with
+    the largest distance above the chord from the first to the last one. The rule is Kneedle's
+    (Satopää et al., ICDCS Workshops 2011), for few points and without smoothing.
+
+    Returns:
+        None where no point lies above the chord, or fewer than three are left.
+
+    >>> knee([(0.1, 0.5), (0.2, 0.9), (0.9, 1.0)])
+    1
+    """
+    kept = pareto(points)
+    if len(kept) < 3:
+        return None
+    (left, bottom), (right, top) = points[kept[0]], points[kept[-1]]
+    heights = [
+        (points[i][1] - bottom) / (top - bottom) - (points[i][0] - left) / (right - left)
+        for i in kept
+    ]
+    place = max(range(len(kept)), key=lambda i: heights[i])
+    # Rounding may lift a point of a straight line by a few units in the last place.
+    return kept[place] if heights[place] > 1e-9 else None

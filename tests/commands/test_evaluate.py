@@ -1,0 +1,81 @@
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import typer
+from typer.testing import CliRunner, Result
+
+from shareprefill.artifact import save_artifact
+from shareprefill.commands.evaluate import eval_command
+from shareprefill.config import POLICIES
+from shareprefill.errors import ConfigError
+from shareprefill.evaluation.results import load_evaluation
+from shareprefill.models import load_model
+from tests.support.checkpoint import save_checkpoint
+from tests.support.tiny import tiny_artifact
+
+app = typer.Typer(pretty_exceptions_enable=False)
+app.command()(eval_command)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("evaluate")
+    model = load_model(str(save_checkpoint(folder / "model")))
+    artifact = replace(tiny_artifact(model), model=str(folder / "model"))
+    save_artifact(artifact, folder / "clusters.st")
+    return folder
+
+
+def sp_eval(folder: Path, *options: object) -> Result:
+    small = ("--artifact", folder / "clusters.st", "--lengths", 400, "--samples", 1)
+    return CliRunner().invoke(app, [*map(str, small), *map(str, options)])
+
+
+def test_a_table_and_files(folder: Path, tmp_path: Path) -> None:
+    options = ("--tasks", "variable_tracking,perplexity", "--policies", "sampled,dense")
+    gammas = ("--gamma", 0.5, "--gamma", 0.9)
+    result = sp_eval(folder, *options, *gammas, "--out", tmp_path, "--html")
+    assert result.exit_code == 0, result.output
+    for words in ("policies, over all tasks and lengths", "by task", "sampled, gamma 0.5"):
+        assert words in result.stdout
+    evaluation = load_evaluation(tmp_path / "evaluation.json")
+    assert evaluation.config.gammas == (0.5, 0.9)
+    assert len(evaluation.cells) == 2 * 3
+    assert "<svg" in (tmp_path / "evaluation.html").read_text()
+    # The same again, from the outcomes that are kept.
+    stamp = (tmp_path / "outcomes.jsonl").stat().st_mtime_ns
+    again = sp_eval(folder, *options, *gammas, "--out", tmp_path, "--json")
+    assert again.stdout == evaluation.to_json()
+    assert (tmp_path / "outcomes.jsonl").stat().st_mtime_ns == stamp
+
+
+def test_all_policies_run(folder: Path) -> None:
+    result = sp_eval(
+        folder, "--tasks", "perplexity", "--policies", "all", "--json", "--max-density", 1
+    )
+    assert result.exit_code == 0, result.output
+    cells = json.loads(result.stdout)["cells"]
+    assert {cell["policy"] for cell in cells} == set(POLICIES)
+    for cell in cells:
+        assert 0 < cell["density"]["value"] <= 1
+        if cell["policy"] != "dense":
+            assert 0.1 < cell["recall"]["value"] <= 1.0001
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--policies", "flux"), "policy = 'flux'"),
+        (("--lengths", "4k"), "lengths = '4k'"),
+        (("--tasks", ""), r"tasks = \(\)"),
+        (("--html",), "--html needs a folder"),
+    ],
+)
+def test_bad_options(folder: Path, options: tuple, message: str) -> None:
+    result = sp_eval(folder, *options)
+    with pytest.raises(ConfigError, match=message):
+        raise result.exception or AssertionError(result.output)

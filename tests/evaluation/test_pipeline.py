@@ -1,0 +1,251 @@
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from shareprefill.artifact import Artifact, Policy, save_artifact
+from shareprefill.config import RuntimeConfig
+from shareprefill.errors import ArtifactError, ConfigError, DataError
+from shareprefill.evaluation.config import EvalConfig
+from shareprefill.evaluation.measurement import Meter
+from shareprefill.evaluation.pipeline import evaluate
+from shareprefill.evaluation.questions import make_questions
+from shareprefill.evaluation.results import Evaluation
+from shareprefill.files import locked_folder
+from shareprefill.models import load_model, load_tokenizer
+from shareprefill.runtime.generation import generate, relative_error
+from shareprefill.runtime.session import share_prefill
+from tests.support.checkpoint import save_checkpoint
+from tests.support.tiny import tiny_artifact, tiny_llama
+
+LENGTH = 400
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a checkpoint and an artifact for it."""
+    folder = tmp_path_factory.mktemp("evaluation")
+    save_checkpoint(folder / "model")
+    model = load_model(str(folder / "model"))
+    save_artifact(_artifact(model, folder), folder / "clusters.st")
+    return folder
+
+
+def _artifact(model: Any, folder: Path) -> Artifact:
+    kinds = [Policy.PIVOT, Policy.SHARE, Policy.SAMPLED, Policy.VERTICAL_SLASH]
+    return replace(tiny_artifact(model, [kinds] * 3), model=str(folder / "model"))
+
+
+def config(folder: Path, **changes: Any) -> EvalConfig:
+    options = {
+        "artifact": str(folder / "clusters.st"),
+        "tasks": ("variable_tracking",),
+        "lengths": (LENGTH,),
+        "samples": 2,
+        "max_density": 1.0,
+    }
+    return EvalConfig(**{**options, **changes})
+
+
+@pytest.fixture(scope="module")
+def evaluation(folder: Path) -> Evaluation:
+    return evaluate(
+        config(
+            folder,
+            tasks=("variable_tracking", "perplexity"),
+            policies=("sampled", "dense", "auto"),
+            gammas=(0.6, 0.95),
+            bins=3,
+        ),
+        out=folder / "out",
+    )
+
+
+def test_a_cell_for_every_task_policy_and_gamma(evaluation: Evaluation) -> None:
+    found = [(cell.task, cell.label) for cell in evaluation.cells]
+    labels = ["dense", "sampled, gamma 0.6", "sampled, gamma 0.95"]
+    labels += ["auto, gamma 0.6", "auto, gamma 0.95"]
+    assert found == [(t, name) for t in ("variable_tracking", "perplexity") for name in labels]
+    assert Evaluation.from_dict(json.loads(evaluation.to_json())) == evaluation
+    for cell in evaluation.cells:
+        assert cell.prompts == 2
+        assert LENGTH * 0.9 < cell.tokens <= LENGTH
+        assert cell.ttft_s.value > 0
+        assert len(cell.bins) == (3 if cell.task == "perplexity" else 0)
+    assert evaluation.context["device"] == "CPU"
+
+
+def test_dense_attention_has_no_error(evaluation: Evaluation) -> None:
+    dense = evaluation.cell("perplexity", LENGTH, "dense")
+    assert dense.difference is None
+    assert dense.layer_errors == ()
+    assert (dense.density.value, dense.selection_work.value) == (1.0, 0.0)
+    assert dense.bins[0].start == 0
+    assert dense.bins[-1].stop == LENGTH
+
+
+def test_more_mass_costs_density_and_saves_error(evaluation: Evaluation) -> None:
+    for task in ("variable_tracking", "perplexity"):
+        for policy in ("sampled", "auto"):
+            few, many = (evaluation.cell(task, LENGTH, policy, gamma=g) for g in (0.6, 0.95))
+            assert few.density.value < many.density.value < 1
+            assert few.recall is not None
+            assert many.recall is not None
+            assert many.recall_worst is not None
+            assert few.recall.value < many.recall.value
+            assert many.recall_worst.value < many.recall.value
+            assert len(many.layer_errors) == 3
+            assert sum(e.value for e in many.layer_errors) < sum(e.value for e in few.layer_errors)
+            assert sum(many.heads.values()) == 2 * 12
+
+
+def test_the_figures_are_those_of_a_session(folder: Path, evaluation: Evaluation) -> None:
+    model = load_model(str(folder / "model"))
+    tokenizer = load_tokenizer(str(folder / "model"))
+    runtime = RuntimeConfig(policy="sampled", gamma=0.6, min_tokens=0, max_density=1.0)
+    questions = make_questions("variable_tracking", LENGTH, config(folder), tokenizer, longest=None)
+    recalls, errors, scores, densities = [], [], [], []
+    for question in questions:
+        session = share_prefill(model, folder / "clusters.st", runtime, measure_recall=True)
+        ids, new_tokens = question.input_ids, question.new_tokens
+        dense = generate(model, tokenizer, ids, max_new_tokens=new_tokens)
+        with session:
+            sparse = generate(model, tokenizer, ids, max_new_tokens=new_tokens)
+        report = session.report()
+        recalls += [recall for layer in report.layers for recall in layer.recall or ()]
+        errors.append(relative_error(sparse.hidden, dense.hidden))
+        scores.append(question.score(sparse.text))
+        densities.append(report.density)
+    cell = evaluation.cell("variable_tracking", LENGTH, "sampled", gamma=0.6)
+    assert cell.recall is not None
+    assert cell.hidden_error is not None
+    assert cell.recall.value == pytest.approx(sum(recalls) / len(recalls), abs=1e-4)
+    assert cell.hidden_error.value == pytest.approx(sum(errors) / 2, rel=1e-3)
+    assert cell.score.value == sum(scores) / 2
+    assert cell.density.value == pytest.approx(sum(densities) / 2)
+
+
+def test_the_first_layers_error_is_that_of_its_output(folder: Path, evaluation: Evaluation) -> None:
+    """Layer 0 has the same inputs in both runs: its error is seen from outside."""
+    model = load_model(str(folder / "model"))
+    tokenizer = load_tokenizer(str(folder / "model"))
+    runtime = RuntimeConfig(policy="sampled", gamma=0.6, min_tokens=0, max_density=1.0)
+    outputs: list[torch.Tensor] = []
+    projection = model.model.layers[0].self_attn.o_proj
+    projection.register_forward_pre_hook(lambda _module, inputs: outputs.append(inputs[0]))
+    errors = []
+    for question in make_questions("perplexity", LENGTH, config(folder), tokenizer, longest=None):
+        outputs.clear()
+        with torch.no_grad():
+            model(input_ids=question.input_ids[None])
+            with share_prefill(model, folder / "clusters.st", runtime):
+                model(input_ids=question.input_ids[None])
+        dense, sparse = outputs
+        errors.append(relative_error(sparse, dense))
+    cell = evaluation.cell("perplexity", LENGTH, "sampled", gamma=0.6)
+    assert cell.layer_errors[0].value == pytest.approx(sum(errors) / 2, rel=1e-3)
+    assert cell.layer_errors[0].value > 0.01
+
+
+def test_finished_outcomes_are_used_again(
+    folder: Path, evaluation: Evaluation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran: list[str] = []
+    run = Meter.run
+    monkeypatch.setattr(Meter, "run", lambda self, v: ran.append(v.policy) or run(self, v))
+    out = folder / "out"
+    assert evaluate(evaluation.config, out=out) == evaluation
+    assert ran == []
+    # Another policy alone is new; one that goes takes nothing along.
+    changed = replace(evaluation.config, tasks=("perplexity",), policies=("vertical-slash",))
+    found = evaluate(changed, out=out)
+    assert ran == ["vertical-slash"] * 4
+    assert found.cell("perplexity", LENGTH, "dense") == evaluation.cell(
+        "perplexity", LENGTH, "dense"
+    )
+    # The last line is lost, as after a kill.
+    ledger = out / "outcomes.jsonl"
+    lines = ledger.read_bytes()
+    ledger.write_bytes(lines[:-20])
+    ran.clear()
+    assert evaluate(changed, out=out).cells[-1].score == found.cells[-1].score
+    assert ran == ["vertical-slash"]
+    assert all(json.loads(line)["key"] for line in ledger.read_text().splitlines())
+    ran.clear()
+    single = config(folder, tasks=("perplexity",), samples=1, gammas=(0.6,), policies=("sampled",))
+    evaluate(single, out=out, fresh=True)
+    assert ran == ["dense", "sampled"]
+    assert len(ledger.read_text().splitlines()) == 2
+
+
+def test_another_seed_model_or_artifact_is_measured_anew(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran: list[str] = []
+    run = Meter.run
+    monkeypatch.setattr(Meter, "run", lambda self, v: ran.append(v.policy) or run(self, v))
+    one = config(folder, samples=1, measure=False)
+    first = evaluate(one, out=tmp_path)
+    auto = first.cells[1]
+    assert (auto.recall, auto.recall_worst, auto.layer_errors) == (None, None, ())
+    assert auto.score.low is not None
+    assert auto.density.low is None
+    ran.clear()
+    evaluate(replace(one, seed=1), out=tmp_path)
+    assert ran == ["dense", "auto"]
+    ran.clear()
+    evaluate(replace(one, measure=True), out=tmp_path)
+    assert ran == ["dense", "auto"]
+    model = load_model(str(folder / "model"))
+    other = replace(_artifact(model, folder), gamma=torch.full((3, 4), 0.5))
+    save_artifact(other, tmp_path / "other.st")
+    ran.clear()
+    evaluate(replace(one, artifact=str(tmp_path / "other.st")), out=tmp_path)
+    assert ran == ["auto"]
+
+
+def test_a_damaged_ledger_and_a_folder_in_use(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "outcomes.jsonl").write_text('{"key": "x"}\n')
+    with pytest.raises(DataError, match=r"line 1 of .*outcomes.jsonl is damaged.*--fresh"):
+        evaluate(config(folder), out=tmp_path)
+    with locked_folder(tmp_path), pytest.raises(DataError, match="in use by another process"):
+        evaluate(config(folder), out=tmp_path)
+
+
+def test_what_cannot_be_evaluated(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="length = 5000 is beyond the model's maximum of 4096"):
+        evaluate(config(folder, lengths=(5000,)))
+    with pytest.raises(ConfigError, match="'retr_vk' is not known"):
+        evaluate(config(folder, tasks=("retr_vk",)))
+    with pytest.raises(ArtifactError, match="missing.st"):
+        evaluate(config(folder, artifact="missing.st"))
+    save_artifact(tiny_artifact(tiny_llama(seed=1)), tmp_path / "other.st")
+    with pytest.raises(ArtifactError):
+        evaluate(config(folder, artifact=str(tmp_path / "other.st"), model=str(folder / "model")))
+
+
+def test_a_prompt_shorter_than_a_block_has_all_its_mass(folder: Path, tmp_path: Path) -> None:
+    rows = [{"input": "Short.", "outputs": ["x"]}, {"input": "words " * 150, "outputs": ["x"]}]
+    (tmp_path / "vt.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = evaluate(config(folder, tasks=(f"ruler:{tmp_path / 'vt.jsonl'}",), gammas=(0.5,)))
+    cell = found.cells[1]
+    assert cell.recall is not None
+    assert cell.recall.high == 1
+    assert cell.recall.low is not None
+    assert cell.recall.low < 1
+    assert cell.density.high == 1
+    assert cell.metric == "string_match_all"
+
+
+def test_too_little_memory_is_told_in_words(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(self: Meter, variant: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(Meter, "run", run)
+    with pytest.raises(ConfigError, match=r"too little memory .* under policy dense: lower"):
+        evaluate(config(folder))

@@ -1,0 +1,101 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from shareprefill.errors import ConfigError, DataError
+from shareprefill.evaluation.config import EvalConfig, SweepConfig
+from shareprefill.evaluation.results import load_evaluation
+from shareprefill.evaluation.statistics import Estimate
+from tests.support.evaluations import dense_cell, made_cell, made_evaluation, perplexity_cells
+
+
+def test_an_evaluation_survives_json(tmp_path: Path) -> None:
+    evaluation = made_evaluation(
+        [dense_cell(), made_cell(settings={"gamma": 0.9}), *perplexity_cells()]
+    )
+    (tmp_path / "evaluation.json").write_text(evaluation.to_json())
+    assert load_evaluation(tmp_path / "evaluation.json") == evaluation
+    values = json.loads(evaluation.to_json())
+    assert values["schema"] == 1
+    assert values["cells"][1]["effective_density"] == pytest.approx(0.32)
+
+
+def test_summaries_are_means_over_cells_by_policy_and_setting() -> None:
+    cells = [
+        made_cell(settings={"gamma": 0.9}),
+        made_cell(settings={"gamma": 0.9}, length=1024, score=Estimate(0.25)),
+        made_cell(settings={"gamma": 0.8}),
+        *perplexity_cells(settings={"gamma": 0.9}),
+        dense_cell(),
+    ]
+    dense, high, low = made_evaluation(cells).summaries()
+    assert (dense.label, high.label, low.label) == ("dense", "auto, gamma 0.9", "auto, gamma 0.8")
+    assert high.accuracy == pytest.approx(0.5)
+    assert high.perplexity_change == pytest.approx(0.015)
+    assert low.perplexity_change is None
+    assert high.attention_error == pytest.approx(0.15)
+    assert dense.recall is None
+    assert dense.accuracy == 1
+
+
+def test_a_cell_by_name() -> None:
+    evaluation = made_evaluation([made_cell(settings={"gamma": g}) for g in (0.8, 0.9)])
+    assert evaluation.cell("retr_kv", 512, "auto", gamma=0.9) is evaluation.cells[1]
+    with pytest.raises(KeyError, match=r"share, gamma 0\.9"):
+        evaluation.cell("retr_kv", 512, "share", gamma=0.9)
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"schema": 1}', '{"schema": 99}'])
+def test_what_is_no_evaluation_is_refused(content: str, tmp_path: Path) -> None:
+    (tmp_path / "x.json").write_text(content)
+    with pytest.raises(DataError):
+        load_evaluation(tmp_path / "x.json")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"tasks": ()}, "tasks = .* at least one"),
+        ({"policies": ("flux",)}, "policy = 'flux'"),
+        ({"gammas": (1.5,)}, "gamma = 1.5"),
+        ({"lengths": (0,)}, "lengths = 0"),
+        ({"lengths": (64, 64)}, "without repetitions"),
+        ({"samples": 0}, "samples = 0"),
+        ({"seed": -1}, "seed = -1"),
+        ({"artifact": ""}, "artifact = ''"),
+    ],
+)
+def test_bad_options(options: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        EvalConfig(**{"artifact": "a.st", **options})
+
+
+def test_every_policy_gets_every_gamma_but_dense() -> None:
+    config = EvalConfig(artifact="a.st", policies=("dense", "auto", "share"), gammas=(0.8, 0.9))
+    assert [(r.policy, r.gamma, r.min_tokens) for r in config.runtimes()] == [
+        ("auto", 0.8, 0),
+        ("auto", 0.9, 0),
+        ("share", 0.8, 0),
+        ("share", 0.9, 0),
+    ]
+    assert EvalConfig.from_dict(config.to_dict()) == config
+    assert EvalConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "at least one value of tau, delta, gamma, block size or k"),
+        ({"ks": (4,)}, "needs the calibration"),
+        ({"block_sizes": (48,), "calibrations": ("x",)}, "block_size = 48"),
+        ({"gammas": (0.9,), "policy": "dense"}, "policy = 'dense'"),
+        ({"taus": (2.0,)}, "tau = 2.0"),
+        ({"gammas": (0.9,), "samples": 0}, "samples = 0"),
+    ],
+)
+def test_bad_sweeps(options: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        SweepConfig(**{"artifact": "a.st", **options})
