@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).parents[1] / "shareprefill"
 COMMON = {"errors", "config", "files", "container", "models", "artifact", "__init__"}
 EVERY_STAGE = {
     *("runtime", "calib", "autoencoder", "clustering", "evaluation"),
-    *("diagnosis", "report", "audit", "regeneration", "hub"),
+    *("diagnosis", "report", "audit", "regeneration", "bench", "hub"),
 }
 ALLOWED = {
     "runtime": set(),
@@ -27,6 +27,7 @@ ALLOWED = {
     "report": set(),
     "audit": {"clustering", "autoencoder", "calib", "runtime", "report"},
     "regeneration": {"evaluation", "clustering", "autoencoder", "calib", "runtime", "report"},
+    "bench": {"calib", "runtime"},
     "hub": {"runtime"},
     "console": EVERY_STAGE,
     "commands": EVERY_STAGE | {"console"},

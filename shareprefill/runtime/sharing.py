@@ -310,6 +310,7 @@ class LayerPass:
             block_size=self.geometry.block_size,
             scale=inputs.scale,
             heads=heads,
+            softcap=inputs.softcap,
         )
 
     def _sampled_maps(self, heads: Tensor, rows: int) -> Tensor:
@@ -329,6 +330,8 @@ class LayerPass:
             block_size=self.geometry.block_size,
             scale=inputs.scale,
             heads=heads,
+            softcap=inputs.softcap,
+            sinks=inputs.sinks,
         )
 
     def _charge(self, heads: Tensor, rows: int) -> None:
@@ -339,14 +342,18 @@ class LayerPass:
     def compute(self) -> None:
         """Computes all heads that have no output yet."""
         dense = self.orders.dense.index
-        if self.policies.device.type == "cpu":
+        if not self.inputs.is_plain:
+            # SDPA knows neither soft-capping nor sinks.
+            self.pattern[dense] = _FULL
+            dense = dense[:0]
+        elif self.policies.device.type == "cpu":
             # Its values may be read at no cost, and its sparse blocks cost more than dense ones.
             full = self.pattern == _FULL
             dense = torch.cat([dense, full.nonzero()[:, 0]])
             self.pattern[full] = -1
         if len(dense):
             self._compute_dense(dense)
-        if len(self.bitmap) > 1 and len(dense) < self.orders.n_heads:
+        if len(dense) < self.orders.n_heads:
             geometry = self.geometry
             lists = list_blocks(
                 self.bitmap,
@@ -361,6 +368,8 @@ class LayerPass:
                 self.value,
                 lists,
                 scale=self.inputs.scale,
+                softcap=self.inputs.softcap,
+                sinks=self.inputs.sinks,
                 out=self.out,
             )
 

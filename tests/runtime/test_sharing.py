@@ -292,6 +292,26 @@ def test_numbers_that_are_none_stay_with_their_head(
     assert layer_pass.pattern.dtype == torch.int64
 
 
+@pytest.mark.parametrize("with_sinks", [True, False])
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_soft_capped_logits_and_sinks(model: Any, softcap: float | None, with_sinks: bool) -> None:
+    inputs, sinks = tensors(150, 150), torch.randn(4) * 3 if with_sinks else None
+    config = RuntimeConfig(gamma=1.0, tau=1.0, delta=0.0, max_density=1.0)
+    plan = make_plan(tiny_artifact(model, [[P, S, V, D], [D] * 4, [D] * 4]), config)
+    state = state_of(plan, inputs)
+    of_layer = LayerInputs(inputs["query"], inputs["key"], 0.25, state.geometry, softcap, sinks)
+    out, _ = LayerPass(plan, 0, state, of_layer, inputs["value"]).run()
+    keys, values = (inputs[name].repeat_interleave(2, 0) for name in ("key", "value"))
+    logits = inputs["query"] @ keys.mT * 0.25
+    if softcap is not None:
+        logits = softcap * (logits / softcap).tanh()
+    logits = logits.masked_fill(~torch.ones(150, 150, dtype=torch.bool).tril(), -torch.inf)
+    if sinks is not None:
+        logits = torch.cat([logits, sinks[:, None, None].expand(-1, 150, 1)], -1)
+    expected = logits.softmax(-1)[..., :150] @ values
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_numbers_that_are_none_can_be_an_error(model: Any) -> None:
     inputs = tensors(150, 150)
     inputs["value"][1, 7, 0] = math.inf

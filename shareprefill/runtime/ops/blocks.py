@@ -47,7 +47,7 @@ def count_causal_blocks(n_q_tokens: int, q_offset: int, block_size: int) -> int:
     """Number of set entries of `causal_blocks`, counted without making it.
 
     >>> count_causal_blocks(100, 20, 32), int(causal_blocks(100, 20, 32).sum())
-    (14, 14)
+    (13, 13)
     """
     n_q = count_blocks(n_q_tokens, block_size)
     n_k = count_blocks(q_offset + n_q_tokens, block_size)

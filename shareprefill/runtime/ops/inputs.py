@@ -99,9 +99,7 @@ def check_softcap(softcap: float | None) -> None:
         ConfigError: says what came.
     """
     if softcap is not None and not 0.0 < softcap < math.inf:
-        raise ConfigError(
-            f"softcap must be a positive number, or None for no bound, got {softcap}"
-        )
+        raise ConfigError(f"softcap must be a positive number, or None for no bound, got {softcap}")
 
 
 def check_sinks(sinks: torch.Tensor | None, query: torch.Tensor) -> None:
@@ -113,11 +111,7 @@ def check_sinks(sinks: torch.Tensor | None, query: torch.Tensor) -> None:
     if sinks is None:
         return
     wanted = (query.shape[0],)
-    if (
-        sinks.shape != wanted
-        or not sinks.dtype.is_floating_point
-        or sinks.device != query.device
-    ):
+    if sinks.shape != wanted or not sinks.dtype.is_floating_point or sinks.device != query.device:
         raise ConfigError(
             f"sinks must be one floating-point logit for each of {query.shape[0]} query heads on "
             f"{query.device}, got {sinks.dtype} of shape {tuple(sinks.shape)} on {sinks.device}"

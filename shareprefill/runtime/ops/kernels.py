@@ -39,3 +39,13 @@ def softmax_step(b_logits, b_max, b_sum, MASKED: tl.constexpr):
     b_mass = tl.sum(b_weights, 1)
     b_rescale = tl.exp2(b_max - b_pivot)
     return b_weights, b_mass, b_new, b_sum * b_rescale + b_mass, b_rescale
+
+
+@triton.jit
+def cap_logits(b_logits, softcap_log2):
+    """Soft-capped logits in units of log2.
+
+    Takes `2 log2(e) / c` times the scaled logits and `c log2(e)`:
+    `c tanh(x / c) = c (1 - 2 / (exp(2 x / c) + 1))`.
+    """
+    return softcap_log2 * (1.0 - 2.0 / (tl.exp2(b_logits) + 1.0))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -86,9 +87,33 @@ def select_tiles(dim: int, dtype: torch.dtype, capability: tuple[int, int]) -> T
     return table[max(dim, 64)]
 
 
+def map_tiles(dim: int, dtype: torch.dtype, capability: tuple[int, int]) -> Tiles:
+    """Tiles of kernels without an accumulator, for a padded head dim.
+
+    Each key tile is read by all tiles of rows: more rows in a tile mean less traffic in the L2
+    cache, which bounds 64 rows on an H100. Two programs of these tiles fit on a multiprocessor.
+
+    Raises:
+        UnsupportedError: the head dim is above 256.
+    """
+    tiles = select_tiles(dim, dtype, capability)
+    if dtype != torch.float32 and (capability[0] in (9, 10) or capability == (8, 0)):
+        return Tiles(block_m=128, block_n=64, num_warps=8, num_stages=2)
+    return tiles
+
+
+@lru_cache(maxsize=64)
 def device_capability(device: torch.device) -> tuple[int, int]:
     """Compute capability; the interpreter counts as the smallest."""
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+
+
+@lru_cache(maxsize=64)
+def multiprocessors(device: torch.device) -> int:
+    """Multiprocessors of a GPU; the interpreter, which runs programs one by one, counts as two."""
+    if device.type != "cuda":
+        return 2
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def check_tile_block_size(block_size: int) -> None:

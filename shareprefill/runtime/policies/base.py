@@ -32,6 +32,11 @@ class LayerInputs:
     softcap: float | None = None
     sinks: Tensor | None = None
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether the logits go into the softmax as they are, and nothing beside them."""
+        return self.softcap is None and self.sinks is None
+
 
 @dataclass(frozen=True)
 class Selection:

@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
+from _pytest.mark import ParameterSet
 
 from shareprefill.errors import ConfigError, UnsupportedError
 from shareprefill.runtime.ops.block_sparse_attention import block_sparse_attention
@@ -50,14 +53,26 @@ def shared_patterns(heads: int) -> list[int]:
 
 
 def expected(
-    tensors: list[torch.Tensor], lists: BlockLists, scale: float | None = None
+    tensors: list[torch.Tensor],
+    lists: BlockLists,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     exact = [tensor.double() for tensor in tensors]
+    sinks = None if sinks is None else sinks.double()
     out = torch.zeros(
         (*tensors[0].shape[:2], tensors[2].shape[2]), dtype=torch.float64, device=lists.device
     )
     return block_sparse_attention(
-        *exact, lists, scale=scale, out=out, return_lse=True, impl="reference"
+        *exact,
+        lists,
+        scale=scale,
+        softcap=softcap,
+        sinks=sinks,
+        out=out,
+        return_lse=True,
+        impl="reference",
     )
 
 
@@ -96,17 +111,25 @@ def test_reference_reads_listed_blocks_only() -> None:
     assert torch.isneginf(lse[0, :32]).all()
 
 
-@pytest.mark.parametrize(
-    ("impl", "dtype"),
-    [
-        ("blockwise", torch.float64),
-        ("blockwise", torch.float32),
-        ("blockwise", torch.bfloat16),
-        pytest.param("triton", torch.float32, marks=pytest.mark.interpreter),
-        pytest.param("triton", torch.float16, marks=pytest.mark.interpreter),
-    ],
-)
-@pytest.mark.parametrize("density", [0.0, 0.4, 1.0])
+def fast_versions(*densities: float) -> list[ParameterSet]:
+    """Every fast version with a dtype and a density; the interpreter is slow and gets few."""
+    cases = [
+        pytest.param(impl, dtype, density)
+        for impl, dtype in [
+            ("blockwise", torch.float64),
+            ("blockwise", torch.float32),
+            ("blockwise", torch.bfloat16),
+        ]
+        for density in densities
+    ]
+    interpreted = [(torch.float32, density) for density in densities] + [(torch.float16, 0.4)]
+    return cases + [
+        pytest.param("triton", dtype, density, marks=pytest.mark.interpreter)
+        for dtype, density in interpreted
+    ]
+
+
+@pytest.mark.parametrize(("impl", "dtype", "density"), fast_versions(0.0, 0.4, 1.0))
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_fast_versions_equal_the_reference(
     shape: tuple[int, ...], density: float, impl: str, dtype: torch.dtype
@@ -122,9 +145,77 @@ def test_fast_versions_equal_the_reference(
     assert lse.dtype == torch.float32
     assert_close(actual, wanted, dtype)
     assert_close(lse, wanted_lse, torch.float32)
-    out.fill_(torch.nan)
-    alone = block_sparse_attention(*tensors, lists, scale=0.3, out=out, impl=impl)
-    assert_close(alone, wanted, dtype)
+    if impl == "blockwise" or dtype == torch.float16:
+        out.fill_(torch.nan)
+        alone = block_sparse_attention(*tensors, lists, scale=0.3, out=out, impl=impl)
+        assert_close(alone, wanted, dtype)
+
+
+@pytest.mark.parametrize("shape", SHAPES[3:5], ids=str)
+def test_softcap_and_sinks_are_those_of_the_models(shape: tuple[int, ...]) -> None:
+    """Gemma 2's soft-cap and gpt-oss's sinks, by transformers' own eager functions."""
+    from transformers.models.gemma2 import modeling_gemma2
+    from transformers.models.gpt_oss import modeling_gpt_oss
+
+    heads, groups, n_q, n_k, _, _, size = shape
+    query, key, value = inputs(shape, torch.float64)
+    query *= 4.0
+    sinks = torch.randn(heads, dtype=torch.float64)
+    bitmap = causal_blocks(n_q, n_k - n_q, size)[None]
+    lists = BlockLists.from_bitmap(bitmap, torch.zeros(heads), size)
+    module = SimpleNamespace(num_key_value_groups=heads // groups, sinks=sinks, training=False)
+    positions = torch.arange(n_k - n_q, n_k)
+    mask = torch.zeros(n_q, n_k, dtype=torch.float64)
+    mask.masked_fill_(torch.arange(n_k)[None, :] > positions[:, None], -torch.inf)
+    arguments = (module, query[None], key[None], value[None], mask)
+    capped, _ = modeling_gemma2.eager_attention_forward(*arguments, scaling=0.4, softcap=3.0)
+    sunk, _ = modeling_gpt_oss.eager_attention_forward(*arguments, scaling=0.4)
+    found = {
+        name: block_sparse_attention(
+            query, key, value, lists, scale=0.4, impl="reference", **options
+        )
+        for name, options in (("capped", {"softcap": 3.0}), ("sunk", {"sinks": sinks}))
+    }
+    # Gemma's softmax is float32 whatever comes in.
+    torch.testing.assert_close(found["capped"], capped[0].transpose(0, 1), atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(found["sunk"], sunk[0].transpose(0, 1))
+
+
+@pytest.mark.parametrize(("impl", "dtype", "density"), fast_versions(0.0, 0.4))
+@pytest.mark.parametrize(
+    ("softcap", "has_sinks"), [(2.0, False), (None, True), (0.5, True)], ids=str
+)
+def test_fast_versions_cap_and_sink_like_the_reference(
+    density: float, softcap: float | None, has_sinks: bool, impl: str, dtype: torch.dtype
+) -> None:
+    shape = (4, 2, 37, 61, 16, 16, 16)
+    tensors = inputs(shape, dtype)
+    lists = lists_for(shape, density, [0, -1, 1, 1])
+    sinks = torch.randn(4) if has_sinks else None
+    options = {"scale": 0.7, "softcap": softcap, "sinks": sinks}
+    wanted, wanted_lse = expected(tensors, lists, **options)
+    out = torch.full(wanted.shape, torch.nan, dtype=dtype)
+    out[1] = 0.0
+    _, lse = block_sparse_attention(*tensors, lists, out=out, return_lse=True, impl=impl, **options)
+    assert_close(out, wanted, dtype)
+    assert_close(lse, wanted_lse, torch.float32)
+    assert torch.isneginf(lse[1]).all()
+    if impl == "blockwise":
+        out.fill_(torch.nan)
+        out[1] = 0.0
+        alone = block_sparse_attention(*tensors, lists, out=out, impl=impl, **options)
+        assert_close(alone, wanted, dtype)
+
+
+def test_rows_without_keys_leave_their_mass_to_the_sink() -> None:
+    shape = (2, 1, 32, 32, 16, 16, 16)
+    tensors = inputs(shape, torch.float32)
+    lists = lists_for(shape, 0.0, [0, 0])
+    sinks = torch.tensor([0.5, -30.0])
+    for impl in ("reference", "blockwise"):
+        out, lse = block_sparse_attention(*tensors, lists, sinks=sinks, return_lse=True, impl=impl)
+        assert not out.any()
+        assert torch.equal(lse, sinks[:, None].expand(2, 32))
 
 
 @pytest.mark.parametrize(
@@ -237,6 +328,9 @@ def test_user_errors_say_what_came() -> None:
         ((query[:2], key, value, lists), {}, "for each of 2 query heads"),
         ((query, key, value, lists), {"out": query[:, :2]}, "out must be"),
         ((query, key, value, lists), {"impl": "cuda"}, "impl must be one of"),
+        ((query, key, value, lists), {"softcap": 0.0}, "softcap must be a positive number"),
+        ((query, key, value, lists), {"sinks": torch.zeros(2)}, "each of 4 query heads"),
+        ((query, key, value, lists), {"sinks": torch.zeros(4).long()}, "floating-point logit"),
         ((query, key, value, lists_for(shape, 1.0, [0, -1, 0, 0])), {}, "give `out`"),
     ]
     for arguments, options, message in cases:
@@ -264,7 +358,7 @@ def test_compiled_kernel_equals_the_reference(shape: tuple[int, ...], dtype: tor
     _, wanted_lse = block_sparse_attention(
         *exact, lists, out=wanted, return_lse=True, impl="reference"
     )
-    _, lse = block_sparse_attention(*tensors, lists, out=out, return_lse=True)
+    _, lse = block_sparse_attention(*tensors, lists, out=out, return_lse=True, impl="triton")
     torch.testing.assert_close(
         out.float(), wanted, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype], equal_nan=True
     )
@@ -279,4 +373,18 @@ def test_compiled_kernel_takes_other_block_sizes(size: int, dtype: torch.dtype) 
     tensors = inputs(shape, dtype, "cuda")
     lists = lists_for(shape, 0.4, [0, 1, 1, 0], "cuda")
     wanted, _ = expected(tensors, lists)
-    assert_close(block_sparse_attention(*tensors, lists), wanted, dtype)
+    assert_close(block_sparse_attention(*tensors, lists, impl="triton"), wanted, dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dim", [64, 128])
+def test_compiled_kernel_caps_and_sinks(dim: int, dtype: torch.dtype) -> None:
+    shape = (4, 2, 777, 1133, dim, dim, 128)
+    tensors = inputs(shape, dtype, "cuda")
+    lists = lists_for(shape, 0.4, [0, 1, 1, 0], "cuda")
+    options = {"softcap": 5.0, "sinks": torch.randn(4, device="cuda")}
+    wanted, wanted_lse = expected(tensors, lists, **options)
+    out, lse = block_sparse_attention(*tensors, lists, return_lse=True, impl="triton", **options)
+    assert_close(out, wanted, dtype)
+    torch.testing.assert_close(lse.double(), wanted_lse.double(), atol=1e-3, rtol=1e-3)

@@ -4,7 +4,13 @@ import pytest
 import torch
 
 from shareprefill.errors import ConfigError
-from shareprefill.runtime.ops.blocks import BlockLists, causal_blocks, count_blocks
+from shareprefill.runtime.ops.blocks import (
+    BlockLists,
+    block_diagonals,
+    causal_blocks,
+    count_blocks,
+    count_causal_blocks,
+)
 
 
 def random_bitmap(n_patterns: int, n_q: int, n_k: int) -> torch.Tensor:
@@ -29,6 +35,16 @@ def test_causal_blocks_equal_the_pooled_token_mask(n_q: int, offset: int, size: 
         ]
     )
     assert torch.equal(causal_blocks(n_q, offset, size), expected)
+
+
+@pytest.mark.parametrize("offset", [0, 1, 15, 16, 37])
+def test_causal_blocks_are_counted_and_bounded_by_the_diagonals(offset: int) -> None:
+    for n_q in range(1, 70):
+        causal = causal_blocks(n_q, offset, 16)
+        assert count_causal_blocks(n_q, offset, 16) == int(causal.sum())
+        first, last = block_diagonals(n_q, offset, 16)
+        assert torch.equal(last, causal.sum(1) - 1)
+        assert torch.equal(first, (torch.arange(0, n_q, 16) + offset) // 16)
 
 
 def test_lists_round_trip_through_a_bitmap() -> None:

@@ -1,4 +1,4 @@
-"""The kernels compile for the GPU generations we serve, on a machine without one."""
+"""Block-sparse attention compiles for the GPU generations we serve, on a machine without one."""
 
 from __future__ import annotations
 
@@ -18,52 +18,55 @@ import json, sys
 import torch
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
-from shareprefill.runtime.ops.block_sparse_attention import triton as sparse
-from shareprefill.runtime.ops.block_sparse_attention.kernel import block_sparse_kernel
-from shareprefill.runtime.ops.pooled_attention import triton as pooled
-from shareprefill.runtime.ops.pooled_attention.kernel import pooled_kernel
+from shareprefill.runtime.ops.block_sparse_attention import fa4_kernel, kernel, triton as sparse
 
 dim, dtype, capability = int(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 torch_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
 generation = divmod(capability, 10)
 types = {
     "p_q": "*" + dtype, "p_k": "*" + dtype, "p_v": "*" + dtype, "p_out": "*" + dtype,
-    "p_lse": "*fp32", "p_maps": "*fp32", "p_mass": "*fp32", "p_offsets": "*i32",
-    "p_indices": "*i32", "p_pattern": "*i32", "p_rows": "*i64", "p_heads": "*i64",
-    "scale_log2": "fp32",
+    "p_lse": "*fp32", "p_offsets": "*i32", "p_indices": "*i32", "p_pattern": "*i32",
+    "scale_log2": "fp32", "softcap_log2": "fp32", "p_sinks": "*fp32",
+    "p_counts": "*i32", "p_tiles": "*i32", "p_nothing": "*i32", "p_kept": "*" + dtype,
+    "p_layout": "*i32", "p_cu_q": "*i32", "p_cu_k": "*i32",
 }
 
-def build(kernel, tiles, constants):
+def build(function, options, constants):
     signature = {
         name: "constexpr" if name in constants else types.get(name, "i32")
-        for name in kernel.arg_names
+        for name in function.arg_names
     }
     # As at run time: pointers and strides are multiples of 16.
     attrs = {
         (place,): [["tt.divisibility", 16]]
-        for place, name in enumerate(kernel.arg_names)
+        for place, name in enumerate(function.arg_names)
         if name.startswith(("p_", "stride_"))
     }
     built = compile(
-        ASTSource(kernel, signature, constants, attrs),
+        ASTSource(function, signature, constants, attrs),
         target=GPUTarget("cuda", capability, 32),
-        options=tiles.launch_options(),
+        options=options,
     )
     return {"shared": built.metadata.shared, "ptx": built.asm["ptx"]}
 
+result = {}
 tiles = sparse.select_tiles(sparse.padded_dim(dim), torch_dtype, generation).within(128)
-constants = sparse.kernel_constants(dim, dim, 4, 128, tiles, torch_dtype, has_lse=True)
-result = {"sparse": build(block_sparse_kernel, tiles, constants)}
-for sampled in (False, True):
-    value_dim = None if sampled else dim
-    tiles = pooled.pooled_tiles(dim, value_dim, torch_dtype, generation, sampled=sampled)
-    constants = pooled.kernel_constants(
-        dim, value_dim, 4, 8 if sampled else 128, 128, tiles, torch_dtype,
-        has_rows=sampled, has_heads=False,
+for kind, capped in (("plain", False), ("capped", True)):
+    constants = sparse.kernel_constants(
+        dim, dim, 4, 128, tiles, torch_dtype,
+        has_lse=True, has_softcap=capped, has_sinks=capped,
     )
-    result["sampled" if sampled else "pooled"] = build(pooled_kernel, tiles, constants)
+    result[kind] = build(kernel.block_sparse_kernel, tiles.launch_options(), constants)
+result["packed"] = build(kernel.packed_kernel, tiles.launch_options(), constants)
+around = {"BLOCK_SIZE": 256, "DIM": dim, "BLOCK_D": 1 << (dim - 1).bit_length(), "BLOCK_M": 32}
+result["prepare"] = build(
+    fa4_kernel.prepare_kernel, {"num_warps": 4}, around | {"TILE": 64, "BLOCK": 256}
+)
+result["restore"] = build(fa4_kernel.restore_kernel, {"num_warps": 4}, around)
 print(json.dumps(result))
 """
+# Kernels that multiply nothing.
+WITHOUT_PRODUCTS = ("prepare", "restore")
 # Shared memory of a program, in bytes, by compute capability.
 SHARED_LIMIT = {80: 166_912, 86: 101_376, 90: 232_448, 100: 232_448}
 
@@ -97,6 +100,8 @@ def test_kernels_compile_and_fit(dim: int, dtype: str, capability: int) -> None:
     matrix_unit = {90: "wgmma", 100: "tcgen05", 80: "mma.sync", 86: "mma.sync"}[capability]
     for kind, built in build(dim, dtype, capability).items():
         assert built["shared"] <= SHARED_LIMIT[capability], kind
+        if kind in WITHOUT_PRODUCTS:
+            continue
         if dtype == "fp32":
             assert "mma.sync" not in built["ptx"], kind  # exact products, no tf32
         else:

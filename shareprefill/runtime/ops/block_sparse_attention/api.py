@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal, overload
 
 import torch
@@ -9,14 +10,14 @@ import torch
 from shareprefill.errors import ConfigError
 from shareprefill.runtime.ops.block_sparse_attention import blockwise, reference
 from shareprefill.runtime.ops.blocks import BlockLists, count_blocks
+from shareprefill.runtime.ops.implementations import select_attention
 from shareprefill.runtime.ops.inputs import (
     check_attention_inputs,
+    check_sinks,
+    check_softcap,
     resolve_scale,
-    select_impl,
     unit_last_stride,
 )
-
-IMPLS = ("reference", "blockwise", "triton")
 
 
 @overload
@@ -27,6 +28,8 @@ def block_sparse_attention(
     lists: BlockLists,
     *,
     scale: float | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
     return_lse: Literal[False] = False,
     impl: str = "auto",
@@ -41,6 +44,8 @@ def block_sparse_attention(
     lists: BlockLists,
     *,
     scale: float | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
     return_lse: Literal[True],
     impl: str = "auto",
@@ -55,6 +60,8 @@ def block_sparse_attention(
     lists: BlockLists,
     *,
     scale: float | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
     return_lse: bool = False,
     impl: str = "auto",
@@ -71,14 +78,22 @@ def block_sparse_attention(
         lists: the key blocks of each head's pattern; on query's device. On a CPU the values are
             checked, on CUDA only the shapes (call `lists.validate()` to check them).
         scale: factor of the logits; None: `1 / sqrt(D)`.
+        softcap: bound c of the scaled logits, which become `c * tanh(logit / c)` (Gemma 2,
+            arXiv 2408.00118, section 2); None: no bound.
+        sinks: floating-point `[H]`, one more logit in each head's softmax, neither scaled nor
+            bounded, whose key has no value (gpt-oss, arXiv 2508.10925, section 2.2): a head may
+            attend to nothing. None: no sinks.
         out: `[H, Nq, Dv]` of query's dtype with a contiguous last dim, written in place; needed
             where a head's pattern is -1, as such a head's rows are left untouched.
-        return_lse: also return the natural log-sum-exp of each row's scaled logits.
-        impl: "auto" (Triton on CUDA, blockwise elsewhere), "reference", "blockwise" or "triton".
+        return_lse: also return the natural log-sum-exp of each row's logits, scaled and bounded;
+            it counts the sink, so that `exp(logit - lse)` is the weight of a key.
+        impl: "auto" (the fastest that takes the call, see `ops.implementations`), or one of
+            "reference", "blockwise", "triton", "gluon" (Hopper GPUs) and "fa4"
+            (FlashAttention-4 on Hopper GPUs, from the extra `fa4`).
 
     Returns:
-        `[H, Nq, Dv]` in query's dtype; with `return_lse` also float32 `[H, Nq]`, -inf for rows
-        that see no key and for heads that are not computed.
+        `[H, Nq, Dv]` in query's dtype; with `return_lse` also float32 `[H, Nq]`: -inf for heads
+        that are not computed and for rows that see no key (with sinks, such a row's is its sink).
 
     Raises:
         ConfigError: shapes, dtypes, devices or lists do not belong together.
@@ -86,7 +101,9 @@ def block_sparse_attention(
     """
     check_attention_inputs(query, key, value)
     _check_lists(query, key, lists)
-    impl = select_impl(impl, IMPLS, query, "blockwise")
+    check_softcap(softcap)
+    check_sinks(sinks, query)
+    impl = select_attention(impl, query, key, value, lists)
     shape = (query.shape[0], query.shape[1], value.shape[2])
     if out is None:
         out = _new_output(query, shape, lists)
@@ -102,15 +119,26 @@ def block_sparse_attention(
         lse = torch.full(shape[:2], -torch.inf, dtype=torch.float32, device=query.device)
     query, key, value = unit_last_stride(query), unit_last_stride(key), unit_last_stride(value)
     scale = resolve_scale(scale, query.shape[2])
-    if impl == "reference":
-        reference.attend(query, key, value, lists, scale, out, lse)
-    elif impl == "blockwise":
-        blockwise.attend(query, key, value, lists, scale, out, lse)
-    else:
+    sinks = None if sinks is None else sinks.detach().float().contiguous()
+    _attend_function(impl)(query, key, value, lists, scale, out, lse, softcap, sinks)
+    return out if lse is None else (out, lse)
+
+
+def _attend_function(impl: str) -> Callable[..., None]:
+    """The `attend` of an implementation; those that need more than torch are imported here."""
+    if impl == "triton":
         from shareprefill.runtime.ops.block_sparse_attention import triton
 
-        triton.attend(query, key, value, lists, scale, out, lse)
-    return out if lse is None else (out, lse)
+        return triton.attend
+    if impl == "gluon":
+        from shareprefill.runtime.ops.block_sparse_attention import gluon_hopper
+
+        return gluon_hopper.attend
+    if impl == "fa4":
+        from shareprefill.runtime.ops.block_sparse_attention import fa4
+
+        return fa4.attend
+    return {"reference": reference.attend, "blockwise": blockwise.attend}[impl]
 
 
 def _check_lists(query: torch.Tensor, key: torch.Tensor, lists: BlockLists) -> None:

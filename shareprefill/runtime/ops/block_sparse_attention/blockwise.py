@@ -23,12 +23,15 @@ def attend(
     scale: float,
     out: torch.Tensor,
     lse: torch.Tensor | None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
 ) -> None:
     """Fill `out` (and `lse`); arguments as in `block_sparse_attention`.
 
     Computes in float32 (float64 for float64 inputs): half-precision matmuls are slower on CPUs.
     Memory: one row of selected keys and a mask for it. SDPA on gathered keys beats matmuls and a
-    softmax of our own on two threads, but keeps its log-sum-exp: with `lse` we compute both.
+    softmax of our own on two threads, but keeps its log-sum-exp and knows no soft-cap: with `lse`,
+    `softcap` or `sinks` we compute the softmax ourselves.
     """
     dtype = torch.promote_types(query.dtype, torch.float32)
     heads_per_group = query.shape[0] // key.shape[0]
@@ -38,7 +41,7 @@ def attend(
             members.setdefault((head // heads_per_group, pattern), []).append(head)
     rows = _causal_rows(lists, query.shape[1], key.shape[1])
     widest = max((len(row) for row in rows), default=0)
-    step = _Step(query, key, value, lists.block_size, widest, scale, dtype)
+    step = _Step(query, key, value, lists.block_size, widest, scale, dtype, softcap, sinks)
     for (group, pattern), heads in sorted(members.items()):
         step.load_group(group)
         for i_block in range(lists.n_q):
@@ -68,9 +71,12 @@ class _Step:
         widest: int,
         scale: float,
         dtype: torch.dtype,
+        softcap: float | None,
+        sinks: torch.Tensor | None,
     ) -> None:
         self.query, self.key, self.value = query, key, value
         self.block_size, self.scale, self.dtype = block_size, scale, dtype
+        self.softcap, self.sinks = softcap, None if sinks is None else sinks.to(dtype)
         self.q_offset = key.shape[1] - query.shape[1]
         self.group = -1
         self.key_buffer = key.new_empty((widest, block_size * key.shape[2]), dtype=dtype)
@@ -109,12 +115,14 @@ class _Step:
         begin = max(start, first_key - self.q_offset)
         if begin > start:
             out[heads, start:begin] = 0.0
+            if lse is not None and self.sinks is not None:
+                lse[heads, start:begin] = self.sinks[heads, None].float()
         if not blocks:
             return
         keys = self._gather(self.keys, blocks, self.key_buffer).view(-1, self.key.shape[2])
         values = self._gather(self.values, blocks, self.value_buffer).view(-1, self.value.shape[2])
         hidden = self._hidden(begin, end, blocks)
-        if lse is None:
+        if lse is None and self.softcap is None and self.sinks is None:
             # A slice spares the copy that an index list makes.
             chosen = slice(heads[0], heads[0] + 1) if len(heads) == 1 else heads
             queries = self.query[chosen, begin:end].to(self.dtype)
@@ -127,6 +135,20 @@ class _Step:
             )
             out[chosen, begin:end] = result[0].to(out.dtype)
             return
+        self._attend_logits(heads, begin, end, keys, values, hidden, out, lse)
+
+    def _attend_logits(
+        self,
+        heads: list[int],
+        begin: int,
+        end: int,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        hidden: torch.Tensor,
+        out: torch.Tensor,
+        lse: torch.Tensor | None,
+    ) -> None:
+        """The same with a softmax of our own, for what a dense call does not give."""
         at_once = max(1, LOGIT_BYTES // ((end - begin) * len(keys) * self.dtype.itemsize))
         for first in range(0, len(heads), at_once):
             some = heads[first : first + at_once]
@@ -137,10 +159,16 @@ class _Step:
                 self.logit_buffer = keys.new_empty(widest)
             logits = self.logit_buffer[: len(queries) * len(keys)].view(len(queries), len(keys))
             torch.mm(queries, keys.T, out=logits)
+            if self.softcap is not None:
+                logits.div_(self.softcap).tanh_().mul_(self.softcap)
             by_head = logits.view(len(some), end - begin, len(keys))
             by_head[:, :, len(keys) - hidden.shape[1] :].masked_fill_(hidden, -torch.inf)
-            lse[some, begin:end] = torch.logsumexp(by_head, -1).float()
-            weights = torch.softmax(logits, -1, out=logits)
+            total = torch.logsumexp(by_head, -1)
+            if self.sinks is not None:
+                total = torch.logaddexp(total, self.sinks[some, None])
+            if lse is not None:
+                lse[some, begin:end] = total.float()
+            weights = logits.sub_(total.view(-1, 1)).exp_()
             result = torch.mm(weights, values).view(len(some), end - begin, -1)
             out[some, begin:end] = result.to(out.dtype)
 

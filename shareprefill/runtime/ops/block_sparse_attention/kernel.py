@@ -28,12 +28,14 @@ def _attend_keys(
     stride_kn,
     stride_vn,
     scale_log2,
+    softcap_log2,
     HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
     MASKED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -51,6 +53,9 @@ def _attend_keys(
         b_k = load_tile(p_k_tile + i_key * stride_kn, m_n, m_d, MASKED, HEAD_DIM != BLOCK_D)
         b_logits = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION, out_dtype=tl.float32)
         b_logits *= scale_log2
+        if HAS_SOFTCAP:
+            # tanh(x) = 1 - 2 / (exp(2 x) + 1); the scale holds the factor 2 log2(e) / softcap.
+            b_logits = softcap_log2 * (1.0 - 2.0 / (tl.exp2(b_logits) + 1.0))
         if MASKED:
             # Positions end at Nk - 1, so this hides the tail of the last block as well.
             b_logits = tl.where(o_keys[None, :] <= o_positions[:, None], b_logits, float("-inf"))
@@ -63,8 +68,8 @@ def _attend_keys(
     return b_acc, b_max, b_sum
 
 
-@triton.jit(do_not_specialize=["n_heads", "n_tiles", "n_q", "n_q_tokens", "n_k_tokens"])
-def block_sparse_kernel(
+@triton.jit
+def _attend_tile(
     p_q,
     p_k,
     p_v,
@@ -72,22 +77,17 @@ def block_sparse_kernel(
     p_lse,
     p_offsets,
     p_indices,
-    p_pattern,
-    stride_qh,
+    p_sinks,
     stride_qn,
-    stride_kg,
     stride_kn,
-    stride_vg,
     stride_vn,
-    stride_oh,
     stride_on,
-    n_heads,
-    n_tiles,
-    n_q,
+    i_list,
+    i_row,
     n_q_tokens,
     n_k_tokens,
     scale_log2,
-    SHARED: tl.constexpr,
+    softcap_log2,
     HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -96,21 +96,11 @@ def block_sparse_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     HAS_LSE: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One program: `BLOCK_M` query rows of one head against their pattern's listed keys.
-
-    Programs run from the last query tile to the first, all heads of a tile together: under the
-    causal bound late rows have the most blocks, and light programs fill the end of the launch.
-    """
-    i_program = tl.program_id(0).to(tl.int64)
-    i_head = i_program % n_heads
-    i_row = (n_tiles - 1 - i_program // n_heads) * BLOCK_M
-    i_pattern = tl.load(p_pattern + i_head).to(tl.int64)
-    if i_pattern < 0:
-        return
-
-    i_list = i_pattern * n_q + i_row // BLOCK_SIZE
+    """`BLOCK_M` query rows from `i_row` on, of the head and sequence that the pointers start at."""
     i_start = tl.load(p_offsets + i_list)
     n_listed = tl.load(p_offsets + i_list + 1) - i_start
     p_list = p_indices + i_start
@@ -130,14 +120,19 @@ def block_sparse_kernel(
     o_dv = tl.arange(0, BLOCK_DV)
     m_m = o_m < n_q_tokens
     o_positions = (o_m + (n_k_tokens - n_q_tokens)).to(tl.int32)
-    i_group = i_head // SHARED
-    p_q_tile = p_q + i_head * stride_qh + o_m[:, None] * stride_qn + o_d[None, :]
-    p_k_tile = p_k + i_group * stride_kg + o_n[:, None] * stride_kn + o_d[None, :]
-    p_v_tile = p_v + i_group * stride_vg + o_n[:, None] * stride_vn + o_dv[None, :]
+    p_q_tile = p_q + o_m[:, None] * stride_qn + o_d[None, :]
+    p_k_tile = p_k + o_n[:, None] * stride_kn + o_d[None, :]
+    p_v_tile = p_v + o_n[:, None] * stride_vn + o_dv[None, :]
     b_q = load_tile(p_q_tile, m_m, o_d < HEAD_DIM, True, HEAD_DIM != BLOCK_D)
     b_acc = tl.zeros([BLOCK_M, BLOCK_DV], dtype=tl.float32)
-    b_max = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
-    b_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
+    if HAS_SINKS:
+        # The sink is a key that was seen before all others and has no value.
+        LOG2E: tl.constexpr = 1.4426950408889634
+        b_max = tl.zeros([BLOCK_M], dtype=tl.float32) + tl.load(p_sinks) * LOG2E
+        b_sum = tl.full([BLOCK_M], 1.0, dtype=tl.float32)
+    else:
+        b_max = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
+        b_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
     for MASKED in tl.static_range(2):
         b_acc, b_max, b_sum = _attend_keys(
             b_q,
@@ -154,22 +149,204 @@ def block_sparse_kernel(
             stride_kn,
             stride_vn,
             scale_log2,
+            softcap_log2,
             HEAD_DIM,
             VALUE_DIM,
             BLOCK_D,
             BLOCK_DV,
             BLOCK_SIZE,
             BLOCK_N,
+            HAS_SOFTCAP,
             MASKED,
             PRECISION,
         )
 
     b_divisor = tl.where(b_sum == 0.0, 1.0, b_sum)
     b_out = b_acc / b_divisor[:, None]
-    p_out_tile = p_out + i_head * stride_oh + o_m[:, None] * stride_on + o_dv[None, :]
+    p_out_tile = p_out + o_m[:, None] * stride_on + o_dv[None, :]
     m_out = m_m[:, None] & (o_dv < VALUE_DIM)[None, :]
     tl.store(p_out_tile, b_out.to(p_out.dtype.element_ty), mask=m_out)
     if HAS_LSE:
         LN2: tl.constexpr = 0.6931471805599453
         b_lse = tl.where(b_sum == 0.0, float("-inf"), (b_max + tl.log2(b_divisor)) * LN2)
-        tl.store(p_lse + i_head * n_q_tokens + o_m, b_lse, mask=m_m)
+        tl.store(p_lse + o_m, b_lse, mask=m_m)
+
+
+@triton.jit(do_not_specialize=["n_heads", "n_tiles", "n_q", "n_q_tokens", "n_k_tokens"])
+def block_sparse_kernel(
+    p_q,
+    p_k,
+    p_v,
+    p_out,
+    p_lse,
+    p_offsets,
+    p_indices,
+    p_pattern,
+    p_sinks,
+    stride_qh,
+    stride_qn,
+    stride_kg,
+    stride_kn,
+    stride_vg,
+    stride_vn,
+    stride_oh,
+    stride_on,
+    n_heads,
+    n_tiles,
+    n_q,
+    n_q_tokens,
+    n_k_tokens,
+    scale_log2,
+    softcap_log2,
+    SHARED: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    HAS_LSE: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """One program: `BLOCK_M` query rows of one head against their pattern's listed keys.
+
+    Programs run from the last query tile to the first, all heads of a tile together: under the
+    causal bound late rows have the most blocks, and light programs fill the end of the launch.
+    """
+    i_program = tl.program_id(0).to(tl.int64)
+    i_head = i_program % n_heads
+    i_row = (n_tiles - 1 - i_program // n_heads) * BLOCK_M
+    i_pattern = tl.load(p_pattern + i_head).to(tl.int64)
+    if i_pattern < 0:
+        return
+
+    _attend_tile(
+        p_q + i_head * stride_qh,
+        p_k + i_head // SHARED * stride_kg,
+        p_v + i_head // SHARED * stride_vg,
+        p_out + i_head * stride_oh,
+        p_lse + i_head * n_q_tokens,
+        p_offsets,
+        p_indices,
+        p_sinks + i_head,
+        stride_qn,
+        stride_kn,
+        stride_vn,
+        stride_on,
+        i_pattern * n_q + i_row // BLOCK_SIZE,
+        i_row,
+        n_q_tokens,
+        n_k_tokens,
+        scale_log2,
+        softcap_log2,
+        HEAD_DIM,
+        VALUE_DIM,
+        BLOCK_D,
+        BLOCK_DV,
+        BLOCK_SIZE,
+        BLOCK_M,
+        BLOCK_N,
+        HAS_LSE,
+        HAS_SOFTCAP,
+        HAS_SINKS,
+        PRECISION,
+    )
+
+
+@triton.jit(do_not_specialize=["n_heads", "n_tiles", "n_sequences", "n_total"])
+def packed_kernel(
+    p_q,
+    p_k,
+    p_v,
+    p_out,
+    p_lse,
+    p_offsets,
+    p_indices,
+    p_pattern,
+    p_sinks,
+    p_layout,
+    p_cu_q,
+    p_cu_k,
+    stride_qh,
+    stride_qn,
+    stride_kg,
+    stride_kn,
+    stride_vg,
+    stride_vn,
+    stride_oh,
+    stride_on,
+    n_heads,
+    n_tiles,
+    n_sequences,
+    n_total,
+    scale_log2,
+    softcap_log2,
+    SHARED: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    HAS_LSE: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """One program: `BLOCK_M` query rows of one head in one of several sequences, one after another.
+
+    `p_layout` holds, for each sequence, its first tile, the start of its offsets and its number of
+    query blocks, `[3, n_sequences]`; `p_cu_q` and `p_cu_k` where its queries and keys start.
+    """
+    i_program = tl.program_id(0).to(tl.int64)
+    i_head = i_program % n_heads
+    i_tile = (n_tiles - 1 - i_program // n_heads).to(tl.int32)
+    i_sequence = 0
+    for i_other in range(1, n_sequences):
+        i_sequence = tl.where(tl.load(p_layout + i_other) <= i_tile, i_other, i_sequence)
+    i_row = (i_tile - tl.load(p_layout + i_sequence)).to(tl.int64) * BLOCK_M
+    i_offsets = tl.load(p_layout + n_sequences + i_sequence)
+    n_q = tl.load(p_layout + 2 * n_sequences + i_sequence)
+    i_query = tl.load(p_cu_q + i_sequence).to(tl.int64)
+    n_q_tokens = (tl.load(p_cu_q + i_sequence + 1) - i_query).to(tl.int32)
+    i_key = tl.load(p_cu_k + i_sequence).to(tl.int64)
+    n_k_tokens = (tl.load(p_cu_k + i_sequence + 1) - i_key).to(tl.int32)
+    i_pattern = tl.load(p_pattern + i_sequence * n_heads + i_head).to(tl.int64)
+    if (i_pattern < 0) | (i_row >= n_q_tokens):
+        return
+
+    _attend_tile(
+        p_q + i_head * stride_qh + i_query * stride_qn,
+        p_k + i_head // SHARED * stride_kg + i_key * stride_kn,
+        p_v + i_head // SHARED * stride_vg + i_key * stride_vn,
+        p_out + i_head * stride_oh + i_query * stride_on,
+        p_lse + i_head * n_total + i_query,
+        p_offsets,
+        p_indices,
+        p_sinks + i_head,
+        stride_qn,
+        stride_kn,
+        stride_vn,
+        stride_on,
+        i_offsets + i_pattern * n_q + i_row // BLOCK_SIZE,
+        i_row,
+        n_q_tokens,
+        n_k_tokens,
+        scale_log2,
+        softcap_log2,
+        HEAD_DIM,
+        VALUE_DIM,
+        BLOCK_D,
+        BLOCK_DV,
+        BLOCK_SIZE,
+        BLOCK_M,
+        BLOCK_N,
+        HAS_LSE,
+        HAS_SOFTCAP,
+        HAS_SINKS,
+        PRECISION,
+    )

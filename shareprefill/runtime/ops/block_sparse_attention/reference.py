@@ -24,6 +24,8 @@ def attend(
     scale: float,
     out: torch.Tensor,
     lse: torch.Tensor | None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
 ) -> None:
     """Fill `out` (and `lse`) head by head; arguments as in `block_sparse_attention`."""
     dtype = torch.promote_types(query.dtype, torch.float32)
@@ -34,9 +36,14 @@ def attend(
         group = head // heads_per_group
         mask = listed_mask(lists, pattern, query.shape[1], key.shape[1])
         logits = query[head].to(dtype) @ key[group].to(dtype).T * scale
+        if softcap is not None:
+            logits = softcap * torch.tanh(logits / softcap)
         logits = logits.masked_fill(~mask, -torch.inf)
+        if sinks is not None:
+            sink = sinks[head].to(dtype).expand(len(logits), 1)
+            logits = torch.cat([logits, sink], -1)
         # softmax of a row without keys is NaN; such a row gives zeros.
-        weights = torch.softmax(logits, -1).masked_fill(~mask, 0.0)
+        weights = torch.softmax(logits, -1)[:, : mask.shape[1]].masked_fill(~mask, 0.0)
         out[head] = (weights @ value[group].to(dtype)).to(out.dtype)
         if lse is not None:
             lse[head] = torch.logsumexp(logits, -1).float()

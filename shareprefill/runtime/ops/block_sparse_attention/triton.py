@@ -1,14 +1,20 @@
-"""Launch of the Triton kernel of block-sparse attention."""
+"""Launches of the Triton kernels of block-sparse attention."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from functools import lru_cache
+from itertools import accumulate
 from typing import Any
 
 import torch
 import triton
 
-from shareprefill.runtime.ops.block_sparse_attention.kernel import block_sparse_kernel
+from shareprefill.runtime.ops.block_sparse_attention.kernel import (
+    block_sparse_kernel,
+    packed_kernel,
+)
 from shareprefill.runtime.ops.blocks import BlockLists
 from shareprefill.runtime.ops.tiles import (
     Tiles,
@@ -28,8 +34,10 @@ def kernel_constants(
     dtype: torch.dtype,
     *,
     has_lse: bool,
+    has_softcap: bool = False,
+    has_sinks: bool = False,
 ) -> dict[str, Any]:
-    """Compile-time arguments of `block_sparse_kernel`."""
+    """Compile-time arguments of `block_sparse_kernel` and `packed_kernel`."""
     return {
         "SHARED": shared,
         "HEAD_DIM": head_dim,
@@ -40,6 +48,8 @@ def kernel_constants(
         "BLOCK_M": tiles.block_m,
         "BLOCK_N": tiles.block_n,
         "HAS_LSE": has_lse,
+        "HAS_SOFTCAP": has_softcap,
+        "HAS_SINKS": has_sinks,
         "PRECISION": "ieee" if dtype == torch.float32 else "tf32",
     }
 
@@ -52,6 +62,8 @@ def attend(
     scale: float,
     out: torch.Tensor,
     lse: torch.Tensor | None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
 ) -> None:
     """Fill `out` (and `lse`) in one launch; arguments as in `block_sparse_attention`.
 
@@ -59,22 +71,10 @@ def attend(
         UnsupportedError: the block size is not a power of two of at least 16, or the head dim is
             above 256.
     """
-    check_tile_block_size(lists.block_size)
-    n_heads, n_q_tokens, head_dim = query.shape
-    n_groups, n_k_tokens, value_dim = value.shape
-    widest = max(padded_dim(head_dim), padded_dim(value_dim))
-    tiles = select_tiles(widest, query.dtype, device_capability(query.device))
-    tiles = tiles.within(lists.block_size)
+    n_heads, n_q_tokens, _ = query.shape
+    n_k_tokens = key.shape[1]
+    tiles, constants = _settings(query, key, value, lists.block_size, lse, softcap, sinks)
     n_tiles = triton.cdiv(n_q_tokens, tiles.block_m)
-    constants = kernel_constants(
-        head_dim,
-        value_dim,
-        n_heads // n_groups,
-        lists.block_size,
-        tiles,
-        query.dtype,
-        has_lse=lse is not None,
-    )
     with torch.cuda.device_of(query):
         block_sparse_kernel[(n_tiles * n_heads,)](
             query,
@@ -85,6 +85,7 @@ def attend(
             lists.offsets,
             lists.indices,
             lists.pattern,
+            out if sinks is None else sinks,
             query.stride(0),
             query.stride(1),
             key.stride(0),
@@ -98,7 +99,119 @@ def attend(
             lists.n_q,
             n_q_tokens,
             n_k_tokens,
-            scale / math.log(2.0),
+            *_scales(scale, softcap),
             **constants,
             **tiles.launch_options(),
         )
+
+
+def attend_packed(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    lists: Sequence[BlockLists],
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    scale: float,
+    out: torch.Tensor,
+    lse: torch.Tensor | None,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+) -> None:
+    """Fill `out` (and `lse`) in one launch; arguments as in `packed_block_sparse_attention`.
+
+    Raises:
+        UnsupportedError: as `attend` does.
+    """
+    size = lists[0].block_size
+    n_heads, n_total, _ = query.shape
+    tiles, constants = _settings(query, key, value, size, lse, softcap, sinks)
+    tiles_per_block = size // tiles.block_m
+    # Capacities are known to the host, what they hold only to the device.
+    starts = accumulate((len(each.indices) for each in lists), initial=0)
+    offsets = torch.cat([each.offsets + start for each, start in zip(lists, starts, strict=False)])
+    sizes = tuple((each.n_q, len(each.offsets)) for each in lists)
+    n_tiles = sum(each.n_q for each in lists) * tiles_per_block
+    with torch.cuda.device_of(query):
+        packed_kernel[(n_tiles * n_heads,)](
+            query,
+            key,
+            value,
+            out,
+            out if lse is None else lse,
+            offsets,
+            torch.cat([each.indices for each in lists]),
+            torch.stack([each.pattern for each in lists]),
+            out if sinks is None else sinks,
+            _layout(sizes, tiles_per_block, query.device),
+            cu_seqlens_q,
+            cu_seqlens_k,
+            query.stride(0),
+            query.stride(1),
+            key.stride(0),
+            key.stride(1),
+            value.stride(0),
+            value.stride(1),
+            out.stride(0),
+            out.stride(1),
+            n_heads,
+            n_tiles,
+            len(lists),
+            n_total,
+            *_scales(scale, softcap),
+            **constants,
+            **tiles.launch_options(),
+        )
+
+
+@lru_cache(maxsize=64)
+def _layout(
+    sizes: tuple[tuple[int, int], ...], tiles_per_block: int, device: torch.device
+) -> torch.Tensor:
+    """First tile, start of the offsets and query blocks of each sequence, int32 `[3, n]`.
+
+    Args:
+        sizes: query blocks and number of offsets of each sequence.
+        tiles_per_block: query tiles of a block.
+        device: device of the result, to which the first call with a layout copies it.
+    """
+    first_tiles = accumulate((n_q * tiles_per_block for n_q, _ in sizes), initial=0)
+    first_offsets = accumulate((n_offsets for _, n_offsets in sizes), initial=0)
+    rows = [list(first_tiles)[:-1], list(first_offsets)[:-1], [n_q for n_q, _ in sizes]]
+    return torch.tensor(rows, dtype=torch.int32, device=device)
+
+
+def _settings(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    block_size: int,
+    lse: torch.Tensor | None,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+) -> tuple[Tiles, dict[str, Any]]:
+    """Tiles and compile-time arguments of a call."""
+    check_tile_block_size(block_size)
+    head_dim, value_dim = query.shape[2], value.shape[2]
+    widest = max(padded_dim(head_dim), padded_dim(value_dim))
+    tiles = select_tiles(widest, query.dtype, device_capability(query.device)).within(block_size)
+    constants = kernel_constants(
+        head_dim,
+        value_dim,
+        len(query) // len(key),
+        block_size,
+        tiles,
+        query.dtype,
+        has_lse=lse is not None,
+        has_softcap=softcap is not None,
+        has_sinks=sinks is not None,
+    )
+    return tiles, constants
+
+
+def _scales(scale: float, softcap: float | None) -> tuple[float, float]:
+    """The kernels' `scale_log2` and `softcap_log2`."""
+    log2e = 1.0 / math.log(2.0)
+    if softcap is None:
+        return scale * log2e, 0.0
+    return 2.0 * log2e * scale / softcap, softcap * log2e

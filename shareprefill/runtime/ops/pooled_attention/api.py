@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import torch
 
-from shareprefill.errors import ConfigError
+from shareprefill.errors import ConfigError, UnsupportedError
 from shareprefill.runtime.ops.inputs import (
     check_attention_inputs,
     check_block_size,
     check_heads,
+    check_sinks,
+    check_softcap,
     resolve_scale,
     select_impl,
     unit_last_stride,
 )
-from shareprefill.runtime.ops.pooled_attention import blockwise, reference
+from shareprefill.runtime.ops.pooled_attention import blockwise, gluon_hopper, reference
 
-IMPLS = ("reference", "blockwise", "triton")
+IMPLS = ("reference", "blockwise", "triton", "gluon")
 
 
 @torch.no_grad()
@@ -28,6 +30,8 @@ def pooled_attention(
     block_size: int,
     scale: float | None = None,
     heads: torch.Tensor | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
     impl: str = "auto",
 ) -> tuple[torch.Tensor | None, torch.Tensor]:
     """Exact causal attention of chosen query rows, averaged over row groups and key blocks.
@@ -44,9 +48,17 @@ def pooled_attention(
             one group per query block. On CUDA their range is not checked.
         block_size: tokens in a block.
         scale: factor of the logits; None: `1 / sqrt(D)`.
-        heads: int64 `[S]`, query heads to compute, in the order of the result; None: all H. On
-            CUDA their range is not checked.
-        impl: "auto" (Triton on CUDA, blockwise elsewhere), "reference", "blockwise" or "triton".
+        heads: int64 `[S]`, query heads to compute, in the order of the result; None: all H. A slot
+            below 0 is skipped on the device: its map and output are zeros. On CUDA their range is
+            not checked.
+        softcap: c of a soft-cap of the scaled logits, `c * tanh(logit / c)`; None: none.
+        sinks: `[H]`, floating point: for each head one logit more in the softmax, without a value;
+            it is neither scaled nor capped. None: none. What goes to a sink is missing in the
+            output; the map is of the attention that goes to keys, so its rows still sum to 1 and
+            do not depend on sinks.
+        impl: "auto" (on CUDA "gluon" where it can compute this, else "triton"; elsewhere
+            "blockwise"), "reference", "blockwise", "triton", or "gluon": Hopper GPUs, with a value,
+            blocks of 128, half precision, head dims 64, 96 and 128, no soft-cap.
 
     Returns:
         `(out, maps)`: `out` is `[S, Nq, Dv]` in query's dtype, or None without `value`; `maps` is
@@ -62,17 +74,29 @@ def pooled_attention(
         _check_rows(rows, query, value)
     if heads is not None:
         check_heads(heads, query.shape[0], query.device)
+    check_softcap(softcap)
+    check_sinks(sinks, query)
+    is_free = impl == "auto"
     impl = select_impl(impl, IMPLS, query, "blockwise")
     query, key = unit_last_stride(query), unit_last_stride(key)
     value = None if value is None else unit_last_stride(value)
     scale = resolve_scale(scale, query.shape[2])
+    if impl == "gluon" or (is_free and impl == "triton"):
+        missing = gluon_hopper.refusal(query, key, value, block_size, softcap)
+        if missing is None:
+            assert value is not None
+            return gluon_hopper.pool(query, key, value, block_size, scale, heads, sinks)
+        if impl == "gluon":
+            raise UnsupportedError(f"impl='gluon' cannot compute this: {missing}; use impl='auto'")
     if impl == "reference":
-        return reference.pool(query, key, value, rows, block_size, scale, heads)
-    if impl == "blockwise":
-        return blockwise.pool(query, key, value, rows, block_size, scale, heads)
-    from shareprefill.runtime.ops.pooled_attention import triton
+        pool = reference.pool
+    elif impl == "blockwise":
+        pool = blockwise.pool
+    else:
+        from shareprefill.runtime.ops.pooled_attention import triton
 
-    return triton.pool(query, key, value, rows, block_size, scale, heads)
+        pool = triton.pool
+    return pool(query, key, value, rows, block_size, scale, heads, softcap, sinks)
 
 
 def _check_rows(rows: torch.Tensor, query: torch.Tensor, value: torch.Tensor | None) -> None:

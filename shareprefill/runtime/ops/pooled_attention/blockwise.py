@@ -23,10 +23,13 @@ def pool(
     block_size: int,
     scale: float,
     heads: torch.Tensor | None,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
 ) -> tuple[torch.Tensor | None, torch.Tensor]:
     """Output and maps chunk by chunk; arguments as in `pooled_attention`.
 
     Computes in float32 (float64 for float64 inputs): half-precision matmuls are slower on CPUs.
+    Skipped heads cost nothing but their zeros.
     """
     dtype = torch.promote_types(query.dtype, torch.float32)
     n_heads, n_q_tokens, _ = query.shape
@@ -46,25 +49,36 @@ def pool(
     out = None if value is None else query.new_empty((len(chosen), n_q_tokens, value.shape[2]))
     slots: dict[int, list[int]] = {}
     for slot, head in enumerate(chosen):
-        slots.setdefault(head // (n_heads // n_groups), []).append(slot)
+        if head >= 0:
+            slots.setdefault(head // (n_heads // n_groups), []).append(slot)
+        elif out is not None:
+            out[slot] = 0
     for group, some in slots.items():
         keys = padded_tokens(key[group], block_size, dtype)
         values = None if value is None else padded_tokens(value[group], block_size, dtype)
         queries = query[[chosen[slot] for slot in some]].to(dtype).mul_(scale)
+        sink = None
+        if sinks is not None and value is not None:
+            sink = sinks[[chosen[slot] for slot in some]].to(dtype)[:, None]
         row_bytes = len(some) * n_k * block_size * dtype.itemsize
         at_once = max(1, min(largest, LOGIT_BYTES // row_bytes))
         for part in _chunks(len(members), at_once, largest):
-            weights = _attention(
+            weights, kept = _attention(
                 queries[:, members[part]],
                 keys,
                 members[part] + (n_k_tokens - n_q_tokens),
                 block_size,
+                softcap,
+                sink,
             )
             mass = weights.unflatten(2, (-1, block_size)).sum(-1)
             for slot, head_mass in zip(some, mass, strict=True):
                 sums[slot, :, : mass.shape[2]].index_add_(0, owners[part], head_mass)
             if out is not None and values is not None:
-                out[some, part] = (weights @ values[: weights.shape[2]]).to(out.dtype)
+                product = weights @ values[: weights.shape[2]]
+                if kept is not None:
+                    product *= kept[:, :, None]
+                out[some, part] = product.to(out.dtype)
     counts = torch.bincount(owners, minlength=n_maps).to(dtype)
     return out, sums.div_(counts[:, None]).float()
 
@@ -78,13 +92,24 @@ def _chunks(n_rows: int, at_once: int, boundary: int) -> Iterator[slice]:
 
 
 def _attention(
-    queries: torch.Tensor, keys: torch.Tensor, positions: torch.Tensor, block_size: int
-) -> torch.Tensor:
-    """Softmax of rows `[S, r, D]` over whole key blocks up to the last visible: `[S, r, m]`."""
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    positions: torch.Tensor,
+    block_size: int,
+    softcap: float | None,
+    sink: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Softmax of rows `[S, r, D]` over whole key blocks up to the last visible: `[S, r, m]`.
+
+    With a sink `[S, 1]` also the share `[S, r]` of the attention that goes to keys.
+    """
     first, last = int(positions.min()), int(positions.max())
     n_tokens = (last // block_size + 1) * block_size
     logits = queries.reshape(-1, queries.shape[2]) @ keys[:n_tokens].T
     logits = logits.view(*queries.shape[:2], n_tokens)
+    if softcap is not None:
+        logits.div_(softcap).tanh_().mul_(softcap)
     columns = torch.arange(first + 1, n_tokens, device=keys.device)
     logits[:, :, first + 1 :].masked_fill_(columns[None, :] > positions[:, None], -torch.inf)
-    return torch.softmax(logits, -1, out=logits)
+    kept = None if sink is None else torch.sigmoid(torch.logsumexp(logits, -1) - sink)
+    return torch.softmax(logits, -1, out=logits), kept

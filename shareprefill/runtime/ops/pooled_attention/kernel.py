@@ -1,9 +1,10 @@
-"""The Triton kernel of pooled attention: one pass over the keys gives output and block means.
+"""The Triton kernels of pooled attention: one pass over the keys gives output and block means.
 
-Each program keeps the mass of its rows in every key tile, as a logarithm, in a private piece of
-global memory (2 % of the bytes that it reads for 128-token tiles) and turns it into means once the
-rows' log-sum-exp is known. A fixed number of programs share all work, so that this memory does not
-grow with the number of rows.
+The mass of a row in a run of keys is known at once, its share of the whole row only when all keys
+have been seen. Hence the masses are kept as logarithms, one float a row and run, until then. Where
+an output is made, a fixed number of programs share all work and each has a private piece of memory
+for its rows (`pooled_kernel`). Where it is not, programs share the keys of a row as well
+(`mass_kernel`), and a second launch turns masses into means (`means_kernel`).
 """
 
 # Triton's language is typed by its compiler, which knows constexpr, program-wide scalars and tiles.
@@ -15,7 +16,62 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from shareprefill.runtime.ops.kernels import load_tile, softmax_step
+from shareprefill.runtime.ops.kernels import cap_logits, load_tile
+
+
+@triton.jit
+def _place_rows(
+    i_tile,
+    i_z,
+    p_rows,
+    p_heads,
+    n_members,
+    n_q_tokens,
+    PACKED: tl.constexpr,
+    ROWS: tl.constexpr,
+    PARTS: tl.constexpr,
+    SEGMENTS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    HAS_ROWS: tl.constexpr,
+    HAS_HEADS: tl.constexpr,
+):
+    """Slot, head, query row and share of its mean for each row of a tile, and which rows count.
+
+    A segment is the rows of one map row of one head (`ROWS` of them). A tile holds `SEGMENTS`
+    segments, or one of the `PARTS` of a segment. Segments run through the `PACKED` heads of a KV
+    head fastest, so that these meet each key tile together. Rows that count have an output; those
+    of a skipped head have no keys and share 0.
+    """
+    TILE_ROWS: tl.constexpr = BLOCK_M // SEGMENTS
+    o_m = tl.arange(0, BLOCK_M)
+    i_segment = (i_tile // PARTS) * SEGMENTS
+    if SEGMENTS > 1:
+        i_segment += o_m // TILE_ROWS
+    i_member = i_segment // PACKED
+    i_slot = i_z * PACKED + i_segment % PACKED
+    o_row = (i_tile % PARTS) * TILE_ROWS + o_m % TILE_ROWS
+    m_m = o_row < tl.where(i_member < n_members, ROWS, 0)
+    if HAS_ROWS:
+        i_query = tl.load(p_rows + i_member * ROWS + o_row, mask=m_m, other=0).to(tl.int32)
+        b_share = tl.where(m_m, 1.0 / ROWS, 0.0)
+    else:
+        i_query = i_member * ROWS + o_row
+        m_m = m_m & (i_query < n_q_tokens)
+        n_valid = tl.maximum(tl.minimum(n_q_tokens - i_member * ROWS, ROWS), 1)
+        b_share = tl.where(m_m, 1.0 / n_valid.to(tl.float32), 0.0)
+    i_head = i_slot
+    if HAS_HEADS:
+        i_head = tl.load(p_heads + i_slot).to(tl.int32)
+        b_share = tl.where(i_head >= 0, b_share, 0.0)
+    return i_slot, i_head, i_query, b_share, m_m
+
+
+@triton.jit
+def _count_keys(b_position, m_m, n_k_tokens, UNIT: tl.constexpr):
+    """Runs of `UNIT` keys that some row sees, and those before that every row sees whole."""
+    n_seen = (tl.max(b_position, 0) + UNIT) // UNIT
+    i_first = tl.min(tl.where(m_m, b_position, n_k_tokens - 1), 0)
+    return n_seen, tl.minimum((i_first + 1) // UNIT, n_seen)
 
 
 @triton.jit
@@ -34,45 +90,66 @@ def _pool_keys(
     stride_kn,
     stride_vn,
     scale_log2,
+    softcap_log2,
     HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    STEPS: tl.constexpr,
     HAS_VALUE: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
     MASKED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Key tiles `i_first .. i_end - 1`; stores log2 of each row's unnormalised mass in each."""
+    """Runs `i_first .. i_end - 1` of `STEPS` key tiles; stores log2 of each row's mass in each.
+
+    An online softmax in base 2 with unnormalised masses. The scale meets the logits only in the
+    exponent, where it costs no instruction.
+    """
     o_m = tl.arange(0, BLOCK_M)
     o_n = tl.arange(0, BLOCK_N)
     m_d = tl.arange(0, BLOCK_D) < HEAD_DIM
     m_dv = tl.arange(0, BLOCK_DV) < VALUE_DIM
-    for i_tile in range(i_first, i_end):
-        o_keys = i_tile * BLOCK_N + o_n
-        i_key = tl.multiple_of(tl.cast(i_tile * BLOCK_N, tl.int64), BLOCK_N)
-        m_n = o_keys < n_k_tokens
-        b_k = load_tile(p_k_tile + i_key * stride_kn, m_n, m_d, MASKED, HEAD_DIM != BLOCK_D)
-        b_logits = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION, out_dtype=tl.float32)
-        b_logits *= scale_log2
-        if MASKED:
-            b_logits = tl.where(o_keys[None, :] <= b_position[:, None], b_logits, float("-inf"))
-        b_weights, b_mass, b_max, b_sum, b_rescale = softmax_step(b_logits, b_max, b_sum, MASKED)
-        # Rows without mass in this tile: the logarithm of zero, without computing it.
-        b_seen = b_mass > 0.0
-        b_log = tl.where(b_seen, b_max + tl.log2(tl.where(b_seen, b_mass, 1.0)), float("-inf"))
-        tl.store(p_mass + i_tile * BLOCK_M + o_m, b_log)
-        if HAS_VALUE:
-            b_acc = b_acc * b_rescale[:, None]
-            b_v = load_tile(p_v_tile + i_key * stride_vn, m_n, m_dv, MASKED, VALUE_DIM != BLOCK_DV)
-            b_acc = tl.dot(
-                b_weights.to(b_v.dtype),
-                b_v,
-                b_acc,
-                input_precision=PRECISION,
-                out_dtype=tl.float32,
-            )
+    for i_unit in range(i_first, i_end):
+        b_unit = tl.zeros([BLOCK_M], dtype=tl.float32)
+        for STEP in tl.static_range(STEPS):
+            i_key = (i_unit * STEPS + STEP) * BLOCK_N
+            o_keys = i_key + o_n
+            i_key = tl.multiple_of(tl.cast(i_key, tl.int64), BLOCK_N)
+            m_n = o_keys < n_k_tokens
+            b_k = load_tile(p_k_tile + i_key * stride_kn, m_n, m_d, MASKED, HEAD_DIM != BLOCK_D)
+            b_logits = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION, out_dtype=tl.float32)
+            factor = scale_log2
+            if HAS_SOFTCAP:
+                b_logits = cap_logits(b_logits * scale_log2, softcap_log2)
+                factor = 1.0
+            if MASKED:
+                b_logits = tl.where(o_keys[None, :] <= b_position[:, None], b_logits, float("-inf"))
+            b_new = tl.maximum(b_max, tl.max(b_logits, 1) * factor)
+            # A row that has seen no key keeps a finite pivot: -inf - -inf would be NaN.
+            b_pivot = tl.where(b_new == float("-inf"), 0.0, b_new) if MASKED else b_new
+            b_weights = tl.exp2(b_logits * factor - b_pivot[:, None])
+            b_mass = tl.sum(b_weights, 1)
+            b_rescale = tl.exp2(b_max - b_pivot)
+            b_max = b_new
+            b_sum = b_sum * b_rescale + b_mass
+            b_unit = b_unit * b_rescale + b_mass
+            if HAS_VALUE:
+                b_acc = b_acc * b_rescale[:, None]
+                b_v = load_tile(
+                    p_v_tile + i_key * stride_vn, m_n, m_dv, MASKED, VALUE_DIM != BLOCK_DV
+                )
+                b_acc = tl.dot(
+                    b_weights.to(b_v.dtype),
+                    b_v,
+                    b_acc,
+                    input_precision=PRECISION,
+                    out_dtype=tl.float32,
+                )
+        # -inf for a row without mass here: log2(0) is -inf, and neither term is +inf.
+        tl.store(p_mass + i_unit * BLOCK_M + o_m, b_max + tl.log2(b_unit))
     return b_acc, b_max, b_sum
 
 
@@ -85,25 +162,26 @@ def _store_means(
     b_share,
     n_seen,
     n_k,
-    SUBTILES: tl.constexpr,
+    stride_unit,
+    PIECES: tl.constexpr,
     SEGMENTS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
+    ROWS_HERE: tl.constexpr,
     BLOCK_J: tl.constexpr,
 ):
     """Sum `share * 2^(log mass - lse)` over each segment's rows, for every key block."""
-    o_m = tl.arange(0, BLOCK_M)
-    o_t = tl.arange(0, BLOCK_J * SUBTILES)
+    o_m = tl.arange(0, ROWS_HERE)
+    o_t = tl.arange(0, BLOCK_J * PIECES)
     o_j = tl.arange(0, BLOCK_J)
     for i_block in range(0, n_k, BLOCK_J):
-        i_tiles = i_block * SUBTILES + o_t
+        i_units = i_block * PIECES + o_t
         b_log = tl.load(
-            p_mass + i_tiles[:, None] * BLOCK_M + o_m[None, :],
-            mask=(i_tiles < n_seen)[:, None],
+            p_mass + i_units[:, None] * stride_unit + o_m[None, :],
+            mask=(i_units < n_seen)[:, None],
             other=float("-inf"),
         )
         b_mass = tl.exp2(b_log - b_lse[None, :]) * b_share[None, :]
-        b_mass = tl.reshape(b_mass, [BLOCK_J * SUBTILES, SEGMENTS, BLOCK_M // SEGMENTS])
-        b_mass = tl.reshape(tl.sum(b_mass, 2), [BLOCK_J, SUBTILES, SEGMENTS])
+        b_mass = tl.reshape(b_mass, [BLOCK_J * PIECES, SEGMENTS, ROWS_HERE // SEGMENTS])
+        b_mass = tl.reshape(tl.sum(b_mass, 2), [BLOCK_J, PIECES, SEGMENTS])
         b_mass = tl.sum(b_mass, 1)
         m_j = i_block + o_j < n_k
         tl.store(
@@ -129,8 +207,8 @@ def pooled_kernel(
     p_out,
     p_maps,
     p_mass,
-    p_rows,
     p_heads,
+    p_sinks,
     stride_qh,
     stride_qn,
     stride_kg,
@@ -147,6 +225,7 @@ def pooled_kernel(
     n_k_tokens,
     n_k,
     scale_log2,
+    softcap_log2,
     SHARED: tl.constexpr,
     PACKED: tl.constexpr,
     ROWS: tl.constexpr,
@@ -159,65 +238,57 @@ def pooled_kernel(
     BLOCK_SIZE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    STEPS: tl.constexpr,
     BLOCK_J: tl.constexpr,
-    HAS_ROWS: tl.constexpr,
     HAS_HEADS: tl.constexpr,
-    HAS_VALUE: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One program: tiles `program, program + programs, ...` of `BLOCK_M` query rows each.
+    """One program: tiles `program, program + programs, ...` of all query rows, output and means.
 
-    A segment is the rows of one map row of one head (`ROWS` of them). A tile holds `SEGMENTS`
-    segments, or one of the `PARTS` of a segment. Segments run through the `PACKED` heads of a KV
-    head fastest, so that these meet each key tile together; tiles run from the last rows to the
-    first, as late rows have the most keys.
+    Tiles run from the last rows to the first, as late rows have the most keys.
     """
-    TILE_ROWS: tl.constexpr = BLOCK_M // SEGMENTS
-    SUBTILES: tl.constexpr = BLOCK_SIZE // BLOCK_N
+    UNIT: tl.constexpr = BLOCK_N * STEPS
     i_program = tl.program_id(0).to(tl.int64)
     p_mass += i_program * stride_mass
-    o_m = tl.arange(0, BLOCK_M)
     o_n = tl.arange(0, BLOCK_N)
     o_d = tl.arange(0, BLOCK_D)
     o_dv = tl.arange(0, BLOCK_DV)
     for i_work in range(i_program, n_tiles * n_heads_z, tl.num_programs(0)):
         i_tile = (n_tiles - 1 - i_work // n_heads_z).to(tl.int32)
         i_z = (i_work % n_heads_z).to(tl.int32)
-        # Which map row, head and query row each row of the tile is.
-        i_segment = (i_tile // PARTS) * SEGMENTS
-        if SEGMENTS > 1:
-            i_segment += o_m // TILE_ROWS
-        i_member = i_segment // PACKED
-        i_slot = i_z * PACKED + i_segment % PACKED
-        o_row = (i_tile % PARTS) * TILE_ROWS + o_m % TILE_ROWS
-        m_m = o_row < tl.where(i_member < n_members, ROWS, 0)
-        if HAS_ROWS:
-            i_query = tl.load(p_rows + i_member * ROWS + o_row, mask=m_m, other=0)
-            b_share = tl.where(m_m, 1.0 / ROWS, 0.0)
-        else:
-            i_query = i_member * ROWS + o_row
-            m_m = m_m & (i_query < n_q_tokens)
-            n_valid = tl.maximum(tl.minimum(n_q_tokens - i_member * ROWS, ROWS), 1)
-            b_share = tl.where(m_m, 1.0 / n_valid.to(tl.float32), 0.0)
+        i_slot, i_head, i_query, b_share, m_m = _place_rows(
+            i_tile,
+            i_z,
+            p_q,
+            p_heads,
+            n_members,
+            n_q_tokens,
+            PACKED,
+            ROWS,
+            PARTS,
+            SEGMENTS,
+            BLOCK_M,
+            False,
+            HAS_HEADS,
+        )
+        b_position = tl.where(b_share > 0.0, i_query + (n_k_tokens - n_q_tokens), -1)
+        n_seen, n_full = _count_keys(b_position, m_m, n_k_tokens, UNIT)
         if HAS_HEADS:
-            i_head = tl.load(p_heads + i_slot)
             i_group = tl.cast(tl.load(p_heads + i_z), tl.int64) // SHARED
         else:
-            i_head = i_slot
             i_group = tl.cast(i_z, tl.int64) * PACKED // SHARED
-        b_position = tl.where(m_m, i_query + (n_k_tokens - n_q_tokens), -1).to(tl.int32)
-        # A tile without rows still makes one step, so that its means are stored as zeros.
-        n_seen = tl.maximum(tl.max(b_position, 0), 0) // BLOCK_N + 1
-        # Key tiles that every row sees whole need no mask.
-        i_first = tl.min(tl.where(m_m, b_position, n_k_tokens - 1), 0)
-        n_full = tl.minimum((i_first + 1) // BLOCK_N, n_seen)
-
         i_query = tl.cast(i_query, tl.int64)
         p_q_rows = p_q + tl.cast(i_head, tl.int64) * stride_qh + i_query * stride_qn
         p_k_tile = p_k + i_group * stride_kg + o_n[:, None] * stride_kn + o_d[None, :]
         p_v_tile = p_v + i_group * stride_vg + o_n[:, None] * stride_vn + o_dv[None, :]
         b_q = load_tile(
-            p_q_rows[:, None] + o_d[None, :], m_m, o_d < HEAD_DIM, True, HEAD_DIM != BLOCK_D
+            p_q_rows[:, None] + o_d[None, :],
+            b_position >= 0,
+            o_d < HEAD_DIM,
+            True,
+            HEAD_DIM != BLOCK_D,
         )
         b_acc = tl.zeros([BLOCK_M, BLOCK_DV], dtype=tl.float32)
         b_max = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
@@ -238,46 +309,293 @@ def pooled_kernel(
                 stride_kn,
                 stride_vn,
                 scale_log2,
+                softcap_log2,
                 HEAD_DIM,
                 VALUE_DIM,
                 BLOCK_D,
                 BLOCK_DV,
                 BLOCK_M,
                 BLOCK_N,
-                HAS_VALUE,
+                STEPS,
+                True,
+                HAS_SOFTCAP,
                 MASKED,
                 PRECISION,
             )
 
-        # Rows outside the tile's segments may hold anything finite; +inf takes their mass away.
-        b_divisor = tl.where(m_m, b_sum, 1.0)
-        b_lse = tl.where(m_m, b_max + tl.log2(b_divisor), float("inf"))
-        if HAS_VALUE:
-            p_out_rows = p_out + tl.cast(i_slot, tl.int64) * stride_oh + i_query * stride_on
-            tl.store(
-                p_out_rows[:, None] + o_dv[None, :],
-                (b_acc / b_divisor[:, None]).to(p_out.dtype.element_ty),
-                mask=m_m[:, None] & (o_dv < VALUE_DIM)[None, :],
-            )
-        o_s = tl.arange(0, SEGMENTS)
-        i_segment = (i_tile // PARTS) * SEGMENTS + o_s
+        # Rows that see no key may hold anything finite; +inf takes their mass away.
+        m_seen = b_position >= 0
+        b_divisor = tl.where(m_seen, b_sum, 1.0)
+        b_lse = tl.where(m_seen, b_max + tl.log2(b_divisor), float("inf"))
+        b_factor = tl.where(m_seen, 1.0 / b_divisor, 0.0)
+        if HAS_SINKS:
+            LOG2E: tl.constexpr = 1.4426950408889634
+            b_sink = tl.load(p_sinks + tl.maximum(i_head, 0)).to(tl.float32) * LOG2E
+            # The share of the attention that goes to keys; b_lse may be +inf.
+            b_factor = b_factor / (1.0 + tl.exp2(b_sink - b_lse))
+        p_out_rows = p_out + tl.cast(i_slot, tl.int64) * stride_oh + i_query * stride_on
+        tl.store(
+            p_out_rows[:, None] + o_dv[None, :],
+            (b_acc * b_factor[:, None]).to(p_out.dtype.element_ty),
+            mask=m_m[:, None] & (o_dv < VALUE_DIM)[None, :],
+        )
+        i_segment = (i_tile // PARTS) * SEGMENTS + tl.arange(0, SEGMENTS)
         i_member = i_segment // PACKED
-        i_slot = i_z * PACKED + i_segment % PACKED
-        i_map = tl.cast(i_slot, tl.int64) * n_members + i_member
-        p_map = p_maps + (i_map * PARTS + i_tile % PARTS) * n_k
+        i_map = tl.cast(i_z * PACKED + i_segment % PACKED, tl.int64) * n_members + i_member
         # Threads read what others of the program stored, and later store over it.
         tl.debug_barrier()
         _store_means(
             p_mass,
-            p_map,
+            p_maps + (i_map * PARTS + i_tile % PARTS) * n_k,
             i_member < n_members,
             b_lse,
             b_share,
             n_seen,
             n_k,
-            SUBTILES,
+            BLOCK_M,
+            BLOCK_SIZE // UNIT,
             SEGMENTS,
             BLOCK_M,
             BLOCK_J,
         )
         tl.debug_barrier()
+
+
+@triton.jit(
+    do_not_specialize=[
+        "n_members",
+        "n_heads_z",
+        "i_first_tile",
+        "n_tiles",
+        "n_units",
+        "n_splits",
+        "split_units",
+        "n_q_tokens",
+        "n_k_tokens",
+    ]
+)
+def mass_kernel(
+    p_q,
+    p_k,
+    p_mass,
+    p_peaks,
+    p_rows,
+    p_heads,
+    stride_qh,
+    stride_qn,
+    stride_kg,
+    stride_kn,
+    n_members,
+    n_heads_z,
+    i_first_tile,
+    n_tiles,
+    n_units,
+    n_splits,
+    split_units,
+    n_q_tokens,
+    n_k_tokens,
+    scale_log2,
+    softcap_log2,
+    SHARED: tl.constexpr,
+    PACKED: tl.constexpr,
+    ROWS: tl.constexpr,
+    PARTS: tl.constexpr,
+    SEGMENTS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    STEPS: tl.constexpr,
+    HAS_ROWS: tl.constexpr,
+    HAS_HEADS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """One program: the log masses of one tile of rows in `split_units` runs of keys.
+
+    Also stores each row's maximum and sum over these runs. Programs that follow each other read
+    the same keys.
+    """
+    UNIT: tl.constexpr = BLOCK_N * STEPS
+    i_program = tl.program_id(0)
+    i_local = i_program % n_tiles
+    i_split = (i_program // n_tiles) % n_splits
+    i_z = i_program // n_tiles // n_splits
+    o_m = tl.arange(0, BLOCK_M)
+    o_n = tl.arange(0, BLOCK_N)
+    o_d = tl.arange(0, BLOCK_D)
+    _slot, i_head, i_query, b_share, m_m = _place_rows(
+        i_first_tile + i_local,
+        i_z,
+        p_rows,
+        p_heads,
+        n_members,
+        n_q_tokens,
+        PACKED,
+        ROWS,
+        PARTS,
+        SEGMENTS,
+        BLOCK_M,
+        HAS_ROWS,
+        HAS_HEADS,
+    )
+    b_position = tl.where(b_share > 0.0, i_query + (n_k_tokens - n_q_tokens), -1)
+    n_seen, n_full = _count_keys(b_position, m_m, n_k_tokens, UNIT)
+    i_first = i_split * split_units
+    if i_first < n_seen:
+        i_end = tl.minimum(i_first + split_units, n_seen)
+        i_full = tl.maximum(tl.minimum(n_full, i_end), i_first)
+        if HAS_HEADS:
+            i_group = tl.cast(tl.load(p_heads + i_z), tl.int64) // SHARED
+        else:
+            i_group = tl.cast(i_z, tl.int64) * PACKED // SHARED
+        p_q_rows = p_q + tl.cast(i_head, tl.int64) * stride_qh
+        p_q_rows += tl.cast(i_query, tl.int64) * stride_qn
+        p_k_tile = p_k + i_group * stride_kg + o_n[:, None] * stride_kn + o_d[None, :]
+        b_q = load_tile(
+            p_q_rows[:, None] + o_d[None, :],
+            b_position >= 0,
+            o_d < HEAD_DIM,
+            True,
+            HEAD_DIM != BLOCK_D,
+        )
+        i_place = tl.cast(i_z * n_tiles + i_local, tl.int64)
+        p_mass += i_place * n_units * BLOCK_M
+        b_max = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
+        b_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
+        for MASKED in tl.static_range(2):
+            _acc, b_max, b_sum = _pool_keys(
+                b_q,
+                b_sum,
+                b_max,
+                b_sum,
+                p_k_tile,
+                p_k_tile,
+                p_mass,
+                i_full if MASKED else i_first,
+                i_end if MASKED else i_full,
+                b_position,
+                n_k_tokens,
+                stride_kn,
+                stride_kn,
+                scale_log2,
+                softcap_log2,
+                HEAD_DIM,
+                HEAD_DIM,
+                BLOCK_D,
+                BLOCK_D,
+                BLOCK_M,
+                BLOCK_N,
+                STEPS,
+                False,
+                HAS_SOFTCAP,
+                MASKED,
+                PRECISION,
+            )
+        p_peaks += (i_place * n_splits + i_split) * 2 * BLOCK_M
+        tl.store(p_peaks + o_m, b_max)
+        tl.store(p_peaks + BLOCK_M + o_m, b_sum)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "n_members",
+        "i_first_tile",
+        "n_tiles",
+        "n_units",
+        "n_splits",
+        "split_units",
+        "n_q_tokens",
+        "n_k_tokens",
+        "n_k",
+    ]
+)
+def means_kernel(
+    p_mass,
+    p_peaks,
+    p_maps,
+    p_rows,
+    p_heads,
+    n_members,
+    i_first_tile,
+    n_tiles,
+    n_units,
+    n_splits,
+    split_units,
+    n_q_tokens,
+    n_k_tokens,
+    n_k,
+    PACKED: tl.constexpr,
+    ROWS: tl.constexpr,
+    PARTS: tl.constexpr,
+    SEGMENTS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    UNIT: tl.constexpr,
+    BLOCK_J: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    HAS_ROWS: tl.constexpr,
+    HAS_HEADS: tl.constexpr,
+):
+    """One program: the means of one segment, from what `mass_kernel` left."""
+    TILE_ROWS: tl.constexpr = BLOCK_M // SEGMENTS
+    i_place = tl.program_id(0) // SEGMENTS
+    i_tile = i_first_tile + i_place % n_tiles
+    i_z = i_place // n_tiles
+    i_inner = tl.program_id(0) % SEGMENTS
+    # A segment of its own is a tile of one segment, `SEGMENTS` times as many of them.
+    _slot, _head, i_query, b_share, m_m = _place_rows(
+        i_tile * SEGMENTS + i_inner,
+        i_z,
+        p_rows,
+        p_heads,
+        n_members,
+        n_q_tokens,
+        PACKED,
+        ROWS,
+        PARTS,
+        1,
+        TILE_ROWS,
+        HAS_ROWS,
+        HAS_HEADS,
+    )
+    b_position = tl.where(b_share > 0.0, i_query + (n_k_tokens - n_q_tokens), -1)
+    n_seen, _full = _count_keys(b_position, m_m, n_k_tokens, UNIT)
+    o_m = tl.arange(0, TILE_ROWS)
+    o_s = tl.arange(0, BLOCK_S)
+    i_place = tl.cast(i_place, tl.int64)
+    p_peaks += i_place * n_splits * 2 * BLOCK_M + i_inner * TILE_ROWS
+    b_max = tl.full([TILE_ROWS], float("-inf"), dtype=tl.float32)
+    b_sum = tl.zeros([TILE_ROWS], dtype=tl.float32)
+    n_live = (n_seen + split_units - 1) // split_units
+    for i_split in range(0, n_live, BLOCK_S):
+        p_tile = p_peaks + (i_split + o_s)[:, None] * (2 * BLOCK_M) + o_m[None, :]
+        m_tile = (i_split + o_s < n_live)[:, None]
+        b_part_max = tl.load(p_tile, mask=m_tile, other=float("-inf"))
+        b_part_sum = tl.load(p_tile + BLOCK_M, mask=m_tile, other=0.0)
+        b_new = tl.maximum(b_max, tl.max(b_part_max, 0))
+        b_pivot = tl.where(b_new == float("-inf"), 0.0, b_new)
+        b_parts = b_part_sum * tl.exp2(b_part_max - b_pivot[None, :])
+        b_sum = b_sum * tl.exp2(b_max - b_pivot) + tl.sum(b_parts, 0)
+        b_max = b_new
+    m_seen = b_position >= 0
+    b_lse = tl.where(m_seen, b_max + tl.log2(tl.where(m_seen, b_sum, 1.0)), float("inf"))
+
+    i_segment = (i_tile // PARTS) * SEGMENTS + i_inner + tl.arange(0, 1)
+    i_member = i_segment // PACKED
+    i_map = tl.cast(i_z * PACKED + i_segment % PACKED, tl.int64) * n_members + i_member
+    _store_means(
+        p_mass + i_place * n_units * BLOCK_M + i_inner * TILE_ROWS,
+        p_maps + (i_map * PARTS + i_tile % PARTS) * n_k,
+        i_member < n_members,
+        b_lse,
+        b_share,
+        n_seen,
+        n_k,
+        BLOCK_M,
+        BLOCK_SIZE // UNIT,
+        1,
+        TILE_ROWS,
+        BLOCK_J,
+    )

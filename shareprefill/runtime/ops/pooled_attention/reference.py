@@ -15,6 +15,8 @@ def pool(
     block_size: int,
     scale: float,
     heads: torch.Tensor | None,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
 ) -> tuple[torch.Tensor | None, torch.Tensor]:
     """Output and maps head by head; arguments as in `pooled_attention`."""
     dtype = torch.promote_types(query.dtype, torch.float32)
@@ -30,11 +32,23 @@ def pool(
     mask = columns[None, :] <= positions[:, None]
     outs, maps = [], []
     for head in range(n_heads) if heads is None else heads.tolist():
+        if head < 0:
+            maps.append(query.new_zeros((len(groups), n_k), dtype=dtype))
+            if value is not None:
+                outs.append(query.new_zeros((n_q_tokens, value.shape[2])))
+            continue
         group = head // (n_heads // n_groups)
         logits = query[head].to(dtype) @ key[group].to(dtype).T * scale
-        weights = torch.softmax(logits.masked_fill(~mask, -torch.inf), -1)
+        if softcap is not None:
+            logits = softcap * torch.tanh(logits / softcap)
+        logits = logits.masked_fill(~mask, -torch.inf)
+        weights = torch.softmax(logits, -1)
         if value is not None:
-            outs.append((weights @ value[group].to(dtype)).to(query.dtype))
+            kept = weights
+            if sinks is not None:
+                sink = sinks[head].to(dtype).expand(n_q_tokens, 1)
+                kept = torch.softmax(torch.cat([logits, sink], 1), -1)[:, :-1]
+            outs.append((kept @ value[group].to(dtype)).to(query.dtype))
         mass = weights.new_zeros(n_q_tokens, n_k).index_add_(1, columns // block_size, weights)
         maps.append(torch.stack([mass[members].mean(0) for members in groups]))
     n_rows = len(groups)

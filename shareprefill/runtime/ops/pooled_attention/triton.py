@@ -1,32 +1,85 @@
-"""Launch of the Triton kernel of pooled attention."""
+"""Launches of the Triton kernels of pooled attention."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
 import triton
 
 from shareprefill.runtime.ops.blocks import count_blocks
-from shareprefill.runtime.ops.pooled_attention.kernel import pooled_kernel
+from shareprefill.runtime.ops.pooled_attention.kernel import (
+    mass_kernel,
+    means_kernel,
+    pooled_kernel,
+)
 from shareprefill.runtime.ops.tiles import (
     Tiles,
     check_tile_block_size,
     device_capability,
+    map_tiles,
+    multiprocessors,
     padded_dim,
     select_tiles,
 )
 
-# Two programs fit on a multiprocessor with the smaller tiles; where only one fits, they queue.
+# Two programs fit on a multiprocessor.
 PROGRAMS_PER_PROCESSOR = 2
-# Private memory of all programs; 2 GPU programs per processor at 1M keys still fit.
-MASS_BYTES = 2**30
-# Rows in a tile of sampled rows.
-SAMPLED_BLOCK_M = 64
-# Programs in the interpreter, which runs them one after another.
-INTERPRETED_PROGRAMS = 3
+# Masses in memory: of all programs with an output, and of one pair of launches without.
+PRIVATE_BYTES = 2**30
+WAVE_BYTES = 2**28
+MEANS_OPTIONS: dict[str, Any] = {"num_warps": 4}
+# Key runs of one program without an output: few enough that all processors are busy to the end,
+# enough to make up for the start of a program.
+LEAST_UNITS, MOST_UNITS = 8, 64
+PROGRAMS_PER_SLOT = 16
+# Programs whose maxima and sums are put together at a time.
+SPLITS = 32
+
+
+@dataclass(frozen=True)
+class Attended:
+    """What is computed of which rows; arguments as in `pooled_attention`."""
+
+    query: torch.Tensor
+    key: torch.Tensor
+    rows: torch.Tensor | None
+    heads: torch.Tensor | None
+    block_size: int
+    scale: float
+    softcap: float | None
+
+    @property
+    def shared(self) -> int:
+        """Query heads of a KV head."""
+        return self.query.shape[0] // self.key.shape[0]
+
+    @property
+    def n_slots(self) -> int:
+        """Heads to compute."""
+        return self.query.shape[0] if self.heads is None else len(self.heads)
+
+    @property
+    def n_members(self) -> int:
+        """Rows of a map."""
+        if self.rows is None:
+            return count_blocks(self.query.shape[1], self.block_size)
+        return len(self.rows)
+
+    @property
+    def n_k(self) -> int:
+        """Key blocks."""
+        return count_blocks(self.key.shape[1], self.block_size)
+
+    def logit_factors(self) -> tuple[float, float]:
+        """Factor of the products and of the capped logits, in units of log2."""
+        log2e = 1.0 / math.log(2.0)
+        if self.softcap is None:
+            return self.scale * log2e, 0.0
+        return 2.0 * log2e * self.scale / self.softcap, self.softcap * log2e
 
 
 def row_tiling(rows: int, block_m: int) -> tuple[int, int]:
@@ -37,7 +90,45 @@ def row_tiling(rows: int, block_m: int) -> tuple[int, int]:
 
 def kernel_constants(
     head_dim: int,
-    value_dim: int | None,
+    value_dim: int,
+    shared: int,
+    block_size: int,
+    tiles: Tiles,
+    dtype: torch.dtype,
+    *,
+    has_heads: bool,
+    has_softcap: bool = False,
+    has_sinks: bool = False,
+) -> dict[str, Any]:
+    """Compile-time arguments of `pooled_kernel`."""
+    segments, parts = row_tiling(block_size, tiles.block_m)
+    block_n = min(tiles.block_n, block_size)
+    # About 4096 masses are turned into means at a time.
+    mean_blocks = max(1, 4096 // (tiles.block_m * (block_size // block_n)))
+    return {
+        "SHARED": shared,
+        "PACKED": 1 if has_heads else shared,
+        "ROWS": block_size,
+        "PARTS": parts,
+        "SEGMENTS": segments,
+        "HEAD_DIM": head_dim,
+        "VALUE_DIM": value_dim,
+        "BLOCK_D": padded_dim(head_dim),
+        "BLOCK_DV": padded_dim(value_dim),
+        "BLOCK_SIZE": block_size,
+        "BLOCK_M": tiles.block_m,
+        "BLOCK_N": block_n,
+        "STEPS": 1,
+        "BLOCK_J": mean_blocks,
+        "HAS_HEADS": has_heads,
+        "HAS_SOFTCAP": has_softcap,
+        "HAS_SINKS": has_sinks,
+        "PRECISION": "ieee" if dtype == torch.float32 else "tf32",
+    }
+
+
+def mass_constants(
+    head_dim: int,
     shared: int,
     rows: int,
     block_size: int,
@@ -46,12 +137,11 @@ def kernel_constants(
     *,
     has_rows: bool,
     has_heads: bool,
+    has_softcap: bool = False,
 ) -> dict[str, Any]:
-    """Compile-time arguments of `pooled_kernel`."""
+    """Compile-time arguments of `mass_kernel`."""
     segments, parts = row_tiling(rows, tiles.block_m)
     block_n = min(tiles.block_n, block_size)
-    # About 4096 masses are turned into means at a time.
-    mean_blocks = max(1, 4096 // (tiles.block_m * (block_size // block_n)))
     return {
         "SHARED": shared,
         "PACKED": 1 if has_heads else shared,
@@ -59,37 +149,96 @@ def kernel_constants(
         "PARTS": parts,
         "SEGMENTS": segments,
         "HEAD_DIM": head_dim,
-        "VALUE_DIM": value_dim or 16,
         "BLOCK_D": padded_dim(head_dim),
-        "BLOCK_DV": padded_dim(value_dim or 16),
         "BLOCK_SIZE": block_size,
         "BLOCK_M": tiles.block_m,
         "BLOCK_N": block_n,
-        "BLOCK_J": mean_blocks,
+        # Two key tiles a stored mass: half the memory traffic of the masses.
+        "STEPS": min(2, block_size // block_n),
         "HAS_ROWS": has_rows,
         "HAS_HEADS": has_heads,
-        "HAS_VALUE": value_dim is not None,
+        "HAS_SOFTCAP": has_softcap,
         "PRECISION": "ieee" if dtype == torch.float32 else "tf32",
     }
 
 
-def pooled_tiles(
-    head_dim: int,
-    value_dim: int | None,
-    dtype: torch.dtype,
-    capability: tuple[int, int],
-    *,
-    sampled: bool,
-) -> Tiles:
-    """Tiles of `pooled_kernel`.
+def means_constants(constants: dict[str, Any]) -> dict[str, Any]:
+    """Compile-time arguments of `means_kernel`, from those of `mass_kernel`."""
+    shared = ("PACKED", "ROWS", "PARTS", "SEGMENTS", "BLOCK_SIZE", "BLOCK_M")
+    unit = constants["BLOCK_N"] * constants["STEPS"]
+    pieces = constants["BLOCK_SIZE"] // unit
+    rows = constants["BLOCK_M"] // constants["SEGMENTS"]
+    return {name: constants[name] for name in (*shared, "HAS_ROWS", "HAS_HEADS")} | {
+        "UNIT": unit,
+        "BLOCK_J": max(1, 2048 // (rows * pieces)),
+        "BLOCK_S": max(1, min(SPLITS, 2048 // rows)),
+    }
 
-    Sampled rows are few: smaller tiles give every processor several and keep the rows of a tile
-    close to one diagonal.
-    """
-    tiles = select_tiles(padded_dim(max(head_dim, value_dim or 1)), dtype, capability)
-    if sampled and tiles.block_m > SAMPLED_BLOCK_M:
-        tiles = replace(tiles, block_m=SAMPLED_BLOCK_M, num_warps=4)
-    return tiles
+
+def pooled_tiles(
+    head_dim: int, value_dim: int, dtype: torch.dtype, capability: tuple[int, int]
+) -> Tiles:
+    """Tiles of `pooled_kernel`."""
+    return select_tiles(padded_dim(max(head_dim, value_dim)), dtype, capability)
+
+
+def mass_tiles(head_dim: int, dtype: torch.dtype, capability: tuple[int, int]) -> Tiles:
+    """Tiles of `mass_kernel`."""
+    return map_tiles(padded_dim(head_dim), dtype, capability)
+
+
+@lru_cache(maxsize=256)
+def _pooled_settings(
+    capability: tuple[int, int],
+    head_dim: int,
+    value_dim: int,
+    shared: int,
+    block_size: int,
+    dtype: torch.dtype,
+    flags: tuple[bool, bool, bool],
+) -> tuple[Tiles, dict[str, Any]]:
+    """Tiles and compile-time arguments of `pooled_kernel`, made once for all layers."""
+    tiles = pooled_tiles(head_dim, value_dim, dtype, capability)
+    has_heads, has_softcap, has_sinks = flags
+    constants = kernel_constants(
+        head_dim,
+        value_dim,
+        shared,
+        block_size,
+        tiles,
+        dtype,
+        has_heads=has_heads,
+        has_softcap=has_softcap,
+        has_sinks=has_sinks,
+    )
+    return tiles, constants
+
+
+@lru_cache(maxsize=256)
+def _mass_settings(
+    capability: tuple[int, int],
+    head_dim: int,
+    shared: int,
+    rows: int,
+    block_size: int,
+    dtype: torch.dtype,
+    flags: tuple[bool, bool, bool],
+) -> tuple[Tiles, dict[str, Any], dict[str, Any]]:
+    """Tiles and compile-time arguments of `mass_kernel` and of `means_kernel`, made once."""
+    tiles = mass_tiles(head_dim, dtype, capability)
+    has_rows, has_heads, has_softcap = flags
+    constants = mass_constants(
+        head_dim,
+        shared,
+        rows,
+        block_size,
+        tiles,
+        dtype,
+        has_rows=has_rows,
+        has_heads=has_heads,
+        has_softcap=has_softcap,
+    )
+    return tiles, constants, means_constants(constants)
 
 
 def pool(
@@ -100,8 +249,10 @@ def pool(
     block_size: int,
     scale: float,
     heads: torch.Tensor | None,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
 ) -> tuple[torch.Tensor | None, torch.Tensor]:
-    """Output and maps in one launch; arguments as in `pooled_attention`.
+    """Output and maps in one launch, or maps in two; arguments as in `pooled_attention`.
 
     The heads of a KV head read its keys once per tile; with a `heads` subset, whose grouping only
     the device knows, each head reads them for itself.
@@ -111,75 +262,154 @@ def pool(
             above 256.
     """
     check_tile_block_size(block_size)
-    n_heads, n_q_tokens, head_dim = query.shape
-    n_groups, n_k_tokens, _ = key.shape
-    value_dim = None if value is None else value.shape[2]
-    n_slots = n_heads if heads is None else len(heads)
-    n_k = count_blocks(n_k_tokens, block_size)
-    n_members = count_blocks(n_q_tokens, block_size) if rows is None else len(rows)
-    tiles = pooled_tiles(
-        head_dim,
-        value_dim,
-        query.dtype,
+    rows = None if rows is None else rows.contiguous()
+    heads = None if heads is None else heads.contiguous()
+    attended = Attended(query, key, rows, heads, block_size, scale, softcap)
+    with torch.cuda.device_of(query):
+        if value is None:
+            return None, _pool_maps(attended)
+        return _pool_all(attended, value, sinks)
+
+
+def _pool_all(
+    attended: Attended, value: torch.Tensor, sinks: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output and maps of all rows."""
+    query, key = attended.query, attended.key
+    n_q_tokens, head_dim, value_dim = query.shape[1], query.shape[2], value.shape[2]
+    tiles, constants = _pooled_settings(
         device_capability(query.device),
-        sampled=rows is not None,
-    )
-    constants = kernel_constants(
         head_dim,
         value_dim,
-        n_heads // n_groups,
-        block_size if rows is None else rows.shape[1],
-        block_size,
-        tiles,
+        attended.shared,
+        attended.block_size,
         query.dtype,
-        has_rows=rows is not None,
-        has_heads=heads is not None,
+        (attended.heads is not None, attended.softcap is not None, sinks is not None),
     )
+    n_slots, n_members, n_k = attended.n_slots, attended.n_members, attended.n_k
     packed, parts = constants["PACKED"], constants["PARTS"]
-    out = None if value_dim is None else query.new_empty((n_slots, n_q_tokens, value_dim))
+    out = query.new_empty((n_slots, n_q_tokens, value_dim))
     maps = query.new_empty((n_slots, n_members, parts, n_k), dtype=torch.float32)
     if n_slots == 0:
         return out, maps[:, :, 0]
     n_heads_z = n_slots // packed
     n_tiles = triton.cdiv(n_members * packed, constants["SEGMENTS"]) * parts
-    stride_mass = n_k * (block_size // constants["BLOCK_N"]) * tiles.block_m
-    n_programs = min(n_tiles * n_heads_z, _most_programs(query.device, stride_mass * 4))
+    unit = constants["BLOCK_N"] * constants["STEPS"]
+    stride_mass = n_k * (attended.block_size // unit) * tiles.block_m
+    most = max(1, PRIVATE_BYTES // (stride_mass * 4))
+    n_programs = min(
+        n_tiles * n_heads_z, PROGRAMS_PER_PROCESSOR * multiprocessors(query.device), most
+    )
     mass = query.new_empty(n_programs * stride_mass, dtype=torch.float32)
     unused = maps  # stands in for tensors that the kernel does not touch
-    with torch.cuda.device_of(query):
-        pooled_kernel[(n_programs,)](
+    pooled_kernel[(n_programs,)](
+        query,
+        key,
+        value,
+        out,
+        maps,
+        mass,
+        unused if attended.heads is None else attended.heads,
+        unused if sinks is None else sinks,
+        query.stride(0),
+        query.stride(1),
+        key.stride(0),
+        key.stride(1),
+        value.stride(0),
+        value.stride(1),
+        out.stride(0),
+        out.stride(1),
+        stride_mass,
+        n_members,
+        n_heads_z,
+        n_tiles,
+        n_q_tokens,
+        key.shape[1],
+        n_k,
+        *attended.logit_factors(),
+        **constants,
+        **tiles.launch_options(),
+    )
+    return out, maps.sum(2) if parts > 1 else maps[:, :, 0]
+
+
+def _pool_maps(attended: Attended) -> torch.Tensor:
+    """Maps alone, of all or of chosen rows, in waves of tiles whose masses fit in `WAVE_BYTES`."""
+    query, key, rows, heads = attended.query, attended.key, attended.rows, attended.heads
+    tiles, constants, mean_constants = _mass_settings(
+        device_capability(query.device),
+        query.shape[2],
+        attended.shared,
+        attended.block_size if rows is None else rows.shape[1],
+        attended.block_size,
+        query.dtype,
+        (rows is not None, heads is not None, attended.softcap is not None),
+    )
+    n_slots, n_members, n_k = attended.n_slots, attended.n_members, attended.n_k
+    packed, parts, segments = constants["PACKED"], constants["PARTS"], constants["SEGMENTS"]
+    maps = query.new_empty((n_slots, n_members, parts, n_k), dtype=torch.float32)
+    if n_slots == 0:
+        return maps[:, :, 0]
+    n_heads_z = n_slots // packed
+    n_tiles = triton.cdiv(n_members * packed, segments) * parts
+    n_units = n_k * (attended.block_size // mean_constants["UNIT"])
+    wave = max(1, min(n_tiles, WAVE_BYTES // (4 * n_units * tiles.block_m * n_heads_z)))
+    split_units = _split_units(wave * n_heads_z * n_units, query.device)
+    n_splits = triton.cdiv(n_units, split_units)
+    places = wave * n_heads_z
+    mass = query.new_empty(places * n_units * tiles.block_m, dtype=torch.float32)
+    peaks = query.new_empty(places * n_splits * 2 * tiles.block_m, dtype=torch.float32)
+    unused = maps  # stands in for tensors that the kernels do not touch
+    chosen = (unused if rows is None else rows, unused if heads is None else heads)
+    factors, launch_options = attended.logit_factors(), tiles.launch_options()
+    for end in range(n_tiles, 0, -wave):
+        start = max(0, end - wave)
+        n_wave = end - start
+        mass_kernel[(n_wave * n_splits * n_heads_z,)](
             query,
             key,
-            unused if value is None else value,
-            unused if out is None else out,
-            maps,
             mass,
-            unused if rows is None else rows.contiguous(),
-            unused if heads is None else heads.contiguous(),
+            peaks,
+            *chosen,
             query.stride(0),
             query.stride(1),
             key.stride(0),
             key.stride(1),
-            0 if value is None else value.stride(0),
-            0 if value is None else value.stride(1),
-            0 if out is None else out.stride(0),
-            0 if out is None else out.stride(1),
-            stride_mass,
             n_members,
             n_heads_z,
-            n_tiles,
-            n_q_tokens,
-            n_k_tokens,
-            n_k,
-            scale / math.log(2.0),
+            start,
+            n_wave,
+            n_units,
+            n_splits,
+            split_units,
+            query.shape[1],
+            key.shape[1],
+            *factors,
             **constants,
-            **tiles.launch_options(),
+            **launch_options,
         )
-    return out, maps.sum(2) if parts > 1 else maps[:, :, 0]
+        means_kernel[(n_wave * n_heads_z * segments,)](
+            mass,
+            peaks,
+            maps,
+            *chosen,
+            n_members,
+            start,
+            n_wave,
+            n_units,
+            n_splits,
+            split_units,
+            query.shape[1],
+            key.shape[1],
+            n_k,
+            **mean_constants,
+            **MEANS_OPTIONS,
+        )
+    return maps.sum(2) if parts > 1 else maps[:, :, 0]
 
 
-def _most_programs(device: torch.device, program_bytes: int) -> int:
-    if device.type != "cuda":
-        return INTERPRETED_PROGRAMS
-    processors = torch.cuda.get_device_properties(device).multi_processor_count
-    return max(1, min(processors * PROGRAMS_PER_PROCESSOR, MASS_BYTES // program_bytes))
+def _split_units(work: int, device: torch.device) -> int:
+    """Key runs of a program, for `work` runs of which the causal half is computed."""
+    slots = PROGRAMS_PER_PROCESSOR * multiprocessors(device)
+    wanted = work // (2 * slots * PROGRAMS_PER_SLOT)
+    return max(LEAST_UNITS, min(MOST_UNITS, wanted))

@@ -59,9 +59,7 @@ def select_blocks(
     _check_always(sink_blocks, local_blocks)
     _check_vector("gamma", gamma, torch.float32, len(maps), maps.device)
     module = _implementation(impl, maps)
-    return module.select_blocks(
-        maps, gamma, n_query, n_key, block_size, sink_blocks, local_blocks
-    )
+    return module.select_blocks(maps, gamma, n_query, n_key, block_size, sink_blocks, local_blocks)
 
 
 @torch.no_grad()
@@ -195,7 +193,8 @@ def list_blocks(
         bitmap: bool `[P, n_q, n_k]`. Rows of a pattern that no head points at are left empty;
             entries that are not causal are left out.
         pattern: integer `[H]`, on the bitmap's device: index into P; -1: the head is not computed;
-            with `max_density` also P: the head reads all causal blocks.
+            with `max_density` also P: the head reads all causal blocks. On CUDA the range is not
+            checked.
         block_size: tokens in a block.
         n_query: query rows, in tokens; query row i is at position `n_key - n_query + i`.
         n_key: keys, in tokens.
@@ -216,13 +215,15 @@ def list_blocks(
             f"pattern must be integers [H] on {bitmap.device}, "
             f"got {pattern.dtype} of shape {tuple(pattern.shape)} on {pattern.device}"
         )
+    n_lists = len(bitmap) + (max_density is not None)
+    if pattern.device.type == "cpu" and len(pattern) and int(pattern.max()) >= n_lists:
+        raise ConfigError(f"pattern must lie below {n_lists}, got {int(pattern.max())}")
     most = count_causal_blocks(n_query, n_key - n_query, block_size)
     max_blocks = None
     if max_density is not None:
         if not 0.0 < max_density <= 1.0:
             raise ConfigError(f"max_density must lie in (0, 1], got {max_density}")
         max_blocks = int(max_density * most)
-    # One entry a list row at least, so that no launch meets an empty tensor.
     each, dense = (most, 0) if max_blocks is None else (max_blocks, most)
     capacity = max(1, min(len(bitmap), len(pattern)) * each + dense)
     if capacity > MAX_ENTRIES:
@@ -256,9 +257,7 @@ def _check_bitmap(name: str, bitmap: torch.Tensor) -> None:
         )
 
 
-def _check_geometry(
-    maps: torch.Tensor | None, n_query: int, n_key: int, block_size: int
-) -> None:
+def _check_geometry(maps: torch.Tensor | None, n_query: int, n_key: int, block_size: int) -> None:
     check_block_size(block_size)
     if not 1 <= n_query <= n_key:
         raise ConfigError(f"need 1 <= n_query <= n_key, got {n_query} and {n_key}")

@@ -66,9 +66,7 @@ def _smallest_taken(p_row, n_columns, limit, CHUNK: tl.constexpr):
 
 
 @triton.jit
-def _store_cover(
-    p_row, p_out, n_seen, n_columns, limit, n_sink, i_local, CHUNK: tl.constexpr
-):
+def _store_cover(p_row, p_out, n_seen, n_columns, limit, n_sink, i_local, CHUNK: tl.constexpr):
     """Mark, in a row of `n_columns`, what covers `limit` of its first `n_seen` entries.
 
     Columns below `n_sink` and from `i_local` on are marked too, as far as they are seen.
@@ -142,9 +140,7 @@ def cover_profiles_kernel(
     limit = tl.load(p_gamma + i_head) - ROUNDING
     if tl.program_id(0) % 2 == 0:
         i_start = i_head * n_k
-        _store_cover(
-            p_vertical + i_start, p_columns + i_start, n_k, n_k, limit, 0, n_k, CHUNK
-        )
+        _store_cover(p_vertical + i_start, p_columns + i_start, n_k, n_k, limit, 0, n_k, CHUNK)
     else:
         i_start = i_head * (n_k + 1)
         _store_cover(

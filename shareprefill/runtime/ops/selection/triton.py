@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 
@@ -22,6 +24,12 @@ LIST_CHUNK = 512
 MEASURE_ROWS, MEASURE_CHUNK = 8, 128
 # Counts that a program of the offsets reads at a time.
 OFFSET_PATTERNS, OFFSET_ROWS = 16, 256
+
+LINE_OPTIONS: dict[str, Any] = {"CHUNK": CHUNK, "num_warps": 1}
+COVER_OPTIONS: dict[str, Any] = LINE_OPTIONS | {"ROUNDING": ROUNDING}
+MEASURE_OPTIONS: dict[str, Any] = {"ROWS": MEASURE_ROWS, "CHUNK": MEASURE_CHUNK, "num_warps": 4}
+LIST_OPTIONS: dict[str, Any] = {"CHUNK": LIST_CHUNK, "num_warps": 1}
+OFFSET_OPTIONS: dict[str, Any] = {"PATTERNS": OFFSET_PATTERNS, "ROWS": OFFSET_ROWS, "num_warps": 4}
 
 
 def select_blocks(
@@ -50,9 +58,7 @@ def select_blocks(
                 block_size,
                 sink_blocks,
                 local_blocks,
-                ROUNDING=ROUNDING,
-                CHUNK=CHUNK,
-                num_warps=1,
+                **COVER_OPTIONS,
             )
     return chosen
 
@@ -83,9 +89,7 @@ def vertical_slash_blocks(
                 columns,
                 distances,
                 n_k,
-                ROUNDING=ROUNDING,
-                CHUNK=CHUNK,
-                num_warps=1,
+                **COVER_OPTIONS,
             )
             vertical_slash_kernel[(n_heads * n_q,)](
                 columns,
@@ -98,8 +102,7 @@ def vertical_slash_blocks(
                 block_size,
                 sink_blocks,
                 local_blocks,
-                CHUNK=CHUNK,
-                num_warps=1,
+                **LINE_OPTIONS,
             )
     return chosen
 
@@ -111,9 +114,9 @@ def js_distances(maps: torch.Tensor, pivots: torch.Tensor, index: torch.Tensor) 
 
 def covered_mass(maps: torch.Tensor, patterns: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     """Three launches, two of few numbers; arguments as in the operator of this name."""
-    return _measure(
-        covered_kernel, maps, patterns.contiguous().view(torch.uint8), index
-    ).clamp_(max=1)
+    return _measure(covered_kernel, maps, patterns.contiguous().view(torch.uint8), index).clamp_(
+        max=1
+    )
 
 
 def list_blocks(
@@ -139,7 +142,8 @@ def list_blocks(
     if not n_lists or not n_heads:
         return BlockLists(offsets.zero_(), indices, listed.fill_(-1), n_q, n_k, block_size)
     counts = torch.empty(max(1, n_patterns * n_q), **numbers)
-    heads = triton.next_power_of_2(n_heads)
+    heads: dict[str, Any] = {"HEADS": triton.next_power_of_2(n_heads)}
+    bound: dict[str, Any] = {"HAS_BOUND": max_blocks is not None}
     geometry = (n_query, offset, block_size)
     with torch.cuda.device_of(bitmap):
         if n_patterns:
@@ -151,9 +155,7 @@ def list_blocks(
                 n_k,
                 n_heads,
                 *geometry,
-                HEADS=heads,
-                CHUNK=LIST_CHUNK,
-                num_warps=1,
+                **(LIST_OPTIONS | heads),
             )
         offsets_kernel[(n_lists,)](
             counts,
@@ -165,11 +167,7 @@ def list_blocks(
             n_heads,
             *geometry,
             0 if max_blocks is None else max_blocks,
-            HEADS=heads,
-            PATTERNS=OFFSET_PATTERNS,
-            ROWS=OFFSET_ROWS,
-            HAS_BOUND=max_blocks is not None,
-            num_warps=4,
+            **(OFFSET_OPTIONS | heads | bound),
         )
         write_kernel[(n_lists * n_q,)](
             bitmap,
@@ -179,8 +177,7 @@ def list_blocks(
             n_q,
             n_k,
             *geometry,
-            CHUNK=LIST_CHUNK,
-            num_warps=1,
+            **LIST_OPTIONS,
         )
     return BlockLists(offsets, indices, listed, n_q, n_k, block_size)
 
@@ -202,8 +199,6 @@ def _measure(
                 parts,
                 n_q,
                 n_k,
-                ROWS=MEASURE_ROWS,
-                CHUNK=MEASURE_CHUNK,
-                num_warps=4,
+                **MEASURE_OPTIONS,
             )
     return parts.sum(1)

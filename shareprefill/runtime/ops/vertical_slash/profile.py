@@ -17,8 +17,33 @@ def profile_last_rows(
     block_size: int,
     scale: float,
     heads: torch.Tensor | None,
+    softcap: float | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Both profiles by chunks of heads; arguments as in `vertical_slash_profile`."""
+    if heads is None:
+        return _profile_heads(query, key, block_size, scale, heads, softcap)
+    if heads.device.type == "cpu":
+        # Skipped heads are not computed at all; elsewhere that would wait for the device.
+        wanted = heads >= 0
+        some = _profile_heads(query, key, block_size, scale, heads[wanted], softcap)
+        zeros = [part.new_zeros(len(heads), part.shape[1]) for part in some]
+        for whole, part in zip(zeros, some, strict=True):
+            whole[wanted] = part
+        return zeros[0], zeros[1]
+    vertical, slash = _profile_heads(query, key, block_size, scale, heads.clamp(min=0), softcap)
+    skipped = (heads < 0)[:, None]
+    return vertical.masked_fill_(skipped, 0.0), slash.masked_fill_(skipped, 0.0)
+
+
+def _profile_heads(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    block_size: int,
+    scale: float,
+    heads: torch.Tensor | None,
+    softcap: float | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both profiles of heads of which none is skipped."""
     n_heads, n_q_tokens, _ = query.shape
     n_groups, n_k_tokens, _ = key.shape
     n_rows = min(block_size, n_q_tokens)
@@ -37,6 +62,8 @@ def profile_last_rows(
         some = slice(start, start + step)
         keys = key[some] if heads is None else key[groups[some]]
         logits = _products(rows[some], keys).view(-1, n_rows, n_k_tokens).mul_(scale)
+        if softcap is not None:
+            logits.div_(softcap).tanh_().mul_(softcap)
         parts.append(_profile(logits, block_size))
     if not parts:
         n_k = count_blocks(n_k_tokens, block_size)

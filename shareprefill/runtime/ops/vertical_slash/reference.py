@@ -13,6 +13,7 @@ def profile_last_rows(
     block_size: int,
     scale: float,
     heads: torch.Tensor | None,
+    softcap: float | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Both profiles head by head; arguments as in `vertical_slash_profile`."""
     dtype = torch.promote_types(query.dtype, torch.float32)
@@ -27,8 +28,12 @@ def profile_last_rows(
     columns = torch.arange(n_k_tokens, device=query.device)
     offsets = positions[:, None] - columns[None, :]
     for slot, head in enumerate(chosen):
+        if head < 0:
+            continue
         group = head // (n_heads // n_groups)
         logits = query[head, -n_rows:].to(dtype) @ key[group].to(dtype).T * scale
+        if softcap is not None:
+            logits = softcap * torch.tanh(logits / softcap)
         weights = torch.softmax(logits.masked_fill(offsets < 0, -torch.inf), -1) / n_rows
         for block in range(n_k):
             vertical[slot, block] = weights[:, columns // block_size == block].sum()

@@ -1,0 +1,147 @@
+"""Which implementation of an operator a call takes, and why."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from shareprefill.errors import ConfigError, UnsupportedError
+from shareprefill.runtime.ops.blocks import BlockLists
+from shareprefill.runtime.ops.inputs import require_triton
+
+ATTENTION = ("reference", "blockwise", "triton", "gluon", "fa4")
+
+# Faster than Triton's, by the first number of the compute capability: from how many keys on, and
+# which, the fastest first. From one run of benchmarks/bench_kernels.py on an H100
+# (docs/performance.md); a GPU without an entry was not measured and gets Triton's. Short calls end
+# before FlashAttention-4's host code has started the next one.
+_FASTER: dict[int, tuple[tuple[int, tuple[str, ...]], ...]] = {
+    9: ((16384, ("fa4", "gluon")), (0, ("gluon",))),
+}
+_NAMES = {
+    "fa4": "FlashAttention-4",
+    "gluon": "our Hopper kernel",
+    "triton": "our Triton kernel",
+}
+
+
+class Choice(NamedTuple):
+    """What `impl="auto"` means for an operator on a device.
+
+    Attributes:
+        operator: the operator's name.
+        implementation: the `impl` that "auto" stands for.
+        reason: why it and not another, in words.
+    """
+
+    operator: str
+    implementation: str
+    reason: str
+
+
+def select_attention(
+    impl: str,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    lists: BlockLists,
+) -> str:
+    """Resolve `impl` of block-sparse attention; an explicit request is served or refused.
+
+    Raises:
+        ConfigError: `impl` is unknown.
+        UnsupportedError: the requested implementation does not take the call.
+    """
+    if impl == "auto":
+        for name in _faster(query.device, key.shape[1]):
+            if _refusal(name, query, key, value, lists) is None:
+                return name
+        return "triton" if query.device.type == "cuda" else "blockwise"
+    if impl not in ATTENTION:
+        raise ConfigError(f"impl must be one of {', '.join(('auto', *ATTENTION))}, got {impl!r}")
+    if impl == "triton":
+        require_triton(query)
+    refusal = _refusal(impl, query, key, value, lists)
+    if refusal is not None:
+        raise UnsupportedError(f"impl={impl!r} {refusal}; or use impl='auto'")
+    return impl
+
+
+def _refusal(
+    name: str, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lists: BlockLists
+) -> str | None:
+    """Why an implementation does not take a call; the rest take whatever their door lets in."""
+    from shareprefill.runtime.ops.block_sparse_attention import fa4, gluon_hopper
+
+    supports = {"gluon": gluon_hopper.supports, "fa4": fa4.supports}.get(name)
+    return None if supports is None else supports(query, key, value, lists)
+
+
+def describe(device: torch.device | str) -> list[Choice]:
+    """What `impl="auto"` takes on a device, for bfloat16, a head_dim of 128 and blocks of 128.
+
+    Nothing is compiled or run for it, and no kernel is imported.
+    """
+    device = torch.device(device)
+    if device.type != "cuda":
+        reason = "one dense call for each query block; the other kernels need a GPU"
+        choices = [Choice("block_sparse_attention", "blockwise", reason)]
+        others = {
+            "pooled_attention": "blockwise",
+            "selection": "reference",
+            "vertical_slash_profile": "torch",
+        }
+        return choices + [
+            Choice(operator, name, "the version for this device")
+            for operator, name in others.items()
+        ]
+    choices = [*_describe_attention(device), _describe_pooled(device)]
+    return choices + [
+        Choice(operator, "triton", "the version for every GPU")
+        for operator in ("selection", "vertical_slash_profile")
+    ]
+
+
+def _describe_attention(device: torch.device) -> list[Choice]:
+    """One choice for each range of lengths that has one of its own."""
+    ranges = _FASTER.get(_generation(device), ((0, ()),))
+    choices: list[Choice] = []
+    for least, names in ranges:
+        refusals = [(name, _unavailable(name, device)) for name in names]
+        refusals.append(("triton", None))
+        chosen = next(place for place, (_, refusal) in enumerate(refusals) if refusal is None)
+        name = refusals[chosen][0]
+        why = f"{_NAMES[name]}, of those that run here the fastest on this GPU generation"
+        if not names:
+            why = f"{_NAMES[name]}; nothing was measured on this GPU generation"
+        where = f"from {least} keys on" if least else "for fewer keys" if len(ranges) > 1 else ""
+        missed = [f"{other} would be faster, but {refusal}" for other, refusal in refusals[:chosen]]
+        reason = "; ".join(filter(None, [why, where, *missed]))
+        choices.append(Choice("block_sparse_attention", name, reason))
+    return choices
+
+
+def _describe_pooled(device: torch.device) -> Choice:
+    missing = _unavailable("gluon", device)
+    if missing is None:
+        return Choice("pooled_attention", "gluon", "for maps with an output; triton for maps alone")
+    return Choice("pooled_attention", "triton", f"gluon, for maps with an output, {missing}")
+
+
+def _unavailable(name: str, device: torch.device) -> str | None:
+    from shareprefill.runtime.ops.block_sparse_attention import fa4, gluon_hopper
+
+    unavailable = {"gluon": gluon_hopper.unavailable, "fa4": fa4.unavailable}.get(name)
+    return None if unavailable is None else unavailable(device)
+
+
+def _faster(device: torch.device, n_keys: int) -> tuple[str, ...]:
+    if device.type != "cuda":
+        return ()
+    ranges = _FASTER.get(_generation(device), ())
+    return next((names for least, names in ranges if n_keys >= least), ())
+
+
+def _generation(device: torch.device) -> int:
+    return torch.cuda.get_device_capability(device)[0]

@@ -1,0 +1,165 @@
+"""Launches of the Triton kernels of the vertical and slash profile."""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+from typing import Any
+
+import torch
+import triton
+
+from shareprefill.runtime.ops.blocks import count_blocks
+from shareprefill.runtime.ops.tiles import (
+    Tiles,
+    check_tile_block_size,
+    device_capability,
+    map_tiles,
+    padded_dim,
+)
+from shareprefill.runtime.ops.vertical_slash.kernel import profiles_kernel, sums_kernel
+
+# Key blocks of one program: few enough to keep all processors busy, enough for a pipeline.
+LEAST_BLOCKS, MOST_BLOCKS = 4, 64
+PROGRAMS = 2048
+# Entries of the profiles of one program of the second launch, and splits that it reads at a time.
+PROFILE_BLOCKS, SPLITS = 16, 16
+PROFILE_OPTIONS: dict[str, Any] = {"num_warps": 4}
+
+
+def kernel_constants(
+    head_dim: int,
+    shared: int,
+    block_size: int,
+    tiles: Tiles,
+    dtype: torch.dtype,
+    *,
+    has_heads: bool,
+    has_softcap: bool = False,
+) -> dict[str, Any]:
+    """Compile-time arguments of `sums_kernel`."""
+    block_m = min(tiles.block_m, block_size)
+    return {
+        "SHARED": shared,
+        "HEAD_DIM": head_dim,
+        "BLOCK_D": padded_dim(head_dim),
+        "BLOCK_SIZE": block_size,
+        "BLOCK_M": block_m,
+        "BLOCK_N": min(tiles.block_n, block_size),
+        "PARTS": block_size // block_m,
+        "HAS_HEADS": has_heads,
+        "HAS_SOFTCAP": has_softcap,
+        "PRECISION": "ieee" if dtype == torch.float32 else "tf32",
+    }
+
+
+def profile_constants(constants: dict[str, Any]) -> dict[str, Any]:
+    """Compile-time arguments of `profiles_kernel`, from those of `sums_kernel`."""
+    names = ("BLOCK_SIZE", "BLOCK_M", "PARTS", "HAS_HEADS")
+    return {name: constants[name] for name in names} | {
+        "BLOCK_J": PROFILE_BLOCKS,
+        "BLOCK_S": SPLITS,
+    }
+
+
+def profile_tiles(
+    head_dim: int, block_size: int, dtype: torch.dtype, capability: tuple[int, int]
+) -> Tiles:
+    """Tiles of `sums_kernel`."""
+    return map_tiles(padded_dim(head_dim), dtype, capability).within(block_size)
+
+
+@lru_cache(maxsize=256)
+def _settings(
+    capability: tuple[int, int],
+    head_dim: int,
+    shared: int,
+    block_size: int,
+    dtype: torch.dtype,
+    has_heads: bool,
+    has_softcap: bool,
+) -> tuple[Tiles, dict[str, Any], dict[str, Any]]:
+    """Tiles and compile-time arguments of both kernels, made once for all layers."""
+    tiles = profile_tiles(head_dim, block_size, dtype, capability)
+    constants = kernel_constants(
+        head_dim,
+        shared,
+        block_size,
+        tiles,
+        dtype,
+        has_heads=has_heads,
+        has_softcap=has_softcap,
+    )
+    return tiles, constants, profile_constants(constants)
+
+
+def profile_last_rows(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    block_size: int,
+    scale: float,
+    heads: torch.Tensor | None,
+    softcap: float | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both profiles in two launches; arguments as in `vertical_slash_profile`.
+
+    Raises:
+        UnsupportedError: the block size is not a power of two of at least 16, or the head dim is
+            above 256.
+    """
+    check_tile_block_size(block_size)
+    n_heads, n_q_tokens, head_dim = query.shape
+    n_groups, n_k_tokens, _ = key.shape
+    n_slots = n_heads if heads is None else len(heads)
+    n_k = count_blocks(n_k_tokens, block_size)
+    vertical = query.new_empty((n_slots, n_k), dtype=torch.float32)
+    slash = query.new_empty((n_slots, n_k + 1), dtype=torch.float32)
+    if n_slots == 0:
+        return vertical, slash
+    tiles, constants, means = _settings(
+        device_capability(query.device),
+        head_dim,
+        n_heads // n_groups,
+        block_size,
+        query.dtype,
+        heads is not None,
+        softcap is not None,
+    )
+    block_m, places = constants["BLOCK_M"], n_slots * constants["PARTS"]
+    split_blocks = max(LEAST_BLOCKS, min(MOST_BLOCKS, places * n_k // PROGRAMS))
+    n_splits = triton.cdiv(n_k, split_blocks)
+    sums = query.new_empty(places * n_k * 4 * block_m, dtype=torch.float32)
+    peaks = query.new_empty(places * n_splits * 2 * block_m, dtype=torch.float32)
+    # Without a choice of heads the kernels do not touch it.
+    chosen = vertical if heads is None else heads.contiguous()
+    log2e = 1.0 / math.log(2.0)
+    sizes = (n_splits, split_blocks, n_q_tokens, n_k_tokens, n_k)
+    with torch.cuda.device_of(query):
+        sums_kernel[(places * n_splits,)](
+            query,
+            key,
+            sums,
+            peaks,
+            chosen,
+            query.stride(0),
+            query.stride(1),
+            key.stride(0),
+            key.stride(1),
+            n_slots,
+            *sizes,
+            scale * log2e if softcap is None else 2.0 * log2e * scale / softcap,
+            0.0 if softcap is None else softcap * log2e,
+            **constants,
+            **tiles.launch_options(),
+        )
+        profiles_kernel[(triton.cdiv(n_k + 1, PROFILE_BLOCKS), n_slots)](
+            sums,
+            peaks,
+            vertical,
+            slash,
+            chosen,
+            *sizes,
+            **means,
+            **PROFILE_OPTIONS,
+        )
+    return vertical, slash

@@ -1,0 +1,92 @@
+"""Which implementation a call takes, with GPUs that the tests make up."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import cast
+
+import pytest
+import torch
+
+from shareprefill.errors import UnsupportedError
+from shareprefill.runtime.ops import implementations
+from shareprefill.runtime.ops.block_sparse_attention import block_sparse_attention
+from shareprefill.runtime.ops.blocks import BlockLists, causal_blocks
+from shareprefill.runtime.ops.implementations import describe, select_attention
+
+CUDA = torch.device("cuda")
+
+
+def on_a_gpu(n_keys: int) -> torch.Tensor:
+    """What the choice looks at of a tensor on a GPU."""
+    return cast("torch.Tensor", SimpleNamespace(device=CUDA, shape=(2, n_keys, 64)))
+
+
+def use(monkeypatch: pytest.MonkeyPatch, generation: int, refusals: dict[str, str | None]) -> None:
+    """A GPU of a generation, and what implementations say of it and of every call."""
+    monkeypatch.setattr(implementations, "_generation", lambda _: generation)
+    for name in ("_refusal", "_unavailable"):
+        monkeypatch.setattr(implementations, name, lambda impl, *_: refusals.get(impl))
+
+
+def choose(n_keys: int) -> str:
+    tensor = on_a_gpu(n_keys)
+    return select_attention("auto", tensor, tensor, tensor, cast("BlockLists", None))
+
+
+def test_the_fastest_that_takes_a_call_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    least, names = implementations._FASTER[9][0]
+    use(monkeypatch, 9, {"gluon": None, "fa4": None})
+    assert choose(least) == names[0]
+    assert choose(least - 1) == implementations._FASTER[9][1][1][0]
+    use(monkeypatch, 9, {"gluon": None, "fa4": None} | {names[0]: "not here"})
+    assert choose(least) == names[1]
+    use(monkeypatch, 9, {"gluon": "not here", "fa4": "nor here"})
+    assert choose(least) == "triton"
+    use(monkeypatch, 8, {"gluon": None, "fa4": None})
+    assert choose(least) == "triton"
+
+
+def test_explicit_requests_are_refused_with_the_reason() -> None:
+    tensor = torch.randn(2, 40, 64)
+    bitmap = causal_blocks(40, 0, 16)[None]
+    lists = BlockLists.from_bitmap(bitmap, torch.zeros(2), 16)
+    with pytest.raises(UnsupportedError, match="impl='gluon' needs a Hopper GPU"):
+        block_sparse_attention(tensor, tensor, tensor, lists, impl="gluon")
+
+
+def test_a_cpu_is_described_without_a_gpu() -> None:
+    found = {choice.operator: choice for choice in describe("cpu")}
+    assert found["block_sparse_attention"].implementation == "blockwise"
+    assert found["pooled_attention"].implementation == "blockwise"
+    assert found["selection"].implementation == "reference"
+    assert all(choice.reason for choice in found.values())
+
+
+def test_a_description_names_what_is_missed(monkeypatch: pytest.MonkeyPatch) -> None:
+    use(monkeypatch, 9, {"gluon": None, "fa4": "needs flash-attn-4"})
+    found = [c for c in describe("cuda") if c.operator == "block_sparse_attention"]
+    assert [choice.implementation for choice in found] == ["gluon", "gluon"]
+    least = implementations._FASTER[9][0][0]
+    assert f"from {least} keys on; fa4 would be faster, but needs flash" in found[0].reason
+    assert found[1].reason.endswith("for fewer keys")
+    pooled = next(c for c in describe("cuda") if c.operator == "pooled_attention")
+    assert pooled.implementation == "gluon"
+    use(monkeypatch, 8, {"gluon": "needs a Hopper GPU"})
+    found = [c for c in describe("cuda") if c.operator == "block_sparse_attention"]
+    assert [choice.implementation for choice in found] == ["triton"]
+    assert "nothing was measured" in found[0].reason
+    pooled = next(c for c in describe("cuda") if c.operator == "pooled_attention")
+    assert pooled == ("pooled_attention", "triton", pooled.reason)
+    assert "needs a Hopper GPU" in pooled.reason
+
+
+@pytest.mark.gpu
+def test_the_description_is_what_happens() -> None:
+    found = [c for c in describe("cuda") if c.operator == "block_sparse_attention"]
+    for choice, n_keys in zip(found, (2**20, 1) if len(found) > 1 else (1,), strict=True):
+        key = torch.empty((1, n_keys, 128), dtype=torch.bfloat16, device="cuda")
+        one = torch.zeros(2, dtype=torch.int32, device="cuda")
+        lists = BlockLists(one, one[:1], one[:1], 1, 1, 128)
+        chosen = select_attention("auto", key[:, -1:], key, key, lists)
+        assert chosen == choice.implementation
