@@ -108,7 +108,7 @@ def _describe_attention(device: torch.device) -> list[Choice]:
     ranges = _FASTER.get(_generation(device), ((0, ()),))
     choices: list[Choice] = []
     for least, names in ranges:
-        refusals = [(name, _unavailable(name, device)) for name in names]
+        refusals = [(name, unavailable(name, device)) for name in names]
         refusals.append(("triton", None))
         chosen = next(place for place, (_, refusal) in enumerate(refusals) if refusal is None)
         name = refusals[chosen][0]
@@ -123,17 +123,18 @@ def _describe_attention(device: torch.device) -> list[Choice]:
 
 
 def _describe_pooled(device: torch.device) -> Choice:
-    missing = _unavailable("gluon", device)
+    missing = unavailable("gluon", device)
     if missing is None:
         return Choice("pooled_attention", "gluon", "for maps with an output; triton for maps alone")
     return Choice("pooled_attention", "triton", f"gluon, for maps with an output, {missing}")
 
 
-def _unavailable(name: str, device: torch.device) -> str | None:
+def unavailable(name: str, device: torch.device) -> str | None:
+    """Why an implementation of block-sparse attention cannot run on a device; None if it can."""
     from shareprefill.runtime.ops.block_sparse_attention import fa4, gluon_hopper
 
-    unavailable = {"gluon": gluon_hopper.unavailable, "fa4": fa4.unavailable}.get(name)
-    return None if unavailable is None else unavailable(device)
+    reason = {"gluon": gluon_hopper.unavailable, "fa4": fa4.unavailable}.get(name)
+    return None if reason is None else reason(device)
 
 
 def _faster(device: torch.device, n_keys: int) -> tuple[str, ...]:

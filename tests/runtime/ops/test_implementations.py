@@ -25,7 +25,7 @@ def on_a_gpu(n_keys: int) -> torch.Tensor:
 def use(monkeypatch: pytest.MonkeyPatch, generation: int, refusals: dict[str, str | None]) -> None:
     """A GPU of a generation, and what implementations say of it and of every call."""
     monkeypatch.setattr(implementations, "_generation", lambda _: generation)
-    for name in ("_refusal", "_unavailable"):
+    for name in ("_refusal", "unavailable"):
         monkeypatch.setattr(implementations, name, lambda impl, *_: refusals.get(impl))
 
 

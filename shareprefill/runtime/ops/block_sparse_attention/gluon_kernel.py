@@ -1,0 +1,355 @@
+"""The Hopper kernel of block-sparse attention: TMA, wgmma and warp specialisation in Gluon.
+
+Measured on Triton 3.6; it compiles on 3.7 and 3.9, too. Within a warpgroup the next block's logits
+are issued before the last block's product, and the softmax runs beside the product: the schedule of
+FlashAttention-3 (arXiv 2407.08608, section 3.2), which here runs on from tile to tile.
+"""
+
+# Gluon is typed by its compiler, which knows constexpr, program-wide scalars and tiles.
+# pyright: reportGeneralTypeIssues=false, reportOperatorIssue=false, reportArgumentType=false
+# pyright: reportAssignmentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
+# pyright: reportIndexIssue=false, reportOptionalMemberAccess=false
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from shareprefill.runtime.ops.block_sparse_attention.gluon_work import (
+    QUERIES,
+    ROUNDS,
+    produce,
+    read_work,
+    schedule,
+)
+
+LOG2E = gl.constexpr(1.4426950408889634)
+LN2 = gl.constexpr(0.6931471805599453)
+
+
+@gluon.jit
+def _wait_tile(ready, i_step):
+    STAGES: gl.constexpr = ready.shape[0]
+    mbarrier.wait(ready.index(i_step % STAGES), (i_step // STAGES) & 1)
+
+
+@gluon.jit
+def _free_tile(free, i_step):
+    mbarrier.arrive(free.index(i_step % free.shape[0]), count=1)
+
+
+@gluon.jit
+def _issue_logits(q_tiles, i_tile, k_tiles, i_step, layout: gl.constexpr):
+    """Start the product of a half tile of queries and a block of keys."""
+    ROWS: gl.constexpr = q_tiles.shape[2]
+    BLOCK: gl.constexpr = k_tiles.shape[2]
+    BLOCK_D: gl.constexpr = k_tiles.shape[3]
+    b_q = q_tiles.index(i_tile).reshape([ROWS, BLOCK_D])
+    b_k = k_tiles.index(i_step % k_tiles.shape[0]).reshape([BLOCK, BLOCK_D])
+    b_zero = gl.zeros([ROWS, BLOCK], gl.float32, layout)
+    return warpgroup_mma(b_q, b_k.permute((1, 0)), b_zero, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def _issue_values(b_weights, v_tiles, i_step, b_acc):
+    """Start the product of weights and a block of values.
+
+    Weights stay float32 until here: halves that a loop carries are unpacked and packed again.
+    """
+    BLOCK: gl.constexpr = v_tiles.shape[2]
+    BLOCK_D: gl.constexpr = v_tiles.shape[3]
+    layout: gl.constexpr = gl.DotOperandLayout(0, b_acc.type.layout, 2)
+    b_p = gl.convert_layout(b_weights.to(v_tiles.dtype), layout)
+    b_v = v_tiles.index(i_step % v_tiles.shape[0]).reshape([BLOCK, BLOCK_D])
+    return warpgroup_mma(b_p, b_v, b_acc, is_async=True)
+
+
+@gluon.jit
+def _hide(b_logits, i_position, i_key):
+    """-inf where a key stands past its row."""
+    layout: gl.constexpr = b_logits.type.layout
+    o_row = gl.arange(0, b_logits.shape[0], layout=gl.SliceLayout(1, layout))
+    o_key = gl.arange(0, b_logits.shape[1], layout=gl.SliceLayout(0, layout))
+    b_seen = o_key[None, :] <= (o_row + (i_position - i_key))[:, None]
+    return gl.where(b_seen, b_logits, float("-inf"))
+
+
+@gluon.jit
+def _cap(b_logits, scales, HAS_SOFTCAP: gl.constexpr):
+    """Soft-capped logits in units of log2, as `kernels.cap_logits`; others as they are."""
+    if HAS_SOFTCAP:
+        scale_log2, softcap_log2 = scales
+        b_logits = softcap_log2 * (1.0 - 2.0 / (gl.exp2(b_logits * scale_log2) + 1.0))
+    return b_logits
+
+
+@gluon.jit
+def _softmax(b_logits, b_max, scales, HAS_SOFTCAP: gl.constexpr):
+    """Weights relative to the new maximum, that maximum, the sums, and the old sums' factor.
+
+    Maxima are in the logits' unit, which is log2 after a soft-cap and not scaled otherwise.
+    """
+    factor = 1.0 if HAS_SOFTCAP else scales[0]
+    b_new = gl.maximum(b_max, gl.max(b_logits, 1))
+    # A row that has seen no key keeps a finite pivot: -inf - -inf would be NaN.
+    b_pivot = gl.where(b_new == float("-inf"), 0.0, b_new * factor)
+    b_weights = gl.exp2(b_logits * factor - b_pivot[:, None])
+    b_rescale = gl.exp2(b_max * factor - b_pivot)
+    return b_weights, b_new, gl.sum(b_weights, 1), b_rescale
+
+
+@gluon.jit
+def _store(
+    output,
+    b_acc,
+    b_max,
+    b_sum,
+    scales,
+    i_head,
+    i_row,
+    DTYPE: gl.constexpr,
+    HEAD_DIM: gl.constexpr,
+    HAS_LSE: gl.constexpr,
+    HAS_SOFTCAP: gl.constexpr,
+    HAS_SINKS: gl.constexpr,
+):
+    """Normalise and write rows of one head."""
+    p_out, p_lse, p_sinks, stride_oh, stride_on, n_q_tokens = output
+    ROWS: gl.constexpr = b_acc.shape[0]
+    BLOCK_D: gl.constexpr = b_acc.shape[1]
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BLOCK_D, BLOCK_D // 8], [4, 1], [1, 0])
+    o_m = i_row + gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
+    o_d = gl.arange(0, BLOCK_D, layout=gl.SliceLayout(0, layout))
+    b_top = b_max * (1.0 if HAS_SOFTCAP else scales[0])
+    b_factor = gl.where(b_sum == 0.0, 1.0, 1.0 / b_sum)
+    if HAS_SINKS:
+        # One more key without a value. It may be far above all logits, so it can be the pivot.
+        sink = gl.load(p_sinks + i_head) * LOG2E
+        b_old = b_top
+        b_top = gl.maximum(b_old, sink)
+        b_factor = gl.exp2(b_old - b_top)
+        b_sum = b_sum * b_factor + gl.exp2(sink - b_top)
+        b_factor = b_factor / b_sum
+    b_factor = gl.convert_layout(b_factor, gl.SliceLayout(1, b_acc.type.layout))
+    b_out = gl.convert_layout((b_acc * b_factor[:, None]).to(DTYPE), layout)
+    m_out = (o_m < n_q_tokens)[:, None]
+    if HEAD_DIM != BLOCK_D:
+        m_out = m_out & (o_d < HEAD_DIM)[None, :]
+    p_rows = p_out + i_head.to(gl.int64) * stride_oh + o_m.to(gl.int64) * stride_on
+    gl.store(p_rows[:, None] + o_d[None, :], b_out, mask=m_out)
+    if HAS_LSE:
+        # Where no key is seen the maximum and the sum's logarithm are -inf.
+        o_row = i_row + gl.arange(0, ROWS, layout=b_sum.type.layout)
+        p_row = p_lse + i_head.to(gl.int64) * n_q_tokens
+        gl.store(p_row + o_row, (b_top + gl.log2(b_sum)) * LN2, mask=o_row < n_q_tokens)
+
+
+@gluon.jit
+def _consume(
+    HALF: gl.constexpr,
+    rings,
+    output,
+    n_k_tokens,
+    scales,
+    HEAD_DIM: gl.constexpr,
+    BLOCK_D: gl.constexpr,
+    BLOCK: gl.constexpr,
+    HAS_LSE: gl.constexpr,
+    HAS_SOFTCAP: gl.constexpr,
+    HAS_SINKS: gl.constexpr,
+):
+    """One warpgroup: half of the query rows of each tile against the keys that arrive.
+
+    What ptxas (CUDA 12.8) asks for: a wait on a barrier between a softmax and the wait for the
+    product that runs meanwhile, or it moves the latter up; one loop for masked and unmasked blocks,
+    as with two it used operands of the first where that had not run; sums rescaled while no product
+    is under way, or it serialises them.
+    """
+    queue, q_ring, k_ring, v_ring = rings
+    q_tiles, q_ready, q_free = q_ring
+    k_tiles, k_ready, k_free = k_ring
+    v_tiles, v_ready, v_free = v_ring
+    ROWS: gl.constexpr = BLOCK // 2
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, 16])
+    o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
+    row_layout: gl.constexpr = gl.SliceLayout(1, s_layout)
+    b_unseen = gl.full([ROWS], float("-inf"), gl.float32, row_layout)
+    i_offset = HALF * ROWS + n_k_tokens - output[5]
+
+    i_step = 0
+    i_round = 0
+    i_head, i_tile, _start, n_listed, i_last, i_second = read_work(queue, i_round)
+    b_weights = gl.zeros([ROWS, BLOCK], gl.float32, s_layout)
+    b_max = b_unseen
+    b_sum = gl.zeros([ROWS], gl.float32, row_layout)
+    if i_head >= 0:
+        _wait_tile(q_ready, i_round)
+        _wait_tile(k_ready, i_step)
+        b_logits = _issue_logits(q_tiles, HALF, k_tiles, i_step, s_layout)
+        b_logits = warpgroup_mma_wait(0, deps=[b_logits])
+        _free_tile(k_free, i_step)
+        b_logits = _cap(b_logits, scales, HAS_SOFTCAP)
+        b_logits = _hide(b_logits, i_tile * BLOCK + i_offset, i_last * BLOCK)
+        b_weights, b_max, b_sum, b_rescale = _softmax(b_logits, b_unseen, scales, HAS_SOFTCAP)
+    while i_head >= 0:
+        # The weights of the tile's last block are there.
+        i_position = i_tile * BLOCK + i_offset
+        i_query = (i_round % QUERIES) * 2 + HALF
+        b_acc = gl.zeros([ROWS, BLOCK_D], gl.float32, o_layout)
+        i_end = i_step + n_listed
+        # Of the others only the next can hold keys past a row.
+        i_diagonal = (i_tile * BLOCK + n_k_tokens - output[5] + 1) // BLOCK
+        i_masked = gl.where(i_second >= i_diagonal, i_step + 1, -1)
+        if n_listed > 1:
+            _wait_tile(k_ready, i_step + 1)
+        for i_k in range(i_step + 1, i_end):
+            b_logits = _issue_logits(q_tiles, i_query, k_tiles, i_k, s_layout)
+            _wait_tile(v_ready, i_k - 1)
+            b_acc = _issue_values(b_weights, v_tiles, i_k - 1, b_acc)
+            b_logits = warpgroup_mma_wait(1, deps=[b_logits])
+            _free_tile(k_free, i_k)
+            b_logits = _cap(b_logits, scales, HAS_SOFTCAP)
+            if i_k == i_masked:
+                b_logits = _hide(b_logits, i_position, i_second * BLOCK)
+            b_weights, b_max, b_mass, b_rescale = _softmax(b_logits, b_max, scales, HAS_SOFTCAP)
+            b_sum = b_sum * b_rescale + b_mass
+            if i_k + 1 < i_end:
+                _wait_tile(k_ready, i_k + 1)
+            b_acc, b_weights = warpgroup_mma_wait(0, deps=[b_acc, b_weights])
+            _free_tile(v_free, i_k - 1)
+            b_acc *= gl.convert_layout(b_rescale, gl.SliceLayout(1, o_layout))[:, None]
+        _free_tile(q_free, i_round)
+
+        # The tile's last product, beside which the next tile begins.
+        i_round += 1
+        i_step = i_end
+        n_head, n_tile, _start, n_listed, i_last, i_second = read_work(queue, i_round)
+        b_old_max = b_max
+        b_old_sum = b_sum
+        if n_head >= 0:
+            _wait_tile(q_ready, i_round)
+            _wait_tile(k_ready, i_step)
+            i_other = (i_round % QUERIES) * 2 + HALF
+            b_logits = _issue_logits(q_tiles, i_other, k_tiles, i_step, s_layout)
+            _wait_tile(v_ready, i_step - 1)
+            b_acc = _issue_values(b_weights, v_tiles, i_step - 1, b_acc)
+            b_logits = warpgroup_mma_wait(1, deps=[b_logits])
+            _free_tile(k_free, i_step)
+            b_logits = _cap(b_logits, scales, HAS_SOFTCAP)
+            b_logits = _hide(b_logits, n_tile * BLOCK + i_offset, i_last * BLOCK)
+            b_weights, b_max, b_sum, b_rescale = _softmax(b_logits, b_unseen, scales, HAS_SOFTCAP)
+            _wait_tile(v_ready, i_step - 1)
+            b_acc, b_weights = warpgroup_mma_wait(0, deps=[b_acc, b_weights])
+        else:
+            _wait_tile(v_ready, i_step - 1)
+            b_acc = _issue_values(b_weights, v_tiles, i_step - 1, b_acc)
+            b_acc = warpgroup_mma_wait(0, deps=[b_acc])
+        _free_tile(v_free, i_step - 1)
+        _store(
+            output,
+            b_acc,
+            b_old_max,
+            b_old_sum,
+            scales,
+            i_head,
+            i_tile * BLOCK + HALF * ROWS,
+            k_tiles.dtype,
+            HEAD_DIM,
+            HAS_LSE,
+            HAS_SOFTCAP,
+            HAS_SINKS,
+        )
+        i_head = n_head
+        i_tile = n_tile
+
+
+@gluon.jit
+def _barriers(N: gl.constexpr, COUNT: gl.constexpr):
+    bars = gl.allocate_shared_memory(gl.int64, [N, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(N):
+        mbarrier.init(bars.index(i), count=COUNT)
+    return bars
+
+
+SIZES = ["n_heads", "n_shared", "n_at_once", "n_q", "n_q_tokens", "n_k_tokens"]
+SCALAR_POINTERS = ["p_lse", "p_sinks", "p_offsets", "p_indices", "p_pattern", "p_next"]
+
+
+@gluon.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=SCALAR_POINTERS)
+def block_sparse_hopper_kernel(
+    q_desc,
+    k_desc,
+    v_desc,
+    p_out,
+    p_lse,
+    p_sinks,
+    p_offsets,
+    p_indices,
+    p_pattern,
+    p_next,
+    stride_oh,
+    stride_on,
+    n_heads,
+    n_shared,
+    n_at_once,
+    n_q,
+    n_q_tokens,
+    n_k_tokens,
+    scale_log2,
+    softcap_log2,
+    HEAD_DIM: gl.constexpr,
+    BLOCK_D: gl.constexpr,
+    BLOCK: gl.constexpr,
+    STAGES: gl.constexpr,
+    HAS_LSE: gl.constexpr,
+    HAS_SOFTCAP: gl.constexpr,
+    HAS_SINKS: gl.constexpr,
+):
+    """A persistent program: tiles of `BLOCK` query rows of one head, drawn from `p_next`.
+
+    `p_next` is an int32 that is zero before the launch and after it.
+    """
+    DTYPE: gl.constexpr = k_desc.dtype
+    HALF: gl.constexpr = BLOCK // 2
+    q_tiles = gl.allocate_shared_memory(DTYPE, [QUERIES * 2, 1, HALF, BLOCK_D], q_desc.layout)
+    k_tiles = gl.allocate_shared_memory(DTYPE, [STAGES, 1, BLOCK, BLOCK_D], k_desc.layout)
+    v_tiles = gl.allocate_shared_memory(DTYPE, [STAGES, 1, BLOCK, BLOCK_D], v_desc.layout)
+    line: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[0])
+    items = gl.allocate_shared_memory(gl.int32, [ROUNDS, 32], line)
+    # Places are freed by both warpgroups, work items by the loading warp too.
+    queue = (items, _barriers(ROUNDS, 1), _barriers(ROUNDS, 3))
+    q_ring = (q_tiles, _barriers(QUERIES, 1), _barriers(QUERIES, 2))
+    k_ring = (k_tiles, _barriers(STAGES, 1), _barriers(STAGES, 2))
+    v_ring = (v_tiles, _barriers(STAGES, 1), _barriers(STAGES, 2))
+    fence_async_shared()
+
+    rings = (queue, q_ring, k_ring, v_ring)
+    output = (p_out, p_lse, p_sinks, stride_oh, stride_on, n_q_tokens)
+    scales = (scale_log2, softcap_log2)
+    # fmt: off
+    gl.warp_specialize(
+        [
+            (_consume, (
+                0, rings, output, n_k_tokens, scales, HEAD_DIM, BLOCK_D, BLOCK, HAS_LSE,
+                HAS_SOFTCAP, HAS_SINKS,
+            )),
+            (_consume, (
+                1, rings, output, n_k_tokens, scales, HEAD_DIM, BLOCK_D, BLOCK, HAS_LSE,
+                HAS_SOFTCAP, HAS_SINKS,
+            )),
+            (produce, (rings, q_desc, k_desc, v_desc, p_indices, n_shared, BLOCK, STAGES)),
+            (schedule, (
+                queue, output, p_next, p_offsets, p_indices, p_pattern, n_heads, n_at_once, n_q,
+                n_k_tokens, HEAD_DIM, BLOCK_D, BLOCK, HAS_LSE, HAS_SINKS,
+            )),
+        ],
+        [4, 1, 1],
+        [240, 24, 24],
+    )
+    # fmt: on

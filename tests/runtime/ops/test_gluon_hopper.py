@@ -1,0 +1,284 @@
+"""The Hopper kernel: it compiles without a GPU, refuses with a reason, and matches float64."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from shareprefill.runtime.ops.block_sparse_attention import gluon_hopper, reference
+from shareprefill.runtime.ops.blocks import BlockLists, causal_blocks, count_blocks
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+REFUSAL = gluon_hopper.unavailable(torch.device(DEVICE))
+needs_hopper = pytest.mark.skipif(REFUSAL is not None, reason=f"the Hopper kernel {REFUSAL}")
+# Relative to float64; about what rounding the weights and the output costs.
+TOLERANCE = {torch.bfloat16: 3e-3, torch.float16: 4e-4}
+SHARED_LIMIT = 232_448
+
+# Kernels decorated under the interpreter cannot be compiled: a fresh process does it.
+COMPILE = """
+import json, sys
+from triton.backends.compiler import GPUTarget
+from triton.compiler import compile
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon._runtime import GluonASTSource
+from shareprefill.runtime.ops.block_sparse_attention import gluon_hopper
+from shareprefill.runtime.ops.block_sparse_attention.gluon_kernel import block_sparse_hopper_kernel
+
+built = {}
+for dim, dtype in ((128, "bf16"), (64, "fp16")):
+    constants = gluon_hopper.kernel_constants(dim, has_lse=True)
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=3)
+    tile = f"tensordesc<{dtype}[1, %d, {constants['BLOCK_D']}],{layout!r}>"
+    types = {
+        "q_desc": tile % 64, "k_desc": tile % 128, "v_desc": tile % 128, "p_out": "*" + dtype,
+        "p_lse": "*fp32", "p_sinks": "*" + dtype, "p_offsets": "*i32", "p_indices": "*i32",
+        "p_pattern": "*i32", "p_next": "*i32", "scale_log2": "fp32", "softcap_log2": "fp32",
+    }
+    names = block_sparse_hopper_kernel.arg_names
+    signature = {name: "constexpr" if name in constants else types.get(name, "i32")
+                 for name in names}
+    # As at run time: rows of the output are multiples of 16 bytes.
+    attrs = {(place,): [["tt.divisibility", 16]] for place, name in enumerate(names)
+             if name in ("p_out", "stride_oh", "stride_on")}
+    kernel = compile(
+        GluonASTSource(block_sparse_hopper_kernel, signature, constants, attrs),
+        target=GPUTarget("cuda", 90, 32),
+        options=gluon_hopper.launch_options(),
+    )
+    built[f"{dtype} {dim}"] = {"shared": kernel.metadata.shared, "ptx": kernel.asm["ptx"]}
+print(json.dumps(built))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("triton") is None, reason="needs the triton package")
+def test_compiles_for_hopper_without_a_gpu(tmp_path: Path) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    # A cached kernel would print no report.
+    environment |= {"TRITON_DUMP_PTXAS_LOG": "1", "TRITON_CACHE_DIR": str(tmp_path)}
+    run = subprocess.run(
+        [sys.executable, "-c", COMPILE],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    for kind, built in json.loads(run.stdout.splitlines()[-1]).items():
+        assert built["shared"] <= SHARED_LIMIT, kind
+        for instruction in ("wgmma.mma_async", "cp.async.bulk.tensor", "setmaxnreg"):
+            assert instruction in built["ptx"], kind
+    reports = run.stdout + run.stderr
+    assert reports.count("spill stores") == 2
+    # ptxas says so where it lets no two products be under way at one time.
+    assert "serialized" not in reports
+
+
+class TestRefusals:
+    @pytest.fixture(autouse=True)
+    def on_hopper(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(gluon_hopper, "unavailable", lambda device: None)
+
+    @staticmethod
+    def refusal(
+        dim: int = 128, dtype: torch.dtype = torch.float16, block_size: int = 128
+    ) -> str | None:
+        query, key = torch.zeros(4, 300, dim, dtype=dtype), torch.zeros(2, 300, dim, dtype=dtype)
+        n_blocks = count_blocks(300, block_size)
+        bitmap = torch.ones(1, n_blocks, n_blocks, dtype=torch.bool)
+        lists = BlockLists.from_bitmap(bitmap, torch.zeros(4), block_size)
+        return gluon_hopper.supports(query, key, key, lists)
+
+    def test_takes_what_it_is_made_for(self) -> None:
+        for dim in (64, 96, 128):
+            assert self.refusal(dim) is None
+
+    def test_names_what_does_not_fit(self) -> None:
+        assert "float32" in (self.refusal(dtype=torch.float32) or "")
+        assert "head_dim of 64, 96 or 128, got 80" in (self.refusal(80) or "")
+        assert "block_size of 128 tokens, got 64" in (self.refusal(block_size=64) or "")
+
+    def test_names_rows_that_the_copy_engine_cannot_read(self) -> None:
+        lists = BlockLists.from_bitmap(torch.ones(1, 1, 1, dtype=torch.bool), torch.zeros(2), 128)
+        query = torch.zeros(2, 100, 128, dtype=torch.float16)
+        key = torch.zeros(2, 100, 132, dtype=torch.float16)[:, :, :128]
+        assert "takes key in rows" in (gluon_hopper.supports(query, key, query, lists) or "")
+        shifted = torch.zeros(2 * 100 * 128 + 4, dtype=torch.float16)[4:].view(2, 100, 128)
+        assert "takes value in rows" in (gluon_hopper.supports(query, query, shifted, lists) or "")
+        # Strides of a dim of one element do not matter.
+        one = torch.zeros(1, 128, dtype=torch.float16).as_strided((1, 1, 128), (3, 5, 1))
+        assert gluon_hopper.supports(one, one, one, lists) is None
+
+
+def test_a_cpu_is_refused() -> None:
+    assert "needs a Hopper GPU" in (gluon_hopper.unavailable(torch.device("cpu")) or "")
+
+
+def random_inputs(
+    heads: int, groups: int, n_q: int, n_k: int, dim: int, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    shapes = ((heads, n_q, dim), (groups, n_k, dim), (groups, n_k, dim))
+    query, key, value = (torch.randn(shape, device=DEVICE, dtype=dtype) for shape in shapes)
+    return query, key, value
+
+
+def random_lists(heads: int, n_q: int, n_k: int, density: float, patterns: int) -> BlockLists:
+    """Lists with blocks past the diagonal, empty rows, shared patterns and left-out heads."""
+    bitmap = torch.rand(patterns, count_blocks(n_q, 128), count_blocks(n_k, 128)) < density
+    pattern = torch.randint(-1, patterns, (heads,))
+    pattern[0] = 0
+    return BlockLists.from_bitmap(bitmap.to(DEVICE), pattern.to(DEVICE), 128)
+
+
+def check(
+    inputs: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    lists: BlockLists,
+    *,
+    out: torch.Tensor | None = None,
+    with_lse: bool = True,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Compare a call on poisoned outputs with float64, and return the output."""
+    query, key, value = inputs
+    assert gluon_hopper.supports(query, key, value, lists) is None
+    scale = query.shape[2] ** -0.5
+    out = torch.empty_like(query) if out is None else out
+    lse = torch.empty(query.shape[:2], device=DEVICE) if with_lse else None
+    exact = torch.full(query.shape, torch.nan, dtype=torch.float64, device=DEVICE)
+    exact_lse = torch.full(query.shape[:2], torch.nan, device=DEVICE)
+    out.fill_(torch.nan)
+    if lse is not None:
+        lse.fill_(torch.nan)
+    gluon_hopper.attend(query, key, value, lists, scale, out, lse, softcap, sinks)
+    doubles = (tensor.double() for tensor in inputs)
+    reference.attend(*doubles, lists, scale, exact, exact_lse, softcap, sinks)
+    computed = lists.pattern >= 0
+    assert out[~computed].isnan().all()
+    got, want = out[computed].double(), exact[computed]
+    assert (got - want).norm() <= TOLERANCE[out.dtype] * want.norm()
+    assert not got.isnan().any()
+    if lse is not None:
+        assert lse[~computed].isnan().all()
+        torch.testing.assert_close(lse[computed], exact_lse[computed], rtol=1e-5, atol=1e-5)
+    return out
+
+
+@needs_hopper
+@pytest.mark.gpu
+class TestOnHopper:
+    @pytest.mark.parametrize(
+        ("heads", "groups", "n_q", "n_k", "dim", "dtype"),
+        [
+            (8, 2, 1, 1, 128, torch.bfloat16),
+            (8, 2, 63, 63, 128, torch.bfloat16),
+            (8, 8, 129, 700, 128, torch.bfloat16),
+            (6, 2, 1111, 1300, 128, torch.bfloat16),
+            (32, 8, 2000, 5000, 128, torch.bfloat16),
+            (5, 1, 128, 128, 64, torch.float16),
+            (6, 3, 777, 1001, 64, torch.float16),
+            (4, 2, 300, 4321, 96, torch.bfloat16),
+        ],
+    )
+    @pytest.mark.parametrize("density", [0.0, 0.1, 0.6, 1.0])
+    def test_matches_float64(
+        self, heads: int, groups: int, n_q: int, n_k: int, dim: int, dtype: torch.dtype,
+        density: float,
+    ) -> None:  # fmt: skip
+        inputs = random_inputs(heads, groups, n_q, n_k, dim, dtype)
+        check(inputs, random_lists(heads, n_q, n_k, density, 3))
+
+    def test_full_lists_are_as_exact_as_dense_attention(self) -> None:
+        query, key, value = random_inputs(8, 2, 1500, 1500, 128, torch.bfloat16)
+        bitmap = causal_blocks(1500, 0, 128, device=DEVICE)[None]
+        lists = BlockLists.from_bitmap(bitmap, torch.zeros(8, device=DEVICE), 128)
+        out = check((query, key, value), lists).double()
+
+        def dense(*tensors: torch.Tensor) -> torch.Tensor:
+            batch = (tensor[None] for tensor in tensors)
+            return scaled_dot_product_attention(*batch, is_causal=True, enable_gqa=True)[0].double()
+
+        exact = dense(query.double(), key.double(), value.double())
+        theirs = (dense(query, key, value) - exact).norm()
+        assert (out - exact).norm() <= 1.2 * theirs
+
+    def test_strided_inputs_and_output(self) -> None:
+        heads, groups, n_q, n_k = 8, 2, 500, 900
+        inputs = random_inputs(heads, groups, n_q, n_k, 128, torch.bfloat16)
+        query, key, value = (x.transpose(0, 1).contiguous().transpose(0, 1) for x in inputs)
+        rows = torch.empty(n_q, heads, 3 * 128, dtype=torch.bfloat16, device=DEVICE)
+        out = rows[..., 128:256].transpose(0, 1)
+        rows.fill_(7.0)
+        check((query, key, value), random_lists(heads, n_q, n_k, 0.4, 2), out=out, with_lse=False)
+        assert (rows[..., :128] == 7.0).all()
+        assert (rows[..., 256:] == 7.0).all()
+
+    def test_output_at_odd_addresses(self) -> None:
+        inputs = random_inputs(4, 2, 300, 300, 128, torch.bfloat16)
+        out = torch.empty(4, 300, 131, dtype=torch.bfloat16, device=DEVICE)[:, :, 3:]
+        check(inputs, random_lists(4, 300, 300, 0.7, 2), out=out)
+
+    def test_softcap_and_sinks(self) -> None:
+        inputs = random_inputs(6, 3, 700, 1001, 64, torch.float16)
+        sinks = torch.tensor([-30.0, -1.0, 0.0, 2.0, 8.0, 90.0], device=DEVICE)
+        for density in (0.1, 0.6):
+            lists = random_lists(6, 700, 1001, density, 4)
+            check(inputs, lists, softcap=3.0, sinks=sinks)
+
+    def test_a_graph_reads_new_lists_when_replayed(self) -> None:
+        query, key, value = random_inputs(8, 2, 900, 900, 128, torch.bfloat16)
+        bitmap = causal_blocks(900, 0, 128, device=DEVICE).expand(8, -1, -1)
+        pattern = torch.arange(8, device=DEVICE)
+        lists = BlockLists.from_bitmap(bitmap, pattern, 128)
+        out = torch.empty_like(query)
+        expected = torch.empty_like(query)
+        gluon_hopper.attend(query, key, value, lists, 0.1, out, None)  # compiled before capture
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            gluon_hopper.attend(query, key, value, lists, 0.1, out, None)
+        for density in (0.2, 0.7):
+            chosen = bitmap & (torch.rand(bitmap.shape, device=DEVICE) < density)
+            other = BlockLists.from_bitmap(chosen, pattern, 128, capacity=len(lists.indices))
+            lists.offsets.copy_(other.offsets)
+            lists.indices.copy_(other.indices)
+            out.fill_(torch.nan)
+            graph.replay()
+            gluon_hopper.attend(query, key, value, other, 0.1, expected, None)
+            assert torch.equal(out, expected)
+
+    def test_streams_do_not_share_their_work(self) -> None:
+        inputs = random_inputs(32, 8, 4096, 4096, 128, torch.bfloat16)
+        bitmap = causal_blocks(4096, 0, 128, device=DEVICE)[None]
+        lists = BlockLists.from_bitmap(bitmap, torch.zeros(32, device=DEVICE), 128)
+        outs = [torch.empty_like(inputs[0]) for _ in range(12)]
+        streams = [torch.cuda.Stream() for _ in range(3)]
+        torch.cuda.synchronize()
+        for place, out in enumerate(outs):
+            with torch.cuda.stream(streams[place % 3]):
+                gluon_hopper.attend(*inputs, lists, 0.1, out, None)
+        torch.cuda.synchronize()
+        for out in outs[1:]:
+            assert torch.equal(out, outs[0])
+
+    def test_a_new_size_compiles_nothing(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        import triton
+
+        check(random_inputs(4, 2, 256, 256, 128, torch.bfloat16), random_lists(4, 256, 256, 0.5, 2))
+        compiled = []
+        monkeypatch.setattr(
+            triton.knobs.runtime, "jit_post_compile_hook", lambda **call: compiled.append(call)
+        )
+        for heads, groups, n_q, n_k in ((4, 2, 1, 1), (7, 7, 255, 1111), (16, 2, 640, 641)):
+            inputs = random_inputs(heads, groups, n_q, n_k, 128, torch.bfloat16)
+            check(inputs, random_lists(heads, n_q, n_k, 0.5, 2))
+        assert not compiled
