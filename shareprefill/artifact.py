@@ -10,6 +10,7 @@ import hashlib
 import io
 import os
 import re
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from enum import IntEnum
 from io import BufferedIOBase
@@ -35,7 +36,7 @@ from shareprefill.container import (
 )
 from shareprefill.errors import ArtifactError
 from shareprefill.files import atomic_write_bytes, printable
-from shareprefill.models import Fingerprint, ModelGeometry
+from shareprefill.models import BUILT_IN, Fingerprint, ModelGeometry
 
 FORMAT_VERSION = 1
 MAX_HEADS = 1 << 20
@@ -78,6 +79,7 @@ class Policy(IntEnum):
     SHARE = 2
     SAMPLED = 3
     VERTICAL_SLASH = 4
+    SMOOTHED = 5
 
     @property
     def label(self) -> str:
@@ -244,6 +246,31 @@ def check_fingerprint(artifact: Artifact, fingerprint: Fingerprint) -> None:
     )
 
 
+def model_to_load(artifact: Artifact, given: str | None, known: Collection[str] = ()) -> str:
+    """The model that a command loads for an artifact, on the user's word.
+
+    An artifact is anybody's file, so a name in it is looked up, as a folder or on the hub, only if
+    the user said it or it is built in.
+
+    Args:
+        artifact: Names the model it was made for.
+        given: The model that the user gave, None where none was.
+        known: Names that the user gave earlier, to `sp calibrate`.
+
+    Raises:
+        ArtifactError: none was given, and the artifact names one that is neither known nor built
+            in.
+    """
+    if given is not None:
+        return given
+    if artifact.model in BUILT_IN or artifact.model in known:
+        return artifact.model
+    raise ArtifactError(
+        f"the artifact names the model {printable(artifact.model)}, and a name in a file is not "
+        "loaded by itself: say --model with that name, or with the place where you have it"
+    )
+
+
 class _NewerFormatError(RefusedError):
     """A file that this version cannot know how to read."""
 
@@ -252,7 +279,11 @@ def _encode(artifact: Artifact) -> bytes:
     from safetensors.torch import save
 
     _check(artifact)
-    tensors = {name: getattr(artifact, name).detach().cpu().contiguous() for name in _TENSORS}
+    # Copies: safetensors refuses tensors that share memory, as views of one tensor do.
+    tensors = {
+        name: getattr(artifact, name).detach().cpu().clone(memory_format=torch.contiguous_format)
+        for name in _TENSORS
+    }
     metadata = {
         "format_version": FORMAT_VERSION,
         "model": artifact.model,

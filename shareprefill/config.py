@@ -17,7 +17,8 @@ LINKAGES: tuple[str, ...] = ("average", "complete", "single")
 # What a session may run under: `auto` as the artifact says, otherwise one policy for every head.
 POLICIES: tuple[str, ...] = (
     *("auto", "share", "dense", "sampled", "vertical-slash"),
-    *("antidiagonal", "decompose", "flash", "flex", "oracle", "pooled", "streaming"),
+    *("smoothed", "level", "antidiagonal", "decompose", "flash", "flex", "oracle", "pooled"),
+    "streaming",
 )
 NONFINITE: tuple[str, ...] = ("dense", "error")
 BLOCK_SIZES: tuple[int, ...] = (16, 32, 64, 128, 256)
@@ -165,7 +166,9 @@ class ClusterConfig(Stage):
             maps, no autoencoder), `code` (cosine distance of mean codes).
         linkage: Agglomerative linkage on the precomputed distances.
         min_size: Heads that a cluster needs to share a pivot.
-        target_recall: Attention mass that every head's pattern must cover on held-out prompts.
+        target_recall: Attention mass that every head's pattern must cover on each held-out prompt.
+        budget: Mean density of all heads on held-out prompts instead: each head's policy and mass
+            to cover are those that give the largest mean recall for it. None: by target_recall.
         gamma: Attention mass that the patterns compared by the Jaccard metrics cover.
         tau: Jensen-Shannon distance to the pivot under which a head shares. A head that was farther
             from its pivot on held-out prompts, at the target recall, gets a larger one of its own.
@@ -180,6 +183,7 @@ class ClusterConfig(Stage):
     linkage: Linkage = "average"
     min_size: int = 2
     target_recall: float = 0.95
+    budget: float | None = None
     gamma: float = 0.9
     tau: float = 0.2
     delta: float = 0.3
@@ -191,6 +195,8 @@ class ClusterConfig(Stage):
         _require(self.linkage in LINKAGES, "linkage", self.linkage, f"one of {LINKAGES}")
         _require(self.min_size >= 2, "min_size", self.min_size, "at least 2")
         _require_fraction("target_recall", self.target_recall)
+        if self.budget is not None:
+            _require_fraction("budget", self.budget)
         _require_fraction("gamma", self.gamma)
         _require_distance("tau", self.tau)
         _require_distance("delta", self.delta)

@@ -26,6 +26,7 @@ from shareprefill.artifact import (
     artifact_bytes,
     check_fingerprint,
     load_artifact,
+    model_to_load,
     save_artifact,
     validate_artifact,
 )
@@ -90,7 +91,7 @@ def test_load_returns_what_was_saved(tmp_path: Path) -> None:
             assert before == after
     assert loaded.heads == LAYERS * HEADS
     assert loaded.policy_counts() == {
-        "dense": 1, "pivot": 2, "share": 3, "sampled": 1, "vertical-slash": 1
+        "dense": 1, "pivot": 2, "share": 3, "sampled": 1, "vertical-slash": 1, "smoothed": 0
     }  # fmt: skip
 
 
@@ -179,7 +180,7 @@ def test_artifacts_that_break_a_rule_are_not_saved(
 @pytest.mark.parametrize(
     ("name", "layer", "head", "value", "message"),
     [
-        ("policy", 0, 3, 5, "head 3 of layer 0 has an unknown policy"),
+        ("policy", 0, 3, 6, "head 3 of layer 0 has an unknown policy"),
         ("policy", 0, 3, -1, "head 3 of layer 0 has an unknown policy"),
         ("cluster", 1, 1, 8, "head 1 of layer 1 has a cluster out of range"),
         ("cluster", 0, 1, -1, "head 1 of layer 0 is a pivot or shares, but has no cluster"),
@@ -392,5 +393,26 @@ def test_policy_labels() -> None:
         "share",
         "sampled",
         "vertical-slash",
+        "smoothed",
     ]
-    assert [int(policy) for policy in Policy] == [0, 1, 2, 3, 4]
+    assert [int(policy) for policy in Policy] == [0, 1, 2, 3, 4, 5]
+
+
+def test_tensors_that_share_memory_are_saved() -> None:
+    artifact = example()
+    both = torch.stack((artifact.recall, artifact.density))
+    views = replace(artifact, recall=both[0], density=both[1], fallback_gamma=artifact.gamma)
+    apart = replace(artifact, fallback_gamma=artifact.gamma.clone())
+    assert artifact_bytes(views) == artifact_bytes(apart)
+    turned = replace(artifact, tau=artifact.tau.t().contiguous().t())
+    assert not turned.tau.is_contiguous()
+    assert artifact_bytes(turned) == artifact_bytes(artifact)
+
+
+def test_only_a_built_in_model_is_loaded_by_its_name_in_a_file() -> None:
+    assert model_to_load(example(model="sp-tiny"), None) == "sp-tiny"
+    assert model_to_load(example(), "mine") == "mine"
+    for name in ("organisation/model", "folder", ".", "sp-tiny/"):
+        with pytest.raises(ArtifactError, match="is not loaded by itself: say --model"):
+            model_to_load(example(model=name), None)
+        assert model_to_load(example(model=name), None, {name}) == name

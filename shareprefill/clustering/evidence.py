@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from shareprefill.artifact import Policy
 from shareprefill.calib.capture import FULL, SLASH, VERTICAL, rows_key
 from shareprefill.calib.store import MapStore
 from shareprefill.config import RuntimeConfig
@@ -25,12 +27,17 @@ from shareprefill.runtime.patterns import (
     recall,
     vertical_slash_pattern,
 )
+from shareprefill.runtime.policies.coverage import head_pattern
+from shareprefill.runtime.policies.smoothed import Smoothed, smooth
 
 # Attention mass that a pattern may be asked to cover: the choices for every head.
 GAMMAS = (
-    *(0.5, 0.6, 0.7, 0.75, 0.8, 0.84, 0.87, 0.9),
+    *(0.3, 0.5, 0.6, 0.7, 0.75, 0.8, 0.84, 0.87, 0.9),
     *(0.92, 0.935, 0.95, 0.96, 0.97, 0.98, 0.99),
 )
+
+# Policies that the runtime may not know yet, by their labels.
+SMOOTHED = "smoothed"
 
 # Time of a block in a block-sparse kernel over its time in a dense one: 1.2 to 1.3 for
 # FlashAttention-4 on an H100 at 32K tokens, 1.5 for the blockwise implementation on a CPU.
@@ -41,24 +48,34 @@ SPARSE_OVERHEAD = 1.3
 SELECTION_OVERHEAD = 2.5
 
 
+D = TypeVar("D", float, Tensor)
+
+
+def predicted_cost(density: D, work: float) -> D:
+    """Time of blocks and of choosing them, as a share of dense attention's."""
+    return SPARSE_OVERHEAD * density + SELECTION_OVERHEAD * work
+
+
 @dataclass(frozen=True)
 class Measured:
     """One selector on the held-out prompts: means over prompts.
 
     Attributes:
         recall: float64 `[gammas, K]`.
+        lowest: The recall on the prompt where a head's is lowest, float64 `[gammas, K]`.
         density: float64 `[gammas, K]`, blocks computed over causal blocks.
         work: Selection work.
     """
 
     recall: Tensor
+    lowest: Tensor
     density: Tensor
     work: float
 
     @property
     def cost(self) -> Tensor:
         """Predicted cost, float64 `[gammas, K]`."""
-        return SPARSE_OVERHEAD * self.density + SELECTION_OVERHEAD * self.work
+        return predicted_cost(self.density, self.work)
 
 
 @dataclass(frozen=True)
@@ -86,8 +103,12 @@ class Evidence:
         self._prompts: list[_Prompt] = []
         self._distances: dict[tuple[int, int], list[float]] = {}
         sampled, slashes, pivots, spreads = [], [], [], []
+        smoothed_rows = Smoothed().rows
+        has_smoothed = smoothed_rows in store.config.rows
+        smoothed = []
         works = []
         pairs: Tensor | None = None
+        lowest: Tensor | None = None
         runtime = RuntimeConfig()
         for number in prompts:
             maps = {name: t.float() for name, t in store.load(number).items()}
@@ -114,6 +135,9 @@ class Evidence:
             vertical, slash = maps[VERTICAL].flatten(0, 1), maps[SLASH].flatten(0, 1)
             sample = maps[rows_key(self.sample_rows)].flatten(0, 1)
             sampled.append(self._table(prompt, lambda g, s=sample: cumulative_pattern(s, g)))
+            if has_smoothed:
+                few = maps[rows_key(smoothed_rows)].flatten(0, 1)
+                smoothed.append(self._smoothed(prompt, few, smoothed_rows))
             pivots.append(self._table(prompt, lambda g, p=prompt.pivot: cumulative_pattern(p, g)))
             slashes.append(
                 self._table(
@@ -128,16 +152,23 @@ class Evidence:
             spreads.append(distance_to_uniform(vertical[:, None, :], causal[-1:]))
             covered = self._pairs(prompt)
             pairs = covered if pairs is None else pairs + covered
+            lowest = covered if lowest is None else torch.minimum(lowest, covered)
         assert pairs is not None
+        assert lowest is not None
         half = 2 * self.block_size
         self.sampled = _mean(sampled, self.sample_rows / half)
         self.vertical_slash = _mean(slashes, sum(works) / len(works))
         self.pivots = _mean(pivots, pivot_rows / half)
-        # [gammas, K, K]: recall of head h under the pattern of pivot p.
-        self.pairs = pairs / len(self._prompts)
+        # What a head may do alone, with whatever the runtime supports and the capture holds.
+        self.alone = {Policy.SAMPLED: self.sampled, Policy.VERTICAL_SLASH: self.vertical_slash}
+        for policy in Policy:
+            if policy.label == SMOOTHED and has_smoothed:
+                self.alone[policy] = _mean(smoothed, smoothed_rows / half)
+        # [gammas, K, K]: recall of head h under the pattern of pivot p; mean, and lowest.
+        self.pairs, self.lowest_pairs = pairs / len(self._prompts), lowest
         # Distance of the last block's distribution to uniform, the least over prompts.
         self.spread = torch.stack(spreads).min(0).values
-        self.check_cost = SELECTION_OVERHEAD * self.check_rows / half
+        self.check_work = self.check_rows / half
 
     @property
     def heads(self) -> int:
@@ -153,6 +184,10 @@ class Evidence:
                 for prompt in self._prompts
             ]
         return self._distances[key]
+
+    def _smoothed(self, prompt: _Prompt, few: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+        maps = smooth(few, prompt.causal, rows)
+        return self._table(prompt, lambda g: head_pattern(maps, torch.full((len(maps),), g)))
 
     def _table(self, prompt: _Prompt, pattern_for) -> tuple[Tensor, Tensor]:
         recalls, densities = [], []
@@ -174,5 +209,5 @@ class Evidence:
 
 
 def _mean(tables: list[tuple[Tensor, Tensor]], work: float) -> Measured:
-    recalls = torch.stack([t[0] for t in tables]).mean(0)
-    return Measured(recalls, torch.stack([t[1] for t in tables]).mean(0), work)
+    recalls, densities = (torch.stack([t[side] for t in tables]) for side in (0, 1))
+    return Measured(recalls.mean(0), recalls.min(0).values, densities.mean(0), work)

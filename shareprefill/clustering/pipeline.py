@@ -17,7 +17,7 @@ from shareprefill.calib.store import MapStore
 from shareprefill.clustering.distances import code_distances, gamma_patterns, jaccard_distances
 from shareprefill.clustering.evidence import Evidence
 from shareprefill.clustering.hierarchy import build_linkage, candidate_counts, cut, silhouette
-from shareprefill.clustering.policies import Choice, alone, share, total_cost
+from shareprefill.clustering.policies import Choice, choose, mean_recall, total_cost
 from shareprefill.config import ClusterConfig
 from shareprefill.errors import ConfigError
 
@@ -53,7 +53,8 @@ def cluster(folder: Path, config: ClusterConfig) -> tuple[Artifact, list[Cluster
         The artifact, and every number of clusters that was tried, in ascending order.
 
     Raises:
-        ConfigError: k is larger than the number of heads, or `pivot_rows` was not captured.
+        ConfigError: k is larger than the number of heads, `pivot_rows` was not captured, or the
+            budget is less than what every pattern reads.
         DataError: the calibration is missing, incomplete or damaged.
     """
     store = MapStore.open(folder)
@@ -67,24 +68,30 @@ def cluster(folder: Path, config: ClusterConfig) -> tuple[Artifact, list[Cluster
     layers = torch.arange(len(store.layers)).repeat_interleave(heads // len(store.layers))
     best: tuple[float, Evidence, list[Choice], Tensor] | None = None
     tried: dict[int, Clustering] = {}
+    merits: dict[int, float] = {}
     for pivot_rows in _pivot_rows(store, config):
         evidence = Evidence(store, training.split.held_out, pivot_rows)
-        singles = alone(evidence, config)
         for k in candidate_counts(heads) if config.k is None else [config.k]:
             labels = cut(linkage, k)
-            choices = share(labels, layers, singles, evidence, config)
-            cost = total_cost(choices)
-            if k not in tried or cost < tried[k].cost:
+            choices = choose(labels, layers, evidence, config)
+            merit = _merit(choices, config)
+            if k not in merits or merit < merits[k]:
                 sharing = sum(c.policy is Policy.SHARE for c in choices)
                 score = silhouette(distances, labels)
-                tried[k] = Clustering(k, cost, score, sharing)
-            if best is None or cost < best[0]:
-                best = (cost, evidence, choices, labels)
+                tried[k] = Clustering(k, total_cost(choices), score, sharing)
+                merits[k] = merit
+            if best is None or merit < best[0]:
+                best = (merit, evidence, choices, labels)
     assert best is not None
     _, evidence, choices, labels = best
     trials = [tried[k] for k in sorted(tried)]
     artifact = _artifact(store, training, config, evidence, choices, labels, agreed)
     return artifact, trials
+
+
+def _merit(choices: list[Choice], config: ClusterConfig) -> float:
+    """The less the better: predicted cost, or with a budget the recall that is missing."""
+    return total_cost(choices) if config.budget is None else 1 - mean_recall(choices)
 
 
 def _pivot_rows(store: MapStore, config: ClusterConfig) -> tuple[int, ...]:

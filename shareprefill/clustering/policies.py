@@ -1,21 +1,32 @@
-"""The policy of every head: the cheapest one that reaches the target recall on held-out prompts."""
+"""The policy of every head: the cheapest that reaches the target recall on held-out prompts.
+
+With a budget, the one that gives most recall for its cost instead: one price of recall holds for
+all heads, and is the one at which their mean density meets the budget. Every head then works where
+one block more would gain as much as in any other head: no policy at one threshold does that.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from shareprefill.artifact import Policy
-from shareprefill.clustering.evidence import GAMMAS, SPARSE_OVERHEAD, Evidence, Measured
+from shareprefill.clustering.evidence import GAMMAS, Evidence, Measured, predicted_cost
 from shareprefill.config import ClusterConfig
+from shareprefill.errors import ConfigError
 
 NO_HEAD = -1
 
 # A head's own tau over its largest distance to the pivot on held-out prompts: room for what a few
 # prompts did not show.
 _TAU_MARGIN = 1.15
+# What a sharing head does where its check fails: what every runtime has.
+_FALLBACKS = (Policy.DENSE, Policy.SAMPLED, Policy.VERTICAL_SLASH)
+# Worths of recall that are tried for a budget, in effective density: from "blocks are all that
+# counts" to "recall is all that counts".
+_WORTHS = tuple(10 ** (-2 + 5 * step / 63) for step in range(64))
 
 
 @dataclass(frozen=True)
@@ -28,6 +39,7 @@ class Choice:
         recall: Attention mass inside its pattern.
         density: Blocks computed over causal blocks.
         cost: Predicted time, density and selection work together, as a share of dense attention.
+        work: Selection work, as a share of dense attention's operations.
         pivot: Head whose pattern it shares; its own number for a pivot.
         fallback: For a sharing head, what it does where its check fails.
         fallback_gamma: Attention mass that the fallback's pattern covers.
@@ -39,71 +51,165 @@ class Choice:
     recall: float
     density: float
     cost: float
+    work: float = 0.0
     pivot: int = NO_HEAD
     fallback: Policy | None = None
     fallback_gamma: float = 1.0
     tau: float = 0.0
 
 
+@dataclass(frozen=True)
+class Goal:
+    """What choices are compared by: the less the better, infinite for what is not allowed.
+
+    Attributes:
+        target: Recall that a head must reach on every held-out prompt, at the least predicted time
+            (so that a head that varies from prompt to prompt is given more, or shares with no
+            other); None where recall has a worth.
+        worth: Effective density (blocks and selection work) that a recall of 1 is worth.
+    """
+
+    target: float | None = None
+    worth: float = 0.0
+
+    def score(self, recall: Tensor, lowest: Tensor, density: Tensor, work: float) -> Tensor:
+        """Of choices with these recalls, density and selection work, float64 of their shape."""
+        if self.target is None:
+            return density + work - self.worth * recall
+        return torch.where(lowest >= self.target, predicted_cost(density, work), torch.inf)
+
+    def of(self, choice: Choice) -> float:
+        """Of one choice that is allowed."""
+        if self.target is None:
+            return choice.density + choice.work - self.worth * choice.recall
+        return choice.cost
+
+
 _DENSE = Choice(Policy.DENSE, 1.0, 1.0, 1.0, 1.0)
 
 
-def alone(evidence: Evidence, config: ClusterConfig) -> list[Choice]:
-    """The best policy of every head that needs no other head: sampled, vertical-slash or dense.
+def choose(
+    labels: Tensor, layers: Tensor, evidence: Evidence, config: ClusterConfig
+) -> list[Choice]:
+    """The choice of every head for a clustering.
+
+    Args:
+        labels: Cluster of every head, int64 `[K]`.
+        layers: Layer of every head, int64 `[K]`.
+        evidence: Measurements on held-out prompts.
+        config: Target recall or budget, thresholds, and the least size of a sharing cluster.
+
+    Returns:
+        A choice for each of the K heads.
+
+    Raises:
+        ConfigError: the budget is below what the blocks take that every pattern reads.
+    """
+    if config.budget is None:
+        return _choose(labels, layers, evidence, config, Goal(target=config.target_recall))
+    low, high = 0, len(_WORTHS) - 1
+    found = _choose(labels, layers, evidence, config, Goal(worth=_WORTHS[low]))
+    if mean_density(found) > config.budget:
+        raise ConfigError(
+            f"budget = {config.budget} cannot be met: the fewest blocks that can be read are a "
+            f"density of {mean_density(found):.3f} on the held-out prompts; raise --budget"
+        )
+    while low < high:
+        middle = (low + high + 1) // 2
+        tried = _choose(labels, layers, evidence, config, Goal(worth=_WORTHS[middle]))
+        if mean_density(tried) <= config.budget:
+            low, found = middle, tried
+        else:
+            high = middle - 1
+    return found
+
+
+def _choose(
+    labels: Tensor, layers: Tensor, evidence: Evidence, config: ClusterConfig, goal: Goal
+) -> list[Choice]:
+    singles = alone(evidence, config, goal)
+    return share(labels, layers, singles, evidence, config, goal)
+
+
+def alone(
+    evidence: Evidence,
+    config: ClusterConfig,
+    goal: Goal | None = None,
+    policies: tuple[Policy, ...] | None = None,
+) -> list[Choice]:
+    """The best policy of every head that needs no other head.
 
     Vertical-slash is for heads that are highly sparse (delta) on every held-out prompt.
 
     Args:
         evidence: Measurements on held-out prompts.
-        config: Target recall and delta.
+        config: Delta, and the target recall where no goal is given.
+        goal: What choices are compared by.
+        policies: Those to choose from; None for all that were measured.
 
     Returns:
         A choice for each of the K heads.
     """
-    sampled = _cheapest(Policy.SAMPLED, evidence.sampled, config.target_recall)
-    slashes = _cheapest(Policy.VERTICAL_SLASH, evidence.vertical_slash, config.target_recall)
+    goal = goal or Goal(target=config.target_recall)
+    best = [_DENSE] * evidence.heads
     sparse = (evidence.spread > config.delta).tolist()
-    return [
-        min((_DENSE, s, *((v,) if ok else ())), key=lambda c: c.cost)
-        for s, v, ok in zip(sampled, slashes, sparse, strict=True)
-    ]
+    for policy, measured in evidence.alone.items():
+        if policies is not None and policy not in policies:
+            continue
+        for h, choice in enumerate(_best(policy, measured, goal)):
+            allowed = policy is not Policy.VERTICAL_SLASH or sparse[h]
+            if allowed and goal.of(choice) < goal.of(best[h]):
+                best[h] = choice
+    return best
 
 
 def share(
-    labels: Tensor, layers: Tensor, singles: list[Choice], evidence: Evidence, config: ClusterConfig
+    labels: Tensor,
+    layers: Tensor,
+    singles: list[Choice],
+    evidence: Evidence,
+    config: ClusterConfig,
+    goal: Goal | None = None,
 ) -> list[Choice]:
-    """Lets the heads of a cluster share one pivot where that costs less than their own policies.
+    """Lets the heads of a cluster share pivots where that is better than their own policies.
 
-    The pivot is the head that saves most: it pays for its own map, and every head of its cluster
-    that is in its layer or a later one and reaches the target recall under its pattern saves the
-    difference to its own policy. A cluster that saves nothing has no pivot.
+    A pivot is the head that saves most: it pays for its own map, and every head of its cluster that
+    is in its layer or a later one, and is better off under its pattern, saves the difference to its
+    own policy. The heads that are left may have a further pivot, as those of distant layers do. A
+    cluster that saves nothing has none.
 
     Args:
         labels: Cluster of every head, int64 `[K]`.
         layers: Layer of every head, int64 `[K]`.
         singles: What every head would do alone.
         evidence: Measurements on held-out prompts.
-        config: Target recall, tau, and the least size of a sharing cluster.
+        config: Tau, and the least size of a sharing cluster.
+        goal: What choices are compared by.
 
     Returns:
         A choice for each of the K heads.
     """
+    goal = goal or Goal(target=config.target_recall)
     choices = list(singles)
-    pivots = _pivot_choices(evidence, config)
-    costs = _share_costs(evidence, config)
-    own = torch.tensor([c.cost for c in singles], dtype=torch.float64)
+    pivots = _pivot_choices(evidence, config, goal)
+    scores, gammas = _share_scores(evidence, goal)
+    own = torch.tensor([goal.of(c) for c in singles], dtype=torch.float64)
+    extra = torch.tensor([goal.of(c) for c in pivots], dtype=torch.float64) - own
+    fallbacks = alone(evidence, config, goal, _FALLBACKS)
     for label in range(int(labels.max()) + 1):
-        members = (labels == label).nonzero()[:, 0]
-        if len(members) < config.min_size:
-            continue
-        found = _best_pivot(members, layers, own, costs, pivots)
-        if found is None:
-            continue
-        pivot, candidates = found
-        if len(candidates) + 1 >= config.min_size:
+        left = (labels == label).nonzero()[:, 0]
+        while len(left) >= config.min_size:
+            found = _best_pivot(left, layers, own, extra, scores)
+            if found is None or len(found[1]) + 1 < config.min_size:
+                break
+            pivot, heads = found
             choices[pivot] = pivots[pivot]
-            for h in candidates:
-                choices[h] = _sharer(h, pivot, costs[h, pivot].item(), singles[h], evidence, config)
+            for h in heads:
+                choices[h] = _sharer(
+                    h, pivot, int(gammas[h, pivot]), fallbacks[h], evidence, config
+                )
+            taken = torch.tensor([pivot, *heads])
+            left = left[~torch.isin(left, taken)]
     return choices
 
 
@@ -112,64 +218,83 @@ def total_cost(choices: list[Choice]) -> float:
     return sum(c.cost for c in choices) / len(choices)
 
 
-def _cheapest(policy: Policy, measured: Measured, target: float) -> list[Choice]:
-    """The least gamma that reaches the target, head by head; dense where none does."""
+def mean_density(choices: list[Choice]) -> float:
+    """Blocks computed by all heads, as a share of their causal blocks."""
+    return sum(c.density for c in choices) / len(choices)
+
+
+def mean_recall(choices: list[Choice]) -> float:
+    """Mean attention mass inside the patterns of all heads."""
+    return sum(c.recall for c in choices) / len(choices)
+
+
+def _best(policy: Policy, measured: Measured, goal: Goal) -> list[Choice]:
+    """The best gamma of every head; dense where none is allowed."""
+    scores = goal.score(measured.recall, measured.lowest, measured.density, measured.work)
+    best = scores.argmin(0)
     choices = []
-    for h in range(measured.recall.shape[1]):
-        reached = (measured.recall[:, h] >= target).nonzero()[:, 0]
-        if not len(reached):
+    for h, g in enumerate(best.tolist()):
+        if scores[g, h] == torch.inf:
             choices.append(_DENSE)
             continue
-        g = int(reached[0])
-        density = measured.density[g, h].item()
-        found = measured.recall[g, h].item()
-        choices.append(Choice(policy, GAMMAS[g], found, density, measured.cost[g, h].item()))
+        found, density, cost = (
+            table[g, h].item() for table in (measured.recall, measured.density, measured.cost)
+        )
+        choices.append(Choice(policy, GAMMAS[g], found, density, cost, measured.work))
     return choices
 
 
-def _pivot_choices(evidence: Evidence, config: ClusterConfig) -> list[Choice]:
+def _pivot_choices(evidence: Evidence, config: ClusterConfig, goal: Goal) -> list[Choice]:
     if evidence.pivot_rows == 0:
         # All rows are computed anyway: a pivot is dense, and its pattern is for the others.
         return [
             Choice(Policy.PIVOT, config.gamma, 1.0, 1.0, 1.0, pivot=h)
             for h in range(evidence.heads)
         ]
-    found = _cheapest(Policy.PIVOT, evidence.pivots, config.target_recall)
-    return [
-        Choice(Policy.PIVOT, c.gamma, c.recall, c.density, c.cost, h) for h, c in enumerate(found)
-    ]
+    found = _best(Policy.PIVOT, evidence.pivots, goal)
+    return [replace(c, policy=Policy.PIVOT, pivot=h) for h, c in enumerate(found)]
 
 
-def _share_costs(evidence: Evidence, config: ClusterConfig) -> Tensor:
-    """Cost of head h under pivot p's pattern at the least gamma that does, float64 `[K, K]`."""
-    reaches = evidence.pairs >= config.target_recall
-    first = reaches.int().argmax(0)
-    density = evidence.pivots.density[first, torch.arange(evidence.heads)[None, :]]
-    cost = SPARSE_OVERHEAD * density + evidence.check_cost
-    return torch.where(reaches.any(0), cost, torch.inf)
+def _share_scores(evidence: Evidence, goal: Goal) -> tuple[Tensor, Tensor]:
+    """Score of head h under pivot p's pattern at its best gamma, and that gamma's number.
+
+    Returns:
+        float64 and int64 `[K, K]`.
+    """
+    density = evidence.pivots.density
+    best = torch.full_like(evidence.pairs[0], torch.inf)
+    number = torch.zeros(best.shape, dtype=torch.int64)
+    for g in range(len(GAMMAS)):
+        score = goal.score(
+            evidence.pairs[g],
+            evidence.lowest_pairs[g],
+            density[g].expand_as(best),
+            evidence.check_work,
+        )
+        better = score < best
+        best, number = torch.where(better, score, best), torch.where(better, g, number)
+    return best, number
 
 
 def _best_pivot(
-    members: Tensor, layers: Tensor, own: Tensor, costs: Tensor, pivots: list[Choice]
+    members: Tensor, layers: Tensor, own: Tensor, extra: Tensor, scores: Tensor
 ) -> tuple[int, list[int]] | None:
     """The member that saves most as a pivot, and the members that would share with it."""
-    savings = own[members][:, None] - costs[members][:, members]
+    savings = own[members][:, None] - scores[members][:, members]
     later = layers[members][:, None] >= layers[members][None, :]
     savings = torch.where(later, savings, 0.0).clamp(min=0)
     savings.fill_diagonal_(0)
-    extra = torch.tensor([pivots[h].cost for h in members.tolist()]) - own[members]
-    gains = savings.sum(0) - extra
+    gains = savings.sum(0) - extra[members]
     best = int(gains.argmax())
-    if gains[best] <= 0:
+    if not gains[best] > 0:
         return None
     heads = members[savings[:, best] > 0].tolist()
     return int(members[best]), heads
 
 
 def _sharer(
-    head: int, pivot: int, cost: float, single: Choice, evidence: Evidence, config: ClusterConfig
+    head: int, pivot: int, g: int, fallback: Choice, evidence: Evidence, config: ClusterConfig
 ) -> Choice:
-    g = int((evidence.pairs[:, head, pivot] >= config.target_recall).nonzero()[0])
     density = evidence.pivots.density[g, pivot].item()
     farthest = max(evidence.distances(head, pivot))
     return Choice(
@@ -177,9 +302,10 @@ def _sharer(
         gamma=GAMMAS[g],
         recall=evidence.pairs[g, head, pivot].item(),
         density=density,
-        cost=cost,
+        cost=predicted_cost(density, evidence.check_work),
+        work=evidence.check_work,
         pivot=pivot,
-        fallback=single.policy,
-        fallback_gamma=single.gamma,
+        fallback=fallback.policy,
+        fallback_gamma=fallback.gamma,
         tau=min(max(config.tau, _TAU_MARGIN * farthest), 1.0),
     )

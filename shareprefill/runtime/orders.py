@@ -86,7 +86,10 @@ class LayerOrders:
     tau: Tensor
 
 
-_BUILT_IN = frozenset(int(policy) for policy in Policy)
+# The policies that the layer pass has rules of its own for.
+_BUILT_IN = frozenset(
+    (Policy.DENSE, Policy.PIVOT, Policy.SHARE, Policy.SAMPLED, Policy.VERTICAL_SLASH)
+)
 
 
 class Orders:

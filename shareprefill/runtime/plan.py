@@ -17,6 +17,7 @@ _UNIFORM = {
     "dense": Policy.DENSE,
     "sampled": Policy.SAMPLED,
     "vertical-slash": Policy.VERTICAL_SLASH,
+    "smoothed": Policy.SMOOTHED,
 }
 # The number of a policy that no artifact names.
 _FURTHER = len(Policy)
@@ -54,7 +55,8 @@ class RuntimePlan:
     Attributes:
         layers: `layers[l][h]`.
         labels: Names of the policies, by their numbers in the heads' plans.
-        selectors: What chooses the blocks of the policies that no artifact names, by number.
+        selectors: What chooses the blocks of the policies that the layer pass has no rule for, by
+            number.
         online: Whether pivots are found at run time by the paper's rule (policy `share`).
         guarded: Whether a vertical-slash pattern is left to highly sparse heads (delta).
         block_size: Tokens a block.
@@ -97,7 +99,7 @@ def make_plan(artifact: Artifact, config: RuntimeConfig) -> RuntimePlan:
     online = config.policy == "share"
     forced: int | None = _UNIFORM.get(config.policy)
     labels = tuple(policy.label for policy in Policy)
-    selectors: dict[int, SelectionPolicy] = {}
+    selectors: dict[int, SelectionPolicy] = {int(Policy.SMOOTHED): POLICIES["smoothed"]()}
     if forced is None and config.policy not in ("auto", "share"):
         forced, labels = _FURTHER, (*labels, config.policy)
         selectors[_FURTHER] = POLICIES[config.policy]()

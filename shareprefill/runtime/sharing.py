@@ -395,8 +395,10 @@ class LayerPass:
 
     def _is_finite(self, heads: Tensor) -> Tensor:
         """Whether the queries and keys of heads hold numbers only, bool `[S]`."""
-        query = self.inputs.query.isfinite().flatten(1).all(-1)
-        key = self.inputs.key.isfinite().flatten(1).all(-1)
+        query, key = (
+            tensor.sum((1, 2), dtype=torch.float32).isfinite()
+            for tensor in (self.inputs.query, self.inputs.key)
+        )
         return (query & key.repeat_interleave(len(query) // len(key)))[heads]
 
     def _refuse_nonfinite(self) -> None:

@@ -100,3 +100,14 @@ def test_the_policies_of_an_artifact_are_consistent(calibration: Path) -> None:
     artifact, _ = cluster(calibration, ClusterConfig(k=2, target_recall=0.7, tau=1.0))
     sharing = artifact.policy == int(Policy.SHARE)
     assert (artifact.pivot[~sharing & (artifact.policy != int(Policy.PIVOT))] == -1).all()
+
+
+def test_a_budget_bounds_the_density_of_the_artifact(calibration: Path) -> None:
+    tight, trials = cluster(calibration, ClusterConfig(budget=0.7))
+    loose, _ = cluster(calibration, ClusterConfig(budget=0.95))
+    assert tight.summary["density"] <= 0.7
+    assert tight.summary["density"] < loose.summary["density"] <= 0.95
+    assert tight.summary["recall"] < loose.summary["recall"]
+    assert len(trials) > 3
+    with pytest.raises(ConfigError, match=r"budget = 0\.01 cannot be met"):
+        cluster(calibration, ClusterConfig(budget=0.01))

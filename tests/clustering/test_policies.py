@@ -1,15 +1,18 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from shareprefill.artifact import Policy
 from shareprefill.clustering.evidence import GAMMAS, Measured
-from shareprefill.clustering.policies import alone, share, total_cost
+from shareprefill.clustering.policies import alone, choose, mean_density, share, total_cost
 from shareprefill.config import ClusterConfig
+from shareprefill.errors import ConfigError
 
 CONFIG = ClusterConfig(target_recall=0.9)
 
@@ -18,7 +21,7 @@ def measured(recall: list[float], density: list[float], work: float) -> Measured
     """One head a column; the same at every gamma below the last, where recall is whole."""
     found = torch.tensor(recall, dtype=torch.float64).expand(len(GAMMAS), -1).clone()
     computed = torch.tensor(density, dtype=torch.float64).expand(len(GAMMAS), -1).clone()
-    return Measured(found, computed, work)
+    return Measured(found, found, computed, work)
 
 
 def evidence(
@@ -34,14 +37,17 @@ def evidence(
 ) -> Any:
     heads = len(sampled)
     covered = torch.tensor(pairs or [[0.0] * heads] * heads, dtype=torch.float64)
+    of_sampled = measured([sampled_recall] * heads, sampled, 0.03)
+    of_slashes = measured([1.0] * heads, slashes or [2.0] * heads, 0.001)
     return SimpleNamespace(
         heads=heads,
-        sampled=measured([sampled_recall] * heads, sampled, 0.03),
-        vertical_slash=measured([1.0] * heads, slashes or [2.0] * heads, 0.001),
+        sampled=of_sampled,
+        alone={Policy.SAMPLED: of_sampled, Policy.VERTICAL_SLASH: of_slashes},
         pivots=measured([1.0] * heads, pivots or sampled, 0.1),
         pairs=covered.expand(len(GAMMAS), -1, -1),
+        lowest_pairs=covered.expand(len(GAMMAS), -1, -1),
         spread=torch.full((heads,), spread),
-        check_cost=0.025,
+        check_work=0.01,
         pivot_rows=pivot_rows,
         distances=lambda _head, _pivot: [distance, distance],
     )
@@ -131,3 +137,104 @@ def test_the_least_size_is_kept() -> None:
     facts = evidence([0.2] * 6, pairs=ALIKE)
     config = ClusterConfig(target_recall=0.9, min_size=7)
     assert {c.policy for c in shared(facts, [0] * 6, [0] * 6, config)} == {Policy.SAMPLED}
+
+
+def curves(heads: int, seed: int, *, noise: float = 0.0) -> Any:
+    """Evidence of heads that are sparse to different degrees, and of two policies of unlike cost.
+
+    Recall grows with density as `1 - (1 - d)^s`, s the head's own sparsity; the second policy is
+    off by a factor that differs from head to head.
+    """
+    chance = torch.Generator().manual_seed(seed)
+    gammas = torch.tensor(GAMMAS, dtype=torch.float64)[:, None]
+    sharpness = 2 + 30 * torch.rand(heads, generator=torch.Generator().manual_seed(1))
+    density = 1 - (1 - gammas) ** (1 / sharpness)
+    jitter = 1 + noise * torch.randn(2, heads, generator=chance).double()
+    skill = 0.5 + 0.7 * torch.rand(heads, generator=torch.Generator().manual_seed(2)).double()
+    found = []
+    for factor, work in ((torch.ones(heads).double(), 0.03), (skill, 0.002)):
+        recall = 1 - (1 - density) ** (sharpness * factor * jitter[len(found)])
+        found.append(Measured(recall, recall, density, work))
+    none = torch.zeros(len(GAMMAS), heads, heads).double()
+    return SimpleNamespace(
+        heads=heads,
+        sampled=found[0],
+        alone=dict(zip((Policy.SAMPLED, Policy.VERTICAL_SLASH), found, strict=True)),
+        pivots=found[0],
+        pairs=none,
+        lowest_pairs=none,
+        spread=torch.ones(heads),
+        check_work=0.01,
+        pivot_rows=32,
+        distances=lambda _head, _pivot: [0.0],
+    )
+
+
+def chosen(facts: Any, **options: Any) -> list[Any]:
+    every = torch.arange(facts.heads)
+    return choose(every, torch.zeros(facts.heads), facts, ClusterConfig(**options))
+
+
+@pytest.mark.parametrize("budget", [0.05, 0.1, 0.2])
+def test_a_budget_is_met_and_used(budget: float) -> None:
+    found = chosen(curves(200, 0), budget=budget)
+    assert 0.85 * budget < mean_density(found) <= budget
+
+
+@pytest.mark.parametrize("budget", [0.05, 0.1, 0.2])
+def test_no_single_policy_does_better_with_the_budget_on_other_prompts(budget: float) -> None:
+    calibration, unseen = curves(200, 0, noise=0.1), curves(200, 1, noise=0.1)
+    found = chosen(calibration, budget=budget)
+    recalls, effective = [], []
+    for h, choice in enumerate(found):
+        measured = unseen.alone[choice.policy]
+        g = GAMMAS.index(choice.gamma)
+        recalls.append(measured.recall[g, h])
+        effective.append(measured.density[g, h] + measured.work)
+    recall, cost = torch.stack(recalls).mean(), torch.stack(effective).mean()
+    for measured in unseen.alone.values():
+        single = (measured.density.mean(1) + measured.work).numpy()
+        best = np.interp(cost.item(), single, measured.recall.mean(1).numpy())
+        assert recall > best + 0.005
+
+
+def test_a_budget_below_what_is_always_read_is_refused() -> None:
+    facts = evidence([0.2, 0.3])
+    with pytest.raises(ConfigError, match=r"budget = 0\.1 cannot be met.* density of 0\.250"):
+        chosen(facts, budget=0.1)
+
+
+def test_the_prompt_of_the_lowest_recall_decides() -> None:
+    facts = evidence([0.2])
+    facts.alone[Policy.SAMPLED] = replace(
+        facts.sampled, lowest=torch.full_like(facts.sampled.recall, 0.89)
+    )
+    facts.alone.pop(Policy.VERTICAL_SLASH)
+    assert alone(facts, CONFIG)[0].policy is Policy.DENSE
+    assert alone(facts, ClusterConfig(target_recall=0.88))[0].policy is Policy.SAMPLED
+
+
+def test_a_cluster_may_have_several_pivots() -> None:
+    """Two kinds of heads in one cluster: each shares the pattern of its own kind."""
+    kinds = torch.arange(12) % 2
+    pairs = (kinds[:, None] == kinds[None, :]).double().tolist()
+    found = shared(evidence([0.2] * 12, pairs=pairs), [0] * 12, [0] * 12)
+    pivots = [h for h, c in enumerate(found) if c.policy is Policy.PIVOT]
+    assert sorted(int(kinds[p]) for p in pivots) == [0, 1]
+    assert all(kinds[c.pivot] == kinds[h] for h, c in enumerate(found))
+
+
+def test_a_failed_check_falls_back_to_what_every_runtime_has() -> None:
+    facts = evidence([0.2] * 6, pairs=ALIKE)
+    further: Any = 5  # a policy of its own number
+    facts.alone[further] = replace(facts.sampled, density=0.98 * facts.sampled.density)
+    found = shared(facts, [0] * 6, [0] * 6)
+    assert {c.fallback for c in found[1:]} == {Policy.SAMPLED}
+
+
+def test_a_budget_counts_blocks_not_time() -> None:
+    """A pattern that takes longer than dense attention is still fewer blocks."""
+    facts = evidence([0.8], [2.0], sampled_recall=0.99)
+    (choice,) = chosen(facts, budget=0.85)
+    assert (choice.policy, choice.density) == (Policy.SAMPLED, pytest.approx(0.8))
+    assert choice.cost > 1

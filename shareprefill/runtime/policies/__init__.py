@@ -17,6 +17,7 @@ from shareprefill.runtime.policies.flex import Flex
 from shareprefill.runtime.policies.oracle import Oracle
 from shareprefill.runtime.policies.pooled import Pooled
 from shareprefill.runtime.policies.sampled import Sampled
+from shareprefill.runtime.policies.smoothed import Level, Smoothed
 from shareprefill.runtime.policies.streaming import Streaming
 from shareprefill.runtime.policies.vertical_slash import VerticalSlash
 
@@ -26,9 +27,11 @@ POLICIES: dict[str, Callable[..., SelectionPolicy]] = {
     "dense": Dense,
     "flash": Flash,
     "flex": Flex,
+    "level": Level,
     "oracle": Oracle,
     "pooled": Pooled,
     "sampled": Sampled,
+    "smoothed": Smoothed,
     "streaming": Streaming,
     "vertical-slash": VerticalSlash,
 }

@@ -11,7 +11,8 @@ from torch.nn.functional import pad
 from shareprefill.errors import ConfigError
 from shareprefill.runtime.ops.blocks import count_blocks
 from shareprefill.runtime.patterns import cumulative_pattern
-from shareprefill.runtime.policies.base import LayerInputs, Selection
+from shareprefill.runtime.policies.base import LayerInputs
+from shareprefill.runtime.policies.estimating import Estimating
 from shareprefill.runtime.policies.logits import (
     as_logits,
     inner_products,
@@ -22,7 +23,7 @@ from shareprefill.runtime.policies.logits import (
 
 
 @dataclass(frozen=True)
-class Antidiagonal:
+class Antidiagonal(Estimating[Tensor]):
     """Mean logit on the antidiagonal of every `stride` x `stride` tile, softmax, sums by block.
 
     Every key and every query is on the antidiagonal of some tile, so no vertical and no slash is
@@ -34,15 +35,26 @@ class Antidiagonal:
 
     stride: int = 16
 
-    def select(self, inputs: LayerInputs, heads: Tensor, gamma: Tensor) -> Selection:
-        """The smallest set of blocks of every query block whose estimated mass reaches gamma."""
+    def estimate(self, inputs: LayerInputs, heads: Tensor) -> Tensor:
+        """Estimated maps.
+
+        Raises:
+            ConfigError: the stride does not divide the block size.
+        """
         if self.stride < 1 or inputs.geometry.block_size % self.stride:
             raise ConfigError(
                 f"stride must divide the block size ({inputs.geometry.block_size}), "
                 f"got {self.stride}"
             )
-        maps = self._maps(inputs, real_heads(heads))
-        return Selection(cumulative_pattern(maps, gamma[:, None]), 1 / (2 * self.stride))
+        return self._maps(inputs, real_heads(heads))
+
+    def choose(self, inputs: LayerInputs, estimate: Tensor, gamma: Tensor) -> Tensor:
+        """The smallest set of blocks of every query block whose estimated mass reaches gamma."""
+        return cumulative_pattern(estimate, gamma[:, None])
+
+    def work(self, inputs: LayerInputs) -> float:
+        """One product of a tile's `stride` antidiagonal pairs out of stride^2, logits alone."""
+        return 1 / (2 * self.stride)
 
     def _maps(self, inputs: LayerInputs, heads: Tensor) -> Tensor:
         stride, block = self.stride, inputs.geometry.block_size

@@ -11,8 +11,9 @@ from torch.nn.functional import pad
 
 from shareprefill.errors import ConfigError
 from shareprefill.runtime.ops.blocks import count_blocks
-from shareprefill.runtime.policies.base import LayerInputs, Selection
+from shareprefill.runtime.policies.base import LayerInputs
 from shareprefill.runtime.policies.coverage import densest_blocks, head_pattern
+from shareprefill.runtime.policies.estimating import Estimating
 from shareprefill.runtime.policies.logits import kv_heads, pieces, real_heads
 
 # Rounds of backfitting: the fit changes by less than 1 % of its spread after this many.
@@ -20,7 +21,7 @@ _ROUNDS = 6
 
 
 @dataclass(frozen=True)
-class Decompose:
+class Decompose(Estimating[Tensor]):
     """Fits logit(i, j) ~ h_i + v_j + s_(i-j) over all causal pairs, and keeps the blocks of mass.
 
     The fit is least squares. All it needs of the logits are their sums over every row, column and
@@ -46,28 +47,27 @@ class Decompose:
             if value is not None and not 0 < value <= 1:
                 raise ConfigError(f"{name} = {value!r} must be above 0 and at most 1")
 
-    def select(self, inputs: LayerInputs, heads: Tensor, gamma: Tensor) -> Selection:
+    def estimate(self, inputs: LayerInputs, heads: Tensor) -> Tensor:
+        """Maps of the fitted logits."""
+        return _fitted_maps(inputs, real_heads(heads))
+
+    def choose(self, inputs: LayerInputs, estimate: Tensor, gamma: Tensor) -> Tensor:
         """Blocks above one threshold a head: from the error, the budget, or else from gamma."""
-        heads = real_heads(heads)
-        maps = _fitted_maps(inputs, heads)
         if self.time_budget is not None:
-            pattern = densest_blocks(maps, inputs.geometry.causal, self.time_budget)
-        else:
-            if self.max_error is not None:
-                gamma = torch.full_like(gamma, 1 - self.max_error / 2)
-            pattern = head_pattern(maps, gamma)
-        return Selection(pattern, _work(inputs))
+            return densest_blocks(estimate, inputs.geometry.causal, self.time_budget)
+        if self.max_error is not None:
+            gamma = torch.full_like(gamma, 1 - self.max_error / 2)
+        return head_pattern(estimate, gamma)
+
+    def work(self, inputs: LayerInputs) -> float:
+        """Two real FFTs of a channel and running sums, over 4 operations a pair and channel."""
+        n_query, n_key, size = inputs.query.shape[1], inputs.key.shape[1], _fft_size(inputs)
+        pairs = n_query * (n_key - (n_query - 1) / 2)
+        return min(0.5, (5 * size * math.log2(size) + 8 * n_key) / (4 * pairs))
 
 
 def _fft_size(inputs: LayerInputs) -> int:
     return 1 << (inputs.query.shape[1] + inputs.key.shape[1] - 1).bit_length()
-
-
-def _work(inputs: LayerInputs) -> float:
-    """Two real FFTs of every channel and the running sums, over 4 operations a pair and channel."""
-    n_query, n_key, size = inputs.query.shape[1], inputs.key.shape[1], _fft_size(inputs)
-    pairs = n_query * (n_key - (n_query - 1) / 2)
-    return min(0.5, (5 * size * math.log2(size) + 8 * n_key) / (4 * pairs))
 
 
 def _fitted_maps(inputs: LayerInputs, heads: Tensor) -> Tensor:
@@ -154,6 +154,6 @@ def _diagonal_sums(queries: Tensor, keys: Tensor) -> Tensor:
     spectrum = torch.fft.rfft(queries, n=size, dim=1)
     spectrum *= torch.fft.rfft(keys, n=size, dim=1).conj()
     sums = torch.fft.irfft(spectrum.sum(-1), n=size, dim=1)
-    # Entry t holds the pairs with i - j = t: offset o is t = o - (Nk - Nq), from the end if below 0.
+    # Entry t holds the pairs of indices i - j = t, which have the offset t + Nk - Nq.
     shift = torch.arange(n_key, device=keys.device) - (n_key - n_query)
     return sums[:, shift % size]

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from shareprefill.runtime.ops.blocks import count_blocks
-from shareprefill.runtime.policies.base import LayerInputs, Selection
+from shareprefill.runtime.policies.base import LayerInputs
+from shareprefill.runtime.policies.estimating import Estimating
 from shareprefill.runtime.policies.logits import (
     block_means,
     kv_heads,
@@ -25,7 +26,7 @@ from shareprefill.runtime.policies.pooled import pooling_work
 
 
 @dataclass(frozen=True)
-class Flash:
+class Flash(Estimating[Tensor]):
     """Energy of a tile, E[I, J] = sum over the rows of I of 2^(s - max), on mean keys.
 
     `max` is one number a query block, over its rows and key blocks. Blocks with E of at least
@@ -37,12 +38,19 @@ class Flash:
 
     alpha: float | None = None
 
-    def select(self, inputs: LayerInputs, heads: Tensor, gamma: Tensor) -> Selection:
+    def estimate(self, inputs: LayerInputs, heads: Tensor) -> Tensor:
+        """Tile energies."""
+        return _energies(inputs, real_heads(heads))
+
+    def choose(self, inputs: LayerInputs, estimate: Tensor, gamma: Tensor) -> Tensor:
         """The blocks of enough energy; gamma sets alpha = 1 - gamma where none is given."""
-        energy = _energies(inputs, real_heads(heads))
         alpha = 1 - gamma if self.alpha is None else torch.full_like(gamma, self.alpha)
-        pattern = energy >= alpha[:, None, None] * energy.amax(-1, keepdim=True)
-        return Selection(pattern & (energy > 0), pooling_work(inputs))
+        least = alpha[:, None, None] * estimate.amax(-1, keepdim=True)
+        return (estimate >= least) & (estimate > 0)
+
+    def work(self, inputs: LayerInputs) -> float:
+        """One product a block instead of one a key, logits alone."""
+        return pooling_work(inputs)
 
 
 def _energies(inputs: LayerInputs, heads: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""FlexPrefill: each head is query-aware or vertical-slash, by how well pooling tells its last block."""
+"""FlexPrefill: query-aware blocks where pooling tells a head's last block, else fixed lines."""
 
 from __future__ import annotations
 
@@ -8,19 +8,20 @@ import torch
 from torch import Tensor
 
 from shareprefill.runtime.patterns import js_distance
-from shareprefill.runtime.policies.base import LayerInputs, Selection
+from shareprefill.runtime.policies.base import LayerInputs
 from shareprefill.runtime.policies.coverage import head_pattern
+from shareprefill.runtime.policies.estimating import Estimating
 from shareprefill.runtime.policies.logits import (
     block_means,
     kv_heads,
     products,
     real_heads,
 )
-from shareprefill.runtime.policies.vertical_slash import profiles, slashes
+from shareprefill.runtime.policies.vertical_slash import profile_work, profiles, slashes
 
 
 @dataclass(frozen=True)
-class Flex:
+class Flex(Estimating[tuple[Tensor, Tensor, Tensor]]):
     """Query-aware where mean queries and keys tell the last block's distribution, else fixed lines.
 
     The test is the JS distance between the last query block's estimated distribution (mean query,
@@ -34,16 +35,24 @@ class Flex:
 
     tau: float = 0.1
 
-    def select(self, inputs: LayerInputs, heads: Tensor, gamma: Tensor) -> Selection:
-        """The pattern of the kind that a head's last block asks for, covering gamma."""
+    def estimate(self, inputs: LayerInputs, heads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The last query block's profiles, and the estimated maps."""
         heads = real_heads(heads)
-        vertical, slash, work = profiles(inputs, heads)
-        maps = _mean_maps(inputs, heads)
+        return *profiles(inputs, heads), _mean_maps(inputs, heads)
+
+    def choose(
+        self, inputs: LayerInputs, estimate: tuple[Tensor, Tensor, Tensor], gamma: Tensor
+    ) -> Tensor:
+        """The pattern of the kind that a head's last block asks for, covering gamma."""
+        vertical, slash, maps = estimate
         aware = js_distance(vertical, maps[:, -1]) < self.tau
-        pattern = torch.where(
+        return torch.where(
             aware[:, None, None], head_pattern(maps, gamma), slashes(inputs, vertical, slash, gamma)
         )
-        return Selection(pattern, work + 1 / (2 * inputs.geometry.block_size**2))
+
+    def work(self, inputs: LayerInputs) -> float:
+        """The last query block's logits, and one product a pair of blocks."""
+        return profile_work(inputs) + 1 / (2 * inputs.geometry.block_size**2)
 
 
 def _mean_maps(inputs: LayerInputs, heads: Tensor) -> Tensor:

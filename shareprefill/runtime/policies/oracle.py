@@ -7,15 +7,23 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from shareprefill.runtime.patterns import cumulative_pattern
-from shareprefill.runtime.policies.base import LayerInputs, Selection
+from shareprefill.runtime.policies.base import LayerInputs
+from shareprefill.runtime.policies.estimating import Estimating
 from shareprefill.runtime.policies.sampled import sampled_maps
 
 
 @dataclass(frozen=True)
-class Oracle:
+class Oracle(Estimating[Tensor]):
     """The smallest set of blocks of every query block whose true mass reaches gamma."""
 
-    def select(self, inputs: LayerInputs, heads: Tensor, gamma: Tensor) -> Selection:
-        """Chooses on the exact map; its work is that of all logits."""
-        maps = sampled_maps(inputs, heads, None)
-        return Selection(cumulative_pattern(maps, gamma[:, None]), 0.5)
+    def estimate(self, inputs: LayerInputs, heads: Tensor) -> Tensor:
+        """The exact maps."""
+        return sampled_maps(inputs, heads, None)
+
+    def choose(self, inputs: LayerInputs, estimate: Tensor, gamma: Tensor) -> Tensor:
+        """The smallest set of blocks of every query block whose mass reaches gamma."""
+        return cumulative_pattern(estimate, gamma[:, None])
+
+    def work(self, inputs: LayerInputs) -> float:
+        """All logits: half of dense attention."""
+        return 0.5

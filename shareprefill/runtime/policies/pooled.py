@@ -9,7 +9,8 @@ from torch import Tensor
 
 from shareprefill.runtime.ops.blocks import count_blocks
 from shareprefill.runtime.patterns import cumulative_pattern
-from shareprefill.runtime.policies.base import LayerInputs, Selection
+from shareprefill.runtime.policies.base import LayerInputs
+from shareprefill.runtime.policies.estimating import Estimating
 from shareprefill.runtime.policies.logits import (
     block_means,
     kv_heads,
@@ -24,16 +25,23 @@ from shareprefill.runtime.policies.logits import (
 
 
 @dataclass(frozen=True)
-class Pooled:
+class Pooled(Estimating[Tensor]):
     """Every query row against the mean key of every block, its own softmax, then means by block.
 
     One softmax a row, not one maximum a tile: a row of large logits does not hide the others.
     """
 
-    def select(self, inputs: LayerInputs, heads: Tensor, gamma: Tensor) -> Selection:
+    def estimate(self, inputs: LayerInputs, heads: Tensor) -> Tensor:
+        """Estimated maps."""
+        return pooled_maps(inputs, heads)
+
+    def choose(self, inputs: LayerInputs, estimate: Tensor, gamma: Tensor) -> Tensor:
         """The smallest set of blocks of every query block whose estimated mass reaches gamma."""
-        maps = pooled_maps(inputs, heads)
-        return Selection(cumulative_pattern(maps, gamma[:, None]), pooling_work(inputs))
+        return cumulative_pattern(estimate, gamma[:, None])
+
+    def work(self, inputs: LayerInputs) -> float:
+        """One product a block instead of one a key, logits alone."""
+        return pooling_work(inputs)
 
 
 def pooling_work(inputs: LayerInputs) -> float:

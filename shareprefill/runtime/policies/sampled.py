@@ -4,24 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from shareprefill.runtime.ops.blocks import count_blocks
 from shareprefill.runtime.ops.pooled_attention import pooled_attention
 from shareprefill.runtime.patterns import cumulative_pattern
-from shareprefill.runtime.policies.base import LayerInputs, Selection
-from shareprefill.runtime.policies.logits import (
-    block_means,
-    kv_heads,
-    pieces,
-    products,
-    real_heads,
-)
+from shareprefill.runtime.policies.base import LayerInputs
+from shareprefill.runtime.policies.estimating import Estimating
 
 
 @dataclass(frozen=True)
-class Sampled:
+class Sampled(Estimating[Tensor]):
     """Each row's true softmax for `rows` evenly spaced rows of every query block, pooled by block.
 
     Attributes:
@@ -30,10 +22,17 @@ class Sampled:
 
     rows: int = 8
 
-    def select(self, inputs: LayerInputs, heads: Tensor, gamma: Tensor) -> Selection:
+    def estimate(self, inputs: LayerInputs, heads: Tensor) -> Tensor:
+        """Maps of the sampled rows."""
+        return sampled_maps(inputs, heads, self.rows)
+
+    def choose(self, inputs: LayerInputs, estimate: Tensor, gamma: Tensor) -> Tensor:
         """The smallest set of blocks of every query block whose estimated mass reaches gamma."""
-        maps = sampled_maps(inputs, heads, self.rows)
-        return Selection(cumulative_pattern(maps, gamma[:, None]), sampling_work(inputs, self.rows))
+        return cumulative_pattern(estimate, gamma[:, None])
+
+    def work(self, inputs: LayerInputs) -> float:
+        """The share of the rows that are sampled, logits alone."""
+        return sampling_work(inputs, self.rows)
 
 
 def sampling_work(inputs: LayerInputs, rows: int) -> float:
@@ -46,39 +45,16 @@ def sampled_maps(inputs: LayerInputs, heads: Tensor, rows: int | None) -> Tensor
 
     Args:
         inputs: The layer's inputs. Attention sinks are left out: they scale a row's masses alike.
-        heads: int64 `[S]`; negative ones give the map of head 0.
+        heads: int64 `[S]`; the maps of negative ones are zeros.
         rows: Rows a block; None for all of them.
     """
-    heads = real_heads(heads)
-    block = inputs.geometry.block_size
-    chosen = None if rows is None else inputs.geometry.rows(rows)
-    if inputs.softcap is None:
-        _, maps = pooled_attention(
-            inputs.query,
-            inputs.key,
-            rows=chosen,
-            block_size=block,
-            scale=inputs.scale,
-            heads=heads,
-        )
-        return maps
-    n_query, n_key = inputs.query.shape[1], inputs.key.shape[1]
-    if chosen is None:
-        chosen = inputs.geometry.rows(block)
-    n_k = count_blocks(n_key, block)
-    maps = torch.empty((len(heads), len(chosen), n_k), device=heads.device)
-    columns = torch.arange(n_key, device=heads.device)
-    sizes = torch.full((n_k,), float(block), device=heads.device)
-    sizes[-1] = n_key - (n_k - 1) * block
-    for head in range(len(heads)):
-        one = heads[head : head + 1]
-        keys = inputs.key[kv_heads(inputs, one)]
-        for some in pieces(len(chosen), 8 * chosen.shape[1] * n_key, heads.device):
-            members = chosen[some].flatten()
-            logits = products(inputs.query[one][:, members], keys, inputs)
-            seen = columns[None, :] <= (members + (n_key - n_query))[:, None]
-            weights = torch.softmax(logits.masked_fill_(~seen, -torch.inf), -1)
-            means = weights.unflatten(1, (-1, chosen.shape[1])).mean(2)
-            maps[head, some] = (block_means(means.mT, block).mT * sizes)[0].float()
+    _, maps = pooled_attention(
+        inputs.query,
+        inputs.key,
+        rows=None if rows is None else inputs.geometry.rows(rows),
+        block_size=inputs.geometry.block_size,
+        scale=inputs.scale,
+        heads=heads,
+        softcap=inputs.softcap,
+    )
     return maps
-

@@ -6,9 +6,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from shareprefill.runtime.policies.base import LayerInputs, Selection
+from shareprefill.runtime.policies.base import LayerInputs
 from shareprefill.runtime.policies.coverage import head_pattern
+from shareprefill.runtime.policies.estimating import Estimating
 from shareprefill.runtime.policies.sampled import sampled_maps, sampling_work
 
 # Weights of a block's own samples, of its neighbours on the same key block and on the same block
@@ -22,7 +24,7 @@ _WEIGHTS = {
 
 
 @dataclass(frozen=True)
-class Smoothed:
+class Smoothed(Estimating[Tensor]):
     """Exact maps of a few rows a block, averaged with the neighbouring query blocks' samples.
 
     Attention follows key blocks (verticals) and distances (diagonals), so the samples of other
@@ -35,11 +37,38 @@ class Smoothed:
 
     rows: int = 2
 
-    def select(self, inputs: LayerInputs, heads: Tensor, gamma: Tensor) -> Selection:
-        """The blocks above a head's threshold; gamma is the share of the head's whole mass."""
+    def estimate(self, inputs: LayerInputs, heads: Tensor) -> Tensor:
+        """Smoothed maps."""
         maps = sampled_maps(inputs, heads, self.rows)
-        maps = smooth(maps, inputs.geometry.causal, self.rows)
-        return Selection(head_pattern(maps, gamma), sampling_work(inputs, self.rows))
+        return smooth(maps, inputs.geometry.causal, self.rows)
+
+    def choose(self, inputs: LayerInputs, estimate: Tensor, gamma: Tensor) -> Tensor:
+        """The blocks above a head's threshold; gamma is the share of the head's whole mass."""
+        return head_pattern(estimate, gamma)
+
+    def work(self, inputs: LayerInputs) -> float:
+        """The share of the rows that are sampled, logits alone."""
+        return sampling_work(inputs, self.rows)
+
+
+@dataclass(frozen=True)
+class Level(Smoothed):
+    """The same estimate, and one threshold for the blocks of all heads and layers.
+
+    A block is kept if its estimated mass is at least -ln(gamma) times an even share, which is 1
+    over the mean number of causal blocks of a query block. Every head then works at the same gain
+    of recall by a block: of all patterns of as many blocks, these have the largest mean recall over
+    heads, and heads of even attention the least. A row skips -ln(gamma) of its estimated mass at
+    most, near 1 - gamma.
+    """
+
+    def choose(self, inputs: LayerInputs, estimate: Tensor, gamma: Tensor) -> Tensor:
+        """The blocks of at least -ln(gamma) even shares."""
+        n_q = inputs.geometry.causal.shape[0]
+        mass = estimate.sum((1, 2)).clamp(min=torch.finfo(torch.float32).tiny) / n_q
+        even = mass * (n_q / inputs.geometry.causal_count)
+        least = -gamma.to(estimate.device).log() * even
+        return (estimate >= least[:, None, None]) & (estimate > 0)
 
 
 def smooth(maps: Tensor, causal: Tensor, rows: int) -> Tensor:
@@ -91,8 +120,14 @@ def _neighbours(maps: Tensor, causal: Tensor, distance: int, step: int) -> Tenso
 def _diagonal_means(maps: Tensor, causal: Tensor) -> Tensor:
     """Mean of every block diagonal, at each of its entries."""
     n_q, n_k = causal.shape
+    means = _line_sums(maps) / _line_sums(causal[None].float()).clamp(min=1)
     line = torch.arange(n_k, device=maps.device) - torch.arange(n_q, device=maps.device)[:, None]
-    line = (line + n_q - 1).flatten()
-    sums = maps.new_zeros((len(maps), n_q + n_k - 1)).index_add_(1, line, maps.flatten(1))
-    counts = maps.new_zeros(n_q + n_k - 1).index_add_(0, line, causal.flatten().float())
-    return (sums / counts.clamp(min=1))[:, line].view_as(maps)
+    return means[:, line + (n_q - 1)]
+
+
+def _line_sums(maps: Tensor) -> Tensor:
+    """Sums over diagonals `[S, n_q + n_k - 1]`, from the lowest left entry to the upper right."""
+    n_maps, n_q, n_k = maps.shape
+    # Each row of the padded map, read at one column less, starts one further to the right.
+    padded = pad(maps.flip(1), (0, n_q)).flatten(1)
+    return padded[:, : n_q * (n_q + n_k - 1)].view(n_maps, n_q, -1).sum(1)

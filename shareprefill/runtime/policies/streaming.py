@@ -33,4 +33,3 @@ class Streaming:
             device=heads.device,
         )
         return Selection(pattern.expand(len(heads), -1, -1), 0.0)
-

@@ -9,31 +9,48 @@ from torch import Tensor
 
 from shareprefill.runtime.ops.vertical_slash import vertical_slash_profile
 from shareprefill.runtime.patterns import vertical_slash_pattern
-from shareprefill.runtime.policies.base import LayerInputs, Selection
+from shareprefill.runtime.policies.base import LayerInputs
+from shareprefill.runtime.policies.estimating import Estimating
 from shareprefill.runtime.policies.logits import real_heads
 
 
 @dataclass(frozen=True)
-class VerticalSlash:
+class VerticalSlash(Estimating[tuple[Tensor, Tensor]]):
     """Key blocks and block diagonals that each cover gamma of the last query block's attention.
 
     After MInference (arXiv 2407.02490, section 3.2).
     """
 
-    def select(self, inputs: LayerInputs, heads: Tensor, gamma: Tensor) -> Selection:
+    def estimate(self, inputs: LayerInputs, heads: Tensor) -> tuple[Tensor, Tensor]:
+        """Last query block's mass by key block and by block distance."""
+        return profiles(inputs, real_heads(heads))
+
+    def choose(self, inputs: LayerInputs, estimate: tuple[Tensor, Tensor], gamma: Tensor) -> Tensor:
         """The lines of the last query block, drawn through all query blocks."""
-        vertical, slash, work = profiles(inputs, real_heads(heads))
-        return Selection(slashes(inputs, vertical, slash, gamma), work)
+        return slashes(inputs, *estimate, gamma)
+
+    def work(self, inputs: LayerInputs) -> float:
+        """Logits of the last query block, which reads all keys."""
+        return profile_work(inputs)
 
 
-def profiles(inputs: LayerInputs, heads: Tensor) -> tuple[Tensor, Tensor, float]:
-    """Last query block's mass by key block and by block distance, and the work of both."""
-    block, n_query = inputs.geometry.block_size, inputs.query.shape[1]
-    vertical, slash = vertical_slash_profile(
-        inputs.query, inputs.key, block_size=block, scale=inputs.scale, heads=heads
+def profiles(inputs: LayerInputs, heads: Tensor) -> tuple[Tensor, Tensor]:
+    """Last query block's mass by key block and by block distance."""
+    return vertical_slash_profile(
+        inputs.query,
+        inputs.key,
+        block_size=inputs.geometry.block_size,
+        scale=inputs.scale,
+        heads=heads,
+        softcap=inputs.softcap,
     )
-    # The last rows read all keys, twice as many as a row does on average, for logits alone.
-    return vertical, slash, min(block, n_query) / n_query
+
+
+def profile_work(inputs: LayerInputs) -> float:
+    """Logits of the last rows: they read all keys, about twice as many as a row of a prompt."""
+    n_query, n_key = inputs.query.shape[1], inputs.key.shape[1]
+    pairs = n_query * (n_key - (n_query - 1) / 2)
+    return min(0.5, min(inputs.geometry.block_size, n_query) * n_key / pairs / 2)
 
 
 def slashes(inputs: LayerInputs, vertical: Tensor, slash: Tensor, gamma: Tensor) -> Tensor:
