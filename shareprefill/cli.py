@@ -11,6 +11,10 @@ from typing import Annotated, Any
 import typer
 
 from shareprefill import __version__
+from shareprefill.commands.audit import audit_command
+from shareprefill.commands.bench import bench_command
+from shareprefill.commands.evaluate import eval_command
+from shareprefill.commands.hub import pull_command, push_command
 from shareprefill.commands.options import (
     DeviceOption,
     DtypeOption,
@@ -18,6 +22,8 @@ from shareprefill.commands.options import (
     ModelOption,
     RemoteCodeOption,
 )
+from shareprefill.commands.regenerate import regenerate_command
+from shareprefill.commands.sweep import sweep_command
 from shareprefill.config import (
     LINKAGES,
     METRICS,
@@ -107,14 +113,16 @@ def calibrate(
 
     folder = out or ARTIFACTS / model_slug(model) / "calibration"
     with progress("prompts") as advance:
-        capture_maps(
+        store = capture_maps(
             config,
             folder,
             resume=resume,
             trust_remote_code=trust_remote_code,
             progress=advance,
         )
-    show_training(folder, train_stage(folder, TrainConfig(seed=seed)))
+    # Under torchrun, the first process has them all.
+    if store is not None:
+        show_training(folder, train_stage(folder, TrainConfig(seed=seed)))
 
 
 @app.command()
@@ -163,6 +171,10 @@ def cluster(
     target_recall: Annotated[
         float, typer.Option(help="Attention mass that every head's pattern must cover.")
     ] = _CLUSTER.target_recall,
+    budget: Annotated[
+        float | None,
+        typer.Option(help="Mean density to spend where it covers most, instead of a target."),
+    ] = _CLUSTER.budget,
     gamma: Annotated[
         float, typer.Option(help="Attention mass of the patterns that are compared.")
     ] = _CLUSTER.gamma,
@@ -186,6 +198,7 @@ def cluster(
             "linkage": linkage,
             "min_size": min_size,
             "target_recall": target_recall,
+            "budget": budget,
             "gamma": gamma,
             "tau": tau,
             "delta": delta,
@@ -195,11 +208,12 @@ def cluster(
     from shareprefill.artifact import save_artifact
     from shareprefill.clustering.pipeline import cluster as cluster_stage
     from shareprefill.console import show_clusterings, status, summarize
+    from shareprefill.files import locked_output, reading_folder
 
     folder = _calibration(calibration)
-    with status("clustering"):
+    with locked_output(out), reading_folder(folder), status("clustering"):
         artifact, trials = cluster_stage(folder, config)
-    save_artifact(artifact, out)
+        save_artifact(artifact, out)
     show_clusterings(trials)
     summarize(artifact, out)
 
@@ -209,7 +223,7 @@ def run(
     prompt: Annotated[Path, typer.Argument(help="Text file; - reads standard input.")],
     artifact: Annotated[Path, typer.Option(help="Artifact of the model.")] = CLUSTERS,
     model: Annotated[
-        str | None, typer.Option(help="Where the model is, if not where the artifact says.")
+        str | None, typer.Option(help="The model; by default the artifact's, if calibrated here.")
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")] = 64,
     policy: Annotated[str, typer.Option(help=f"One of {', '.join(POLICIES)}.")] = _RUN.policy,
@@ -228,6 +242,14 @@ def run(
     ] = None,
     min_tokens: Annotated[
         int | None, typer.Option(help="Run shorter prompts dense; measured by default.")
+    ] = None,
+    nonfinite: Annotated[
+        str,
+        typer.Option(help="NaN or Inf in a head's queries or keys: dense (that head) or error."),
+    ] = _RUN.nonfinite,
+    prefill_chunk: Annotated[
+        int | None,
+        typer.Option(help="Prompt tokens at a time, 0 for all; by default what memory allows."),
     ] = None,
     compare_dense: Annotated[
         bool, typer.Option("--compare-dense", help="Run dense attention too, and compare.")
@@ -249,10 +271,12 @@ def run(
             "delta": delta,
             "pivot_rows": pivot_rows,
             "min_tokens": min_tokens,
+            "nonfinite": nonfinite,
         }
     )
     text = _read_prompt(prompt)
-    from shareprefill.artifact import load_artifact
+    from shareprefill.artifact import load_artifact, model_to_load
+    from shareprefill.commands.known import known_models
     from shareprefill.console import finish_run
     from shareprefill.runtime.answering import answer
 
@@ -261,8 +285,9 @@ def run(
         loaded,
         text,
         config,
-        model=model,
+        model=model_to_load(loaded, model, known_models(ARTIFACTS)),
         max_new_tokens=max_new_tokens,
+        prefill_chunk=prefill_chunk,
         compare_dense=compare_dense,
         measure_recall=recall,
         device=device,
@@ -335,6 +360,15 @@ def doctor(
         show_checks(checks)
     if any(check.broken for check in checks):
         raise typer.Exit(1)
+
+
+app.command("eval")(eval_command)
+app.command("sweep")(sweep_command)
+app.command("audit")(audit_command)
+app.command("bench")(bench_command)
+app.command("regenerate")(regenerate_command)
+app.command("push")(push_command)
+app.command("pull")(pull_command)
 
 
 def main() -> None:

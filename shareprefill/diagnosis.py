@@ -94,16 +94,9 @@ def _weightless(name: str, trust_remote_code: bool) -> PreTrainedModel | None:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from shareprefill.models import (
-        _load_config,
-        _loading_options,
-        _require_causal_config,
-        resolve_model,
-    )
+    from shareprefill.models import load_config
 
-    path = resolve_model(name)
-    config = _load_config(name, path, _loading_options(path, trust_remote_code))
-    _require_causal_config(name, config, trust_remote_code)
+    config = load_config(name, trust_remote_code=trust_remote_code)
     try:
         with torch.device("meta"):
             # Grouped products of experts want bfloat16 there.
@@ -159,41 +152,47 @@ def _device() -> Check:
 
 
 def _implementations() -> list[Check]:
-    """Every implementation of block-sparse attention, compared with the reference."""
+    """Every implementation of block-sparse attention, and what each operator takes by itself."""
     import torch
 
     from shareprefill.runtime.crossover import crossover_tokens
+    from shareprefill.runtime.ops.implementations import describe, unavailable
 
-    cuda = torch.cuda.is_available()
-    least = crossover_tokens("cuda" if cuda else "cpu")
-    checks = [_compare("blockwise", "cpu", "the choice on a CPU")]
-    if not cuda:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    checks = [_compare("blockwise", "cpu")]
+    if device == "cpu":
         why = "needs a CUDA GPU" if importlib.util.find_spec("triton") else "not installed"
         checks.append(Check("attention: triton", ABSENT, why))
     else:
-        checks.append(_compare("triton", "cuda", "the choice on this GPU"))
-    checks.append(Check("crossover", f"{least} tokens", "shorter prompts run dense by themselves"))
+        for name in ("triton", "gluon", "fa4"):
+            reason = unavailable(name, torch.device(device))
+            absent = Check(f"attention: {name}", ABSENT, reason or "")
+            checks.append(absent if reason else _compare(name, device))
+    checks += [Check(c.operator, c.implementation, c.reason) for c in describe(device)]
+    least = f"{crossover_tokens(device)} tokens"
+    checks.append(Check("crossover", least, "shorter prompts run dense by themselves"))
     return checks
 
 
-def _compare(implementation: str, device: str, detail: str) -> Check:
+def _compare(implementation: str, device: str) -> Check:
     import torch
 
     from shareprefill.runtime.ops.block_sparse_attention import block_sparse_attention
     from shareprefill.runtime.ops.blocks import BlockLists, causal_blocks
 
     generator = torch.Generator().manual_seed(0)
+    dtype = torch.float32 if device == "cpu" else torch.float16
     query, key, value = (
-        torch.randn(heads, 200, 64, generator=generator).to(device) for heads in (4, 2, 2)
+        torch.randn(heads, 300, 64, generator=generator).to(device, dtype) for heads in (4, 2, 2)
     )
-    bitmap = causal_blocks(200, 0, 64, device=query.device)[None]
-    lists = BlockLists.from_bitmap(bitmap, torch.zeros(4, device=query.device).int(), 64)
+    bitmap = causal_blocks(300, 0, 128, device=query.device)[None]
+    lists = BlockLists.from_bitmap(bitmap, torch.zeros(4, device=query.device).int(), 128)
     found = block_sparse_attention(query, key, value, lists, impl=implementation)
     expected = block_sparse_attention(query, key, value, lists, impl="reference")
     error = (found - expected).abs().max().item()
     name = f"attention: {implementation}"
     if error < 1e-2:
-        return Check(name, WORKS, detail)
+        return Check(name, WORKS, "equals the reference")
     return Check(name, BROKEN, f"differs from the reference by {error:.1e}; please report this")
 
 

@@ -8,7 +8,7 @@ import pickle
 import re
 import struct
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -109,14 +109,26 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedT
     options = _loading_options(path, trust_remote_code)
     from transformers import AutoTokenizer
 
-    with _quiet_transformers():
-        try:
-            return AutoTokenizer.from_pretrained(path, **options)
-        except _loading_errors() as error:
-            raise ModelError(
-                f"the tokenizer of {printable(name)} is missing or damaged ({_reason(error)}): "
-                "its folder needs a valid tokenizer.json and tokenizer_config.json"
-            ) from error
+    with _Loading(
+        f"the tokenizer of {printable(name)} is missing or damaged",
+        "its folder needs a valid tokenizer.json and tokenizer_config.json",
+    ):
+        return AutoTokenizer.from_pretrained(path, **options)
+
+
+def load_config(name: str, *, trust_remote_code: bool = False) -> PreTrainedConfig:
+    """Loads the configuration of a causal language model, without its weights.
+
+    Args:
+        name: A hub id, a local folder, or a name in `BUILT_IN`.
+        trust_remote_code: Runs Python code that the model's repository brings.
+
+    Raises:
+        ModelError: the model cannot be found, its configuration is damaged, or it is no causal
+            decoder.
+    """
+    path = resolve_model(name)
+    return _load_config(name, path, _loading_options(path, trust_remote_code), trust_remote_code)
 
 
 def load_model(
@@ -135,7 +147,7 @@ def load_model(
         ConfigError: device or dtype is no such thing.
         ModelError: the model cannot be found or loaded, or is no causal decoder.
     """
-    target = _resolve_device(device)
+    target = resolve_device(device)
     if dtype != "auto" and dtype not in _DTYPES:
         raise ConfigError(f"dtype = {dtype!r} is not allowed: it must be auto or {list(_DTYPES)}")
     kind = _DTYPES.get(dtype, torch.float32 if target.type == "cpu" else "auto")
@@ -143,18 +155,14 @@ def load_model(
     options = _loading_options(path, trust_remote_code)
     from transformers import AutoModelForCausalLM
 
-    with _quiet_transformers():
-        config = _load_config(name, path, options)
-        _require_causal_config(name, config, trust_remote_code)
-        try:
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                path, config=config, dtype=kind, output_loading_info=True, **options
-            )
-        except _loading_errors() as error:
-            raise ModelError(
-                f"the weights of {printable(name)} are missing or damaged ({_reason(error)}): "
-                "get the model again, or name another one"
-            ) from error
+    config = _load_config(name, path, options, trust_remote_code)
+    with _Loading(
+        f"the weights of {printable(name)} are missing or damaged",
+        "get the model again, or name another one",
+    ):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            path, config=config, dtype=kind, output_loading_info=True, **options
+        )
     model, info = loaded
     if missing := sorted(info["missing_keys"]):
         raise ModelError(
@@ -197,10 +205,14 @@ def attention_layers(model: nn.Module) -> list[AttentionLayer]:
 
 
 def geometry(model: PreTrainedModel) -> ModelGeometry:
-    """The sizes of a model's attention, as its configuration tells them.
+    """The sizes of a model's attention.
+
+    Where layers differ in head_dim or KV heads (Gemma 4), those of the layers with the largest
+    head_dim: sharing follows query heads, of which every layer has the same number.
 
     Raises:
-        UnsupportedError: there is no attention in it, or the sizes differ from layer to layer.
+        UnsupportedError: there is no attention in it, or the number of heads differs from layer to
+            layer.
     """
     config = model.config.get_text_config(decoder=True)
     layers = attention_layers(model)
@@ -209,23 +221,35 @@ def geometry(model: PreTrainedModel) -> ModelGeometry:
             f"no self-attention module was found in a model of type {config.model_type}: "
             "its family is not supported"
         )
-    # First: where heads differ, a configuration may refuse to tell one head_dim.
-    differing = UnsupportedError(
-        f"the attention heads of a {config.model_type} model differ from layer to layer: "
-        "only models with one number of heads and one head_dim are supported; run the model "
-        "without a session"
-    )
-    if len({_module_sizes(layer.module) for layer in layers}) > 1:
-        raise differing
-    heads = config.num_attention_heads
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    head_dim = getattr(config, "head_dim", None)
-    if head_dim is None and isinstance(heads, int):
-        head_dim = config.hidden_size // heads
+    heads: Any = config.num_attention_heads
+    found = {_module_sizes(layer.module) for layer in layers}
+    kv_heads: Any
+    head_dim: Any
+    if len(found) > 1:
+        kv_heads, head_dim = _widest(found, heads)
+    else:
+        kv_heads = getattr(config, "num_key_value_heads", None) or heads
+        head_dim = getattr(config, "head_dim", None)
+        if head_dim is None and isinstance(heads, int):
+            head_dim = config.hidden_size // heads
     sizes: tuple[Any, ...] = (config.num_hidden_layers, heads, kv_heads, head_dim)
     if not all(isinstance(size, int) for size in sizes):
-        raise differing
+        raise UnsupportedError(
+            f"the attention heads of a {config.model_type} model differ from layer to layer: only "
+            "models with one number of query heads are supported; run the model without a session"
+        )
     return ModelGeometry(*sizes)
+
+
+def _widest(found: set[tuple[Any, ...]], heads: Any) -> tuple[int | None, int | None]:
+    """KV heads and head_dim of the layers with the largest head_dim; None if heads differ."""
+    for head_dim, groups, width in found:
+        if not all(isinstance(size, int) for size in (heads, head_dim, groups, width)):
+            return None, None
+        if width != heads * head_dim:
+            return None, None
+    head_dim, groups, _ = max(found)
+    return heads // groups, head_dim
 
 
 @torch.no_grad()
@@ -242,14 +266,15 @@ def fingerprint(model: PreTrainedModel) -> Fingerprint:
     sizes = geometry(model)
     digest = hashlib.sha256()
     for layer in attention_layers(model):
-        for name, parameter in sorted(layer.module.named_parameters()):
-            if parameter.is_meta:
-                raise UnsupportedError(
-                    f"the weights of layer {layer.index} are not in memory (meta device): load "
-                    "the model without offloading to compare it with an artifact"
-                )
-            digest.update(f"{layer.index} {name} {list(parameter.shape)}\n".encode())
-            digest.update(_canonical_bytes(parameter))
+        with _in_memory(layer.module):
+            for name, parameter in sorted(layer.module.named_parameters()):
+                if parameter.is_meta:
+                    raise UnsupportedError(
+                        f"the weights of layer {layer.index} are not in memory (meta device): load "
+                        "the model with its weights to compare it with an artifact"
+                    )
+                digest.update(f"{layer.index} {name} {list(parameter.shape)}\n".encode())
+                digest.update(_canonical_bytes(parameter))
     model_type = model.config.get_text_config(decoder=True).model_type
     return Fingerprint(model_type, sizes, digest.hexdigest())
 
@@ -260,7 +285,7 @@ def max_length(model: PreTrainedModel | PreTrainedConfig) -> int | None:
     return getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
 
 
-def _resolve_device(device: str) -> torch.device:
+def resolve_device(device: str) -> torch.device:
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     match = re.fullmatch(r"cpu|cuda(?::(\d+))?", device)
@@ -308,43 +333,21 @@ def _only_cached(hub_id: str) -> bool:
     return False
 
 
-def _loading_errors() -> tuple[type[Exception], ...]:
-    """What transformers and its formats raise for missing, damaged or unknown files."""
-    from huggingface_hub.errors import StrictDataclassError
-    from safetensors import SafetensorError
+def _load_config(
+    name: str, path: str, options: dict[str, Any], trust_remote_code: bool
+) -> PreTrainedConfig:
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 
-    return (
-        OSError,
-        ValueError,
-        KeyError,
-        ImportError,
-        RuntimeError,
-        SafetensorError,
-        StrictDataclassError,
-        pickle.UnpicklingError,
-        struct.error,
-    )
-
-
-def _load_config(name: str, path: str, options: dict[str, Any]) -> PreTrainedConfig:
-    from transformers import AutoConfig
-
-    try:
-        return AutoConfig.from_pretrained(path, **options)
-    except _loading_errors() as error:
-        raise ModelError(
-            f"{printable(name)} is no model that transformers can load ({_reason(error)}): "
-            "its folder needs a valid config.json"
-        ) from error
-
-
-def _require_causal_config(name: str, config: PreTrainedConfig, trust_remote_code: bool) -> None:
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
-
+    with _Loading(
+        f"{printable(name)} is no model that transformers can load",
+        "its folder needs a valid config.json",
+    ):
+        config = AutoConfig.from_pretrained(path, **options)
     brings_code = trust_remote_code and "AutoModelForCausalLM" in getattr(config, "auto_map", {})
     known = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or brings_code
     if not known or getattr(config, "is_encoder_decoder", False):
         raise _not_causal(name, config)
+    return config
 
 
 def _not_causal(name: str, config: PreTrainedConfig) -> ModelError:
@@ -359,21 +362,54 @@ def _reason(error: Exception) -> str:
     return printable(lines[0].rstrip(". "), 160)
 
 
-@contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """Holds back transformers' load report: what it says of an error is in ours."""
-    from transformers.utils import logging as transformers_logging
+class _Loading:
+    """Says what is damaged, in place of transformers' errors and its load report.
 
-    verbosity = transformers_logging.get_verbosity()
-    bar = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        if bar:
+    What a damaged file makes the libraries raise is anything: wrong types in a configuration are
+    AttributeError, TypeError or IndexError somewhere inside, and tokenizers raises the bare class
+    Exception, which no `except` clause could catch alone.
+    """
+
+    def __init__(self, problem: str, advice: str) -> None:
+        self._problem, self._advice = problem, advice
+
+    def __enter__(self) -> None:
+        from transformers.utils import logging as transformers_logging
+
+        self._verbosity = transformers_logging.get_verbosity()
+        self._bar = transformers_logging.is_progress_bar_enabled()
+        transformers_logging.set_verbosity_error()
+        transformers_logging.disable_progress_bar()
+
+    def __exit__(self, kind: type[BaseException] | None, error: object, trace: object) -> None:
+        from transformers.utils import logging as transformers_logging
+
+        transformers_logging.set_verbosity(self._verbosity)
+        if self._bar:
             transformers_logging.enable_progress_bar()
+        if isinstance(error, Exception) and (kind is Exception or isinstance(error, _damages())):
+            raise ModelError(f"{self._problem} ({_reason(error)}): {self._advice}") from error
+
+
+def _damages() -> tuple[type[Exception], ...]:
+    """What transformers and its formats raise for missing, damaged or unknown files."""
+    from huggingface_hub.errors import StrictDataclassError
+    from safetensors import SafetensorError
+
+    return (
+        ArithmeticError,
+        AttributeError,
+        ImportError,
+        LookupError,
+        OSError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+        SafetensorError,
+        StrictDataclassError,
+        pickle.UnpicklingError,
+        struct.error,
+    )
 
 
 def _is_attention(module: nn.Module) -> bool:
@@ -391,8 +427,25 @@ def _module_sizes(module: nn.Module) -> tuple[object, ...]:
     )
 
 
+@contextmanager
+def _in_memory(module: nn.Module) -> Iterator[None]:
+    """Weights that accelerate has offloaded (to the CPU or the disk) are there for a while."""
+    offloaded = [part for part in module.modules() if hasattr(part, "_hf_hook")]
+    with ExitStack() as stack:
+        if offloaded:
+            from accelerate.utils import align_module_device
+
+            for part in offloaded:
+                stack.enter_context(align_module_device(part))
+        yield
+
+
 def _canonical_bytes(parameter: Tensor) -> memoryview:
     values = parameter.detach()
+    # Tensor parallelism leaves each process a part: all of them gather the whole.
+    gather = getattr(values, "full_tensor", None)
+    if gather is not None:
+        values = gather()
     if values.is_floating_point():
         values = values.to(torch.bfloat16).to(torch.float16)
     return values.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data

@@ -12,6 +12,7 @@ import pytest
 
 from shareprefill import cli
 from shareprefill.artifact import load_artifact
+from shareprefill.files import locked_folder, locked_output, reading_folder
 from tests.support.checkpoint import save_checkpoint
 from tests.support.families import FAMILIES, build
 
@@ -84,6 +85,7 @@ def test_the_three_commands(work: Path, sp: Sp, tmp_path: Path) -> None:
 
 
 def test_a_prompt_from_standard_input(work: Path) -> None:
+    # Without --model: it was calibrated in this folder.
     command = ["run", "--artifact", "clusters.st", "-", "--max-new-tokens", "2", "--json"]
     found = subprocess.run(
         [sys.executable, "-m", "shareprefill.cli", *command],
@@ -96,6 +98,13 @@ def test_a_prompt_from_standard_input(work: Path) -> None:
     facts = json.loads(found.stdout)
     assert facts["density"] == 1.0
     assert facts["policies"] == {}
+
+
+def test_a_model_that_only_a_file_names_is_not_loaded(work: Path, sp: Sp, tmp_path: Path) -> None:
+    save_checkpoint(tmp_path / "model")
+    (tmp_path / "prompt.txt").write_text("words")
+    result = sp("run", "--artifact", work / "clusters.st", "prompt.txt")
+    expect_error(result, "names the model model", "say --model")
 
 
 def test_recall_on_request(work: Path, sp: Sp, tmp_path: Path) -> None:
@@ -114,6 +123,17 @@ def test_inspect(work: Path, sp: Sp) -> None:
     code, out, _ = sp("inspect", work / "clusters.st")
     assert code == 0
     assert "heads by policy" in out
+
+
+def test_one_process_an_output(work: Path, sp: Sp, tmp_path: Path) -> None:
+    folder = work / "artifacts" / "model" / "calibration"
+    with locked_output(tmp_path / "a.st"):
+        expect_error(sp("cluster", folder, "--out", "a.st"), "a.st is in use by another process")
+    with locked_folder(folder):
+        expect_error(sp("cluster", folder, "--out", "a.st"), "calibration is in use by another")
+    with reading_folder(folder):
+        expect_error(sp("train", folder, "--epochs", 1), "calibration is in use by another")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_cluster_says_which_calibration_it_takes(work: Path, sp: Sp, tmp_path: Path) -> None:
@@ -273,7 +293,11 @@ def test_doctor_tells_what_each_layer_of_a_model_is(sp: Sp, tmp_path: Path) -> N
         ("layers 0, 2", "window, dense", "sliding window of 24"),
         ("layer 1", "shared", ""),
     ]
-    assert checks("gpt_oss") == [("layers 0-2", "own attention", "attention sinks")]
+    # Its attention sinks are computed along.
+    assert checks("gpt_oss") == [
+        ("layers 0, 2", "window, dense", "sliding window of 24"),
+        ("layer 1", "shared", ""),
+    ]
     assert checks("qwen3_next") == [
         ("layer 0", "not attention", "linear attention"),
         ("layer 1", "shared", ""),
@@ -281,7 +305,7 @@ def test_doctor_tells_what_each_layer_of_a_model_is(sp: Sp, tmp_path: Path) -> N
     ((name, state, detail),) = checks("gpt_neo", status=1)
     assert (name, state) == ("model", "unsupported")
     assert "computes attention by itself" in detail
-    assert "attention sinks" in sp("doctor", "--model", "gpt_oss")[1]
+    assert "sliding window of 24" in sp("doctor", "--model", "gpt_oss")[1]
     expect_error(sp("doctor", "--model", "missing/model/x"), "missing/model/x")
 
 

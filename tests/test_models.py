@@ -21,6 +21,7 @@ from shareprefill.models import (
     attention_layers,
     fingerprint,
     geometry,
+    load_config,
     load_model,
     load_tokenizer,
     max_length,
@@ -154,6 +155,11 @@ def _rewrite_config(folder: Path, **changes: Any) -> None:
     (folder / "config.json").write_text(json.dumps({**config, **changes}))
 
 
+def _rewrite_tokenizer(folder: Path, **changes: Any) -> None:
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    (folder / "tokenizer.json").write_text(json.dumps({**tokenizer, **changes}))
+
+
 def _cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
@@ -165,6 +171,10 @@ def _cut(path: Path) -> None:
         (lambda m: (m / "config.json").write_text("{"), "not a valid JSON file"),
         (lambda m: _rewrite_config(m, model_type="none"), "model type `none`"),
         (lambda m: _rewrite_config(m, hidden_size="x"), "no model that transformers can load"),
+        (lambda m: (m / "config.json").write_text("[]"), "no model that transformers can load"),
+        (lambda m: _rewrite_config(m, model_type=[]), "no model that transformers .*unhashable"),
+        (lambda m: _rewrite_config(m, dtype="x"), "no model that transformers .*no attribute"),
+        (lambda m: _rewrite_config(m, head_dim=0), "weights of .* are missing or damaged .*power"),
         (lambda m: _rewrite_config(m, hidden_size=60), "weights of .* are missing or damaged"),
         (lambda m: _rewrite_config(m, num_hidden_layers=4), "lack 9 weights, model.layers.3"),
         (lambda m: (m / "model.safetensors").unlink(), "weights of .* are missing .*no file named"),
@@ -189,6 +199,11 @@ def test_damaged_models_are_refused(
         lambda m: (m / "tokenizer.json").write_text("{"),
         lambda m: (m / "tokenizer.json").write_text('{"a": 1}'),
         lambda m: (m / "tokenizer_config.json").write_text("{"),
+        # tokenizers raises the bare class Exception for these.
+        lambda m: (m / "tokenizer.json").write_text('{"version": 5}'),
+        lambda m: _rewrite_tokenizer(m, version="9"),
+        lambda m: _rewrite_tokenizer(m, pre_tokenizer={"type": "none"}),
+        lambda m: _rewrite_tokenizer(m, added_tokens=5),
     ],
 )
 def test_damaged_tokenizers_are_refused(damage: Callable[[Path], object], broken: Path) -> None:
@@ -318,3 +333,29 @@ def test_fingerprint_is_the_same_on_a_gpu(saved: Path) -> None:
     assert fingerprint(load_model(str(saved), device="cuda")) == fingerprint(
         load_model(str(saved), device="cpu")
     )
+
+
+def test_a_configuration_is_loaded_without_weights(broken: Path) -> None:
+    (broken / "model.safetensors").unlink()
+    assert load_config(str(broken)).model_type == "llama"
+    _rewrite_config(broken, model_type="t5")
+    with pytest.raises(ModelError, match="no causal decoder"):
+        load_config(str(broken))
+
+
+def test_what_interrupts_loading_is_not_taken_for_damage(
+    broken: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import AutoTokenizer
+
+    class OurOwnError(Exception):
+        pass
+
+    for kind in (KeyboardInterrupt, OurOwnError):
+
+        def fail(*_: object, kind: type[BaseException] = kind, **__: object) -> None:
+            raise kind
+
+        monkeypatch.setattr(AutoTokenizer, "from_pretrained", fail)
+        with pytest.raises(kind):
+            load_tokenizer(str(broken))

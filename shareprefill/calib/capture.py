@@ -45,15 +45,20 @@ class _Recorder:
 
     def __call__(self, call: AttentionCall) -> Tensor:
         if call.is_shareable:
-            self.layers[call.layer] = self._pool(call.query[0], call.key[0], call.scale)
+            self.layers[call.layer] = self._pool(call)
         return dense_attention(call)
 
-    def _pool(self, query: Tensor, key: Tensor, scale: float) -> dict[str, Tensor]:
+    def _pool(self, call: AttentionCall) -> dict[str, Tensor]:
+        query, key = call.query[0], call.key[0]
         if not bool(torch.isfinite(query).all() & torch.isfinite(key).all()):
             raise DataError(
                 "the model's queries or keys are not finite; load it in float32 (--dtype float32)"
             )
-        options: dict[str, Any] = {"block_size": self.block_size, "scale": scale}
+        options: dict[str, Any] = {
+            "block_size": self.block_size,
+            "scale": call.scale,
+            "softcap": call.softcap,
+        }
         vertical, slash = vertical_slash_profile(query, key, **options)
         pooled = {FULL: pooled_attention(query, key, **options)[1]}
         for rows in self.rows:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from shareprefill.calib.capture import capture
-from shareprefill.calib.prompts import make_prompts
+from shareprefill.calib.capture import PromptMaps, capture
+from shareprefill.calib.prompts import Prompt, make_prompts
 from shareprefill.calib.store import MapStore
 from shareprefill.config import CalibrateConfig
 from shareprefill.errors import ConfigError, DataError
 from shareprefill.files import locked_folder
 from shareprefill.models import fingerprint, load_model, load_tokenizer, max_length
+from shareprefill.runtime.distributed import launched
 
 Progress = Callable[[int, int], None]
 
@@ -23,18 +24,22 @@ def capture_maps(
     resume: bool = True,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
-) -> MapStore:
+) -> MapStore | None:
     """Captures the maps of all prompts of a configuration, or those that are still missing.
+
+    Under torchrun the prompts are spread over the processes, each with a model of its own (on a GPU
+    of its own, where `device` is auto). The first process collects and writes, so the store is the
+    same as one process makes.
 
     Args:
         config: Model, data, number and length of the prompts.
         folder: Where the store is; another process that writes there is refused.
         resume: Go on with a store of the same configuration; False starts anew.
         trust_remote_code: Run the model repository's own code.
-        progress: Called with (prompts done, prompts in all).
+        progress: Called with (prompts done, prompts in all), by the first process.
 
     Returns:
-        The complete store.
+        The complete store; None in the other processes of a torchrun, whose work is then done.
 
     Raises:
         ConfigError: the length is beyond the model's maximum, or the folder holds a calibration
@@ -43,35 +48,52 @@ def capture_maps(
         ModelError: the model or its tokenizer cannot be loaded.
         UnsupportedError: the model's family is not supported.
     """
-    tokenizer = load_tokenizer(config.model, trust_remote_code=trust_remote_code)
-    model = load_model(
-        config.model,
-        device=config.device,
-        dtype=config.dtype,
-        trust_remote_code=trust_remote_code,
-    )
-    longest = max_length(model)
-    if longest is not None and config.length > longest:
-        raise ConfigError(
-            f"length = {config.length} is beyond the model's maximum of {longest} tokens; lower "
-            "--length"
+    with launched() as processes:
+        tokenizer = load_tokenizer(config.model, trust_remote_code=trust_remote_code)
+        model = load_model(
+            config.model,
+            device=processes.device(config.device),
+            dtype=config.dtype,
+            trust_remote_code=trust_remote_code,
         )
-    prompts = make_prompts(config, tokenizer)
-    with locked_folder(folder):
-        store = MapStore.begin(folder, config, fingerprint(model), resume=resume)
-        store.verify()
-        for number, record in enumerate(store.prompts):
-            if record.digest != prompts[number].digest:
-                raise DataError(
-                    f"prompt {number} ({record.source}) is not the one that {folder} was begun "
-                    "with: the data changed; use --fresh to start anew"
-                )
-        for number in range(len(store.prompts), len(prompts)):
+        longest = max_length(model)
+        if longest is not None and config.length > longest:
+            raise ConfigError(
+                f"length = {config.length} is beyond the model's maximum of {longest} tokens; "
+                "lower --length"
+            )
+        prompts = make_prompts(config, tokenizer)
+
+        def captured(number: int) -> PromptMaps:
+            ids = prompts[number].input_ids
+            return capture(model, ids, block_size=config.block_size, rows=config.rows)
+
+        if processes.rank > 0:
+            for number in range(processes.tell() + processes.rank, len(prompts), processes.size):
+                processes.send(captured(number))
+            return None
+        with locked_folder(folder):
+            store = MapStore.begin(folder, config, fingerprint(model), resume=resume)
+            _check_prompts(store, prompts)
+            begun = processes.tell(len(store.prompts))
+            for number in range(begun, len(prompts)):
+                if progress is not None:
+                    progress(number, len(prompts))
+                turn = (number - begun) % processes.size
+                maps = captured(number) if turn == 0 else processes.receive(turn)
+                prompt = prompts[number]
+                store.add(prompt.source, prompt.input_ids, prompt.digest, maps)
             if progress is not None:
-                progress(number, len(prompts))
-            prompt = prompts[number]
-            maps = capture(model, prompt.input_ids, block_size=config.block_size, rows=config.rows)
-            store.add(prompt.source, prompt.input_ids, prompt.digest, maps)
-        if progress is not None:
-            progress(len(prompts), len(prompts))
-    return store
+                progress(len(prompts), len(prompts))
+        return store
+
+
+def _check_prompts(store: MapStore, prompts: Sequence[Prompt]) -> None:
+    """Refuses to go on with a store that is damaged, or that other prompts are in."""
+    store.verify()
+    for number, record in enumerate(store.prompts):
+        if record.digest != prompts[number].digest:
+            raise DataError(
+                f"prompt {number} ({record.source}) is not the one that {store.folder} was begun "
+                "with: the data changed; use --fresh to start anew"
+            )

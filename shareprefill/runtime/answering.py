@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from shareprefill.artifact import Artifact
+from shareprefill.artifact import Artifact, model_to_load
 from shareprefill.config import RuntimeConfig
 from shareprefill.models import load_model, load_tokenizer
 from shareprefill.runtime.generation import (
@@ -59,21 +59,24 @@ def answer(
     max_new_tokens: int = 64,
     compare_dense: bool = False,
     measure_recall: bool = False,
+    prefill_chunk: int | None = None,
     device: str = "auto",
     dtype: str = "auto",
     trust_remote_code: bool = False,
     on_text: Callable[[str], None] | None = None,
 ) -> Answer:
-    """Loads the artifact's model and continues a prompt greedily.
+    """Loads a model and continues a prompt greedily under its artifact.
 
     Args:
         artifact: Names the model and says what its heads do.
         prompt: The text to continue, taken as it is (no chat template).
         config: Options of the session.
-        model: Another place to load the model from.
+        model: The model to load, None for the artifact's if that is built in.
         max_new_tokens: Tokens at most.
         compare_dense: Run dense attention on the same prompt afterwards.
         measure_recall: Measure the recall of the patterns; the timings then include it.
+        prefill_chunk: Tokens of the prompt at a time; 0 for all at once, None for as many as memory
+            allows.
         device: `auto`, `cpu`, `cuda`, ...
         dtype: `auto`, `float32`, `bfloat16` or `float16`.
         trust_remote_code: Run the model repository's own code.
@@ -83,7 +86,7 @@ def answer(
         ShareprefillError: prompt, artifact or model cannot be used; see `share_prefill`,
             `load_model`.
     """
-    name = model or artifact.model
+    name = model_to_load(artifact, model)
     tokenizer = load_tokenizer(name, trust_remote_code=trust_remote_code)
     network = load_model(name, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     input_ids = encode_prompt(network, tokenizer, prompt)
@@ -91,9 +94,20 @@ def answer(
     warm_up(network, input_ids)
     with session:
         generation = generate(
-            network, tokenizer, input_ids, max_new_tokens=max_new_tokens, on_text=on_text
+            network,
+            tokenizer,
+            input_ids,
+            max_new_tokens=max_new_tokens,
+            prefill_chunk=prefill_chunk,
+            on_text=on_text,
         )
     dense = None
     if compare_dense:
-        dense = generate(network, tokenizer, input_ids, max_new_tokens=max_new_tokens)
+        dense = generate(
+            network,
+            tokenizer,
+            input_ids,
+            max_new_tokens=max_new_tokens,
+            prefill_chunk=prefill_chunk,
+        )
     return Answer(generation, session.report(), dense)

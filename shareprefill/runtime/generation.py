@@ -1,10 +1,13 @@
-"""Greedy generation with timings: a prompt's prefill, then one token after the other."""
+"""Greedy generation with timings: a prompt's prefill, then one token after the other.
+
+A prefill whose activations would not fit into memory runs in chunks by itself.
+"""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +15,11 @@ import torch
 from torch import Tensor
 
 from shareprefill.errors import ConfigError, DataError
-from shareprefill.models import max_length
+from shareprefill.models import geometry, max_length
+from shareprefill.runtime.interface import attached, dense_attention, is_attached
+
+# Tokens that a chunk is a multiple of.
+_CHUNK = 2048
 
 
 @dataclass(frozen=True)
@@ -61,12 +68,118 @@ def warm_up(model: Any, input_ids: Tensor) -> None:
 
 
 @torch.no_grad()
+def prefill(model: Any, input_ids: Tensor, chunk: int | None = None) -> Any:
+    """Runs a prompt through a model, and keeps the logits of its last token alone.
+
+    Args:
+        model: A transformers decoder, in eval mode.
+        input_ids: int64 `[N]`.
+        chunk: Tokens at a time; 0 for all at once, None for as many as memory allows: what is
+            estimated to fit, and half of it, and so on, where it does not.
+
+    Returns:
+        The model's output for the last piece; its cache holds the whole prompt.
+
+    Raises:
+        ConfigError: the GPU's memory does not suffice, even for the smallest chunks where they may
+            be chosen.
+    """
+    ids = input_ids[None].to(_device(model))
+    tokens = len(input_ids)
+    size = chunk_tokens(model, tokens) if chunk is None else chunk
+    while True:
+        try:
+            return _prefill_in_pieces(model, ids, size)
+        except torch.OutOfMemoryError as error:
+            reason = str(error).partition(". ")[0]
+        size = -(-min(size or tokens, tokens) // 2)
+        if chunk is not None or size < _CHUNK // 2:
+            raise ConfigError(
+                f"the GPU's memory does not suffice for a prompt of {tokens} tokens ({reason}): "
+                "shorten it, "
+                + ("lower --prefill-chunk, " if chunk is not None else "")
+                + "or use a larger or a further GPU"
+            )
+        torch.cuda.empty_cache()
+
+
+def _prefill_in_pieces(model: Any, ids: Tensor, chunk: int) -> Any:
+    if not 0 < chunk < ids.shape[1]:
+        return model(input_ids=ids, use_cache=True, logits_to_keep=1)
+    cache, step = None, None
+    with ExitStack() as stack:
+        if not is_attached(model):
+            # The model's own function would make a mask of all keys for every row of a piece.
+            stack.enter_context(attached(model, dense_attention))
+        for piece in ids.split(chunk, dim=1):
+            del step
+            step = model(input_ids=piece, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            cache = step.past_key_values
+    return step
+
+
+def chunk_tokens(model: Any, tokens: int) -> int:
+    """Tokens of a prompt that one forward pass may take beside the cache of all of them.
+
+    What a pass needs is estimated from the configuration: the feed-forward layer's activations, a
+    few copies of the hidden state and of the queries, and the block maps of the selection.
+
+    Args:
+        model: A transformers decoder.
+        tokens: Tokens of the prompt.
+
+    Returns:
+        A multiple of 2048, or 0 where all tokens fit at once.
+
+    Raises:
+        ConfigError: not even the cache of the prompt fits.
+    """
+    device = _device(model)
+    if device.type != "cuda":
+        return 0
+    free = torch.cuda.mem_get_info(device)[0]
+    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    cache, a_token = _bytes_of(model, tokens)
+    left = 0.85 * free - cache
+    if left > tokens * a_token:
+        return 0
+    chunk = int(left / a_token) // _CHUNK * _CHUNK
+    if chunk < _CHUNK:
+        raise ConfigError(
+            f"{tokens} tokens need {cache / 2**30:.1f} GiB for keys and values and at least "
+            f"{_CHUNK * a_token / 2**30:.1f} GiB for a chunk, {free / 2**30:.1f} GiB are free on "
+            f"{device}: shorten the prompt, or use a larger or a further GPU"
+        )
+    # As many chunks, but of one size.
+    pieces = -(-tokens // chunk)
+    return -(-tokens // (pieces * _CHUNK)) * _CHUNK
+
+
+def _bytes_of(model: Any, tokens: int) -> tuple[int, int]:
+    """Bytes of a prompt's keys and values, and those that each token of a forward pass takes."""
+    config = model.config.get_text_config(decoder=True)
+    sizes = geometry(model)
+    element = model.get_input_embeddings().weight.element_size()
+    keys = 2 * sizes.kv_heads * sizes.head_dim
+    # The longest key tensor is copied as it grows.
+    cache = (sizes.layers + 1) * keys * element * tokens
+    inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    inner *= getattr(config, "num_experts_per_tok", None) or 1
+    heads = sizes.heads * sizes.head_dim
+    activations = (3 * inner + 6 * config.hidden_size + 4 * heads + 2 * keys) * element
+    # Maps and patterns of about three rows a head, 5 bytes for each of 128 tokens' blocks.
+    maps = 3 * sizes.heads * 5 * tokens // 128**2
+    return cache, activations + maps
+
+
+@torch.no_grad()
 def generate(
     model: Any,
     tokenizer: Any,
     input_ids: Tensor,
     *,
     max_new_tokens: int,
+    prefill_chunk: int | None = None,
     on_text: Callable[[str], None] | None = None,
 ) -> Generation:
     """Continues a prompt greedily, under whatever attention the model is set to.
@@ -76,6 +189,8 @@ def generate(
         tokenizer: Its tokenizer.
         input_ids: int64 `[N]`.
         max_new_tokens: Tokens at most; the end-of-text token ends it earlier.
+        prefill_chunk: Tokens of the prompt at a time; 0 for all at once, None for as many as memory
+            allows.
         on_text: Called with each new piece of text as it is certain.
 
     Returns:
@@ -83,10 +198,9 @@ def generate(
     """
     device = _device(model)
     stops = _stop_tokens(model)
-    ids = input_ids[None].to(device)
     with _last_hidden(model) as hidden:
         start = time.perf_counter()
-        step = model(input_ids=ids, use_cache=True, logits_to_keep=1)
+        step = prefill(model, input_ids, prefill_chunk)
         token = int(step.logits[0, -1].argmax())
         first = time.perf_counter()
     tokens = [token]
@@ -108,7 +222,7 @@ def generate(
         new_tokens=len(tokens),
         ttft_s=first - start,
         decode_tokens_per_s=(len(tokens) - 1) / seconds if len(tokens) > 1 else None,
-        hidden=hidden[0],
+        hidden=hidden[-1],
     )
 
 

@@ -11,37 +11,37 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, cast
 from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.backends.cuda import SDPAParams, can_use_flash_attention
 
 from shareprefill.errors import UnsupportedError
-from shareprefill.runtime.masks import FactMask, MaskFacts, bool_mask, lost_facts, mask_facts
-from shareprefill.runtime.own_attention import is_causal, own_attention, own_reason, rows_at_once
+from shareprefill.runtime.masks import (
+    FactMask,
+    MaskFacts,
+    Sequence,
+    bool_mask,
+    lost_facts,
+    mask_facts,
+)
+from shareprefill.runtime.own_attention import (
+    Extras,
+    is_causal,
+    known_extras,
+    own_attention,
+    own_reason,
+    rows_at_once,
+)
 
 IMPLEMENTATION = "shareprefill"
 
 # Rows of a masked dense attention computed at once: bounds the mask at this many rows of all keys.
 _DENSE_ROWS = 1024
-
-
-@dataclass(frozen=True)
-class Sequence:
-    """One sequence of a batch, its padding cut off: plain causal attention, aligned at the end.
-
-    Attributes:
-        row: Index in the batch.
-        query: Slice of the query rows that are no padding.
-        key: Slice of the keys that are no padding and not after the last query row.
-    """
-
-    row: int
-    query: slice
-    key: slice
 
 
 @dataclass(frozen=True)
@@ -57,8 +57,9 @@ class AttentionCall:
         mask: Facts, a bool mask `[B, 1, Lq, Lk]`, or None for plain causal attention.
         scale: The model's own factor on the logits.
         options: The keyword arguments that were left.
-        own: Why only the model's own function can compute this call (soft-capping, sinks); None
-            where plain attention does.
+        own: What makes this more than plain attention (soft-capping, sinks), so that the model's
+            own function computes it where it is dense; None where it is plain.
+        extras: That, in terms that our operators know too; None where they do not.
     """
 
     module: torch.nn.Module
@@ -70,11 +71,34 @@ class AttentionCall:
     scale: float
     options: dict[str, Any]
     own: str | None = None
+    extras: Extras | None = None
 
     @property
     def is_shareable(self) -> bool:
-        """Whether sparse patterns may be laid over it: plain attention, causal, over all keys."""
-        return self.own is None and self.facts is not None and self.facts.window is None
+        """Whether sparse patterns may be laid over it: causal, over all keys, nothing unknown."""
+        known = self.own is None or self.extras is not None
+        return known and self.facts is not None and self.facts.window is None
+
+    @property
+    def softcap(self) -> float | None:
+        """c of a soft-cap of the logits that our operators know too."""
+        return None if self.extras is None else self.extras.softcap
+
+    @property
+    def sinks(self) -> Tensor | None:
+        """Attention sinks `[H]` that our operators know too."""
+        return None if self.extras is None else self.extras.sinks
+
+    def of(self, sequence: Sequence) -> AttentionCall:
+        """The same call for one of its sequences, as a batch of one row without padding."""
+        row = slice(sequence.row, sequence.row + 1)
+        query = self.query[row, :, sequence.query]
+        key, value = self.key[row, :, sequence.key], self.value[row, :, sequence.key]
+        n_query, n_key = query.shape[2], key.shape[2]
+        window = None if self.facts is None else self.facts.window
+        facts = MaskFacts(n_key - n_query, 0, None, window)
+        mask = FactMask.make((1, 1, n_query, n_key), query.device, facts)
+        return replace(self, query=query, key=key, value=value, mask=mask)
 
     @property
     def facts(self) -> MaskFacts | None:
@@ -87,29 +111,7 @@ class AttentionCall:
         A sequence whose query rows are all padding is left out.
         """
         facts = self.facts
-        if facts is None:
-            return None
-        batch, _, n_query, _ = self.query.shape
-        end = facts.q_offset + n_query
-        if facts.padding is None:
-            return [
-                Sequence(row, slice(0, n_query), slice(0, end - facts.kv_offset))
-                for row in range(batch)
-            ]
-        seen = facts.padding[:, :end].bool()
-        lengths = seen.sum(-1).tolist()
-        firsts = seen.int().argmax(-1).tolist()
-        found = []
-        for row, (first, length) in enumerate(zip(firsts, lengths, strict=True)):
-            last = first + length
-            if not bool(seen[row, first:last].all()):
-                return None
-            if length == 0 or last <= facts.q_offset:
-                continue
-            query = slice(max(first - facts.q_offset, 0), last - facts.q_offset)
-            key = slice(max(first - facts.kv_offset, 0), last - facts.kv_offset)
-            found.append(Sequence(row, query, key))
-        return found
+        return None if facts is None else facts.sequences(self.query.shape[0], self.query.shape[2])
 
 
 class Handler(Protocol):
@@ -138,7 +140,7 @@ def dense_attention(call: AttentionCall) -> Tensor:
         return _sdpa(call.query, call.key, call.value, call.mask, call.mask is None, call.scale)
     sequences = call.sequences()
     whole = call.query.shape[2] == call.key.shape[2] and facts.padding is None
-    if whole and facts.window is None:
+    if whole and facts.window is None and facts.packed is None:
         return _sdpa(call.query, call.key, call.value, None, True, call.scale)
     if sequences is None:
         rows, keys = slice(0, call.query.shape[2]), slice(0, call.key.shape[2])
@@ -175,6 +177,14 @@ def causal_attention(
     n_query, n_key = query.shape[1], key.shape[1]
     if n_query == n_key and window is None:
         return _sdpa(query[None], key[None], value[None], None, True, scale)[0]
+    if window is None and _has_lower_right_kernel(query, key, value):
+        # It imports torch's compiler: seconds, at the first call instead of at every start.
+        from torch.nn.attention.bias import causal_lower_right
+
+        bias = causal_lower_right(n_query, n_key)
+        return F.scaled_dot_product_attention(
+            query[None], key[None], value[None], attn_mask=bias, scale=scale, enable_gqa=True
+        )[0]
     pieces = []
     for start in range(0, n_query, _DENSE_ROWS):
         rows = torch.arange(start, min(start + _DENSE_ROWS, n_query), device=query.device)
@@ -190,6 +200,14 @@ def causal_attention(
             _sdpa(piece, key[None, :, low:high], value[None, :, low:high], mask, False, scale)[0]
         )
     return torch.cat(pieces, dim=1)
+
+
+def _has_lower_right_kernel(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether a GPU's flash kernel takes fewer queries than keys, aligned at the end."""
+    if query.device.type != "cuda" or query.shape[-1] != value.shape[-1]:
+        return False
+    parts = (query[None], key[None], value[None])
+    return can_use_flash_attention(SDPAParams(*parts, None, 0.0, False, True))
 
 
 def _sdpa(
@@ -266,16 +284,19 @@ def attached(model: torch.nn.Module, handler: Handler) -> Iterator[None]:
     Raises:
         UnsupportedError: the model's family does not go through transformers' attention interface.
     """
-    modules = [m for m in model.modules() if getattr(m, "layer_idx", None) is not None]
-    previous = _implementations(model)
+    decoder = _decoder(model)
+    modules = [m for m in decoder.modules() if getattr(m, "layer_idx", None) is not None]
+    previous = decoder.config._attn_implementation or "eager"
     with _lock:
         _register()
         for module in modules:
             _handlers.setdefault(module, []).append(handler)
+    watch = decoder.register_forward_pre_hook(_require_implementation)
     try:
-        _switch(model)
+        _switch(model, decoder)
         yield
     finally:
+        watch.remove()
         with _lock:
             for module in modules:
                 stack = _handlers[module]
@@ -283,29 +304,39 @@ def attached(model: torch.nn.Module, handler: Handler) -> Iterator[None]:
                 del stack[len(stack) - 1 - stack[::-1].index(handler)]
                 if not stack:
                     del _handlers[module]
-        cast(Any, model).set_attn_implementation(previous)
+        decoder.set_attn_implementation(previous)
 
 
-def _implementations(model: torch.nn.Module) -> str | dict[str, str]:
-    """What to hand back to `set_attn_implementation` later: sub-configurations may differ."""
-    config = cast(Any, model).config
-    own = config._attn_implementation or "eager"
-    parts = {
-        name: getattr(config, name)._attn_implementation or "eager"
-        for name in config.sub_configs
-        if getattr(config, name, None) is not None
-    }
-    return {"": own, **parts} if parts else own
+def is_attached(model: torch.nn.Module) -> bool:
+    """Whether a handler computes the model's attention at present."""
+    return _decoder(model).config._attn_implementation == IMPLEMENTATION
 
 
-def _switch(model: torch.nn.Module) -> None:
-    config = cast(Any, model).config
-    cast(Any, model).set_attn_implementation(IMPLEMENTATION)
-    if config._attn_implementation != IMPLEMENTATION:
+def _decoder(model: torch.nn.Module) -> Any:
+    """The text decoder in a model: vision and audio towers keep their own attention."""
+    find = getattr(model, "get_decoder", None)
+    found = find() if find is not None else None
+    return found if hasattr(found, "set_attn_implementation") else model
+
+
+def _switch(model: torch.nn.Module, decoder: Any) -> None:
+    decoder.set_attn_implementation(IMPLEMENTATION)
+    if decoder.config._attn_implementation != IMPLEMENTATION:
         raise UnsupportedError(
             f"{type(model).__name__} computes attention by itself instead of through transformers' "
             "attention interface, so its prefill cannot be made sparse; use a model family that "
             "supports AttentionInterface (see docs/models.md)"
+        )
+
+
+def _require_implementation(decoder: torch.nn.Module, _inputs: Any) -> None:
+    """Refuses a forward pass that would go past the session, dense and unnoticed."""
+    chosen = cast(Any, decoder).config._attn_implementation
+    if chosen != IMPLEMENTATION:
+        raise UnsupportedError(
+            f"the model was set to the attention implementation {chosen!r} inside a session, which "
+            "would leave the session without effect (continuous batching does so): leave the "
+            "session first, or use generate() instead of generate_batch()"
         )
 
 
@@ -344,15 +375,35 @@ def _attention(
             f"{type(module).__name__} rearranges the attention mask before it uses it; run the "
             "model without a session"
         )
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    own = own_reason(module, options)
+    extras = known_extras(module, query, key, value, scale, options) if own else None
     call = AttentionCall(
         module=module,
         layer=cast(int, module.layer_idx),
         query=query,
         key=key,
         value=value,
-        mask=cast("FactMask | Tensor | None", attention_mask),
-        scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        mask=_packed_mask(attention_mask, query, options),
+        scale=scale,
         options=options,
-        own=own_reason(module, options),
+        own=own,
+        extras=extras,
     )
     return stack[-1](call).transpose(1, 2).contiguous(), None
+
+
+def _packed_mask(
+    mask: Tensor | None, query: Tensor, options: dict[str, Any]
+) -> FactMask | Tensor | None:
+    """A call's mask, with the packed sequences that varlen arguments name."""
+    bounds = options.get("cu_seq_lens_q")
+    if bounds is None or query.shape[2] == 1:
+        return mask
+    if not isinstance(mask, FactMask) or query.shape[0] != 1:
+        raise UnsupportedError(
+            "cu_seq_lens_q is understood for one row under a causal mask: leave it out, and let "
+            "position_ids begin at 0 with every sequence (use_cache=False)"
+        )
+    facts = mask.facts.divided(bounds, options.get("cu_seq_lens_k"), query.shape[2])
+    return FactMask.make((1, 1, query.shape[2], mask.shape[3]), mask.device, facts)

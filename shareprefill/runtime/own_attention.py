@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -45,6 +46,8 @@ _WORDS = {
     _SINKS: "attention sinks",
     "indices": "keys that it selects by itself ('indices')",
 }
+# Tokens on which a family's function is compared with what its options are taken to mean.
+_PROBE = 8
 # Logits that one call of the model's own function may make, and its rows at most.
 _LOGITS, _ROWS = 2**26, 1024
 
@@ -90,6 +93,114 @@ def own_reason(module: nn.Module, options: Mapping[str, Any]) -> str | None:
             "eager attention of that family computes; run the model without a session"
         )
     return reason
+
+
+@dataclass(frozen=True)
+class Extras:
+    """What a call lays over plain attention that our operators compute too.
+
+    Attributes:
+        softcap: c of a soft-cap of the scaled logits, `c * tanh(logit / c)`; None for none.
+        sinks: `[H]`, one more logit in each head's softmax, without a value; None for none.
+    """
+
+    softcap: float | None = None
+    sinks: Tensor | None = None
+
+
+_meanings: dict[tuple[Any, frozenset[str]], bool] = {}
+
+
+def known_extras(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float,
+    options: Mapping[str, Any],
+) -> Extras | None:
+    """The soft-cap and the sinks of a call, if its family's function means just these by them.
+
+    That is not read off the options' names: at the first call of a function, its result on a few
+    random tokens is compared with our own. (Without values, on the meta device, the names have to
+    do.)
+
+    Args:
+        module: The attention module.
+        query: `[B, H, Lq, D]`.
+        key: `[B, G, Lk, D]`.
+        value: `[B, G, Lk, Dv]`.
+        scale: Factor on the logits.
+        options: Keyword arguments of the call, which `own_reason` found to be known.
+
+    Returns:
+        The extras; None where only the model's own function can compute the call.
+    """
+    active = active_options(options)
+    softcap, sinks = active.get(_SOFT_CAP), active.get(_SINKS)
+    if not active or not active.keys() <= _ROW_BY_ROW or not is_causal(module, options):
+        return None
+    if softcap is not None and not (isinstance(softcap, int | float) and softcap > 0):
+        return None
+    if sinks is not None and not (isinstance(sinks, Tensor) and sinks.shape == query.shape[1:2]):
+        return None
+    extras = Extras(None if softcap is None else float(softcap), sinks)
+    if query.is_meta:
+        return extras
+    place = (_own_function(module), frozenset(active))
+    if place not in _meanings:
+        heads, head_dim = query.shape[1], query.shape[3]
+        sizes = ((heads, head_dim), (key.shape[1], head_dim), (key.shape[1], value.shape[3]))
+        probes = [
+            _probe(sizes, scale, level, query.device) for level in {0.0, extras.softcap or 0.0}
+        ]
+        _meanings[place] = all(_means(extras, module, *probe, scale, options) for probe in probes)
+    return extras if _meanings[place] else None
+
+
+def _probe(
+    sizes: tuple[tuple[int, int], ...], scale: float, level: float, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values of a few tokens, float32, whose logits are about `level`, ± 1.
+
+    There a soft-cap of that size halves their differences, which the result shows.
+    """
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (
+        torch.randn(1, heads, _PROBE, dim, generator=generator) for heads, dim in sizes
+    )
+    for tensor in (query, key):
+        tensor *= (scale * tensor.shape[-1] ** 0.5) ** -0.5
+        tensor[..., 0] = (level / scale) ** 0.5
+    return query.to(device), key.to(device), value.to(device)
+
+
+@torch.no_grad()
+def _means(
+    extras: Extras,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float,
+    options: Mapping[str, Any],
+) -> bool:
+    """Whether a family's function computes what the extras say, on a few tokens."""
+    tokens = query.shape[2]
+    mask = torch.ones(tokens, tokens, dtype=torch.bool, device=query.device).tril()
+    found = own_attention(module, query, key, value, mask[None, None], scale, options).float()
+    repeats = query.shape[1] // key.shape[1]
+    logits = query @ key.repeat_interleave(repeats, 1).transpose(-1, -2) * scale
+    if extras.softcap is not None:
+        logits = extras.softcap * torch.tanh(logits / extras.softcap)
+    logits = logits.masked_fill(~mask, -torch.inf)
+    if extras.sinks is not None:
+        sinks = extras.sinks.float()[None, :, None, None].expand(*logits.shape[:3], 1)
+        logits = torch.cat([logits, sinks], -1)
+    weights = torch.softmax(logits, -1)[..., :tokens]
+    expected = weights @ value.repeat_interleave(repeats, 1)
+    # Sinks may be in half precision, and with them the softmax.
+    return bool((found - expected).norm() < 2e-2 * expected.norm())
 
 
 def own_attention(

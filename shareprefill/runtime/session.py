@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections import Counter
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,17 +17,17 @@ from torch import Tensor
 
 from shareprefill.artifact import Artifact, check_fingerprint, load_artifact
 from shareprefill.config import RuntimeConfig
-from shareprefill.errors import ConfigError
-from shareprefill.models import fingerprint
+from shareprefill.errors import ConfigError, UnsupportedError
+from shareprefill.models import fingerprint, geometry
 from shareprefill.runtime.crossover import crossover_tokens
+from shareprefill.runtime.distributed import HeadShard, head_shard
 from shareprefill.runtime.interface import (
     AttentionCall,
     Sequence,
     attached,
-    causal_attention,
     dense_attention,
 )
-from shareprefill.runtime.ops.blocks import causal_blocks
+from shareprefill.runtime.ops.blocks import count_causal_blocks
 from shareprefill.runtime.orders import Orders
 from shareprefill.runtime.plan import RuntimePlan, make_plan
 from shareprefill.runtime.policies.base import LayerInputs
@@ -42,16 +44,23 @@ class LayerReport:
 
     Attributes:
         layer: Layer index.
+        first_head: Index of the first head that is listed: 0, but under tensor parallelism, where
+            a process lists the heads that it holds.
+        planned: Name of the policy that each head was to take.
         policies: Name of the policy that each head took most often.
         density: Computed share of the causal blocks, by head.
         distance: Mean JS distance to the pivot, by head; NaN where a head was no candidate.
+        tau: Distance under which each head shares.
         recall: Attention mass inside the patterns, by head; None unless the session measures it.
     """
 
     layer: int
+    first_head: int
+    planned: tuple[str, ...]
     policies: tuple[str, ...]
     density: tuple[float, ...]
     distance: tuple[float, ...]
+    tau: tuple[float, ...]
     recall: tuple[float, ...] | None
 
 
@@ -102,9 +111,10 @@ class Session:
         self.artifact = artifact
         self.config = config
         self.plan: RuntimePlan = make_plan(artifact, config)
-        self.orders = Orders(self.plan)
+        self.shard: HeadShard | None = head_shard(model)
+        self.orders = Orders(self.plan, self.shard and self.shard.heads(artifact.policy.shape[1]))
         self.measure_recall = measure_recall
-        self._pass = threading.local()
+        self._pass = _Pass()
         self._lock = threading.Lock()
         self._records: list[LayerRecord] = []
         self._dense: list[_Dense] = []
@@ -139,7 +149,7 @@ class Session:
             _Totals(self.plan, n, [r for r in records if r.layer == n])
             for n in sorted({r.layer for r in records})
         ]
-        heads = self.artifact.policy.shape[1]
+        heads = len(self.orders.heads)
         computed = sum(t.blocks.sum().item() for t in totals)
         causal = sum(r.causal * len(r.blocks) for r in records)
         skipped_nothing = sum(d.blocks * heads for d in dense)
@@ -157,62 +167,106 @@ class Session:
                 "tau": self.config.tau,
                 "delta": self.plan.delta,
             },
-            layers=tuple(t.report() for t in totals),
+            layers=tuple(t.report(self.orders.heads) for t in totals),
         )
 
     def _attend(self, call: AttentionCall) -> Tensor:
         sequences = call.sequences() if call.is_shareable else None
-        sparse = [s for s in sequences or () if self._is_worth_it(s)]
+        sparse = [s for s in sequences or () if self._is_worth_it(s, call.query.device)]
         if sequences is None or not sparse:
             if call.query.shape[2] > 1:
                 self._book_dense(call.layer, call.query.shape[2], call.key.shape[2])
             return dense_attention(call)
-        states = self._forward_states(call.layer)
+        states, again = self._pass.states(call)
         out = call.query.new_zeros((*call.query.shape[:3], call.value.shape[-1]))
         for sequence in sequences:
-            query = call.query[sequence.row, :, sequence.query]
-            key = call.key[sequence.row, :, sequence.key]
-            value = call.value[sequence.row, :, sequence.key]
+            part = call.of(sequence)
+            query, key, value = part.query[0], part.key[0], part.value[0]
             if sequence not in sparse:
-                self._book_dense(call.layer, query.shape[1], key.shape[1])
-                done = causal_attention(query, key, value, scale=call.scale)
+                if not again:
+                    self._book_dense(call.layer, query.shape[1], key.shape[1])
+                done = dense_attention(part)[0]
             else:
-                if sequence.row not in states:
-                    sizes = (query.shape[1], key.shape[1])
-                    geometry = Geometry(*sizes, self.plan, query.device)
-                    states[sequence.row] = ForwardState(geometry, self.orders)
-                state = states[sequence.row]
-                inputs = LayerInputs(query, key, call.scale, state.geometry)
+                state = self._state(states, sequence, query, key)
+                inputs = LayerInputs(
+                    query, key, call.scale, state.geometry, call.softcap, call.sinks
+                )
                 layer_pass = LayerPass(self.plan, call.layer, state, inputs, value)
                 done, record = layer_pass.run(measure_recall=self.measure_recall)
-                with self._lock:
-                    self._records.append(record)
+                if not again:
+                    with self._lock:
+                        self._records.append(record)
             out[sequence.row, :, sequence.query] = done
         return out
 
-    def _is_worth_it(self, sequence: Sequence) -> bool:
+    def _is_worth_it(self, sequence: Sequence, device: torch.device) -> bool:
         """Whether a sequence is long enough for patterns to pay for their selection."""
         rows = sequence.query.stop - sequence.query.start
         keys = sequence.key.stop - sequence.key.start
         least = self.config.min_tokens
         if least is None:
-            least = crossover_tokens(next(self.model.parameters()).device.type)
+            least = crossover_tokens(device.type)
         return rows >= self.plan.block_size and keys >= least
 
-    def _forward_states(self, layer: int) -> dict[int, ForwardState]:
-        """The states of the forward pass that this thread is in, by sequence.
-
-        Layers come in ascending order, so a layer that is not above the last one begins a new pass.
-        """
-        if layer <= getattr(self._pass, "layer", layer):
-            self._pass.states = {}
-        self._pass.layer = layer
-        return self._pass.states
+    def _state(
+        self, states: _States, sequence: Sequence, query: Tensor, key: Tensor
+    ) -> ForwardState:
+        """A sequence's state in this forward pass, on the device of the layer at hand."""
+        state = states.get(sequence.place)
+        if state is None:
+            if len(query) != len(self.orders.heads):
+                raise UnsupportedError(
+                    f"a layer has {len(query)} query heads in this process, {self.orders.heads} "
+                    "were expected: use tensor parallelism that divides every attention layer by "
+                    "its heads, or none"
+                )
+            geometry = Geometry(query.shape[1], key.shape[1], self.plan, query.device)
+            state = ForwardState(geometry, self.orders, self.shard)
+        elif state.geometry.device != query.device:
+            state = _moved(state, self.plan, query.device)
+        states[sequence.place] = state
+        return state
 
     def _book_dense(self, layer: int, n_query: int, n_key: int) -> None:
-        causal = causal_blocks(n_query, n_key - n_query, self.plan.block_size)
+        blocks = count_causal_blocks(n_query, n_key - n_query, self.plan.block_size)
         with self._lock:
-            self._dense.append(_Dense(layer, int(causal.sum())))
+            self._dense.append(_Dense(layer, blocks))
+
+
+_States = dict[tuple[int, int], ForwardState]
+
+
+class _Pass(threading.local):
+    """The forward pass that a thread is in: its states, by sequence."""
+
+    def __init__(self) -> None:
+        self._states: _States = {}
+        self._layer = -1
+        self._query: Callable[[], Tensor | None] = lambda: None
+
+    def states(self, call: AttentionCall) -> tuple[_States, bool]:
+        """The states of the pass that a call belongs to, and whether it repeats the last one.
+
+        Layers come in ascending order, so a layer that is not above the last one begins a new
+        pass. Only a call with the very same queries is a second one of its layer (differential
+        attention asks twice, with two halves of the values).
+        """
+        again = call.layer == self._layer and self._query() is call.query
+        if call.layer <= self._layer and not again:
+            self._states = {}
+        self._layer, self._query = call.layer, weakref.ref(call.query)
+        return self._states, again
+
+
+def _moved(state: ForwardState, plan: RuntimePlan, device: torch.device) -> ForwardState:
+    """A state on another device: with a device_map, layers are on several."""
+    old = state.geometry
+    moved = ForwardState(
+        Geometry(old.n_query, old.n_key, plan, device), state.orders, state.exchange
+    )
+    moved.maps, moved.patterns = state.maps.to(device), state.patterns.to(device)
+    moved.elected = state.elected.to(device)
+    return moved
 
 
 def share_prefill(
@@ -230,10 +284,11 @@ def share_prefill(
             model.generate(**inputs)
         print(session.report().density)
 
-    Prefills of any batch, padding and chunking are taken; decode steps and prompts below the
-    crossover run dense. The model's attention implementation is restored when the context ends,
-    also after an exception. Several threads may use one session at a time; contexts of different
-    models may overlap; of nested contexts of one model the innermost holds.
+    Prefills of any batch, padding, packing and chunking are taken; decode steps and prompts below
+    the crossover run dense. The model's attention implementation is restored when the context
+    ends, also after an exception. Several threads may use one session at a time; contexts of
+    different models may overlap; of nested contexts of one model the innermost holds. A model may
+    be spread over devices, or over processes by its heads (tensor parallelism).
 
     Args:
         model: A transformers decoder, in eval mode.
@@ -246,11 +301,15 @@ def share_prefill(
 
     Raises:
         ArtifactError: the artifact cannot be read, or is of another model.
-        ConfigError: a row count is above the artifact's block size.
+        ConfigError: a row count is above the artifact's block size, or the processes of a
+            tensor-parallel group do not divide the heads.
         UnsupportedError: the model's family is not supported.
     """
     if not isinstance(artifact, Artifact):
         artifact = load_artifact(artifact)
+    shard = head_shard(model)
+    if shard is not None:
+        shard.check(geometry(model))
     check_fingerprint(artifact, fingerprint(model))
     session = Session(model, artifact, config or RuntimeConfig(), measure_recall=measure_recall)
     for name in ("pivot_rows", "sample_rows", "check_rows"):
@@ -266,7 +325,7 @@ class _Totals:
     """One layer's records, brought to the host."""
 
     def __init__(self, plan: RuntimePlan, layer: int, records: list[LayerRecord]) -> None:
-        self.layer = layer
+        self.plan, self.layer = plan, layer
         policies = torch.stack([r.policies for r in records]).cpu()
         self.names = [[plan.labels[code] for code in row] for row in policies.T.tolist()]
         self.taken = Counter(name for names in self.names for name in names)
@@ -278,12 +337,16 @@ class _Totals:
         recalls = [r.recall for r in records if r.recall is not None]
         self.recall = torch.stack(recalls).mean(0).tolist() if recalls else None
 
-    def report(self) -> LayerReport:
+    def report(self, heads: range) -> LayerReport:
+        plans = [self.plan.layers[self.layer][h] for h in heads]
         return LayerReport(
             layer=self.layer,
+            first_head=heads.start,
+            planned=tuple(self.plan.labels[plan.policy] for plan in plans),
             policies=tuple(Counter(names).most_common(1)[0][0] for names in self.names),
             density=tuple((self.blocks.double().sum(0) / self.causal.sum()).tolist()),
             distance=tuple(self.distances.nanmean(0).tolist()),
+            tau=tuple(plan.tau for plan in plans),
             recall=None if self.recall is None else tuple(self.recall),
         )
 

@@ -5,13 +5,15 @@ from typing import Any
 import pytest
 import torch
 
-from shareprefill.errors import UnsupportedError
-from shareprefill.runtime import interface, own_attention
+from shareprefill.errors import ConfigError, UnsupportedError
+from shareprefill.runtime import interface, masks, own_attention
 from shareprefill.runtime.interface import AttentionCall, attached, dense_attention
+from shareprefill.runtime.masks import FactMask, bool_mask
 from tests.support.families import FAMILIES, build
 from tests.support.tiny import tiny_llama, token_ids
 
 CLOSE: Any = {"rtol": 1e-4, "atol": 1e-4}
+CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
@@ -100,13 +102,101 @@ def test_dense_handler_serves_chunks_and_generation(model: Any) -> None:
     assert torch.equal(generated, model.generate(ids, max_new_tokens=5, do_sample=False))
 
 
-def test_packed_sequences_keep_their_own_mask(model: Any) -> None:
-    ids = token_ids(1, 30)
-    positions = torch.cat([torch.arange(12), torch.arange(18)])[None]
-    inputs = {"input_ids": ids, "position_ids": positions, "use_cache": False}
-    own = logits(model, **inputs)
-    torch.testing.assert_close(logits(model, dense_attention, **inputs), own, **CLOSE)
-    assert not torch.allclose(own, logits(model, input_ids=ids), **CLOSE)
+LENGTHS = [25, 1, 34, 15]
+
+
+def packed(rows: int = 1) -> dict[str, Any]:
+    """Sequences one after the other, as their positions tell."""
+    positions = torch.cat([torch.arange(length) for length in LENGTHS])[None]
+    return {
+        "input_ids": token_ids(rows, sum(LENGTHS)),
+        "position_ids": positions,
+        "use_cache": False,
+    }
+
+
+def apart(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    """Logits of the packed sequences of one row, each alone."""
+    return torch.cat([logits(model, input_ids=piece) for piece in ids.split(LENGTHS, dim=1)], dim=1)
+
+
+def bounds(*lengths: int) -> torch.Tensor:
+    return torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0).int()
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral (sliding window)", "gemma2", "llama4_text"])
+def test_packed_sequences_are_taken_apart(name: str) -> None:
+    model = own_family(name)
+    model.set_attn_implementation("eager")
+    seen: dict[int, int] = {}
+
+    def handler(call: AttentionCall) -> torch.Tensor:
+        seen[call.layer] = len(call.sequences() or ())
+        return dense_attention(call)
+
+    inputs = packed(rows=2)
+    found, own = logits(model, handler, **inputs), logits(model, **inputs)
+    torch.testing.assert_close(found, own, **CLOSE)
+    assert not torch.allclose(own, logits(model, input_ids=inputs["input_ids"]), **CLOSE)
+    # Chunks that are counted from the start of each sequence stay with transformers' mask.
+    expected = {0: 0, 1: 8} if name == "llama4_text" else dict.fromkeys(seen, 8)
+    assert seen == expected
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt_oss"])
+def test_varlen_arguments_name_packed_sequences(name: str) -> None:
+    model = own_family(name)
+    model.set_attn_implementation("eager")
+    inputs = {**packed(), "use_cache": True}
+    lengths = {"cu_seq_lens_q": bounds(*LENGTHS), "cu_seq_lens_k": bounds(*LENGTHS)}
+    longest = {"max_length_q": 34, "max_length_k": 34}
+    found = logits(model, dense_attention, **inputs, **lengths, **longest)
+    torch.testing.assert_close(found, apart(model, inputs["input_ids"]), **CLOSE)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "text"),
+    [
+        ({"cu_seq_lens_q": bounds(25, 1, 34)}, ConfigError, "ascend from 0 to the number of tok"),
+        ({"cu_seq_lens_q": bounds(26, -1, 50)}, ConfigError, "ascend from 0 to the number of tok"),
+        ({"cu_seq_lens_q": bounds(25, 50)}, ConfigError, "divide the tokens in different ways"),
+        ({"cu_seq_lens_k": bounds(75)}, ConfigError, "cu_seq_lens_k differs"),
+        ({"attention_mask": torch.arange(75)[None] > 3}, ConfigError, "leave attention_mask"),
+        ({"input_ids": torch.zeros(2, 75).long()}, UnsupportedError, "for one row"),
+    ],
+)
+def test_varlen_arguments_that_do_not_fit_are_refused(
+    model: Any, changes: dict[str, Any], error: type[Exception], text: str
+) -> None:
+    inputs = {**packed(), "cu_seq_lens_q": bounds(*LENGTHS), **changes}
+    with pytest.raises(error, match=text):
+        logits(model, dense_attention, **inputs)
+
+
+def test_a_mask_that_is_more_than_packed_is_transformers_own(model: Any) -> None:
+    from transformers.masking_utils import causal_mask_function, create_causal_mask
+
+    def other(batch: Any, head: Any, query: Any, key: Any) -> Any:
+        return key != 3
+
+    inputs = {
+        "attention_mask": None,
+        "past_key_values": None,
+        "inputs_embeds": torch.zeros(1, 9, 1),
+    }
+    with attached(model, dense_attention):
+        mask: Any = create_causal_mask(model.config, **inputs, and_mask_function=other)
+        assert not isinstance(mask, FactMask)
+        assert mask[0, 0].equal(torch.ones(9, 9).tril().bool() & (torch.arange(9) != 3))
+        positions = torch.cat([torch.arange(4), torch.arange(5)])[None]
+        both: Any = create_causal_mask(
+            model.config, **inputs, position_ids=positions, and_mask_function=other
+        )
+        assert not isinstance(both, FactMask)
+        plain = create_causal_mask(model.config, **inputs, position_ids=positions)
+        assert isinstance(plain, FactMask)
+    assert both[0, 0].sum() < bool_mask(plain.facts, 1, slice(0, 9), slice(0, 9), CPU).sum()
+    assert masks._packed_sequences(causal_mask_function) is None
 
 
 def test_static_cache(model: Any) -> None:
@@ -165,6 +255,16 @@ def test_nested_contexts_use_the_innermost_handler(model: Any) -> None:
     assert calls == ["inner"] * 3 + ["outer"] * 3
 
 
+def test_another_implementation_inside_a_session_is_refused(model: Any) -> None:
+    before = model.config._attn_implementation
+    with attached(model, dense_attention), torch.no_grad():
+        model.set_attn_implementation("eager")
+        with pytest.raises(UnsupportedError, match="'eager' inside a session.* leave the session"):
+            model(input_ids=token_ids(1, 8))
+    assert model.config._attn_implementation == before
+    logits(model, input_ids=token_ids(1, 8))
+
+
 def test_gradients_are_refused(model: Any) -> None:
     with (
         attached(model, dense_attention),
@@ -190,7 +290,7 @@ def test_soft_capping_and_sinks_run_with_the_models_own_function(
 
     def handler(call: AttentionCall) -> torch.Tensor:
         reasons.append(call.own)
-        assert not call.is_shareable
+        assert call.is_shareable == (call.facts is not None and call.facts.window is None)
         return dense_attention(call)
 
     holes = padded([60, 60], left=True)
@@ -204,6 +304,46 @@ def test_soft_capping_and_sinks_run_with_the_models_own_function(
         torch.testing.assert_close(found[real], expected[real], **CLOSE)
     what = {"gemma2": "logit soft-capping", "gpt_oss": "attention sinks"}
     assert set(reasons) == {what[name]}
+
+
+def capped(module: Any, query: Any, key: Any, value: Any, mask: Any, **options: Any) -> Any:
+    """A family's function that halves the logits beside capping them."""
+    logits = query @ key.repeat_interleave(2, 1).transpose(2, 3) * options["scaling"]
+    logits = options["softcap"] * torch.tanh(options["halved"] * logits / options["softcap"])
+    weights = torch.softmax(logits + mask, -1)
+    return (weights @ value.repeat_interleave(2, 1)).transpose(1, 2), None
+
+
+@pytest.mark.parametrize("softcap", [0.5, 30.0])
+@pytest.mark.parametrize("halved", [1.0, 0.5])
+def test_options_mean_what_the_familys_function_makes_of_them(
+    softcap: float, halved: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def function(*args: Any, softcap: float, **options: Any) -> Any:
+        return capped(*args, softcap=softcap, **options, halved=halved)
+
+    monkeypatch.setattr(own_attention, "_own_function", lambda _: function)
+    module = torch.nn.Module()
+    query, key, value = torch.randn(1, 4, 9, 8), torch.randn(1, 2, 9, 8), torch.randn(1, 2, 9, 6)
+    found = own_attention.known_extras(module, query, key, value, 0.3, {"softcap": softcap})
+    assert found == (own_attention.Extras(softcap) if halved == 1.0 else None)
+
+
+def test_only_soft_caps_and_sinks_of_the_right_kind_are_known() -> None:
+    attention = own_family("gpt_oss").model.layers[0].self_attn
+    query, key = torch.randn(1, 4, 9, 16), torch.randn(1, 2, 9, 16)
+
+    def known(**options: Any) -> Any:
+        return own_attention.known_extras(attention, query, key, key, 0.25, options)
+
+    assert known(s_aux=attention.sinks) == own_attention.Extras(None, attention.sinks)
+    # The function takes its module's sinks, whatever is handed to it.
+    own_attention._meanings.clear()
+    assert known(s_aux=attention.sinks + 3) is None
+    assert known(s_aux=attention.sinks[:2]) is None
+    assert known(s_aux=attention.sinks, softcap=-1.0) is None
+    assert known(s_aux=attention.sinks, is_causal=False) is None
+    own_attention._meanings.clear()
 
 
 def test_own_functions_get_few_rows_of_long_prompts() -> None:

@@ -50,7 +50,29 @@ _GPT = {
     "n_head": 4,
     "initializer_range": 0.2,
 }
+# A tower whose image makes 16 tokens, and 4 where the model pools them.
+_VISION: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "image_size": 28,
+    "patch_size": 7,
+}
+IMAGE_TOKEN = 127
+_IMAGES = {"image_token_id": IMAGE_TOKEN, "mm_tokens_per_image": 4, "vision_feature_layer": -1}
 _MAMBA = {"mamba_d_state": 8, "mamba_d_conv": 4, "mamba_expand": 2}
+
+_STATE = {"mamba_d_state": 8, "mamba_d_ssm": 64}
+_DELTA = {
+    "layer_types": ["linear_attention", "full_attention"],
+    "linear_num_value_heads": 2,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+}
+# Sinks in its window layers alone.
+_MIMO = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1}
 
 
 @dataclass(frozen=True)
@@ -64,6 +86,9 @@ class Family:
         sizes: The common sizes, for families that name them otherwise.
         config: Prefix of its configuration class, where it differs.
         model: Its class, where that is not `<prefix>ForCausalLM`.
+        vision: Prefix and options of its vision tower's configuration, for a multimodal family; its
+            text decoder is then Llama, or what `text` says.
+        text: Prefix of the text decoder's configuration.
     """
 
     name: str
@@ -72,6 +97,8 @@ class Family:
     sizes: dict[str, Any] = field(default_factory=lambda: _SIZES)
     config: str = ""
     model: str = ""
+    vision: str = ""
+    text: str = ""
 
     @property
     def class_name(self) -> str:
@@ -89,9 +116,12 @@ FAMILIES: tuple[Family, ...] = (
     Family("deepseek_v2", "DeepseekV2", {**_MLA, "first_k_dense_replace": 2, "head_dim": 8}),
     Family("deepseek_v3", "DeepseekV3", {**_MLA, "first_k_dense_replace": 2, "head_dim": 8}),
     Family("deepseek_v32", "DeepseekV32", {**_MLA, "first_k_dense_replace": 2, "head_dim": 8}),
+    Family("diffllama", "DiffLlama", {"head_dim": 8}),
     Family("ernie4_5", "Ernie4_5", _HEAD),
+    Family("ernie4_5_moe", "Ernie4_5_Moe", {"moe_num_experts": 4, "moe_k": 2}),
     Family("exaone4", "Exaone4", _ALTERNATING),
     Family("falcon", "Falcon", {"new_decoder_architecture": False, "alibi": False}),
+    Family("falcon_h1", "FalconH1", {**_HEAD, "mamba_n_heads": 8, "mamba_d_head": 8, **_STATE}),
     Family("gemma", "Gemma", _HEAD),
     Family(
         "gemma2",
@@ -119,6 +149,14 @@ FAMILIES: tuple[Family, ...] = (
         },
         config="Gemma4Text",
     ),
+    Family(
+        "gemma3 (with images)",
+        "Gemma3",
+        {**_HEAD, **_ALTERNATING},
+        model="Gemma3ForConditionalGeneration",
+        vision="SiglipVision",
+        text="Gemma3Text",
+    ),
     Family("glm", "Glm", _HEAD),
     Family("glm4", "Glm4", _HEAD),
     Family(
@@ -136,6 +174,7 @@ FAMILIES: tuple[Family, ...] = (
     Family("gpt_oss", "GptOss", {**_HEAD, **_ALTERNATING, **_LOCAL_EXPERTS}),
     Family("gptj", "GPTJ", {"rotary_dim": 4}, sizes=_GPT),
     Family("granite", "Granite"),
+    Family("granitemoe", "GraniteMoe", _LOCAL_EXPERTS),
     Family("hunyuan_v1_dense", "HunYuanDenseV1", _HEAD),
     Family(
         "jamba",
@@ -164,6 +203,15 @@ FAMILIES: tuple[Family, ...] = (
         },
         config="Llama4Text",
     ),
+    Family(
+        "llava (with images)",
+        "Llava",
+        _HEAD,
+        model="LlavaForConditionalGeneration",
+        vision="CLIPVision",
+        text="Llama",
+    ),
+    Family("mimo_v2_flash", "MiMoV2Flash", {**_HEAD, **_MIMO}),
     Family("minimax_m2", "MiniMaxM2", {**_HEAD, **_LOCAL_EXPERTS, "rotary_dim": 8}),
     Family("mistral", "Mistral", {**_HEAD, "sliding_window": None}),
     Family("mistral (sliding window)", "Mistral", {**_HEAD, "sliding_window": 24}),
@@ -189,13 +237,16 @@ FAMILIES: tuple[Family, ...] = (
             "use_mamba_kernels": False,
         },
     ),
+    Family("olmo", "Olmo"),
     Family("olmo2", "Olmo2"),
     Family("olmo3", "Olmo3", _ALTERNATING),
     Family("opt", "OPT", {"ffn_dim": 48, "word_embed_proj_dim": 32}),
     Family("phi", "Phi"),
     Family("phi3", "Phi3", {"sliding_window": None}),
     Family("qwen2", "Qwen2"),
+    Family("qwen2_moe", "Qwen2Moe", {**_EXPERTS, "shared_expert_intermediate_size": 24}),
     Family("qwen3", "Qwen3", _HEAD),
+    Family("qwen3_5_text", "Qwen3_5", {**_HEAD, **_DELTA}, config="Qwen3_5Text"),
     Family("qwen3_moe", "Qwen3Moe", {**_HEAD, **_EXPERTS}),
     Family(
         "qwen3_next",
@@ -203,18 +254,15 @@ FAMILIES: tuple[Family, ...] = (
         {
             **_HEAD,
             **_EXPERTS,
+            **_DELTA,
             "shared_expert_intermediate_size": 24,
-            "layer_types": ["linear_attention", "full_attention"],
-            "linear_num_value_heads": 2,
-            "linear_num_key_heads": 2,
-            "linear_key_head_dim": 8,
-            "linear_value_head_dim": 8,
         },
     ),
     Family("seed_oss", "SeedOss", _HEAD),
     Family("smollm3", "SmolLM3", {"no_rope_layers": [1, 0]}),
     Family("stablelm", "StableLm"),
     Family("starcoder2", "Starcoder2", {"sliding_window": None}),
+    Family("vaultgemma", "VaultGemma", {**_HEAD, **_ALTERNATING, "attn_logit_softcapping": 2.0}),
 )
 
 
@@ -229,9 +277,14 @@ def build(family: Family, **changes: Any) -> Any:
     """A random model of a family in float32, with its own eager attention."""
     transformers = importlib.import_module("transformers")
     prefix = family.config or family.prefix
-    config = getattr(transformers, f"{prefix}Config")(
-        **{**family.sizes, **family.options, **changes}
-    )
+    options = {**family.sizes, **family.options, **changes}
+    if family.vision:
+        options = {
+            "text_config": getattr(transformers, f"{family.text}Config")(**options),
+            "vision_config": getattr(transformers, f"{family.vision}Config")(**_VISION),
+            **_IMAGES,
+        }
+    config = getattr(transformers, f"{prefix}Config")(**options)
     torch.manual_seed(0)
     model = getattr(transformers, family.class_name)(config)
     return model.float().eval()
@@ -286,21 +339,26 @@ _TEXT = """# Models
 Any decoder of transformers that calls attention through its attention interface runs under a
 session. What of it is shared is decided layer by layer, on the call that the layer makes:
 
-- **full causal attention** is shared, multi-head latent attention (MLA) included;
+- **full causal attention** is shared: multi-head latent attention (MLA), layers without RoPE,
+  layers whose head_dim or KV heads differ from other layers' (Gemma 4), and differential attention
+  among it;
+- **soft-capping and sinks** are shared where the family's own function means just these by them,
+  which is compared on a few tokens at its first call. Such a layer's dense prefills are computed by
+  transformers' own function for the family, in pieces of query rows;
+- **packed sequences** are taken apart, and each is treated as if it came alone (docs/runtime.md);
 - **sliding windows** run dense inside their window;
-- **soft-capping and sinks** are computed by transformers' own function for the family, in pieces of
-  query rows, so that the result is the model's own;
-- **chunked and packed masks** run dense with transformers' own mask;
-- **linear attention, state-space and convolution layers** are not touched.
+- **chunked masks and blocks of image tokens** that see each other run dense with transformers' own
+  mask;
+- **linear attention, state-space and convolution layers, vision and audio towers** are not touched.
 
 A call with an option that is not known to be harmless runs with the family's own function if that
 function reads the option, and is refused if not. `sp doctor --model <model>` prints which of this
 holds for each layer of a model.
 
 The table is written by `python tools/family_table.py` from small random models of every family. The
-tests compare each of them with the model's own attention, in a prefill, in a padded batch and in
-two chunks against a cache. "partly" and "no" have their reason beside them. A family that is not
-listed may well run; `sp doctor` says so.
+tests compare each of them with the model's own attention, in a prefill, in a padded batch, in two
+chunks against a cache, and with an image where there is a tower. "partly" and "no" have their
+reason beside them. A family that is not listed may well run; `sp doctor` says so.
 
 | family | shared | what is not, and why |
 | --- | --- | --- |

@@ -1,0 +1,250 @@
+"""Times prefills of several lengths, dense and shared."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from shareprefill.artifact import Artifact, check_fingerprint
+from shareprefill.bench.config import BenchConfig
+from shareprefill.bench.shapes import build_shape, layers_of
+from shareprefill.bench.synthetic import synthetic_artifact
+from shareprefill.config import RuntimeConfig
+from shareprefill.errors import ConfigError
+from shareprefill.models import fingerprint, load_model, load_tokenizer, resolve_device
+from shareprefill.runtime.crossover import crossover_tokens
+from shareprefill.runtime.generation import chunk_tokens, encode_prompt, prefill
+from shareprefill.runtime.session import Session
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+DENSE, SHARE = "dense", "share"
+# Prefills of at most so many tokens are timed several times, and warm the longer ones up.
+_SHORT, _REPEATS = 32768, 3
+
+
+@dataclass(frozen=True)
+class BenchRow:
+    """One length under one kind of attention.
+
+    Attributes:
+        tokens: Of the prompt.
+        attention: `dense` or `share`.
+        chunk: Tokens at a time; 0 for all at once.
+        ttft_s: Seconds to the first token: prefill and the last token's logits.
+        peak_gib: Most device memory held, weights and cache included; None on a CPU.
+        density: Computed share of the causal blocks.
+        selection_work: Work of choosing the patterns, as a share of dense attention's operations.
+    """
+
+    tokens: int
+    attention: str
+    chunk: int
+    ttft_s: float
+    peak_gib: float | None
+    density: float
+    selection_work: float
+
+
+@dataclass(frozen=True)
+class BenchResult:
+    """All rows, and what they were measured on.
+
+    Attributes:
+        model: Shape or model, with its layers.
+        device: Its name.
+        dtype: Of the weights.
+        notes: What has to be known to read the rows.
+        rows: By length, dense before share.
+    """
+
+    model: str
+    device: str
+    dtype: str
+    notes: tuple[str, ...]
+    rows: tuple[BenchRow, ...]
+
+    def speedup(self, tokens: int) -> float | None:
+        """Dense time to first token over ours; None where one of them is missing."""
+        found = {row.attention: row.ttft_s for row in self.rows if row.tokens == tokens}
+        return found[DENSE] / found[SHARE] if len(found) == 2 else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready values."""
+        values = asdict(self)
+        for row, found in zip(values["rows"], self.rows, strict=True):
+            row["speedup"] = self.speedup(found.tokens) if found.attention == SHARE else None
+        return values
+
+
+def run_bench(
+    config: BenchConfig,
+    artifact: Artifact | None = None,
+    *,
+    trust_remote_code: bool = False,
+    progress: Callable[[BenchRow], None] | None = None,
+) -> BenchResult:
+    """Times every length, dense and shared.
+
+    Args:
+        config: What is timed.
+        artifact: Of the model that the configuration names; shapes get a synthetic one.
+        trust_remote_code: Run the model repository's own code.
+        progress: Called with every row as it is there.
+
+    Raises:
+        ConfigError: a model without an artifact, an unknown shape, or lengths that do not fit.
+        ModelError: the model cannot be loaded.
+        ArtifactError: the artifact is of another model.
+    """
+    device = resolve_device(config.device)
+    torch.manual_seed(0)
+    if config.model is None:
+        model, notes = _random_model(config, device)
+        artifact = synthetic_artifact(model, config.density)
+        vocabulary = model.config.get_text_config(decoder=True).vocab_size
+        prompts = [torch.randint(3, vocabulary, (tokens,)) for tokens in config.lengths]
+    else:
+        if artifact is None:
+            raise ConfigError("a model that is named needs its artifact (--artifact clusters.st)")
+        model = load_model(
+            config.model,
+            device=config.device,
+            dtype=config.dtype,
+            trust_remote_code=trust_remote_code,
+        )
+        check_fingerprint(artifact, fingerprint(model))
+        prompts, notes = _retrieval(config, model, trust_remote_code)
+    bench = _Bench(config, model, artifact, device)
+    bench.warm_up(max(prompts, key=len)[:_SHORT])
+    rows = []
+    for prompt in prompts:
+        for attention in (DENSE, SHARE) if config.dense else (SHARE,):
+            rows.append(bench.measure(prompt, attention))
+            if progress is not None:
+                progress(rows[-1])
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    layers = model.config.get_text_config(decoder=True).num_hidden_layers
+    return BenchResult(
+        f"{config.model or config.shape}, {layers} layers",
+        name,
+        str(model.dtype).removeprefix("torch."),
+        (*notes, *bench.notes(rows)),
+        tuple(rows),
+    )
+
+
+class _Bench:
+    """A model and a session to time it in."""
+
+    def __init__(
+        self,
+        config: BenchConfig,
+        model: PreTrainedModel,
+        artifact: Artifact,
+        device: torch.device,
+    ) -> None:
+        self.config, self.model, self.device = config, model, device
+        self.session = Session(model, artifact, RuntimeConfig(min_tokens=0))
+
+    def warm_up(self, prompt: Tensor) -> None:
+        """Compiles the kernels, and fills the allocator."""
+        for attention in (DENSE, SHARE):
+            self._prefill(prompt, attention, 0)
+
+    def measure(self, prompt: Tensor, attention: str) -> BenchRow:
+        """Times one prompt."""
+        chunk = self.config.chunk
+        if chunk is None:
+            chunk = chunk_tokens(self.model, len(prompt))
+        cuda = self.device.type == "cuda"
+        if cuda:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(self.device)
+        self.session.reset()
+        repeats = _REPEATS if len(prompt) <= _SHORT else 1
+        seconds = statistics.median(
+            [self._prefill(prompt, attention, chunk) for _ in range(repeats)]
+        )
+        report = self.session.report()
+        return BenchRow(
+            tokens=len(prompt),
+            attention=attention,
+            chunk=chunk if chunk < len(prompt) else 0,
+            ttft_s=seconds,
+            peak_gib=torch.cuda.max_memory_allocated(self.device) / 2**30 if cuda else None,
+            density=report.density if attention == SHARE else 1.0,
+            selection_work=report.selection_work if attention == SHARE else 0.0,
+        )
+
+    def notes(self, rows: list[BenchRow]) -> tuple[str, ...]:
+        """What the rows do not say of themselves."""
+        least = crossover_tokens(self.device.type)
+        found = ["dense: the model's own attention (torch SDPA)"]
+        if any(row.tokens < least for row in rows):
+            found.append(
+                f"share is forced at every length: a session runs prompts below {least} tokens "
+                "dense by itself"
+            )
+        if any(row.chunk for row in rows):
+            found.append(
+                "in chunks, dense attention is SDPA's flash kernel where there is one, on all keys"
+                " so far"
+            )
+        return tuple(found)
+
+    def _prefill(self, prompt: Tensor, attention: str, chunk: int) -> float:
+        start = time.perf_counter()
+        if attention == SHARE:
+            with self.session:
+                step = prefill(self.model, prompt, chunk)
+        else:
+            step = prefill(self.model, prompt, chunk)
+        # Reading the token waits for the device.
+        int(step.logits[0, -1].argmax())
+        return time.perf_counter() - start
+
+
+def _random_model(
+    config: BenchConfig, device: torch.device
+) -> tuple[PreTrainedModel, tuple[str, ...]]:
+    full = layers_of(config.shape)
+    layers = full if config.layers is None else config.layers
+    kind = "float32" if device.type == "cpu" else "bfloat16"
+    model = build_shape(
+        config.shape,
+        layers=layers,
+        tokens=max(config.lengths),
+        device=device,
+        dtype=getattr(torch, kind if config.dtype == "auto" else config.dtype),
+    )
+    notes = [
+        "random weights and tokens: attention has no structure, so the patterns are synthetic, of "
+        f"about the density {config.density:g}; every layer has pivots, sharing heads, "
+        "vertical-slash and row-sampled ones, and their selection is timed too"
+    ]
+    if layers < full:
+        notes.append(f"{layers} of {full} layers: times and memory are of these alone")
+    return model, tuple(notes)
+
+
+def _retrieval(
+    config: BenchConfig, model: PreTrainedModel, trust_remote_code: bool
+) -> tuple[list[Tensor], tuple[str, ...]]:
+    """Retrieval prompts of the model's own tokens, each a little below its length."""
+    from shareprefill.calib.tasks import generate
+
+    assert config.model is not None
+    tokenizer = load_tokenizer(config.model, trust_remote_code=trust_remote_code)
+    prompts = [
+        encode_prompt(model, tokenizer, generate("retr_kv", tokenizer, tokens, 0).prompt)
+        for tokens in config.lengths
+    ]
+    return prompts, ("prompts: key-value retrieval (retr_kv)",)

@@ -1,0 +1,65 @@
+"""An artifact for a model that was never calibrated: only to time it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from shareprefill.artifact import Artifact, Policy, Rows, Thresholds
+from shareprefill.models import Fingerprint, geometry
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# Of 16 heads of every layer: pivots, heads that share with them, vertical-slash and row-sampled.
+MIX = (
+    *(Policy.PIVOT,) * 1,
+    *(Policy.SHARE,) * 10,
+    *(Policy.VERTICAL_SLASH,) * 3,
+    *(Policy.SAMPLED,) * 2,
+)
+BLOCK_SIZE = 128
+
+
+def synthetic_artifact(model: PreTrainedModel, density: float) -> Artifact:
+    """An artifact whose heads do a fixed mix of everything, at about a given density.
+
+    Random weights give attention without structure: every block of a row holds about the same mass,
+    so a pattern that covers the mass `density` computes about that share of the blocks. Every check
+    before sharing passes (tau = 1). What is timed is therefore the work of a prefill at this
+    density, selection included; what recall it has cannot be seen on such a model.
+
+    Args:
+        model: A transformers decoder.
+        density: Share of the causal blocks that patterns are to cover.
+    """
+    sizes = geometry(model)
+    shape = (sizes.layers, sizes.heads)
+    row = torch.tensor([int(MIX[head * len(MIX) // sizes.heads]) for head in range(sizes.heads)])
+    policy = row.to(torch.int8).repeat(sizes.layers, 1)
+    heads = torch.arange(sizes.layers * sizes.heads).view(shape)
+    first = int((row == Policy.PIVOT).nonzero()[0])
+    pivot = torch.where(policy == Policy.PIVOT, heads, -1)
+    pivot = torch.where(policy == Policy.SHARE, heads[:, first : first + 1], pivot)
+    cluster = torch.where(pivot >= 0, torch.arange(sizes.layers)[:, None], -1)
+    return Artifact(
+        model="synthetic",
+        fingerprint=Fingerprint(model.config.model_type, sizes, "0" * 64),
+        cluster=cluster.int(),
+        policy=policy,
+        pivot=pivot.int(),
+        fallback=torch.where(policy == Policy.SHARE, int(Policy.SAMPLED), policy).to(torch.int8),
+        gamma=torch.full(shape, density),
+        fallback_gamma=torch.full(shape, density),
+        tau=torch.ones(shape),
+        recall=torch.full(shape, density),
+        density=torch.full(shape, density),
+        instability=torch.zeros(shape),
+        code=torch.zeros(*shape, 1),
+        block_size=BLOCK_SIZE,
+        thresholds=Thresholds(gamma=density, tau=1.0, delta=0.0),
+        rows=Rows(pivot=8, sample=8, check=2),
+        configuration={},
+        summary={},
+    )

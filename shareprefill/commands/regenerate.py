@@ -1,0 +1,93 @@
+"""The command `sp regenerate`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from shareprefill.commands.options import JsonOption, RemoteCodeOption
+
+if TYPE_CHECKING:
+    from shareprefill.regeneration.outcomes import Outcome
+
+WORK = Path("artifacts") / "regenerated"
+
+
+def regenerate_command(
+    models: Annotated[Path, typer.Argument(help="The file of models, as docs/regenerate.md says.")],
+    only: Annotated[
+        list[str] | None, typer.Option(help="Only the model of this name. May be repeated.")
+    ] = None,
+    shard: Annotated[
+        str | None, typer.Option(help="i/n: every n-th model from the i-th on, for parallel jobs.")
+    ] = None,
+    update: Annotated[
+        bool, typer.Option("--update", help="Write the artifacts that differ or are missing.")
+    ] = False,
+    work: Annotated[
+        Path, typer.Option(help="Folder of calibrations, artifacts and outcomes.")
+    ] = WORK,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Keep nothing of an earlier run of these models.")
+    ] = False,
+    listed: Annotated[
+        bool, typer.Option("--list", help="Print the names as a JSON array, and do nothing else.")
+    ] = False,
+    summary: Annotated[
+        Path | None, typer.Option(help="Also write the table as Markdown to this file.")
+    ] = None,
+    trust_remote_code: RemoteCodeOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Make the artifacts of a file of models anew, and compare them with the committed ones."""
+    from shareprefill.files import atomic_write_text
+    from shareprefill.regeneration.jobs import load_jobs, select_jobs
+
+    if listed:
+        jobs = select_jobs(load_jobs(models), only or (), shard)
+        typer.echo(json.dumps([job.name for job in jobs]))
+        return
+    from shareprefill.regeneration.outcomes import to_json, to_markdown
+    from shareprefill.regeneration.pipeline import regenerate
+
+    outcomes = regenerate(
+        models,
+        work,
+        only=only or (),
+        shard=shard,
+        update=update,
+        fresh=fresh,
+        trust_remote_code=trust_remote_code,
+    )
+    if summary is not None:
+        atomic_write_text(summary, to_markdown(outcomes))
+    if as_json:
+        typer.echo(to_json(outcomes))
+    else:
+        _show(outcomes)
+    if any(outcome.failed for outcome in outcomes):
+        raise typer.Exit(1)
+
+
+def _show(outcomes: list[Outcome]) -> None:
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    from shareprefill.files import printable
+    from shareprefill.regeneration.outcomes import HEADINGS
+
+    table = Table(title="regenerated artifacts", title_justify="left", title_style="bold")
+    for heading in HEADINGS:
+        table.add_column(heading)
+    for outcome in outcomes:
+        table.add_row(*map(escape, outcome.cells()))
+    console = Console()
+    # A table that is piped into a file or a log keeps its columns.
+    (console if console.is_terminal else Console(width=120)).print(table)
+    for outcome in outcomes:
+        for line in outcome.lines:
+            typer.echo(f"{outcome.name}: {outcome.status}: {printable(line, 1000)}")

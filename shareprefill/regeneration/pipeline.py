@@ -1,0 +1,108 @@
+"""The regeneration: every selected model in a process of its own, one after the other."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from shareprefill.errors import DataError
+from shareprefill.files import make_folder, printable
+from shareprefill.regeneration.jobs import Job, load_jobs, select_jobs
+from shareprefill.regeneration.outcomes import Outcome, load_outcome
+
+OUTCOME = "outcome.json"
+_STDERR = 2  # what a library prints does not belong to the command's own output
+
+
+def regenerate(
+    path: str | Path,
+    work: str | Path,
+    *,
+    only: Iterable[str] = (),
+    shard: str | None = None,
+    update: bool = False,
+    fresh: bool = False,
+    trust_remote_code: bool = False,
+    on_outcome: Callable[[Outcome], None] | None = None,
+) -> list[Outcome]:
+    """Makes the artifacts of a file of models anew, and compares them with the committed ones.
+
+    Each model has its own process, so that what one leaves or breaks touches no other one; paths in
+    the file are relative to its folder. What is done is kept in `work`, and not done again while
+    nothing that it depends on has changed.
+
+    Args:
+        path: The file; docs/regenerate.md describes it.
+        work: Folder of the calibrations, artifacts and outcomes, one folder in it a model.
+        only: Names of models; none: all.
+        shard: `i/n`: every n-th of them, from the i-th on.
+        update: Write artifacts that differ or are missing.
+        fresh: Delete what is kept of the selected models first.
+        trust_remote_code: Run the model repositories' own code.
+        on_outcome: Called with each outcome as soon as it is there.
+
+    Returns:
+        An outcome a model, in the file's order.
+
+    Raises:
+        ConfigError: the file holds what is not allowed, or a name or the shard is wrong.
+        DataError: the file cannot be read, or `work` cannot be written.
+    """
+    path = Path(path).absolute()
+    jobs = select_jobs(load_jobs(path), only, shard)
+    work = make_folder(work).absolute()
+    outcomes = []
+    for job in jobs:
+        if fresh:
+            _forget(work / job.name)
+        outcome = _in_process(
+            job, path, work / job.name, update=update, trust_remote_code=trust_remote_code
+        )
+        outcomes.append(outcome)
+        if on_outcome is not None:
+            on_outcome(outcome)
+    return outcomes
+
+
+def _in_process(
+    job: Job, path: Path, folder: Path, *, update: bool, trust_remote_code: bool
+) -> Outcome:
+    found = make_folder(folder) / OUTCOME
+    found.unlink(missing_ok=True)
+    order = {
+        "path": str(path),
+        "name": job.name,
+        "folder": str(folder),
+        "update": update,
+        "trust_remote_code": trust_remote_code,
+    }
+    # -P: nothing in the current folder is imported. The pipe ends with this process, however that
+    # ends, and the worker with the pipe.
+    command = [sys.executable, "-P", "-m", "shareprefill.regeneration", json.dumps(order)]
+    started = time.monotonic()
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=_STDERR) as process:  # noqa: S603
+        status = process.wait()
+    if status == 0 and found.exists():
+        return load_outcome(found)
+    ended = f"exit status {status}" if status >= 0 else signal.Signals(-status).name
+    return Outcome(
+        name=job.name,
+        status="failed",
+        artifact=str(job.artifact),
+        lines=(f"its process ended with {ended}, and said above why, if it could",),
+        seconds=time.monotonic() - started,
+    )
+
+
+def _forget(folder: Path) -> None:
+    try:
+        if folder.exists():
+            shutil.rmtree(folder)
+    except OSError as error:
+        raise DataError(f"cannot remove {printable(folder)}: {error.strerror}") from error

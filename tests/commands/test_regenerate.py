@@ -1,0 +1,131 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import typer
+from typer.testing import CliRunner, Result
+
+from shareprefill.artifact import load_artifact
+from shareprefill.commands.regenerate import regenerate_command
+from shareprefill.errors import ConfigError
+from tests.support.checkpoint import save_checkpoint
+
+# A callback keeps the command's name with a single command.
+app = typer.Typer()
+app.command("regenerate")(regenerate_command)
+app.callback()(lambda: None)
+MODELS = """
+[defaults]
+data = ["retr_kv", "text"]
+lengths = [320]
+samples = 3
+block_size = 32
+target_recall = 0.8
+train.epochs = 3
+eval = { tasks = ["perplexity"], samples = 1 }
+
+[[model]]
+name = "small"
+model = "model"
+artifact = "committed/small.st"
+
+[[model]]
+name = "broken"
+model = "no-such-model-folder/x/y"
+artifact = "committed/broken.st"
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A file of models in a folder of its own; the current folder is another one."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    place = tmp_path / "models"
+    save_checkpoint(place / "model")
+    (place / "models.toml").write_text(MODELS)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    return place
+
+
+def sp(*arguments: object) -> Result:
+    return CliRunner().invoke(app, ["regenerate", *map(str, arguments)])
+
+
+def test_list_and_bad_selections(folder: Path) -> None:
+    found = sp(folder / "models.toml", "--list")
+    assert (found.exit_code, json.loads(found.stdout)) == (0, ["small", "broken"])
+    assert json.loads(sp(folder / "models.toml", "--list", "--shard", "2/2").stdout) == ["broken"]
+    assert isinstance(sp(folder / "models.toml", "--only", "x").exception, ConfigError)
+    assert list(Path().iterdir()) == []
+
+
+@pytest.mark.slow
+def test_one_model_s_failure_does_not_stop_the_others(folder: Path) -> None:
+    committed = folder / "committed" / "small.st"
+    text = MODELS.split("[[model]]")
+    # The broken one first.
+    (folder / "models.toml").write_text("[[model]]".join((text[0], text[2], text[1])))
+    found = sp(folder / "models.toml", "--json", "--update", "--summary", "summary.md")
+    assert found.exit_code == 1
+    broken, small = json.loads(found.stdout)["models"]
+    assert (small["status"], broken["status"]) == ("updated", "failed")
+    assert "there is no model folder" in broken["lines"][0]
+    assert "| small | updated |" in Path("summary.md").read_text()
+    assert load_artifact(committed).model == "model"
+    kept = Path("artifacts/regenerated/small/artifact.st")
+    assert kept.read_bytes() == committed.read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="sends signals")
+def test_a_killed_command_leaves_no_worker(folder: Path) -> None:
+    code = (
+        "import sys, typer; from shareprefill.commands.regenerate import regenerate_command;"
+        "app = typer.Typer(); app.command()(regenerate_command); app()"
+    )
+    command = [sys.executable, "-c", code, str(folder / "models.toml"), "--only", "small"]
+    outcome = Path("artifacts/regenerated/small")
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
+        while not (outcome / "calibration" / "index.json").exists():
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.kill()
+    end = time.monotonic() + 20
+    while time.monotonic() < end and _workers(outcome):
+        time.sleep(0.05)
+    assert _workers(outcome) == []
+
+
+def _workers(folder: Path) -> list[int]:
+    """Processes whose command line names the folder."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            line = (process / "cmdline").read_bytes()
+        except OSError:
+            continue
+        if os.fsencode(folder.absolute()) in line and int(process.name) != os.getpid():
+            found.append(int(process.name))
+    return found
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="sends signals")
+def test_a_worker_that_dies_is_an_outcome(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The worker's interpreter kills itself before it reads its order.
+    sick = folder / "python"
+    sick.write_text(f"#!/bin/sh\nkill -{signal.SIGKILL.value} $$\n")
+    sick.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(sick))
+    found = sp(folder / "models.toml", "--json")
+    assert found.exit_code == 1
+    for model in json.loads(found.stdout)["models"]:
+        assert model["status"] == "failed"
+        assert "ended with SIGKILL" in model["lines"][0]

@@ -1,0 +1,163 @@
+from __future__ import annotations
+
+import threading
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from shareprefill.artifact import load_artifact
+from shareprefill.config import CalibrateConfig, ClusterConfig, TrainConfig
+from shareprefill.files import locked_folder
+from shareprefill.regeneration import stages
+from shareprefill.regeneration.jobs import EvalOptions, Job, Tolerances
+from shareprefill.regeneration.outcomes import Outcome
+from shareprefill.regeneration.worker import run_job
+from tests.support.checkpoint import save_checkpoint, small_calibration
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
+    """A job whose artifact was written by `--update`, and whose stages are done."""
+    folder = tmp_path_factory.mktemp("job")
+    options = small_calibration(save_checkpoint(folder / "model"), samples=3)
+    made = Job(
+        name="small",
+        artifact=folder / "committed" / "small.st",
+        lengths=(320,),
+        calibrate=CalibrateConfig(**options, data=("retr_kv", "text")),
+        train=TrainConfig(epochs=3),
+        cluster=ClusterConfig(target_recall=0.8),
+        evaluation=EvalOptions(tasks=("perplexity",), samples=1),
+        tolerances=Tolerances(),
+    )
+    outcome = run_job(made, folder / "work", update=True)
+    assert outcome.status == "updated"
+    assert "small.st is missing" in outcome.lines[0]
+    return made
+
+
+def work(job: Job) -> Path:
+    return job.artifact.parents[1] / "work"
+
+
+def run(job: Job, **options: Any) -> Outcome:
+    return run_job(job, work(job), **options)
+
+
+def test_an_unchanged_job_is_equal_and_does_no_stage_again(
+    job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done = []
+    for module, name in (
+        ("shareprefill.calib.pipeline", "capture"),
+        ("shareprefill.autoencoder.pipeline", "train"),
+        ("shareprefill.clustering.pipeline", "cluster"),
+    ):
+        monkeypatch.setattr(f"{module}.{name}", lambda *_, name=name, **__: done.append(name))
+    outcome = run(job)
+    assert (outcome.status, outcome.lines, outcome.moved, outcome.heads) == ("equal", (), 0, 12)
+    assert {change.name for change in outcome.changes} >= {"density", "recall", "expected recall"}
+    assert done == []
+
+
+def test_another_threshold_drifts_and_only_its_stage_is_done_again(
+    job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shareprefill.calib.pipeline.capture", None)
+    monkeypatch.setattr("shareprefill.autoencoder.pipeline.train", None)
+    before = job.artifact.read_bytes()
+    changed = replace(job, cluster=ClusterConfig(target_recall=0.95))
+    outcome = run(changed)
+    assert outcome.status == "drifted"
+    assert "setting configuration.cluster.target_recall 0.8 -> 0.95" in outcome.lines
+    assert any(line.startswith("expected recall 0.") for line in outcome.lines)
+    assert job.artifact.read_bytes() == before
+    # Figures within the tolerances do not hide a setting.
+    wide = Tolerances(accuracy=1, density=1, recall=1)
+    outcome = run(replace(changed, tolerances=wide))
+    assert outcome.lines == ("setting configuration.cluster.target_recall 0.8 -> 0.95",)
+    assert outcome.status == "drifted"
+
+
+def test_code_that_changed_does_its_stages_again(
+    job: Job, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    digests = {part: stages.code_digest([part]) for part in ("calib", "clustering", "config.py")}
+    assert len(set(digests.values())) == 3
+    monkeypatch.setattr(stages, "_PACKAGE", tmp_path)
+    (tmp_path / "calib").mkdir()
+    (tmp_path / "calib" / "a.py").write_text("1")
+    first = stages.code_digest(["calib"])
+    (tmp_path / "calib" / "a.py").write_text("2")
+    assert stages.code_digest(["calib"]) != first
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda path: path.unlink(), "small.st is missing"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-1]), "small.st is not usable"),
+    ],
+)
+def test_without_a_usable_artifact_nothing_is_written_unasked(
+    spoil: Any, message: str, job: Job
+) -> None:
+    good = job.artifact.read_bytes()
+    spoil(job.artifact)
+    left = job.artifact.read_bytes() if job.artifact.exists() else None
+    outcome = run(job)
+    assert outcome.status == "missing"
+    assert message in outcome.lines[0]
+    assert "--update writes it" in outcome.lines[0]
+    assert (job.artifact.read_bytes() if job.artifact.exists() else None) == left
+    assert run(job, update=True).status == "updated"
+    assert job.artifact.read_bytes() == good
+
+
+def test_an_artifact_of_another_model_is_none(job: Job, tmp_path: Path) -> None:
+    from shareprefill.artifact import save_artifact
+
+    loaded = load_artifact(job.artifact)
+    other = replace(loaded, fingerprint=replace(loaded.fingerprint, weights="0b" * 32))
+    elsewhere = replace(job, artifact=tmp_path / "other.st")
+    save_artifact(other, elsewhere.artifact)
+    outcome = run(elsewhere)
+    assert outcome.status == "missing"
+    assert "attention weights differ" in outcome.lines[0]
+
+
+def test_damaged_stamps_do_everything_again(job: Job) -> None:
+    (work(job) / "stages.json").write_text("{")
+    before = job.artifact.read_bytes()
+    assert run(job).status == "equal"
+    assert (work(job) / "artifact.st").read_bytes() == before
+
+
+def test_a_second_process_fails_clearly(job: Job) -> None:
+    started, end = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with locked_folder(work(job)):
+            started.set()
+            end.wait()
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    try:
+        started.wait()
+        outcome = run(job)
+    finally:
+        end.set()
+        thread.join()
+    assert outcome.status == "failed"
+    assert "is in use by another process" in outcome.lines[0]
+
+
+def test_a_stage_that_fails_is_the_outcome(job: Job, tmp_path: Path) -> None:
+    outcome = run_job(
+        replace(job, calibrate=replace(job.calibrate, model="no/such/model")), tmp_path / "work"
+    )
+    assert outcome.status == "failed"
+    assert "there is no model folder" in outcome.lines[0]
