@@ -15,6 +15,7 @@ from shareprefill.commands.audit import audit_command
 from shareprefill.commands.bench import bench_command
 from shareprefill.commands.evaluate import eval_command
 from shareprefill.commands.hub import pull_command, push_command
+from shareprefill.commands.known import ARTIFACTS
 from shareprefill.commands.options import (
     DeviceOption,
     DtypeOption,
@@ -35,7 +36,6 @@ from shareprefill.config import (
 )
 from shareprefill.errors import ConfigError, DataError, ShareprefillError
 
-ARTIFACTS = Path("artifacts")
 CLUSTERS = Path("clusters.st")
 
 # Defaults are read off the configurations, where alone they live.

@@ -36,9 +36,6 @@ GAMMAS = (
     *(0.92, 0.935, 0.95, 0.96, 0.97, 0.98, 0.99),
 )
 
-# Policies that the runtime may not know yet, by their labels.
-SMOOTHED = "smoothed"
-
 # Time of a block in a block-sparse kernel over its time in a dense one: 1.2 to 1.3 for
 # FlashAttention-4 on an H100 at 32K tokens, 1.5 for the blockwise implementation on a CPU.
 SPARSE_OVERHEAD = 1.3
@@ -161,9 +158,8 @@ class Evidence:
         self.pivots = _mean(pivots, pivot_rows / half)
         # What a head may do alone, with whatever the runtime supports and the capture holds.
         self.alone = {Policy.SAMPLED: self.sampled, Policy.VERTICAL_SLASH: self.vertical_slash}
-        for policy in Policy:
-            if policy.label == SMOOTHED and has_smoothed:
-                self.alone[policy] = _mean(smoothed, smoothed_rows / half)
+        if has_smoothed:
+            self.alone[Policy.SMOOTHED] = _mean(smoothed, smoothed_rows / half)
         # [gammas, K, K]: recall of head h under the pattern of pivot p; mean, and lowest.
         self.pairs, self.lowest_pairs = pairs / len(self._prompts), lowest
         # Distance of the last block's distribution to uniform, the least over prompts.

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from shareprefill.commands.known import model_of
 from shareprefill.commands.options import DeviceOption, DtypeOption, JsonOption, RemoteCodeOption
 from shareprefill.config import POLICIES
 from shareprefill.errors import ConfigError
@@ -21,7 +23,8 @@ _PIPED_WIDTH = 140
 
 ArtifactOption = Annotated[Path, typer.Option(help="Artifact of the model.")]
 OtherModelOption = Annotated[
-    str | None, typer.Option("--model", help="Where the model is, if not where the artifact says.")
+    str | None,
+    typer.Option("--model", help="The model; by default the artifact's, if calibrated here."),
 ]
 TasksOption = Annotated[
     str,
@@ -97,6 +100,7 @@ def eval_command(
         bins=bins,
         cut_middle=cut_middle,
     )
+    config = replace(config, model=model_of(artifact, model))
     require_folder(out, html=html)
     from shareprefill.console import progress
     from shareprefill.evaluation.frontier import TARGET_RECALL

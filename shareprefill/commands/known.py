@@ -4,6 +4,19 @@ from __future__ import annotations
 
 from pathlib import Path
 
+ARTIFACTS = Path("artifacts")
+
+
+def model_of(artifact: Path, given: str | None) -> str:
+    """The model that a command loads: the one given, or the artifact's where it is known here.
+
+    Raises:
+        ArtifactError: the artifact cannot be read, or names a model that is not known here.
+    """
+    from shareprefill.artifact import load_artifact, model_to_load
+
+    return model_to_load(load_artifact(artifact), given, known_models(ARTIFACTS))
+
 
 def known_models(root: Path) -> set[str]:
     """Names of models that `sp calibrate` was given, of the calibrations under `root`.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -18,6 +19,7 @@ from shareprefill.commands.evaluate import (
     require_folder,
     show_table,
 )
+from shareprefill.commands.known import model_of
 from shareprefill.commands.options import DeviceOption, DtypeOption, JsonOption, RemoteCodeOption
 from shareprefill.config import POLICIES
 from shareprefill.evaluation.config import SweepConfig
@@ -87,6 +89,7 @@ def sweep_command(
         dtype=dtype,
         max_density=max_density,
     )
+    config = replace(config, model=model_of(artifact, model))
     require_folder(out, html=html)
     from shareprefill.console import progress
     from shareprefill.evaluation.sweep_page import curve_table, knee_table, sweep_page

@@ -65,7 +65,8 @@ def evaluate(
     for task in config.tasks:
         check_task(task)
     artifact = load_artifact(config.artifact)
-    bench = Bench.load(config.model or artifact.model, config, trust_remote_code=trust_remote_code)
+    model = config.model or artifact.model
+    bench = Bench.load(model, config, trust_remote_code=trust_remote_code)
     variants = [
         Variant(
             runtime.policy,

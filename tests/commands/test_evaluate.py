@@ -11,7 +11,7 @@ from typer.testing import CliRunner, Result
 from shareprefill.artifact import save_artifact
 from shareprefill.commands.evaluate import eval_command
 from shareprefill.config import POLICIES
-from shareprefill.errors import ConfigError
+from shareprefill.errors import ArtifactError, ConfigError
 from shareprefill.evaluation.results import load_evaluation
 from shareprefill.models import load_model
 from tests.support.checkpoint import save_checkpoint
@@ -31,7 +31,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def sp_eval(folder: Path, *options: object) -> Result:
-    small = ("--artifact", folder / "clusters.st", "--lengths", 400, "--samples", 1)
+    places = ("--artifact", folder / "clusters.st", "--model", folder / "model")
+    small = (*places, "--lengths", 400, "--samples", 1)
     return CliRunner().invoke(app, [*map(str, small), *map(str, options)])
 
 
@@ -79,3 +80,9 @@ def test_bad_options(folder: Path, options: tuple, message: str) -> None:
     result = sp_eval(folder, *options)
     with pytest.raises(ConfigError, match=message):
         raise result.exception or AssertionError(result.output)
+
+
+def test_a_model_that_only_a_file_names_is_not_loaded(folder: Path) -> None:
+    result = CliRunner().invoke(app, ["--artifact", str(folder / "clusters.st")])
+    with pytest.raises(ArtifactError, match="say --model"):
+        raise result.exception or AssertionError("no error")

@@ -29,7 +29,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def sp_sweep(folder: Path, *options: object) -> Result:
-    small = ("--artifact", folder / "clusters.st", "--length", 400, "--samples", 1)
+    places = ("--artifact", folder / "clusters.st", "--model", folder / "model")
+    small = (*places, "--length", 400, "--samples", 1)
     return CliRunner().invoke(app, [*map(str, small), *map(str, options)])
 
 
