@@ -166,7 +166,8 @@ class LayerPass:
         distances = js_distances(maps, state.maps, orders.share_slots)
         passed = distances < orders.tau
         self.distances[shares.index] = distances
-        self.pattern[shares.index] = torch.where(passed, orders.share_pairs + offset, -1)
+        # A head that fails is dense unless its fallback is chosen below.
+        self.pattern[shares.index] = torch.where(passed, orders.share_pairs + offset, _FULL)
         return torch.cat([passed, passed.new_zeros(1)])
 
     def _choose_vertical_slash(self, passed: Tensor) -> Tensor:

@@ -65,6 +65,7 @@ def run(
     if state is None:
         state = state_of(plan, inputs)
     layer_pass = pass_of(plan, layer, state, inputs)
+    layer_pass.out.fill_(math.nan)
     out, record = layer_pass.run(measure_recall=True)
     return out, record, layer_pass
 
@@ -168,6 +169,23 @@ def test_a_head_unlike_its_pivot_falls_back(model: Any) -> None:
     assert all(d > 0 for d in record.distances[1:3])
     assert math.isnan(record.distances[0])
     assert record.work[1] > record.work[2] > 0
+
+
+def test_a_head_unlike_its_pivot_may_fall_back_to_dense_attention(model: Any) -> None:
+    inputs = tensors(150, 150)
+    policies = [[P, S, S, D], [D] * 4, [D] * 4]
+    fallback = torch.tensor([[1, 0, 3, 0], [0] * 4, [0] * 4], dtype=torch.int8)
+    config = RuntimeConfig(tau=0.0, gamma=0.8)
+    plan = make_plan(
+        tiny_artifact(model, policies, fallback=fallback), replace(config, max_density=1.0)
+    )
+    layer_pass = pass_of(plan, 0, state_of(plan, inputs), inputs)
+    layer_pass.out.fill_(math.nan)
+    out, record = layer_pass.run()
+    assert record.policies.tolist() == [P, D, R, D]
+    assert record.blocks[1] == record.causal
+    torch.testing.assert_close(out[1], dense(inputs)[1], rtol=1e-4, atol=1e-5)
+    assert out.isfinite().all()
 
 
 def test_fallback_patterns_cover_their_own_mass(model: Any) -> None:
