@@ -51,7 +51,7 @@ _TENSORS = {
     "fallback": torch.int8,
     "gamma": torch.float32,
     "fallback_gamma": torch.float32,
-    "tau": torch.float32,
+    "slack": torch.float32,
     "recall": torch.float32,
     "density": torch.float32,
     "instability": torch.float32,
@@ -93,8 +93,8 @@ class Thresholds:
 
     Attributes:
         gamma: Attention mass that a pattern covers, in (0, 1]; a head's own value goes before it.
-        tau: Jensen-Shannon distance to the pivot under which a head shares, in [0, 1]; a head's own
-            value goes before it.
+        tau: Jensen-Shannon distance to the pivot under which a head shares by the paper's online
+            rule, in [0, 1]; planned sharing has each head's `slack` instead.
         delta: Jensen-Shannon distance to uniform above which a head is highly sparse, in [0, 1].
     """
 
@@ -125,13 +125,13 @@ class Artifact:
         policy: `[L, H]` int8, codes of `Policy`.
         pivot: `[L, H]` int32, id of the head whose pattern a SHARE head uses, a PIVOT head's own
             id, -1 for the others.
-        fallback: `[L, H]` int8, a SHARE head's policy when its check fails (SAMPLED,
-            VERTICAL_SLASH or DENSE); the others' own policy.
+        fallback: `[L, H]` int8, a SHARE head's policy when its check fails (SMOOTHED,
+            SAMPLED, VERTICAL_SLASH or DENSE); the others' own policy.
         gamma: `[L, H]` float32, attention mass that the head's pattern covers, in (0, 1].
         fallback_gamma: `[L, H]` float32, the same for the fallback's pattern.
-        tau: `[L, H]` float32, Jensen-Shannon distance to its pivot under which a SHARE head shares,
-            in [0, 1]: the threshold, or more where the head was farther off on held-out prompts
-            and its recall was right.
+        slack: `[L, H]` float32, how much less than `gamma` of its attention a SHARE head's sampled
+            rows may have inside its pivot's pattern for it to share, in [-1, 1]; negative where
+            they must have more.
         recall: `[L, H]` float32, attention mass inside the pattern on held-out prompts, in [0, 1].
         density: `[L, H]` float32, share of causal blocks computed on held-out prompts, in [0, 1].
         instability: `[L, H]` float32, spread of the head's code over prompts, at least 0.
@@ -151,7 +151,7 @@ class Artifact:
     fallback: Tensor
     gamma: Tensor
     fallback_gamma: Tensor
-    tau: Tensor
+    slack: Tensor
     recall: Tensor
     density: Tensor
     instability: Tensor
@@ -410,16 +410,16 @@ def _check_tensors(artifact: Artifact) -> None:
                 f"tensor {name!r} is {tensor.dtype} {list(tensor.shape)}, "
                 f"expected {dtype} {list(shape)}"
             )
-    for name, highest, allowed in (
-        ("gamma", 1.0, "above 0 and at most 1"),
-        ("fallback_gamma", 1.0, "above 0 and at most 1"),
-        ("tau", 1.0, "between 0 and 1"),
-        ("recall", 1.0, "between 0 and 1"),
-        ("density", 1.0, "between 0 and 1"),
-        ("instability", float("inf"), "at least 0"),
+    for name, lowest, highest, allowed in (
+        ("gamma", 0.0, 1.0, "above 0 and at most 1"),
+        ("fallback_gamma", 0.0, 1.0, "above 0 and at most 1"),
+        ("slack", -1.0, 1.0, "between -1 and 1"),
+        ("recall", 0.0, 1.0, "between 0 and 1"),
+        ("density", 0.0, 1.0, "between 0 and 1"),
+        ("instability", 0.0, float("inf"), "at least 0"),
     ):
         smallest, largest = _extremes(artifact, name)
-        if smallest < 0 or largest > highest or (name.endswith("gamma") and smallest == 0):
+        if smallest < lowest or largest > highest or (name.endswith("gamma") and smallest == 0):
             raise RefusedError(f"{name} holds {smallest:g} to {largest:g}, expected {allowed}")
     _extremes(artifact, "code")
 
@@ -450,12 +450,9 @@ def _check_graph(artifact: Artifact) -> None:
     _forbid(shares & ~is_pivot[source], heads, "shares with a head that is no pivot")
     _forbid(source // heads > head // heads, heads, "shares with a pivot of a later layer")
     _forbid(cluster[source] != cluster, heads, "shares with a pivot of another cluster")
-    may_fall_back = (
-        (fallback == Policy.SAMPLED)
-        | (fallback == Policy.VERTICAL_SLASH)
-        | (fallback == Policy.DENSE)
-    )
-    _forbid(shares & ~may_fall_back, heads, "shares, but its fallback is not a policy of its own")
+    needs_another = (fallback == Policy.PIVOT) | (fallback == Policy.SHARE)
+    is_own = (fallback >= 0) & (fallback < len(Policy)) & ~needs_another
+    _forbid(shares & ~is_own, heads, "shares, but its fallback is not a policy of its own")
     _forbid(~shares & (fallback != policy), heads, "does not share, but has another fallback")
 
 

@@ -178,8 +178,13 @@ def cluster(
     gamma: Annotated[
         float, typer.Option(help="Attention mass of the patterns that are compared.")
     ] = _CLUSTER.gamma,
+    slack: Annotated[
+        float,
+        typer.Option(help="Mass a sharing head may miss in a pivot's pattern beyond the held-out."),
+    ] = _CLUSTER.slack,
     tau: Annotated[
-        float, typer.Option(help="JS distance to the pivot under which a head shares.")
+        float,
+        typer.Option(help="JS distance to share by the paper's rule, policy share."),
     ] = _CLUSTER.tau,
     delta: Annotated[
         float, typer.Option(help="JS distance to uniform above which a head is highly sparse.")
@@ -200,6 +205,7 @@ def cluster(
             "target_recall": target_recall,
             "budget": budget,
             "gamma": gamma,
+            "slack": slack,
             "tau": tau,
             "delta": delta,
             "pivot_rows": _number_or_auto("pivot-rows", pivot_rows),
@@ -231,8 +237,13 @@ def run(
         float | None,
         typer.Option(help="Attention mass a pattern covers (paper: 0.9); by head by default."),
     ] = None,
+    slack: Annotated[
+        float | None,
+        typer.Option(help="Mass below gamma at which a head still shares; by head by default."),
+    ] = None,
     tau: Annotated[
-        float | None, typer.Option(help="JS distance to share (paper: 0.2); the artifact's.")
+        float | None,
+        typer.Option(help="JS distance to share (paper: 0.2), with policy share; the artifact's."),
     ] = None,
     delta: Annotated[
         float | None, typer.Option(help="JS distance to uniform (paper: 0.3); the artifact's.")
@@ -267,6 +278,7 @@ def run(
         {
             "policy": policy,
             "gamma": gamma,
+            "slack": slack,
             "tau": tau,
             "delta": delta,
             "pivot_rows": pivot_rows,

@@ -75,8 +75,9 @@ class CalibrateConfig(Stage):
         seed: Seed of the generated prompts.
         device: `auto`, `cpu`, `cuda`, `cuda:1`, ...
         dtype: `auto` (float32 on a CPU, the model's own elsewhere), or a torch dtype's name.
-        rows: Query rows a block that the row-sampled maps are taken from, ascending: the check
-            before sharing, the row-sampled estimate, and sampled pivots.
+        rows: Query rows a block that the row-sampled maps are taken from, at least three counts,
+            ascending: the first is the check before sharing, the last the row-sampled estimate, and
+            all but the first may be a pivot's.
     """
 
     model: str
@@ -87,7 +88,7 @@ class CalibrateConfig(Stage):
     seed: int = 0
     device: str = "auto"
     dtype: str = "auto"
-    rows: tuple[int, ...] = (2, 8, 32)
+    rows: tuple[int, ...] = (1, 2, 4, 8)
 
     def __post_init__(self) -> None:
         _require(bool(self.model), "model", self.model, "a hub id, a folder or a built-in name")
@@ -109,13 +110,13 @@ class CalibrateConfig(Stage):
             "auto, float32, bfloat16 or float16",
         )
         _require(
-            len(self.rows) == 3
+            len(self.rows) >= 3
             and list(self.rows) == sorted(set(self.rows))
             and self.rows[0] >= 1
             and self.rows[-1] <= self.block_size,
             "rows",
             self.rows,
-            f"three ascending row counts between 1 and the block size ({self.block_size})",
+            f"at least three ascending row counts from 1 to the block size ({self.block_size})",
         )
 
 
@@ -170,8 +171,11 @@ class ClusterConfig(Stage):
         budget: Mean density of all heads on held-out prompts instead: each head's policy and mass
             to cover are those that give the largest mean recall for it. None: by target_recall.
         gamma: Attention mass that the patterns compared by the Jaccard metrics cover.
-        tau: Jensen-Shannon distance to the pivot under which a head shares. A head that was farther
-            from its pivot on held-out prompts, at the target recall, gets a larger one of its own.
+        slack: How much less of its attention a sharing head's sampled rows may have inside the
+            pivot's pattern than on the held-out prompt where they had least: with less, the head
+            takes its fallback.
+        tau: Jensen-Shannon distance to the pivot under which a head shares by the paper's rule,
+            which a session follows with `policy="share"`; nothing that is planned here uses it.
         delta: Jensen-Shannon distance to the uniform distribution above which a head whose check
             fails counts as highly sparse and takes a vertical-slash pattern.
         pivot_rows: Query rows a block that a pivot's pattern is taken from: 0 for all of them, as
@@ -185,6 +189,7 @@ class ClusterConfig(Stage):
     target_recall: float = 0.95
     budget: float | None = None
     gamma: float = 0.9
+    slack: float = 0.04
     tau: float = 0.2
     delta: float = 0.3
     pivot_rows: int | None = None
@@ -198,6 +203,7 @@ class ClusterConfig(Stage):
         if self.budget is not None:
             _require_fraction("budget", self.budget)
         _require_fraction("gamma", self.gamma)
+        _require_distance("slack", self.slack)
         _require_distance("tau", self.tau)
         _require_distance("delta", self.delta)
         rows = self.pivot_rows
@@ -212,8 +218,9 @@ class RuntimeConfig(Stage):
         policy: `auto` (each head as the artifact says), `share` (the paper's online rule on the
             artifact's clusters), or one policy for every head.
         gamma: Attention mass a pattern covers, for all heads; None: chosen per head offline.
-        tau: Jensen-Shannon distance to the pivot under which a head shares, for all heads; None:
-            chosen per head offline.
+        slack: With `auto`, how much less than gamma a sharing head's sampled rows may have inside
+            its pivot's pattern, for all heads; None: chosen per head offline.
+        tau: With `share`, Jensen-Shannon distance to the pivot under which a head shares.
         delta: Jensen-Shannon distance to uniform above which a head is highly sparse.
         pivot_rows: Query rows a block of a pivot's map; 0: all of them.
         sample_rows: Query rows a block of the row-sampled estimate.
@@ -229,6 +236,7 @@ class RuntimeConfig(Stage):
 
     policy: str = "auto"
     gamma: float | None = None
+    slack: float | None = None
     tau: float | None = None
     delta: float | None = None
     pivot_rows: int | None = None
@@ -247,8 +255,7 @@ class RuntimeConfig(Stage):
             _require_fraction("gamma", self.gamma)
         if self.max_density is not None:
             _require_fraction("max_density", self.max_density)
-        if self.tau is not None:
-            _require_distance("tau", self.tau)
+        self._require_threshold_of_policy()
         if self.delta is not None:
             _require_distance("delta", self.delta)
         for name in ("pivot_rows", "min_tokens"):
@@ -259,3 +266,20 @@ class RuntimeConfig(Stage):
             _require(value is None or value >= 1, name, value, "at least 1")
         _require(self.sink_blocks >= 0, "sink_blocks", self.sink_blocks, "0 or more")
         _require(self.local_blocks >= 1, "local_blocks", self.local_blocks, "at least 1")
+
+    def _require_threshold_of_policy(self) -> None:
+        """Each of the two rules of sharing has a threshold of its own."""
+        if self.slack is not None:
+            _require(-1.0 <= self.slack <= 1.0, "slack", self.slack, "between -1 and 1")
+            if self.policy != "auto":
+                instead = ": use tau" if self.policy == "share" else ", which shares nothing"
+                raise ConfigError(
+                    f"slack = {self.slack!r} is for policy 'auto', not for {self.policy!r}{instead}"
+                )
+        if self.tau is not None:
+            _require_distance("tau", self.tau)
+            if self.policy != "share":
+                instead = ": use slack" if self.policy == "auto" else ", which shares nothing"
+                raise ConfigError(
+                    f"tau = {self.tau!r} is for policy 'share', not for {self.policy!r}{instead}"
+                )

@@ -46,18 +46,18 @@ def example(**changes: Any) -> Artifact:
         cluster=torch.tensor([[-1, 0, 0, -1], [0, 1, 1, 0]], dtype=torch.int32),
         policy=torch.tensor([[0, 1, 2, 4], [2, 3, 1, 2]], dtype=torch.int8),
         pivot=torch.tensor([[-1, 1, 1, -1], [1, -1, 6, 1]], dtype=torch.int32),
-        fallback=torch.tensor([[0, 1, 3, 4], [4, 3, 1, 0]], dtype=torch.int8),
+        fallback=torch.tensor([[0, 1, 3, 4], [5, 3, 1, 0]], dtype=torch.int8),
         gamma=torch.rand(shape).clamp(min=0.1),
         fallback_gamma=torch.rand(shape).clamp(min=0.1),
-        tau=torch.rand(shape),
+        slack=torch.rand(shape) * 2 - 1,
         recall=torch.rand(shape),
         density=torch.rand(shape),
         instability=torch.rand(shape) * 5,
         code=torch.randn(*shape, 7),
         block_size=64,
         thresholds=Thresholds(gamma=0.9, tau=0.2, delta=0.3),
-        rows=Rows(pivot=0, sample=8, check=2),
-        configuration={"data": ["mixture", "über"], "k": None, "rows": [2, 8, 32]},
+        rows=Rows(pivot=0, sample=8, check=1),
+        configuration={"data": ["mixture", "über"], "k": None, "rows": [1, 2, 4, 8]},
         summary={"density": 0.21, "recall": 0.95, "costs": {"8": 0.5}},
     )
     return replace(artifact, **changes)
@@ -191,11 +191,17 @@ def test_artifacts_that_break_a_rule_are_not_saved(
         ("pivot", 1, 3, -1, "head 3 of layer 1 has a pivot out of range"),
         ("pivot", 1, 3, 4, "head 3 of layer 1 shares with a head that is no pivot"),
         ("pivot", 0, 2, 6, "head 2 of layer 0 shares with a pivot of a later layer"),
+        ("fallback", 1, 3, 1, "head 3 of layer 1 shares, but its fallback"),
         ("fallback", 1, 3, 2, "head 3 of layer 1 shares, but its fallback"),
+        ("fallback", 1, 3, -1, "head 3 of layer 1 shares, but its fallback"),
+        ("fallback", 1, 3, 6, "head 3 of layer 1 shares, but its fallback"),
         ("fallback", 1, 1, 0, "head 1 of layer 1 does not share, but has another fallback"),
         ("gamma", 0, 0, 0.0, "gamma holds 0 to"),
         ("fallback_gamma", 0, 0, 0.0, "fallback_gamma holds 0 to"),
         ("gamma", 0, 0, float("nan"), "gamma holds values that are not finite"),
+        ("slack", 0, 0, -1.001, "slack holds -1.001 to .*, expected between -1 and 1"),
+        ("slack", 0, 0, 1.001, "slack holds .* to 1.001, expected between -1 and 1"),
+        ("slack", 0, 0, float("nan"), "slack holds values that are not finite"),
         ("recall", 0, 0, 1.001, "recall holds .* to 1.001"),
         ("density", 0, 0, -0.1, "density holds -0.1"),
         ("instability", 0, 0, -0.1, "instability holds -0.1"),
@@ -404,8 +410,8 @@ def test_tensors_that_share_memory_are_saved() -> None:
     views = replace(artifact, recall=both[0], density=both[1], fallback_gamma=artifact.gamma)
     apart = replace(artifact, fallback_gamma=artifact.gamma.clone())
     assert artifact_bytes(views) == artifact_bytes(apart)
-    turned = replace(artifact, tau=artifact.tau.t().contiguous().t())
-    assert not turned.tau.is_contiguous()
+    turned = replace(artifact, slack=artifact.slack.t().contiguous().t())
+    assert not turned.slack.is_contiguous()
     assert artifact_bytes(turned) == artifact_bytes(artifact)
 
 

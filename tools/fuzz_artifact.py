@@ -85,7 +85,7 @@ def sample_artifact(
         fallback=fallback.reshape(shape).to(torch.int8),
         gamma=fraction(),
         fallback_gamma=fraction(),
-        tau=fraction(),
+        slack=2 * fraction() - 1,
         recall=fraction(),
         density=fraction(),
         instability=fraction() * 3,

@@ -81,7 +81,7 @@ def _summary(page: Page, findings: Findings) -> None:
         ("recall of the worst 5 % of heads", _number(summary.get("recall_worst_5_percent"))),
         ("predicted cost, dense attention 1", _number(summary.get("cost"))),
         ("γ, attention mass of a pattern", artifact.thresholds.gamma),
-        ("τ, JS distance to share", artifact.thresholds.tau),
+        ("τ, JS distance to share by the paper's rule", artifact.thresholds.tau),
         ("δ, JS distance to uniform", artifact.thresholds.delta),
         ("rows a block: pivot, sample, check", _rows(findings)),
         ("held-out prompts", _listed(summary.get("held_out_prompts"))),

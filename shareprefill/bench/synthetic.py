@@ -20,15 +20,18 @@ MIX = (
     *(Policy.SAMPLED,) * 2,
 )
 BLOCK_SIZE = 128
+# A pivot's pattern covers the mass m of even attention in about m^1.6 of the blocks, as the first
+# rows hold more in each of theirs (32 to 1,024 blocks a side, m from .05 to .5).
+_PIVOT_EXPONENT = 1.6
 
 
 def synthetic_artifact(model: PreTrainedModel, density: float) -> Artifact:
     """An artifact whose heads do a fixed mix of everything, at about a given density.
 
     Random weights give attention without structure: every block of a row holds about the same mass,
-    so a pattern that covers the mass `density` computes about that share of the blocks. Every check
-    before sharing passes (tau = 1). What is timed is therefore the work of a prefill at this
-    density, selection included; what recall it has cannot be seen on such a model.
+    so a pattern that covers the mass `density` of every row computes about that share of the
+    blocks. Every check before sharing passes (slack = 1). What is timed is therefore the work of a
+    prefill at this density, selection included; what recall it has cannot be seen on such a model.
 
     Args:
         model: A transformers decoder.
@@ -42,6 +45,7 @@ def synthetic_artifact(model: PreTrainedModel, density: float) -> Artifact:
     first = int((row == Policy.PIVOT).nonzero()[0])
     pivot = torch.where(policy == Policy.PIVOT, heads, -1)
     pivot = torch.where(policy == Policy.SHARE, heads[:, first : first + 1], pivot)
+    mass = torch.where(pivot >= 0, density ** (1 / _PIVOT_EXPONENT), density)
     cluster = torch.where(pivot >= 0, torch.arange(sizes.layers)[:, None], -1)
     return Artifact(
         model="synthetic",
@@ -49,17 +53,17 @@ def synthetic_artifact(model: PreTrainedModel, density: float) -> Artifact:
         cluster=cluster.int(),
         policy=policy,
         pivot=pivot.int(),
-        fallback=torch.where(policy == Policy.SHARE, int(Policy.SAMPLED), policy).to(torch.int8),
-        gamma=torch.full(shape, density),
+        fallback=torch.where(policy == Policy.SHARE, int(Policy.SMOOTHED), policy).to(torch.int8),
+        gamma=mass,
         fallback_gamma=torch.full(shape, density),
-        tau=torch.ones(shape),
+        slack=torch.ones(shape),
         recall=torch.full(shape, density),
         density=torch.full(shape, density),
         instability=torch.zeros(shape),
         code=torch.zeros(*shape, 1),
         block_size=BLOCK_SIZE,
         thresholds=Thresholds(gamma=density, tau=1.0, delta=0.0),
-        rows=Rows(pivot=8, sample=8, check=2),
+        rows=Rows(pivot=2, sample=8, check=1),
         configuration={},
         summary={},
     )

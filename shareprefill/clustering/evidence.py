@@ -23,12 +23,11 @@ from shareprefill.runtime.patterns import (
     always_blocks,
     cumulative_pattern,
     distance_to_uniform,
-    js_distance,
     recall,
     vertical_slash_pattern,
 )
-from shareprefill.runtime.policies.coverage import head_pattern
-from shareprefill.runtime.policies.smoothed import Smoothed, smooth
+from shareprefill.runtime.pivots import pivot_estimate, pivot_patterns
+from shareprefill.runtime.policies.smoothed import Smoothed
 
 # Attention mass that a pattern may be asked to cover: the choices for every head.
 GAMMAS = (
@@ -95,11 +94,10 @@ class Evidence:
 
     def __init__(self, store: MapStore, prompts: Sequence[int], pivot_rows: int) -> None:
         self.block_size = store.config.block_size
-        self.check_rows, self.sample_rows, _ = store.config.rows
+        self.check_rows, *_, self.sample_rows = store.config.rows
         self.pivot_rows = pivot_rows
         self._prompts: list[_Prompt] = []
-        self._distances: dict[tuple[int, int], list[float]] = {}
-        sampled, slashes, pivots, spreads = [], [], [], []
+        sampled, slashes, densities, spreads = [], [], [], []
         smoothed_rows = Smoothed().rows
         has_smoothed = smoothed_rows in store.config.rows
         smoothed = []
@@ -123,7 +121,7 @@ class Evidence:
             pivot_name = rows_key(pivot_rows) if pivot_rows else FULL
             prompt = _Prompt(
                 full=full,
-                pivot=maps[pivot_name].flatten(0, 1),
+                pivot=pivot_estimate(maps[pivot_name].flatten(0, 1), causal, pivot_rows),
                 check=maps[rows_key(self.check_rows)].flatten(0, 1),
                 always=always,
                 causal=causal,
@@ -135,7 +133,6 @@ class Evidence:
             if has_smoothed:
                 few = maps[rows_key(smoothed_rows)].flatten(0, 1)
                 smoothed.append(self._smoothed(prompt, few, smoothed_rows))
-            pivots.append(self._table(prompt, lambda g, p=prompt.pivot: cumulative_pattern(p, g)))
             slashes.append(
                 self._table(
                     prompt,
@@ -147,7 +144,8 @@ class Evidence:
             # The last rows read all keys, twice as many as a row does on average.
             works.append(min(self.block_size, tokens) / tokens)
             spreads.append(distance_to_uniform(vertical[:, None, :], causal[-1:]))
-            covered = self._pairs(prompt)
+            covered, density = self._pairs(prompt)
+            densities.append(density)
             pairs = covered if pairs is None else pairs + covered
             lowest = covered if lowest is None else torch.minimum(lowest, covered)
         assert pairs is not None
@@ -155,13 +153,18 @@ class Evidence:
         half = 2 * self.block_size
         self.sampled = _mean(sampled, self.sample_rows / half)
         self.vertical_slash = _mean(slashes, sum(works) / len(works))
-        self.pivots = _mean(pivots, pivot_rows / half)
         # What a head may do alone, with whatever the runtime supports and the capture holds.
         self.alone = {Policy.SAMPLED: self.sampled, Policy.VERTICAL_SLASH: self.vertical_slash}
         if has_smoothed:
             self.alone[Policy.SMOOTHED] = _mean(smoothed, smoothed_rows / half)
         # [gammas, K, K]: recall of head h under the pattern of pivot p; mean, and lowest.
         self.pairs, self.lowest_pairs = pairs / len(self._prompts), lowest
+        self.pivots = Measured(
+            self.pairs.diagonal(dim1=1, dim2=2),
+            self.lowest_pairs.diagonal(dim1=1, dim2=2),
+            torch.stack(densities).mean(0),
+            pivot_rows / half,
+        )
         # Distance of the last block's distribution to uniform, the least over prompts.
         self.spread = torch.stack(spreads).min(0).values
         self.check_work = self.check_rows / half
@@ -171,19 +174,17 @@ class Evidence:
         """K, all captured heads."""
         return len(self.spread)
 
-    def distances(self, head: int, pivot: int) -> list[float]:
-        """JS distance of a head's check to a pivot, on every held-out prompt (kept once found)."""
-        key = (head, pivot)
-        if key not in self._distances:
-            self._distances[key] = [
-                js_distance(prompt.check[head], prompt.pivot[pivot]).mean().item()
-                for prompt in self._prompts
-            ]
-        return self._distances[key]
+    def least_covered(self, head: int, pivot: int, gamma: float) -> float:
+        """Mass of a head's check inside a pivot's pattern, on the prompt where it is least."""
+        return min(
+            recall(prompt.check[head], self._patterns(prompt, prompt.pivot[pivot, None], gamma)[0])
+            for prompt in self._prompts
+        ).item()
 
     def _smoothed(self, prompt: _Prompt, few: Tensor, rows: int) -> tuple[Tensor, Tensor]:
-        maps = smooth(few, prompt.causal, rows)
-        return self._table(prompt, lambda g: head_pattern(maps, torch.full((len(maps),), g)))
+        # A head that smooths its own map takes the pattern that a pivot would give.
+        estimate = pivot_estimate(few, prompt.causal, rows)
+        return self._table(prompt, lambda g: self._patterns(prompt, estimate, g))
 
     def _table(self, prompt: _Prompt, pattern_for) -> tuple[Tensor, Tensor]:
         recalls, densities = [], []
@@ -193,15 +194,24 @@ class Evidence:
             densities.append(pattern.sum((-1, -2)) / prompt.causal.sum())
         return torch.stack(recalls), torch.stack(densities).double()
 
-    def _pairs(self, prompt: _Prompt) -> Tensor:
-        """Recall of every head under every head's pivot pattern, `[gammas, K, K]` float64."""
+    def _pairs(self, prompt: _Prompt) -> tuple[Tensor, Tensor]:
+        """Recall of every head under every head's pattern as a pivot, and these patterns' density.
+
+        Returns:
+            float64 `[gammas, K, K]` and `[gammas, K]`.
+        """
         inside = prompt.full.flatten(1)
         rows = prompt.full.shape[1]
-        found = []
+        recalls, densities = [], []
         for gamma in GAMMAS:
-            pattern = (cumulative_pattern(prompt.pivot, gamma) | prompt.always) & prompt.causal
-            found.append((inside @ pattern.flatten(1).float().T).double().div(rows).clamp(max=1))
-        return torch.stack(found)
+            pattern = self._patterns(prompt, prompt.pivot, gamma).flatten(1)
+            recalls.append((inside @ pattern.float().T).double().div(rows).clamp(max=1))
+            densities.append(pattern.sum(-1) / prompt.causal.sum())
+        return torch.stack(recalls), torch.stack(densities).double()
+
+    def _patterns(self, prompt: _Prompt, estimate: Tensor, gamma: float) -> Tensor:
+        gammas = torch.full((len(estimate),), gamma)
+        return pivot_patterns(estimate, gammas, prompt.always, prompt.causal)
 
 
 def _mean(tables: list[tuple[Tensor, Tensor]], work: float) -> Measured:

@@ -17,7 +17,7 @@ from shareprefill.calib.store import MapStore
 from shareprefill.clustering.distances import code_distances, gamma_patterns, jaccard_distances
 from shareprefill.clustering.evidence import Evidence
 from shareprefill.clustering.hierarchy import build_linkage, candidate_counts, cut, silhouette
-from shareprefill.clustering.policies import Choice, choose, mean_recall, total_cost
+from shareprefill.clustering.policies import Choice, choose, mean_recall, slacks, total_cost
 from shareprefill.config import ClusterConfig
 from shareprefill.errors import ConfigError
 
@@ -157,7 +157,7 @@ def _artifact(
             torch.float32,
             1.0,
         ),
-        tau=spread([c.tau for c in choices], torch.float32, 0.0),
+        slack=spread(slacks(choices, evidence, config), torch.float32, 0.0),
         recall=spread([c.recall for c in choices], torch.float32, 1.0),
         density=spread([c.density for c in choices], torch.float32, 1.0),
         instability=spread(agreed.instability, torch.float32, 0.0),

@@ -19,11 +19,6 @@ from shareprefill.errors import ConfigError
 
 NO_HEAD = -1
 
-# A head's own tau over its largest distance to the pivot on held-out prompts: room for what a few
-# prompts did not show.
-_TAU_MARGIN = 1.15
-# What a sharing head does where its check fails: what every runtime has.
-_FALLBACKS = (Policy.DENSE, Policy.SAMPLED, Policy.VERTICAL_SLASH)
 # Worths of recall that are tried for a budget, in effective density: from "blocks are all that
 # counts" to "recall is all that counts".
 _WORTHS = tuple(10 ** (-2 + 5 * step / 63) for step in range(64))
@@ -43,7 +38,6 @@ class Choice:
         pivot: Head whose pattern it shares; its own number for a pivot.
         fallback: For a sharing head, what it does where its check fails.
         fallback_gamma: Attention mass that the fallback's pattern covers.
-        tau: For a sharing head, the distance to its pivot under which it shares.
     """
 
     policy: Policy
@@ -55,7 +49,6 @@ class Choice:
     pivot: int = NO_HEAD
     fallback: Policy | None = None
     fallback_gamma: float = 1.0
-    tau: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -135,7 +128,6 @@ def alone(
     evidence: Evidence,
     config: ClusterConfig,
     goal: Goal | None = None,
-    policies: tuple[Policy, ...] | None = None,
 ) -> list[Choice]:
     """The best policy of every head that needs no other head.
 
@@ -145,7 +137,6 @@ def alone(
         evidence: Measurements on held-out prompts.
         config: Delta, and the target recall where no goal is given.
         goal: What choices are compared by.
-        policies: Those to choose from; None for all that were measured.
 
     Returns:
         A choice for each of the K heads.
@@ -154,8 +145,6 @@ def alone(
     best = [_DENSE] * evidence.heads
     sparse = (evidence.spread > config.delta).tolist()
     for policy, measured in evidence.alone.items():
-        if policies is not None and policy not in policies:
-            continue
         for h, choice in enumerate(_best(policy, measured, goal)):
             allowed = policy is not Policy.VERTICAL_SLASH or sparse[h]
             if allowed and goal.of(choice) < goal.of(best[h]):
@@ -183,7 +172,7 @@ def share(
         layers: Layer of every head, int64 `[K]`.
         singles: What every head would do alone.
         evidence: Measurements on held-out prompts.
-        config: Tau, and the least size of a sharing cluster.
+        config: The least size of a sharing cluster.
         goal: What choices are compared by.
 
     Returns:
@@ -195,7 +184,6 @@ def share(
     scores, gammas = _share_scores(evidence, goal)
     own = torch.tensor([goal.of(c) for c in singles], dtype=torch.float64)
     extra = torch.tensor([goal.of(c) for c in pivots], dtype=torch.float64) - own
-    fallbacks = alone(evidence, config, goal, _FALLBACKS)
     for label in range(int(labels.max()) + 1):
         left = (labels == label).nonzero()[:, 0]
         while len(left) >= config.min_size:
@@ -205,12 +193,24 @@ def share(
             pivot, heads = found
             choices[pivot] = pivots[pivot]
             for h in heads:
-                choices[h] = _sharer(
-                    h, pivot, int(gammas[h, pivot]), fallbacks[h], evidence, config
-                )
+                choices[h] = _sharer(h, pivot, int(gammas[h, pivot]), singles[h], evidence)
             taken = torch.tensor([pivot, *heads])
             left = left[~torch.isin(left, taken)]
     return choices
+
+
+def slacks(choices: list[Choice], evidence: Evidence, config: ClusterConfig) -> list[float]:
+    """How much less than gamma a head's check may cover of its pivot's pattern, 0 without a pivot.
+
+    The check is there to find prompts that are unlike calibration, not to refuse what was measured:
+    it passes on every held-out prompt, with `config.slack` to spare.
+    """
+    found = [0.0] * len(choices)
+    for h, choice in enumerate(choices):
+        if choice.policy is Policy.SHARE:
+            least = evidence.least_covered(h, choice.pivot, choice.gamma)
+            found[h] = min(max(choice.gamma - least + config.slack, -1.0), 1.0)
+    return found
 
 
 def total_cost(choices: list[Choice]) -> float:
@@ -292,11 +292,8 @@ def _best_pivot(
     return int(members[best]), heads
 
 
-def _sharer(
-    head: int, pivot: int, g: int, fallback: Choice, evidence: Evidence, config: ClusterConfig
-) -> Choice:
+def _sharer(head: int, pivot: int, g: int, fallback: Choice, evidence: Evidence) -> Choice:
     density = evidence.pivots.density[g, pivot].item()
-    farthest = max(evidence.distances(head, pivot))
     return Choice(
         policy=Policy.SHARE,
         gamma=GAMMAS[g],
@@ -307,5 +304,4 @@ def _sharer(
         pivot=pivot,
         fallback=fallback.policy,
         fallback_gamma=fallback.gamma,
-        tau=min(max(config.tau, _TAU_MARGIN * farthest), 1.0),
     )

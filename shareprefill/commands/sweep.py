@@ -32,8 +32,13 @@ _TASKS = ",".join(_SWEEP.tasks)
 def sweep_command(
     artifact: ArtifactOption = Path("clusters.st"),
     model: OtherModelOption = None,
+    slack: Annotated[
+        list[float] | None,
+        typer.Option(help="Mass below gamma at which a head still shares; may be repeated."),
+    ] = None,
     tau: Annotated[
-        list[float] | None, typer.Option(help="JS distance to share; may be repeated.")
+        list[float] | None,
+        typer.Option(help="JS distance to share, with policy share; may be repeated."),
     ] = None,
     delta: Annotated[
         list[float] | None, typer.Option(help="JS distance to uniform; may be repeated.")
@@ -74,6 +79,7 @@ def sweep_command(
     config = SweepConfig(
         artifact=str(artifact),
         model=model,
+        slacks=tuple(slack or ()),
         taus=tuple(tau or ()),
         deltas=tuple(delta or ()),
         gammas=tuple(gamma or ()),

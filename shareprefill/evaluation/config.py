@@ -107,7 +107,8 @@ class SweepConfig(Stage):
     Attributes:
         artifact: Path of the artifact that the others values are taken from.
         model: Where the model is; None: where the artifact says.
-        taus: JS distances to share.
+        slacks: With policy `auto`, masses below gamma at which a head still shares.
+        taus: With policy `share`, JS distances to share.
         deltas: JS distances to uniform.
         gammas: Attention masses to cover.
         block_sizes: Tokens a block; each needs a calibration of that block size.
@@ -125,6 +126,7 @@ class SweepConfig(Stage):
 
     artifact: str
     model: str | None = None
+    slacks: tuple[float, ...] = ()
     taus: tuple[float, ...] = ()
     deltas: tuple[float, ...] = ()
     gammas: tuple[float, ...] = ()
@@ -141,12 +143,12 @@ class SweepConfig(Stage):
     max_density: float | None = None
 
     def __post_init__(self) -> None:
-        varied = ("taus", "deltas", "gammas", "block_sizes", "ks")
+        varied = ("slacks", "taus", "deltas", "gammas", "block_sizes", "ks")
         _require(
             any(getattr(self, name) for name in varied),
             "values",
             (),
-            "at least one value of tau, delta, gamma, block size or k",
+            "at least one value of slack, tau, delta, gamma, block size or k",
         )
         for name in varied:
             values = getattr(self, name)
@@ -166,16 +168,25 @@ class SweepConfig(Stage):
             self.policy,
             f"one of {tuple(p for p in POLICIES if p != DENSE)}",
         )
-        for name, values in (("tau", self.taus), ("delta", self.deltas), ("gamma", self.gammas)):
+        for name, values in self.of_sessions().items():
             for value in values:
                 self.runtime(**{name: value})
         self.evaluation()
+
+    def of_sessions(self) -> dict[str, tuple[float, ...]]:
+        """The values of the parameters that are options of a session, by its names for them."""
+        return {
+            "slack": self.slacks,
+            "tau": self.taus,
+            "delta": self.deltas,
+            "gamma": self.gammas,
+        }
 
     def runtime(self, **changes: float) -> RuntimeConfig:
         """A session's options with some of them changed.
 
         Raises:
-            ConfigError: a value is outside its range.
+            ConfigError: a value is outside its range, or is for another policy.
         """
         return RuntimeConfig.from_dict(
             {

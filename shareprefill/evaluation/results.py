@@ -44,7 +44,7 @@ class Cell:
             subsets, or `perplexity`, the only one of which less is better.
         length: Tokens a prompt, at most.
         policy: Policy of all heads, or `auto`.
-        settings: Options in which cells of one policy differ (`gamma`, `tau`, `k`, ...).
+        settings: Options in which cells of one policy differ (`gamma`, `slack`, `k`, ...).
         prompts: Prompts.
         tokens: Tokens of a prompt, on average.
         score: Mean of the benchmark's score, 0 to 1; perplexity for `perplexity`.

@@ -29,7 +29,7 @@ class Curve:
     """One parameter's values.
 
     Attributes:
-        parameter: `tau`, `delta`, `gamma`, `block_size` or `k`.
+        parameter: `slack`, `tau`, `delta`, `gamma`, `block_size` or `k`.
         values: In ascending order.
         points: What was measured of each, over all tasks.
         knees: By "gain against cost", the value at the knee; None where there is none.
@@ -94,8 +94,9 @@ def sweep(
 ) -> Sweep:
     """Measures an artifact with one parameter changed at a time.
 
-    tau, delta and gamma are options of the session. Another k, or another block size, is clustered
-    anew from a calibration with the artifact's other settings; those artifacts are kept in `out`.
+    slack, tau, delta and gamma are options of the session. Another k, or another block size, is
+    clustered anew from a calibration with the artifact's other settings; those artifacts are kept
+    in `out`.
 
     Args:
         config: Values, tasks and prompts.
@@ -113,11 +114,7 @@ def sweep(
     artifact = load_artifact(config.artifact)
     variants = {
         name: _of_session(config, artifact, name, values)
-        for name, values in (
-            ("tau", config.taus),
-            ("delta", config.deltas),
-            ("gamma", config.gammas),
-        )
+        for name, values in config.of_sessions().items()
         if values
     }
     with output_folder(out) as folder:

@@ -25,7 +25,7 @@ class HeadShard:
     Attributes:
         rank: Its place in the tensor-parallel group.
         size: Processes of the group.
-        group: The group, over which maps of pivots go.
+        group: The group, over which pivots' patterns go.
     """
 
     rank: int

@@ -40,42 +40,42 @@ class LayerOrders:
         n_heads: Query heads.
         codes: Planned policy of every head, int64 `[H]`.
         dense: Heads computed densely.
-        pivots: Heads whose maps are kept; `pivot_slots` says where, int64 `[S]`.
-        layer_slots: Slots of all pivots of the layer, also those that other processes compute.
-        new_pairs: Patterns (pivot and gamma) that become known here, int64: their place, and in
-            `new_slots` and `new_gammas` the map and the mass that they come from.
+        pivots: Heads that give patterns to others.
+        new_pairs: The patterns (pivot and gamma) that they give, int64 `[N]` places; and in
+            `new_pivots` the position of each one's pivot in `pivots`, in `new_gammas` its mass.
+        layer_pairs: The patterns of all pivots of the layer, int64 places, also of those that other
+            processes compute.
         pairs: The patterns that heads of this layer read, int64 places.
         pivot_pairs: The pivots' own patterns, positions in `pairs`; None where pivots are dense.
-        shares: Heads that share, with `share_slots` (their pivots' maps), `share_pairs` (positions
-            in `pairs`) and `tau`.
+        shares: Heads that share, with `share_pairs` (positions in `pairs`) and `floor`, the mass
+            inside the pattern from which on each shares, float32 `[S]`.
         slash: Heads that may take a vertical-slash pattern; `slash_share` is their position in
             `shares`, where that is what they fall back to.
-        selected: Heads of every other policy, with its code.
+        selected: For every other policy its code, the heads that may take it, and as above their
+            positions in `shares`.
         sampled: Heads that may take a row-sampled pattern, likewise with `sampled_share`, and
             `sampled_slash`, their position in `slash`, where they are what it refuses.
         clusters: Policy `share`: the clusters of the layer's heads, int64 `[C]`; `members`, bool
             `[C, heads of all processes]`; and `cluster_of`, each head's position in `clusters`.
         gamma: Attention mass of every head, float32 `[H]`.
-        tau: Distance under which a sharing head shares, float32 `[S]`; policy `share`: `[H]`.
     """
 
     n_heads: int
     codes: Tensor
     dense: Group
     pivots: Group
-    pivot_slots: Tensor
-    layer_slots: Tensor
     new_pairs: Tensor
-    new_slots: Tensor
+    new_pivots: Tensor
     new_gammas: Tensor
+    layer_pairs: Tensor
     pairs: Tensor
     pivot_pairs: Tensor | None
     shares: Group
-    share_slots: Tensor
     share_pairs: Tensor
+    floor: Tensor
     slash: Group
     slash_share: Tensor
-    selected: tuple[tuple[int, Group], ...]
+    selected: tuple[tuple[int, Group, Tensor], ...]
     sampled: Group
     sampled_share: Tensor
     sampled_slash: Tensor
@@ -83,7 +83,6 @@ class LayerOrders:
     members: Tensor
     cluster_of: Tensor
     gamma: Tensor
-    tau: Tensor
 
 
 # The policies that the layer pass has rules of its own for.
@@ -107,16 +106,10 @@ class Orders:
         self._made: dict[tuple[int, torch.device], LayerOrders] = {}
 
     @cached_property
-    def pivots(self) -> dict[int, int]:
-        """Global id of every pivot -> slot of its map."""
-        found = [p.head for layer in self.plan.layers for p in layer if p.policy == Policy.PIVOT]
-        return {head: slot for slot, head in enumerate(found)}
-
-    @cached_property
     def pairs(self) -> dict[tuple[int, float], int]:
-        """(Pivot, gamma) of every pattern that a head of this process reads -> its place."""
+        """(Pivot, gamma) of every pattern that a head of any process reads -> its place."""
         found: dict[tuple[int, float], int] = {}
-        for layer in self._layers:
+        for layer in self.plan.layers if not self.plan.online else ():
             for plan in layer:
                 key = self._pair_of(plan)
                 if key is not None:
@@ -175,13 +168,16 @@ class Orders:
         keys = {h: self._pair_of(heads[h]) for h in pivots + shares}
         read = sorted({self.pairs[key] for key in keys.values() if key is not None})
         place = {pair: position for position, pair in enumerate(read)}
-        here = {p.head for p in every if p.policy == Policy.PIVOT and not online}
-        new = [(pair, key) for key, pair in self.pairs.items() if key[0] in here]
+        here = {p.head for p in every if p.policy == Policy.PIVOT}
+        givers = {heads[h].head: position for position, h in enumerate(pivots)}
+        new = [(pair, key) for key, pair in self.pairs.items() if key[0] in givers]
         clusters = sorted({p.cluster for p in every if p.cluster >= 0})
         position = {cluster: number for number, cluster in enumerate(clusters)}
-        others = (
-            sorted({p.policy for p in heads if p.policy not in _BUILT_IN}) if not online else []
-        )
+        others = {code for p in heads for code in (p.policy, p.fallback)} - _BUILT_IN
+        selected = {
+            code: having(lambda p, code=code: code in (p.policy, p.fallback))
+            for code in sorted(others)
+        }
 
         def pair_of(h: int) -> int:
             key = keys[h]
@@ -196,20 +192,20 @@ class Orders:
             codes=integers([int(p.policy) for p in heads]),
             dense=group(having(lambda p: p.policy == Policy.DENSE)),
             pivots=group(pivots),
-            pivot_slots=integers([self.pivots[heads[h].head] for h in pivots]),
-            layer_slots=integers(sorted(self.pivots[head] for head in here)),
             new_pairs=integers([pair for pair, _ in new]),
-            new_slots=integers([self.pivots[pivot] for _, (pivot, _) in new]),
+            new_pivots=integers([givers[pivot] for _, (pivot, _) in new]),
             new_gammas=torch.tensor([gamma for _, (_, gamma) in new], device=device),
+            layer_pairs=integers([pair for key, pair in self.pairs.items() if key[0] in here]),
             pairs=integers(read),
             pivot_pairs=None if self.plan.pivot_rows == 0 else integers([*map(pair_of, pivots)]),
             shares=group(shares),
-            share_slots=integers([self.pivots[heads[h].pivot] for h in shares]),
             share_pairs=integers([*map(pair_of, shares)]),
+            floor=torch.tensor([heads[h].floor for h in shares], device=device),
             slash=group(slash),
             slash_share=positions(slash, shares),
             selected=tuple(
-                (code, group(having(lambda p, code=code: p.policy == code))) for code in others
+                (code, group(chosen), positions(chosen, shares))
+                for code, chosen in selected.items()
             ),
             sampled=group(sampled),
             sampled_share=positions([-1 if h in refused else h for h in sampled], shares),
@@ -222,7 +218,4 @@ class Orders:
             ).view(len(clusters), len(every)),
             cluster_of=integers([position.get(p.cluster, -1) for p in heads]),
             gamma=torch.tensor([p.gamma for p in heads], device=device),
-            tau=torch.tensor(
-                [p.tau for p in heads] if online else [heads[h].tau for h in shares], device=device
-            ),
         )

@@ -34,7 +34,8 @@ class HeadPlan:
         fallback: What it does when its check before sharing fails; otherwise its policy.
         gamma: Attention mass its pattern covers.
         fallback_gamma: Attention mass the fallback's pattern covers.
-        tau: JS distance to its pivot under which it shares.
+        slack: How much less than gamma of its sampled rows' attention may lie in its pivot's
+            pattern for it to share.
         cluster: Cluster id; -1 for none.
     """
 
@@ -44,8 +45,13 @@ class HeadPlan:
     fallback: int
     gamma: float
     fallback_gamma: float
-    tau: float
+    slack: float
     cluster: int
+
+    @property
+    def floor(self) -> float:
+        """Share of its sampled rows' attention from which on it shares its pivot's pattern."""
+        return self.gamma - self.slack
 
 
 @dataclass(frozen=True)
@@ -60,6 +66,7 @@ class RuntimePlan:
         online: Whether pivots are found at run time by the paper's rule (policy `share`).
         guarded: Whether a vertical-slash pattern is left to highly sparse heads (delta).
         block_size: Tokens a block.
+        tau: Policy `share`: JS distance to the pivot under which a head shares.
         delta: JS distance to uniform above which a head is highly sparse.
         pivot_rows: Rows a block of a pivot's map, 0 for all.
         sample_rows: Rows a block of the row-sampled estimate.
@@ -76,6 +83,7 @@ class RuntimePlan:
     online: bool
     guarded: bool
     block_size: int
+    tau: float
     delta: float
     pivot_rows: int
     sample_rows: int
@@ -106,16 +114,14 @@ def make_plan(artifact: Artifact, config: RuntimeConfig) -> RuntimePlan:
     layers, heads = artifact.policy.shape
     columns = {
         name: getattr(artifact, name).reshape(-1).tolist()
-        for name in ("policy", "pivot", "fallback", "gamma", "fallback_gamma", "tau", "cluster")
+        for name in ("policy", "pivot", "fallback", "gamma", "fallback_gamma", "slack", "cluster")
     }
 
     def order(head: int) -> HeadPlan:
         gamma, fallback_gamma = columns["gamma"][head], columns["fallback_gamma"][head]
-        tau = columns["tau"][head]
         if config.policy != "auto":
             # One rule for all heads: what was chosen head by head for another does not apply.
             gamma = fallback_gamma = artifact.thresholds.gamma
-            tau = artifact.thresholds.tau
         policy: int = columns["policy"][head] if forced is None else forced
         return HeadPlan(
             head=head,
@@ -124,7 +130,7 @@ def make_plan(artifact: Artifact, config: RuntimeConfig) -> RuntimePlan:
             fallback=columns["fallback"][head] if forced is None else forced,
             gamma=_chosen(config.gamma, gamma),
             fallback_gamma=_chosen(config.gamma, fallback_gamma),
-            tau=_chosen(config.tau, tau),
+            slack=_chosen(config.slack, columns["slack"][head]),
             cluster=columns["cluster"][head],
         )
 
@@ -138,6 +144,7 @@ def make_plan(artifact: Artifact, config: RuntimeConfig) -> RuntimePlan:
         online=online,
         guarded=config.policy == "auto",
         block_size=artifact.block_size,
+        tau=_chosen(config.tau, thresholds.tau),
         delta=_chosen(config.delta, thresholds.delta),
         # The paper takes a pivot's pattern from all of its rows.
         pivot_rows=_chosen(config.pivot_rows, 0 if online else rows.pivot),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import weakref
 from collections import Counter
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Self
 import torch
 from torch import Tensor
 
-from shareprefill.artifact import Artifact, check_fingerprint, load_artifact
+from shareprefill.artifact import Artifact, Policy, check_fingerprint, load_artifact
 from shareprefill.config import RuntimeConfig
 from shareprefill.errors import ConfigError, UnsupportedError
 from shareprefill.models import fingerprint, geometry
@@ -49,8 +50,12 @@ class LayerReport:
         planned: Name of the policy that each head was to take.
         policies: Name of the policy that each head took most often.
         density: Computed share of the causal blocks, by head.
-        distance: Mean JS distance to the pivot, by head; NaN where a head was no candidate.
-        tau: Distance under which each head shares.
+        covered: Mean attention mass of a sharing head's sampled rows inside its pivot's pattern, by
+            head; NaN where none was checked.
+        floor: The mass from which on each of them shares; NaN for other heads.
+        distance: With policy `share`, mean JS distance to the pivot, by head; NaN where a head was
+            no candidate.
+        tau: With policy `share`, the distance under which a head shares; otherwise None.
         recall: Attention mass inside the patterns, by head; None unless the session measures it.
     """
 
@@ -59,8 +64,10 @@ class LayerReport:
     planned: tuple[str, ...]
     policies: tuple[str, ...]
     density: tuple[float, ...]
+    covered: tuple[float, ...]
+    floor: tuple[float, ...]
     distance: tuple[float, ...]
-    tau: tuple[float, ...]
+    tau: float | None
     recall: tuple[float, ...] | None
 
 
@@ -75,7 +82,8 @@ class SessionReport:
         density: Share of the causal blocks computed, all heads and layers, dense prefills included.
         selection_work: Work of choosing the patterns, as a share of dense attention's operations.
         policies: Heads by policy taken, over all layers and sparse prefills.
-        thresholds: gamma, tau and delta in force (None: chosen head by head offline).
+        thresholds: gamma, slack (with policy `share` tau) and delta in force (None: chosen head by
+            head offline).
         layers: The same by layer and head.
     """
 
@@ -164,7 +172,7 @@ class Session:
             policies=dict(sorted(taken.items())),
             thresholds={
                 "gamma": self.config.gamma,
-                "tau": self.config.tau,
+                **({"tau": self.plan.tau} if self.plan.online else {"slack": self.config.slack}),
                 "delta": self.plan.delta,
             },
             layers=tuple(t.report(self.orders.heads) for t in totals),
@@ -264,8 +272,10 @@ def _moved(state: ForwardState, plan: RuntimePlan, device: torch.device) -> Forw
     moved = ForwardState(
         Geometry(old.n_query, old.n_key, plan, device), state.orders, state.exchange
     )
-    moved.maps, moved.patterns = state.maps.to(device), state.patterns.to(device)
-    moved.elected = state.elected.to(device)
+    if plan.online:
+        moved.maps, moved.elected = state.maps.to(device), state.elected.to(device)
+    else:
+        moved.patterns = state.patterns.to(device)
     return moved
 
 
@@ -331,7 +341,10 @@ class _Totals:
         self.taken = Counter(name for names in self.names for name in names)
         self.blocks = torch.stack([r.blocks for r in records]).cpu()
         self.causal = torch.tensor([r.causal for r in records], dtype=torch.float64)
-        self.distances = torch.stack([r.distances for r in records]).cpu()
+        self.covered, self.distances = (
+            torch.stack(values).cpu()
+            for values in ([r.covered for r in records], [r.distances for r in records])
+        )
         shares = torch.stack([r.work for r in records]).cpu().double()
         self.work = (shares.sum(-1) * self.causal).sum().item()
         recalls = [r.recall for r in records if r.recall is not None]
@@ -339,14 +352,20 @@ class _Totals:
 
     def report(self, heads: range) -> LayerReport:
         plans = [self.plan.layers[self.layer][h] for h in heads]
+        online = self.plan.online
         return LayerReport(
             layer=self.layer,
             first_head=heads.start,
             planned=tuple(self.plan.labels[plan.policy] for plan in plans),
             policies=tuple(Counter(names).most_common(1)[0][0] for names in self.names),
             density=tuple((self.blocks.double().sum(0) / self.causal.sum()).tolist()),
+            covered=tuple(self.covered.nanmean(0).tolist()),
+            floor=tuple(
+                plan.floor if plan.policy == Policy.SHARE and not online else math.nan
+                for plan in plans
+            ),
             distance=tuple(self.distances.nanmean(0).tolist()),
-            tau=tuple(plan.tau for plan in plans),
+            tau=self.plan.tau if online else None,
             recall=None if self.recall is None else tuple(self.recall),
         )
 

@@ -28,6 +28,7 @@ from shareprefill.runtime.ops.selection import (
 from shareprefill.runtime.ops.vertical_slash import vertical_slash_profile
 from shareprefill.runtime.orders import LayerOrders
 from shareprefill.runtime.patterns import distance_to_uniform
+from shareprefill.runtime.pivots import pivot_estimate, pivot_patterns
 from shareprefill.runtime.plan import RuntimePlan
 from shareprefill.runtime.policies.base import LayerInputs
 from shareprefill.runtime.state import ForwardState
@@ -44,8 +45,10 @@ class LayerRecord:
         layer: Layer index.
         policies: Number of the policy that every head took, int64 `[H]`: a `Policy`, or one of the
             plan's further ones.
-        distances: JS distance of every sharing candidate to its pivot, float32 `[H]`; NaN for
-            other heads.
+        covered: Attention mass of every sharing head's sampled rows inside its pivot's pattern,
+            float32 `[H]`; NaN for other heads, and where a pivot's pattern rests on NaN or Inf.
+        distances: With policy `share`, JS distance of every candidate to its pivot, float32 `[H]`;
+            NaN for other heads.
         blocks: Blocks computed by every head, int64 `[H]`.
         causal: Causal blocks of one head.
         work: Selection work of every head, float32 `[H]`, as a share of its dense attention's
@@ -55,6 +58,7 @@ class LayerRecord:
 
     layer: int
     policies: Tensor
+    covered: Tensor
     distances: Tensor
     blocks: Tensor
     causal: int
@@ -84,7 +88,8 @@ class LayerPass:
         heads = self.orders.n_heads
         self.out = query.new_empty((heads, query.shape[1], value.shape[-1]))
         self.policies = self.orders.codes.clone()
-        self.distances = query.new_full((heads,), torch.nan, dtype=torch.float32)
+        self.covered = query.new_full((heads,), torch.nan, dtype=torch.float32)
+        self.distances = self.covered.clone()
         self.work = query.new_zeros((heads,), dtype=torch.float32)
         # Candidate patterns, every causal block first, and which of them every head reads; -1: its
         # output is dense.
@@ -122,50 +127,55 @@ class LayerPass:
         self._choose_pivots()
         passed = self._choose_shares()
         refused = self._choose_vertical_slash(passed)
-        for code, group in self.orders.selected:
-            chosen = self.plan.selectors[code].select(self.inputs, group.index, group.gamma)
+        for code, group, share in self.orders.selected:
+            active = ~passed[share]
+            heads = torch.where(active, group.index, -1)
+            chosen = self.plan.selectors[code].select(self.inputs, heads, group.gamma)
             sound = self._is_finite(group.index)
-            self._add(group.index, self._with_always(chosen.pattern), sound=sound)
-            self.work[group.index] += chosen.work
+            self._add(group.index, self._with_always(chosen.pattern), active, code, sound)
+            self.work[group.index] += torch.where(active, chosen.work, 0.0)
         self._choose_sampled(passed, refused)
 
     def _choose_pivots(self) -> None:
         """Pivots' maps: from all rows, with the dense output in the same pass, or from samples."""
-        orders, state = self.orders, self.state
-        if not len(orders.layer_slots):
-            return
+        orders, rows, causal = self.orders, self.plan.pivot_rows, self.geometry.causal
         group = orders.pivots
         if len(group):
-            if self.plan.pivot_rows == 0:
+            if rows == 0:
                 out, maps = self._pooled(group.index, with_output=True)
                 assert out is not None
                 self.out[group.index] = out
             else:
-                maps = self._sampled_maps(group.index, self.plan.pivot_rows)
-            state.maps[orders.pivot_slots] = maps
-        state.complete(orders.layer_slots)
-        if len(orders.new_pairs):
-            maps = state.maps[orders.new_slots]
-            state.patterns[orders.new_pairs] = self._select(maps, orders.new_gammas)
+                maps = self._sampled_maps(group.index, rows)
+            estimate = pivot_estimate(maps, causal, rows)[orders.new_pivots]
+            patterns = pivot_patterns(estimate, orders.new_gammas, self.geometry.always, causal)
+            self.state.keep_planned(orders, patterns, _are_sound(maps)[orders.new_pivots])
+        self.state.exchange_planned(orders)
 
     def _choose_shares(self) -> Tensor:
-        """Heads that look like their pivot take its pattern; bool `[S + 1]`, the last one False."""
+        """Heads take their pivot's pattern where it covers enough of their sampled rows' mass.
+
+        Returns:
+            bool `[S + 1]`: the sharing heads that do; the last one False.
+        """
         orders, state = self.orders, self.state
         shares = orders.shares
         offset = self._offset()
         if len(orders.pairs):
             self._bitmaps.append(state.patterns[orders.pairs])
         if orders.pivot_pairs is not None and len(orders.pivots):
-            maps = state.maps[orders.pivot_slots]
-            places = torch.where(_are_sound(maps), orders.pivot_pairs + offset, _FULL)
+            sound = state.are_sound(orders.pairs[orders.pivot_pairs])
+            places = torch.where(sound, orders.pivot_pairs + offset, _FULL)
             self.pattern[orders.pivots.index] = places
         if not len(shares):
             return self.policies.new_zeros(1, dtype=torch.bool)
         maps = self._sampled_maps(shares.index, self.plan.check_rows)
-        # A pivot's map that is not finite has no distance, and is not shared.
-        distances = js_distances(maps, state.maps, orders.share_slots)
-        passed = distances < orders.tau
-        self.distances[shares.index] = distances
+        pairs = orders.pairs[orders.share_pairs]
+        # A head's own map that is not finite covers NaN, as every row's own block is in a pattern.
+        covered = covered_mass(maps, state.patterns, pairs)
+        covered = torch.where(state.are_sound(pairs), covered, torch.nan)
+        passed = covered >= orders.floor
+        self.covered[shares.index] = covered
         # A head that fails is dense unless its fallback is chosen below.
         self.pattern[shares.index] = torch.where(passed, orders.share_pairs + offset, _FULL)
         return torch.cat([passed, passed.new_zeros(1)])
@@ -225,7 +235,7 @@ class LayerPass:
         if len(clusters):
             distances = js_distances(vertical[:, None], clusters[:, -1:].contiguous(), of_cluster)
             candidates = candidates & _are_sound(clusters)[of_cluster]
-        passed = candidates & (distances < orders.tau)
+        passed = candidates & (distances < self.plan.tau)
         self.distances = torch.where(candidates, distances, torch.nan)
         self.policies.fill_(int(Policy.VERTICAL_SLASH))
         pattern = self._vertical_slash(vertical, slash, orders.gamma)
@@ -243,7 +253,7 @@ class LayerPass:
         heads: Tensor,
         bitmap: Tensor,
         taken: Tensor | None = None,
-        policy: Policy | None = None,
+        policy: int | None = None,
         sound: Tensor | None = None,
     ) -> None:
         """Gives heads `[S]` a pattern each, bool `[S, n_q, n_k]`.
@@ -252,7 +262,7 @@ class LayerPass:
             heads: Query heads.
             bitmap: Their patterns.
             taken: bool `[S]`: heads that take it; None for all.
-            policy: The policy that they then have; None for the planned one.
+            policy: Number of the policy that they then have; None for the planned one.
             sound: bool `[S]`: where it is False, the pattern rests on NaN or Inf, and the head
                 reads every causal block instead.
         """
@@ -264,7 +274,7 @@ class LayerPass:
             places = torch.where(taken, places, self.pattern[heads])
         self.pattern[heads] = places
         if policy is not None:
-            chosen = self.policies.new_full(heads.shape, int(policy))
+            chosen = self.policies.new_full(heads.shape, policy)
             if taken is not None:
                 chosen = torch.where(taken, chosen, self.policies[heads])
             self.policies[heads] = chosen
@@ -425,6 +435,7 @@ class LayerPass:
         return LayerRecord(
             layer=self.layer,
             policies=self.policies,
+            covered=self.covered,
             distances=self.distances,
             blocks=self.blocks,
             causal=self.geometry.causal_count,

@@ -84,21 +84,19 @@ class ForwardState:
         self.geometry, self.orders, self.exchange = geometry, orders, exchange
 
     @cached_property
-    def maps(self) -> Tensor:
-        """Maps of the pivots so far, float32 `[slots, n_q, n_k]`; zeros for the others.
-
-        A slot is a planned pivot, or a cluster where pivots are elected at run time.
-        """
-        online = self.orders.plan.online
-        slots = self.orders.n_clusters if online else len(self.orders.pivots)
-        shape = (slots, *self.geometry.causal.shape)
-        return torch.zeros(shape, device=self.geometry.device)
-
-    @cached_property
     def patterns(self) -> Tensor:
-        """Patterns that heads share, bool `[pairs, n_q, n_k]`, by the orders' pairs."""
+        """Patterns of planned pivots so far, bool `[pairs, n_q, n_k]`, by the orders' pairs.
+
+        One without any block is not there: its pivot is of a later layer, or unsound.
+        """
         shape = (len(self.orders.pairs), *self.geometry.causal.shape)
         return torch.zeros(shape, dtype=torch.bool, device=self.geometry.device)
+
+    @cached_property
+    def maps(self) -> Tensor:
+        """Maps of the elected pivots so far, float32 `[C, n_q, n_k]`; zeros for the others."""
+        shape = (self.orders.n_clusters, *self.geometry.causal.shape)
+        return torch.zeros(shape, device=self.geometry.device)
 
     @cached_property
     def elected(self) -> Tensor:
@@ -106,12 +104,29 @@ class ForwardState:
         shape = (self.orders.n_clusters,)
         return torch.zeros(shape, dtype=torch.bool, device=self.geometry.device)
 
-    def complete(self, slots: Tensor) -> None:
-        """Fills in the maps of a layer's pivots that other processes have computed."""
-        if self.exchange is not None:
-            maps = self.maps[slots]
-            self.exchange.sum(maps)
-            self.maps[slots] = maps
+    def keep_planned(self, orders: LayerOrders, patterns: Tensor, sound: Tensor) -> None:
+        """Keeps the patterns that this process's pivots of a layer give.
+
+        Args:
+            orders: Of the layer.
+            patterns: bool `[N, n_q, n_k]`, by `orders.new_pairs`.
+            sound: bool `[N]`: where it is False, the pattern rests on NaN or Inf, and is given to
+                nobody.
+        """
+        self.patterns[orders.new_pairs] = patterns & sound[:, None, None]
+
+    def exchange_planned(self, orders: LayerOrders) -> None:
+        """Fills in the patterns that other processes' pivots of a layer give."""
+        if self.exchange is not None and len(orders.layer_pairs):
+            # Every pattern comes from one process, and is empty in the others.
+            every = self.patterns[orders.layer_pairs].view(torch.uint8)
+            self.exchange.sum(every)
+            self.patterns[orders.layer_pairs] = every.view(torch.bool)
+
+    def are_sound(self, pairs: Tensor) -> Tensor:
+        """Whether patterns are there to be read, bool of the shape of `pairs`."""
+        # Every pattern reads the last row's own block.
+        return self.patterns[:, -1, -1][pairs]
 
     def elect(self, orders: LayerOrders, willing: Tensor) -> Tensor:
         """The first willing head of every cluster that has no pivot yet.

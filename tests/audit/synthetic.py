@@ -49,7 +49,7 @@ def made_up_artifact(layers: int, heads: int, *, families: int = 3, **changes: A
         "fallback": fallback.to(torch.int8).view(shape),
         "gamma": torch.full(shape, 0.9),
         "fallback_gamma": torch.full(shape, 0.9),
-        "tau": torch.full(shape, 0.2),
+        "slack": torch.full(shape, 0.04),
         "recall": 0.9 + 0.1 * torch.rand(shape, generator=generator),
         "density": torch.rand(shape, generator=generator),
         "instability": 0.5 * torch.rand(shape, generator=generator),

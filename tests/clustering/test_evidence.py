@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -51,3 +53,68 @@ def test_smoothed_maps_are_measured_on_the_exact_ones(store: MapStore) -> None:
     torch.testing.assert_close(found.lowest[g], both.min(0).values)
     torch.testing.assert_close(found.density[g], torch.stack(densities).double().mean(0))
     assert found.work == 2 / 64
+
+
+@pytest.mark.parametrize("rows", [2, 4, 8])
+def test_a_sampled_pivot_gives_what_it_would_read_itself(store: MapStore, rows: int) -> None:
+    """Recall and density of its pattern, and of others under it, on the exact maps."""
+    evidence = Evidence(store, [0, 2], rows)
+    g = GAMMAS.index(0.8)
+    recalls, densities = [], []
+    for number in (0, 2):
+        maps, causal, always = _of_prompt(store, number)
+        estimate = smooth(maps[f"rows{rows}"], causal, rows)
+        pattern = (head_pattern(estimate, torch.full((12,), 0.8)) | always) & causal
+        recalls.append(recall(maps["full"][:, None], pattern[None]))
+        densities.append(pattern.sum((1, 2)) / causal.sum())
+    both = torch.stack(recalls).double()
+    torch.testing.assert_close(evidence.pairs[g], both.mean(0), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(evidence.lowest_pairs[g], both.min(0).values, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(evidence.pivots.recall, evidence.pairs.diagonal(dim1=1, dim2=2))
+    torch.testing.assert_close(
+        evidence.pivots.density[g], torch.stack(densities).double().mean(0), check_dtype=False
+    )
+    assert evidence.pivots.work == rows / 64
+    if rows == 2:
+        alone = evidence.alone[Policy.SMOOTHED]
+        torch.testing.assert_close(evidence.pivots.recall, alone.recall, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(evidence.pivots.density, alone.density)
+
+
+@pytest.mark.parametrize("rows", [0, 4])
+def test_the_check_is_of_the_fewest_rows(store: MapStore, rows: int) -> None:
+    evidence = Evidence(store, [0, 2], rows)
+    assert (evidence.check_rows, evidence.sample_rows) == (1, 8)
+    assert evidence.check_work == 1 / 64
+    found = []
+    for number in (0, 2):
+        maps, causal, always = _of_prompt(store, number)
+        estimate = smooth(maps[f"rows{rows}"], causal, rows) if rows else maps["full"]
+        pattern = (head_pattern(estimate[5, None], torch.tensor([0.75]))[0] | always) & causal
+        found.append(recall(maps["rows1"][3], pattern).item())
+    assert evidence.least_covered(3, 5, 0.75) == pytest.approx(min(found), abs=1e-6)
+    assert max(found) > min(found)
+
+
+def test_stores_of_other_rows_are_read(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """As those that were captured when three counts were the rule."""
+    checkpoint = save_checkpoint(tmp_path_factory.mktemp("model"))
+    config = CalibrateConfig(**small_calibration(checkpoint, samples=3, rows=(1, 8, 32)))
+    folder = tmp_path_factory.mktemp("calibration")
+    capture_maps(config, folder)
+    evidence = Evidence(MapStore.open(folder), [1], 32)
+    assert (evidence.check_rows, evidence.sample_rows, evidence.pivot_rows) == (1, 32, 32)
+    # Two rows were not captured.
+    assert set(evidence.alone) == {Policy.SAMPLED, Policy.VERTICAL_SLASH}
+
+
+def _of_prompt(store: MapStore, number: int) -> tuple[dict[str, Any], torch.Tensor, torch.Tensor]:
+    maps = {
+        name: maps.float().flatten(0, 1)
+        for name, maps in store.load(number).items()
+        if maps.ndim == 4
+    }
+    tokens = store.prompts[number].tokens
+    causal = causal_blocks(tokens, 0, 32)
+    always = always_blocks(tokens, tokens, 32, sink=1, local=2, device=causal.device)
+    return maps, causal, always

@@ -10,7 +10,14 @@ import torch
 
 from shareprefill.artifact import Policy
 from shareprefill.clustering.evidence import GAMMAS, Measured
-from shareprefill.clustering.policies import alone, choose, mean_density, share, total_cost
+from shareprefill.clustering.policies import (
+    alone,
+    choose,
+    mean_density,
+    share,
+    slacks,
+    total_cost,
+)
 from shareprefill.config import ClusterConfig
 from shareprefill.errors import ConfigError
 
@@ -31,7 +38,7 @@ def evidence(
     spread: float = 1.0,
     pairs: list[list[float]] | None = None,
     pivots: list[float] | None = None,
-    distance: float = 0.0,
+    checked: float = 1.0,
     pivot_rows: int = 32,
     sampled_recall: float = 1.0,
 ) -> Any:
@@ -49,7 +56,7 @@ def evidence(
         spread=torch.full((heads,), spread),
         check_work=0.01,
         pivot_rows=pivot_rows,
-        distances=lambda _head, _pivot: [distance, distance],
+        least_covered=lambda _head, _pivot, _gamma: checked,
     )
 
 
@@ -116,12 +123,23 @@ def test_clusters_that_do_not_pay_are_not_shared(
     assert {c.policy for c in found} == {Policy.SAMPLED}
 
 
-@pytest.mark.parametrize(("distance", "tau"), [(0.1, 0.2), (0.3, 0.345), (0.95, 1.0)])
-def test_a_head_at_the_target_recall_gets_room_for_its_distance(
-    distance: float, tau: float
+@pytest.mark.parametrize(
+    ("config", "checked", "over"), [(0.04, 1.0, 0.04), (0.04, 0.5, 0.54), (0.2, 0.9, 0.3)]
+)
+def test_a_check_passes_on_held_out_prompts_with_room_to_spare(
+    config: float, checked: float, over: float
 ) -> None:
-    found = shared(evidence([0.2] * 6, pairs=ALIKE, distance=distance), [0] * 6, [0] * 6)
-    assert [c.tau for c in found[1:]] == pytest.approx([tau] * 5)
+    facts = evidence([0.2] * 6, pairs=ALIKE, checked=checked)
+    found = shared(facts, [0] * 6, [0] * 6)
+    # gamma - slack, from which on a head shares, is `config` below what was covered.
+    wanted = [0.0] + [c.gamma - 1 + over for c in found[1:]]
+    assert slacks(found, facts, ClusterConfig(slack=config)) == pytest.approx(wanted)
+
+
+def test_slacks_stay_in_their_range() -> None:
+    facts = evidence([0.2] * 6, pairs=ALIKE, checked=0.0)
+    found = [replace(c, gamma=0.99) for c in shared(facts, [0] * 6, [0] * 6)]
+    assert slacks(found, facts, ClusterConfig(slack=0.5)) == [0.0] + [1.0] * 5
 
 
 def test_no_head_shares_a_later_layers_pattern() -> None:
@@ -166,7 +184,6 @@ def curves(heads: int, seed: int, *, noise: float = 0.0) -> Any:
         spread=torch.ones(heads),
         check_work=0.01,
         pivot_rows=32,
-        distances=lambda _head, _pivot: [0.0],
     )
 
 
@@ -224,12 +241,14 @@ def test_a_cluster_may_have_several_pivots() -> None:
     assert all(kinds[c.pivot] == kinds[h] for h, c in enumerate(found))
 
 
-def test_a_failed_check_falls_back_to_what_every_runtime_has() -> None:
-    facts = evidence([0.2] * 6, pairs=ALIKE)
-    further: Any = 5  # a policy of its own number
-    facts.alone[further] = replace(facts.sampled, density=0.98 * facts.sampled.density)
+@pytest.mark.parametrize("policy", [Policy.SMOOTHED, Policy.VERTICAL_SLASH, Policy.DENSE])
+def test_a_failed_check_falls_back_to_what_the_head_would_do_alone(policy: Policy) -> None:
+    facts = evidence([1.5] * 6, pairs=ALIKE, pivots=[0.2] * 6)
+    if policy is not Policy.DENSE:
+        facts.alone[policy] = replace(facts.sampled, density=0.2 * facts.sampled.density)
     found = shared(facts, [0] * 6, [0] * 6)
-    assert {c.fallback for c in found[1:]} == {Policy.SAMPLED}
+    assert [c.policy for c in found] == [Policy.PIVOT] + [Policy.SHARE] * 5
+    assert {c.fallback for c in found[1:]} == {policy}
 
 
 def test_a_budget_counts_blocks_not_time() -> None:

@@ -53,7 +53,8 @@ def test_a_table_and_files(folder: Path, tmp_path: Path) -> None:
         ((), "at least one value"),
         (("--k", 3), "name its folder with --calibration"),
         (("--k", 3, "--calibration", "x"), "does not say how it was clustered"),
-        (("--tau", 0.2, "--html"), "--html needs a folder"),
+        (("--slack", 0.2, "--html"), "--html needs a folder"),
+        (("--tau", 0.2), "use slack"),
     ],
 )
 def test_bad_options(folder: Path, options: tuple, message: str) -> None:

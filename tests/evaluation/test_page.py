@@ -42,7 +42,7 @@ def test_the_page_of_a_sweep_marks_the_knee() -> None:
     cells = [dense_cell()]
     values = (0.1, 0.2, 0.3, 0.4)
     for value, recall in zip(values, (0.5, 0.9, 0.95, 0.96), strict=True):
-        cell = made_cell(settings={"tau": value}, recall=Estimate(recall))
+        cell = made_cell(settings={"slack": value}, recall=Estimate(recall))
         cells.append(cell)
     dense, *points = summarize_cells(tuple(cells))
     knees: dict[str, float | None] = {
@@ -50,8 +50,8 @@ def test_the_page_of_a_sweep_marks_the_knee() -> None:
         for gain in ("recall", "accuracy")
         for cost in ("effective_density", "ttft_s")
     }
-    curve = Curve("tau", values, tuple(points), knees)
-    config = SweepConfig(artifact="a.st", taus=values)
+    curve = Curve("slack", values, tuple(points), knees)
+    config = SweepConfig(artifact="a.st", slacks=values)
     context = {"model": "tiny", "device": "CPU", "dtype": "float32"}
     html = sweep_page(Sweep(config, context, dense, (curve,), tuple(cells)))
     assert html.count("<svg") == 1

@@ -88,11 +88,13 @@ def test_every_policy_gets_every_gamma_but_dense() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({}, "at least one value of tau, delta, gamma, block size or k"),
+        ({}, "at least one value of slack, tau, delta, gamma, block size or k"),
         ({"ks": (4,)}, "needs the calibration"),
         ({"block_sizes": (48,), "calibrations": ("x",)}, "block_size = 48"),
         ({"gammas": (0.9,), "policy": "dense"}, "policy = 'dense'"),
-        ({"taus": (2.0,)}, "tau = 2.0"),
+        ({"taus": (2.0,), "policy": "share"}, "tau = 2.0"),
+        ({"taus": (0.2,)}, "tau = 0.2 is for policy 'share', .* use slack"),
+        ({"slacks": (0.1, 0.1)}, "slacks = .* without repetitions"),
         ({"gammas": (0.9,), "samples": 0}, "samples = 0"),
     ],
 )

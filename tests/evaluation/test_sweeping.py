@@ -25,7 +25,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     calibration = CalibrateConfig(**small_calibration(model, data=("text",)))
     capture_maps(calibration, folder / "calibration")
     train(folder / "calibration", TrainConfig(epochs=2, code_size=8))
-    artifact, _ = cluster(folder / "calibration", ClusterConfig(k=3, target_recall=0.8, tau=0.9))
+    artifact, _ = cluster(folder / "calibration", ClusterConfig(k=3, target_recall=0.8))
     save_artifact(artifact, folder / "clusters.st")
     return folder
 
@@ -88,6 +88,17 @@ def test_a_sweep_is_json(found: Sweep) -> None:
     assert [curve["parameter"] for curve in values["curves"]] == ["gamma", "block_size", "k"]
     assert len(values["cells"]) == 1 + 3 + 1 + 2
     assert SweepConfig.from_dict(values["config"]) == found.config
+
+
+def test_slack_is_swept_for_planned_sharing_and_tau_for_the_papers_rule(folder: Path) -> None:
+    planned = sweep(config(folder, slacks=(0.9, -1.0))).curves
+    assert [curve.parameter for curve in planned] == ["slack"]
+    assert planned[0].values == (-1.0, 0.9)
+    # Heads whose check fails have their own patterns, for more work.
+    strict, lenient = planned[0].points
+    assert strict.selection_work > lenient.selection_work
+    online = sweep(config(folder, policy="share", taus=(0.0, 0.8))).curves
+    assert [(curve.parameter, curve.values) for curve in online] == [("tau", (0.0, 0.8))]
 
 
 def test_a_block_size_without_calibration(folder: Path) -> None:

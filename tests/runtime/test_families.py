@@ -22,7 +22,7 @@ from tests.support.families import (
 )
 from tests.support.tiny import tiny_artifact, token_ids
 
-EVERYTHING = RuntimeConfig(gamma=1.0, tau=1.0, min_tokens=0, max_density=1.0)
+EVERYTHING = RuntimeConfig(gamma=1.0, slack=1.0, min_tokens=0, max_density=1.0)
 SPARSE = RuntimeConfig(gamma=0.5, min_tokens=0, max_density=1.0)
 CLOSE: Any = {"rtol": 1e-4, "atol": 1e-4}
 TOKENS = 75

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
 import pytest
@@ -17,8 +18,8 @@ from tests.support.tiny import tiny_artifact, tiny_llama, token_ids
 
 P, S, R, V = Policy.PIVOT, Policy.SHARE, Policy.SAMPLED, Policy.VERTICAL_SLASH
 POLICIES = [[P, S, R, V], [S, S, P, R], [V, R, S, S]]
-EVERYTHING = RuntimeConfig(gamma=1.0, tau=1.0, min_tokens=0, max_density=1.0)
-SPARSE = RuntimeConfig(gamma=0.6, tau=0.41, min_tokens=0, max_density=1.0)
+EVERYTHING = RuntimeConfig(gamma=1.0, slack=1.0, min_tokens=0, max_density=1.0)
+SPARSE = RuntimeConfig(gamma=0.6, slack=0.05, min_tokens=0, max_density=1.0)
 CLOSE: Any = {"rtol": 1e-4, "atol": 1e-4}
 
 
@@ -166,10 +167,33 @@ def test_the_report_says_why(model: Any) -> None:
     for layer, row in zip(session.report().layers, POLICIES, strict=True):
         assert layer.first_head == 0
         assert layer.planned == tuple(policy.label for policy in row)
-        assert layer.tau == pytest.approx((0.41,) * 4)
-        for policy, taken, distance in zip(row, layer.policies, layer.distance, strict=True):
+        assert layer.tau is None
+        for head, (policy, taken) in enumerate(zip(row, layer.policies, strict=True)):
+            assert math.isnan(layer.distance[head])
             if policy is S:
-                assert taken == ("share" if distance < 0.41 else "sampled")
+                assert layer.floor[head] == pytest.approx(0.55)
+                assert taken == ("share" if layer.covered[head] >= 0.55 else "smoothed")
+            else:
+                assert math.isnan(layer.covered[head])
+                assert math.isnan(layer.floor[head])
+
+
+def test_the_report_of_the_papers_rule_says_why(model: Any) -> None:
+    config = RuntimeConfig(policy="share", delta=0.9, tau=0.42, min_tokens=0, max_density=1.0)
+    with share_prefill(model, tiny_artifact(model, POLICIES), config) as session, torch.no_grad():
+        model(input_ids=token_ids(1, 160))
+    report = session.report()
+    assert report.thresholds == {"gamma": None, "tau": 0.42, "delta": 0.9}
+    compared = 0
+    for layer in report.layers:
+        assert layer.tau == 0.42
+        for head, taken in enumerate(layer.policies):
+            assert math.isnan(layer.covered[head])
+            assert math.isnan(layer.floor[head])
+            if not math.isnan(layer.distance[head]):
+                compared += 1
+                assert taken == ("share" if layer.distance[head] < 0.42 else "vertical-slash")
+    assert compared > 0
 
 
 def test_weights_that_are_offloaded(model: Any) -> None:

@@ -18,7 +18,7 @@ from tests.support.checkpoint import save_checkpoint
 from tests.support.tiny import tiny_artifact, tiny_llama, token_ids
 
 CLOSE: Any = {"rtol": 1e-4, "atol": 1e-4}
-EVERYTHING = RuntimeConfig(gamma=1.0, tau=1.0, min_tokens=0, max_density=1.0)
+EVERYTHING = RuntimeConfig(gamma=1.0, slack=1.0, min_tokens=0, max_density=1.0)
 POLICIES = [[Policy.PIVOT, Policy.SHARE, Policy.SAMPLED, Policy.VERTICAL_SLASH]] * 3
 
 

@@ -14,7 +14,7 @@ from tests.support.tiny import BLOCK, tiny_artifact, tiny_llama, token_ids
 
 P, S, R, V = Policy.PIVOT, Policy.SHARE, Policy.SAMPLED, Policy.VERTICAL_SLASH
 POLICIES = [[P, S, R, V], [S, S, P, R], [V, R, S, S]]
-EVERYTHING = RuntimeConfig(gamma=1.0, tau=1.0, min_tokens=0, max_density=1.0)
+EVERYTHING = RuntimeConfig(gamma=1.0, slack=1.0, min_tokens=0, max_density=1.0)
 SPARSE = RuntimeConfig(gamma=0.6, min_tokens=0, max_density=1.0)
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 
@@ -82,7 +82,7 @@ def test_report_counts_what_was_done(model: Any) -> None:
     densities = [d for layer in report.layers for d in layer.density]
     assert report.density == pytest.approx(sum(densities) / 12)
     assert all(0.5 < r <= 1 for layer in report.layers for r in layer.recall or ())
-    assert report.thresholds == {"gamma": 0.6, "tau": None, "delta": 0.3}
+    assert report.thresholds == {"gamma": 0.6, "slack": None, "delta": 0.3}
     assert session.report().prefills == 0
 
 

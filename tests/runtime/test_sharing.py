@@ -13,22 +13,24 @@ from shareprefill.config import RuntimeConfig
 from shareprefill.errors import DataError
 from shareprefill.runtime.ops.block_sparse_attention import block_sparse_attention
 from shareprefill.runtime.ops.blocks import BlockLists, causal_blocks
-from shareprefill.runtime.ops.pooled_attention import pooled_attention
+from shareprefill.runtime.ops.pooled_attention import pooled_attention, sample_rows
 from shareprefill.runtime.orders import Orders
-from shareprefill.runtime.patterns import always_blocks, cumulative_pattern
+from shareprefill.runtime.patterns import always_blocks, cumulative_pattern, recall
 from shareprefill.runtime.plan import RuntimePlan, make_plan
-from shareprefill.runtime.policies.base import LayerInputs
+from shareprefill.runtime.policies.base import LayerInputs, Selection
+from shareprefill.runtime.policies.smoothed import Smoothed, smooth
 from shareprefill.runtime.sharing import LayerPass
 from shareprefill.runtime.state import ForwardState, Geometry
 from tests.support.allocation import LargestTensor
 from tests.support.tiny import BLOCK, tiny_artifact, tiny_llama
 
-D, P, S, R, V = (
+D, P, S, R, V, M = (
     Policy.DENSE,
     Policy.PIVOT,
     Policy.SHARE,
     Policy.SAMPLED,
     Policy.VERTICAL_SLASH,
+    Policy.SMOOTHED,
 )
 
 
@@ -99,12 +101,12 @@ def dense(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(("n_query", "n_key"), [(130, 130), (64, 64), (50, 133), (16, 200)])
-@pytest.mark.parametrize("row", [[D] * 4, [P, S, S, S], [R] * 4, [V] * 4, [P, S, R, V]])
+@pytest.mark.parametrize("row", [[D] * 4, [P, S, S, S], [R] * 4, [V] * 4, [P, S, M, V]])
 def test_everything_selected_is_dense_attention(
     model: Any, row: list[Policy], n_query: int, n_key: int
 ) -> None:
     inputs = tensors(n_query, n_key)
-    config = RuntimeConfig(gamma=1.0, tau=1.0, delta=0.0, max_density=1.0)
+    config = RuntimeConfig(gamma=1.0, slack=1.0, delta=0.0, max_density=1.0)
     out, record, _ = run(model, [row, [D] * 4, [D] * 4], inputs, config)
     torch.testing.assert_close(out, dense(inputs), rtol=1e-4, atol=1e-5)
     assert record.policies.tolist() == row
@@ -114,7 +116,7 @@ def test_everything_selected_is_dense_attention(
 
 def test_a_sharing_head_computes_with_its_pivots_pattern(model: Any) -> None:
     inputs = tensors(200, 200)
-    config = RuntimeConfig(tau=1.0, gamma=0.8)
+    config = RuntimeConfig(slack=1.0, gamma=0.8)
     out, record, layer_pass = run(model, [[S, P, S, D], [D] * 4, [D] * 4], inputs, config)
     # The pivot comes second, and the head before it in its layer shares too.
     assert record.policies.tolist() == [S, P, S, D]
@@ -132,25 +134,108 @@ def test_a_sharing_head_computes_with_its_pivots_pattern(model: Any) -> None:
     assert record.blocks.tolist() == [int(pattern.sum())] * 3 + [record.causal]
 
 
+def head_pattern_of(maps: torch.Tensor, gamma: float) -> torch.Tensor:
+    """The fewest blocks of a whole map `[n_q, n_k]` that hold gamma of its mass, by sorting."""
+    values, order = maps.double().flatten().sort(descending=True)
+    count = int((values.cumsum(0) < gamma * values.sum()).sum()) + 1
+    pattern = torch.zeros(maps.numel(), dtype=torch.bool)
+    pattern[order[:count]] = True
+    n_q, n_k = maps.shape
+    size = (n_q * BLOCK, n_k * BLOCK)
+    always = always_blocks(*size, BLOCK, sink=1, local=2, device=torch.device("cpu"))
+    return (pattern.view_as(maps) | always) & causal_blocks(n_q * BLOCK, (n_k - n_q) * BLOCK, BLOCK)
+
+
 def test_a_pivot_of_all_rows_gives_its_exact_pattern_and_dense_output(model: Any) -> None:
     inputs = tensors(150, 150)
-    config = RuntimeConfig(pivot_rows=0, tau=1.0, gamma=0.8)
+    config = RuntimeConfig(pivot_rows=0, slack=1.0, gamma=0.8)
     out, record, layer_pass = run(model, [[P, S, D, D], [D] * 4, [D] * 4], inputs, config)
     torch.testing.assert_close(out[0], dense(inputs)[0], rtol=1e-4, atol=1e-5)
     assert record.blocks[0] == record.causal
     _, exact = pooled_attention(
         inputs["query"], inputs["key"], block_size=BLOCK, scale=0.25, impl="reference"
     )
-    always = always_blocks(150, 150, BLOCK, sink=1, local=2, device=torch.device("cpu"))
-    causal = causal_blocks(150, 0, BLOCK)
-    expected = (cumulative_pattern(exact[0], 0.8) | always) & causal
+    assert torch.equal(kept(layer_pass, 1), head_pattern_of(exact[0], 0.8))
+
+
+@pytest.mark.parametrize("rows", [2, 4])
+def test_a_sampled_pivot_gives_the_smoothed_pattern(model: Any, rows: int) -> None:
+    inputs = tensors(208, 208)
+    config = RuntimeConfig(slack=1.0, gamma=0.7, pivot_rows=rows)
+    _, record, layer_pass = run(model, [[P, S, M, D], [D] * 4, [D] * 4], inputs, config)
+    _, maps = pooled_attention(
+        inputs["query"],
+        inputs["key"],
+        rows=sample_rows(208, BLOCK, rows),
+        block_size=BLOCK,
+        scale=0.25,
+        impl="reference",
+    )
+    expected = head_pattern_of(smooth(maps, causal_blocks(208, 0, BLOCK), rows)[0], 0.7)
+    assert torch.equal(kept(layer_pass, 0), expected)
     assert torch.equal(kept(layer_pass, 1), expected)
+    work = torch.tensor([rows, 1, 2, 0]) / BLOCK / 2
+    torch.testing.assert_close(record.work, work)
+
+
+def test_a_pivot_of_two_rows_does_as_a_smoothed_head(model: Any) -> None:
+    inputs = tensors(150, 150)
+    inputs["query"][1] = inputs["query"][0]
+    config = RuntimeConfig(gamma=0.7, pivot_rows=2)
+    out, record, layer_pass = run(model, [[P, M, S, D], [D] * 4, [D] * 4], inputs, config)
+    assert torch.equal(kept(layer_pass, 0), kept(layer_pass, 1))
+    torch.testing.assert_close(out[0], out[1])
+    assert record.work[0] == record.work[1] > 0
+
+
+@pytest.mark.parametrize("margin", [1e-4, -1e-4])
+def test_a_head_shares_what_covers_enough_of_its_sampled_rows(model: Any, margin: float) -> None:
+    inputs = tensors(150, 150)
+    policies = [[P, S, D, D], [D] * 4, [D] * 4]
+    gamma = torch.full((3, 4), 0.8)
+    _, before, layer_pass = run(model, policies, inputs, gamma=gamma, slack=torch.full((3, 4), 1.0))
+    _, maps = pooled_attention(
+        inputs["query"],
+        inputs["key"],
+        rows=sample_rows(150, BLOCK, 1),
+        block_size=BLOCK,
+        scale=0.25,
+        impl="reference",
+    )
+    covered = recall(maps[1], kept(layer_pass, 1)).item()
+    assert before.covered[1].item() == pytest.approx(covered, abs=1e-5)
+    # The head's own slack decides, to either side of what is covered.
+    slack = torch.full((3, 4), 0.8 - covered + margin)
+    _, record, _ = run(model, policies, inputs, gamma=gamma, slack=slack)
+    assert record.policies[1] == (S if margin > 0 else M)
+
+
+def test_nothing_is_computed_for_a_fallback_that_is_not_taken(model: Any) -> None:
+    """A head that passes is -1 to its fallback's policy, and its work is not booked."""
+    inputs = tensors(150, 150)
+    policies = [[P, S, S, M], [D] * 4, [D] * 4]
+    slack = torch.tensor([[0.0, 1.0, -1.0, 0.0]] * 3)
+    plan = make_plan(tiny_artifact(model, policies, slack=slack), RuntimeConfig(max_density=1.0))
+    asked = []
+
+    class Recorded(Smoothed):
+        def select(self, inputs: LayerInputs, heads: Any, gamma: Any) -> Selection:
+            asked.append(heads.tolist())
+            return super().select(inputs, heads, gamma)
+
+    plan = replace(plan, selectors={int(M): Recorded()})
+    layer_pass = pass_of(plan, 0, state_of(plan, inputs), inputs)
+    _, record = layer_pass.run()
+    assert asked == [[-1, 2, 3]]
+    assert record.policies.tolist() == [P, S, M, M]
+    rows = torch.tensor([4 * 10, 10, 10 + 20, 20]) / 150 / 2
+    torch.testing.assert_close(record.work, rows, rtol=0.02, atol=0)
 
 
 def test_pivots_of_an_earlier_layer_are_shared(model: Any) -> None:
     inputs = tensors(150, 150)
     policies = [[P, D, D, D], [S, S, D, D], [D] * 4]
-    config = RuntimeConfig(tau=1.0)
+    config = RuntimeConfig(slack=1.0)
     state = state_of(make_plan(tiny_artifact(model, policies), config), inputs)
     _, _, first = run(model, policies, inputs, config, state, layer=0)
     _, record, second = run(model, policies, inputs, config, state, layer=1)
@@ -160,22 +245,26 @@ def test_pivots_of_an_earlier_layer_are_shared(model: Any) -> None:
 
 def test_a_head_unlike_its_pivot_falls_back(model: Any) -> None:
     inputs = tensors(150, 150)
-    policies = [[P, S, S, D], [D] * 4, [D] * 4]
-    fallback = torch.tensor([[1, 3, 4, 0], [0] * 4, [0] * 4], dtype=torch.int8)
-    _, record, _ = run(
-        model, policies, inputs, RuntimeConfig(tau=0.0, delta=0.0), fallback=fallback
+    policies = [[P, S, S, S], [D] * 4, [D] * 4]
+    fallback = torch.tensor([[1, 3, 4, 5], [0] * 4, [0] * 4], dtype=torch.int8)
+    _, record, layer_pass = run(
+        model, policies, inputs, RuntimeConfig(slack=-1.0, delta=0.0), fallback=fallback
     )
-    assert record.policies.tolist() == [P, R, V, D]
-    assert all(d > 0 for d in record.distances[1:3])
-    assert math.isnan(record.distances[0])
-    assert record.work[1] > record.work[2] > 0
+    assert record.policies.tolist() == [P, R, V, M]
+    assert all(0 < c <= 1 for c in record.covered[1:])
+    assert math.isnan(record.covered[0])
+    assert record.distances.isnan().all()
+    assert record.work[1] > record.work[2] > record.work[3] > 0
+    config = RuntimeConfig(delta=0.0, gamma=0.9)
+    _, _, own = run(model, [[D, R, V, M], [D] * 4, [D] * 4], inputs, config)
+    assert all(torch.equal(kept(layer_pass, head), kept(own, head)) for head in (1, 2, 3))
 
 
 def test_a_head_unlike_its_pivot_may_fall_back_to_dense_attention(model: Any) -> None:
     inputs = tensors(150, 150)
     policies = [[P, S, S, D], [D] * 4, [D] * 4]
     fallback = torch.tensor([[1, 0, 3, 0], [0] * 4, [0] * 4], dtype=torch.int8)
-    config = RuntimeConfig(tau=0.0, gamma=0.8)
+    config = RuntimeConfig(slack=-1.0, gamma=0.8)
     plan = make_plan(
         tiny_artifact(model, policies, fallback=fallback), replace(config, max_density=1.0)
     )
@@ -192,7 +281,7 @@ def test_fallback_patterns_cover_their_own_mass(model: Any) -> None:
     inputs = tensors(150, 150)
     policies = [[P, S, S, D], [D] * 4, [D] * 4]
     low, high = torch.full((3, 4), 0.5), torch.full((3, 4), 0.99)
-    config = RuntimeConfig(tau=0.0)
+    config = RuntimeConfig(slack=-1.0)
     _, modest, _ = run(model, policies, inputs, config, gamma=low, fallback_gamma=low)
     _, generous, _ = run(model, policies, inputs, config, gamma=low, fallback_gamma=high)
     assert all(g > m for g, m in zip(generous.blocks[1:3], modest.blocks[1:3], strict=True))
@@ -243,7 +332,7 @@ def test_the_papers_rule(model: Any) -> None:
 def test_heads_denser_than_the_crossover_are_computed_densely(model: Any) -> None:
     inputs = tensors(320, 320)
     row = [P, S, R, V]
-    config = RuntimeConfig(gamma=1.0, tau=1.0, delta=0.0, max_density=0.5)
+    config = RuntimeConfig(gamma=1.0, slack=1.0, delta=0.0, max_density=0.5)
     out, record, layer_pass = run(model, [row, [D] * 4, [D] * 4], inputs, config)
     torch.testing.assert_close(out, dense(inputs), rtol=1e-4, atol=1e-5)
     assert record.policies.tolist() == [P, D, D, D]
@@ -258,7 +347,7 @@ def test_heads_denser_than_the_crossover_are_computed_densely(model: Any) -> Non
 def test_no_n_by_n_tensor_is_made(model: Any, row: list[Policy]) -> None:
     tokens = 3000
     inputs = tensors(tokens, tokens)
-    plan = make_plan(tiny_artifact(model, [row, [D] * 4, [D] * 4]), RuntimeConfig(tau=1.0))
+    plan = make_plan(tiny_artifact(model, [row, [D] * 4, [D] * 4]), RuntimeConfig(slack=1.0))
     with LargestTensor() as largest:
         pass_of(plan, 0, state_of(plan, inputs), inputs).run()
     assert largest.elements < tokens**2 / 4
@@ -267,15 +356,19 @@ def test_no_n_by_n_tensor_is_made(model: Any, row: list[Policy]) -> None:
 def test_options_go_before_the_artifact(model: Any) -> None:
     artifact = tiny_artifact(model, thresholds=Thresholds(gamma=0.7, tau=0.1, delta=0.4))
     plan = make_plan(artifact, RuntimeConfig())
-    assert (plan.delta, plan.pivot_rows) == (0.4, 8)
+    assert (plan.delta, plan.pivot_rows) == (0.4, 4)
     assert plan.layers[0][0].gamma == pytest.approx(0.9)
-    assert plan.layers[0][0].tau == pytest.approx(0.2)
-    plan = make_plan(artifact, RuntimeConfig(tau=0.5, gamma=0.6, pivot_rows=0, policy="sampled"))
+    assert plan.layers[0][0].slack == pytest.approx(0.04)
+    assert plan.layers[0][0].floor == pytest.approx(0.86)
+    plan = make_plan(artifact, RuntimeConfig(slack=0.5, gamma=0.6, pivot_rows=0))
     assert (plan.delta, plan.pivot_rows) == (0.4, 0)
-    assert {(head.gamma, head.tau) for layer in plan.layers for head in layer} == {(0.6, 0.5)}
+    assert {(head.gamma, head.slack) for layer in plan.layers for head in layer} == {(0.6, 0.5)}
+    plan = make_plan(artifact, RuntimeConfig(policy="sampled", gamma=0.6))
+    assert {head.gamma for layer in plan.layers for head in layer} == {0.6}
     plan = make_plan(artifact, RuntimeConfig(policy="share"))
     assert plan.pivot_rows == 0
-    assert (plan.layers[0][0].gamma, plan.layers[0][0].tau) == (0.7, 0.1)
+    assert (plan.layers[0][0].gamma, plan.tau) == (0.7, 0.1)
+    assert make_plan(artifact, RuntimeConfig(policy="share", tau=0.5)).tau == 0.5
 
 
 @pytest.mark.parametrize("name", ["query", "key"])
@@ -292,12 +385,15 @@ def test_numbers_that_are_none_stay_with_their_head(
     row = 3 * BLOCK - 1
     inputs[name][0, row, 3] = bad
     policies = [[P, S, S, S], [D] * 4, [D] * 4]
-    config = RuntimeConfig(policy=policy, tau=0.9, delta=0.9, gamma=0.8)
+    # Either check passes whatever it finds, so that only what is broken keeps a head from sharing.
+    passing = {"tau": 0.9} if policy == "share" else {"slack": 1.0}
+    config = RuntimeConfig.from_dict({"policy": policy, "delta": 0.9, "gamma": 0.8, **passing})
     out, record, layer_pass = run(model, policies, inputs, config)
     _, before, _ = run(model, policies, clean, config)
     assert before.policies.tolist() == [P, S, S, S]
     if policy == "auto":
-        assert record.policies.tolist()[2:] != [S, S]
+        assert S not in record.policies.tolist()
+        assert record.covered.isnan().all()
         assert record.blocks[0] == record.causal
     assert out[2:].isfinite().all()
     recalls = record.recall
@@ -310,11 +406,24 @@ def test_numbers_that_are_none_stay_with_their_head(
     assert layer_pass.pattern.dtype == torch.int64
 
 
+@pytest.mark.parametrize("pivot_rows", [0, 4])
+def test_a_sharing_head_of_numbers_that_are_none_reads_everything(
+    model: Any, pivot_rows: int
+) -> None:
+    inputs = tensors(150, 150)
+    inputs["query"][1, 3 * BLOCK - 1, 3] = math.nan
+    config = RuntimeConfig(slack=1.0, gamma=0.8, pivot_rows=pivot_rows)
+    _, record, _ = run(model, [[P, S, S, S], [D] * 4, [D] * 4], inputs, config)
+    assert record.policies.tolist() == [P, D, S, S]
+    assert record.covered.isnan().tolist() == [True, True, False, False]
+    assert record.blocks[1] == record.causal
+
+
 @pytest.mark.parametrize("with_sinks", [True, False])
 @pytest.mark.parametrize("softcap", [None, 5.0])
 def test_soft_capped_logits_and_sinks(model: Any, softcap: float | None, with_sinks: bool) -> None:
     inputs, sinks = tensors(150, 150), torch.randn(4) * 3 if with_sinks else None
-    config = RuntimeConfig(gamma=1.0, tau=1.0, delta=0.0, max_density=1.0)
+    config = RuntimeConfig(gamma=1.0, slack=1.0, delta=0.0, max_density=1.0)
     plan = make_plan(tiny_artifact(model, [[P, S, V, D], [D] * 4, [D] * 4]), config)
     state = state_of(plan, inputs)
     of_layer = LayerInputs(inputs["query"], inputs["key"], 0.25, state.geometry, softcap, sinks)

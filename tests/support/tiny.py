@@ -59,7 +59,7 @@ def tiny_artifact(
             if policy is Policy.SHARE:
                 pivot[layer, head] = current
     policy = torch.tensor([[int(p) for p in row] for row in rows], dtype=torch.int8)
-    fallback = torch.where(policy == Policy.SHARE, int(Policy.SAMPLED), policy).to(torch.int8)
+    fallback = torch.where(policy == Policy.SHARE, int(Policy.SMOOTHED), policy).to(torch.int8)
     fields: dict[str, Any] = {
         "model": "tiny",
         "fingerprint": fingerprint(model),
@@ -69,14 +69,14 @@ def tiny_artifact(
         "fallback": fallback,
         "gamma": torch.full(shape, 0.9),
         "fallback_gamma": torch.full(shape, 0.9),
-        "tau": torch.full(shape, 0.2),
+        "slack": torch.full(shape, 0.04),
         "recall": torch.full(shape, 0.95),
         "density": torch.full(shape, 0.3),
         "instability": torch.zeros(shape),
         "code": torch.zeros(*shape, 8),
         "block_size": BLOCK,
         "thresholds": Thresholds(gamma=0.9, tau=0.2, delta=0.3),
-        "rows": Rows(pivot=8, sample=4, check=2),
+        "rows": Rows(pivot=4, sample=8, check=1),
         "configuration": {},
         "summary": {},
     }
