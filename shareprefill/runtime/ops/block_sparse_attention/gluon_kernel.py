@@ -16,68 +16,23 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
-    mbarrier,
-    warpgroup_mma,
     warpgroup_mma_wait,
 )
 
-from shareprefill.runtime.ops.block_sparse_attention.gluon_work import (
+from shareprefill.runtime.ops.block_sparse_attention.gluon_work import schedule
+from shareprefill.runtime.ops.gluon import (
     QUERIES,
-    ROUNDS,
-    produce,
-    read_work,
-    schedule,
+    free_tile,
+    hide_later_keys,
+    issue_logits,
+    issue_values,
+    make_barriers,
+    wait_tile,
 )
+from shareprefill.runtime.ops.gluon_work import ROUNDS, produce, read_work
 
 LOG2E = gl.constexpr(1.4426950408889634)
 LN2 = gl.constexpr(0.6931471805599453)
-
-
-@gluon.jit
-def _wait_tile(ready, i_step):
-    STAGES: gl.constexpr = ready.shape[0]
-    mbarrier.wait(ready.index(i_step % STAGES), (i_step // STAGES) & 1)
-
-
-@gluon.jit
-def _free_tile(free, i_step):
-    mbarrier.arrive(free.index(i_step % free.shape[0]), count=1)
-
-
-@gluon.jit
-def _issue_logits(q_tiles, i_tile, k_tiles, i_step, layout: gl.constexpr):
-    """Start the product of a half tile of queries and a block of keys."""
-    ROWS: gl.constexpr = q_tiles.shape[2]
-    BLOCK: gl.constexpr = k_tiles.shape[2]
-    BLOCK_D: gl.constexpr = k_tiles.shape[3]
-    b_q = q_tiles.index(i_tile).reshape([ROWS, BLOCK_D])
-    b_k = k_tiles.index(i_step % k_tiles.shape[0]).reshape([BLOCK, BLOCK_D])
-    b_zero = gl.zeros([ROWS, BLOCK], gl.float32, layout)
-    return warpgroup_mma(b_q, b_k.permute((1, 0)), b_zero, use_acc=False, is_async=True)
-
-
-@gluon.jit
-def _issue_values(b_weights, v_tiles, i_step, b_acc):
-    """Start the product of weights and a block of values.
-
-    Weights stay float32 until here: halves that a loop carries are unpacked and packed again.
-    """
-    BLOCK: gl.constexpr = v_tiles.shape[2]
-    BLOCK_D: gl.constexpr = v_tiles.shape[3]
-    layout: gl.constexpr = gl.DotOperandLayout(0, b_acc.type.layout, 2)
-    b_p = gl.convert_layout(b_weights.to(v_tiles.dtype), layout)
-    b_v = v_tiles.index(i_step % v_tiles.shape[0]).reshape([BLOCK, BLOCK_D])
-    return warpgroup_mma(b_p, b_v, b_acc, is_async=True)
-
-
-@gluon.jit
-def _hide(b_logits, i_position, i_key):
-    """-inf where a key stands past its row."""
-    layout: gl.constexpr = b_logits.type.layout
-    o_row = gl.arange(0, b_logits.shape[0], layout=gl.SliceLayout(1, layout))
-    o_key = gl.arange(0, b_logits.shape[1], layout=gl.SliceLayout(0, layout))
-    b_seen = o_key[None, :] <= (o_row + (i_position - i_key))[:, None]
-    return gl.where(b_seen, b_logits, float("-inf"))
 
 
 @gluon.jit
@@ -189,13 +144,13 @@ def _consume(
     b_max = b_unseen
     b_sum = gl.zeros([ROWS], gl.float32, row_layout)
     if i_head >= 0:
-        _wait_tile(q_ready, i_round)
-        _wait_tile(k_ready, i_step)
-        b_logits = _issue_logits(q_tiles, HALF, k_tiles, i_step, s_layout)
+        wait_tile(q_ready, i_round)
+        wait_tile(k_ready, i_step)
+        b_logits = issue_logits(q_tiles, HALF, k_tiles, i_step, s_layout)
         b_logits = warpgroup_mma_wait(0, deps=[b_logits])
-        _free_tile(k_free, i_step)
+        free_tile(k_free, i_step)
         b_logits = _cap(b_logits, scales, HAS_SOFTCAP)
-        b_logits = _hide(b_logits, i_tile * BLOCK + i_offset, i_last * BLOCK)
+        b_logits = hide_later_keys(b_logits, i_tile * BLOCK + i_offset, i_last * BLOCK)
         b_weights, b_max, b_sum, b_rescale = _softmax(b_logits, b_unseen, scales, HAS_SOFTCAP)
     while i_head >= 0:
         # The weights of the tile's last block are there.
@@ -207,24 +162,24 @@ def _consume(
         i_diagonal = (i_tile * BLOCK + n_k_tokens - output[5] + 1) // BLOCK
         i_masked = gl.where(i_second >= i_diagonal, i_step + 1, -1)
         if n_listed > 1:
-            _wait_tile(k_ready, i_step + 1)
+            wait_tile(k_ready, i_step + 1)
         for i_k in range(i_step + 1, i_end):
-            b_logits = _issue_logits(q_tiles, i_query, k_tiles, i_k, s_layout)
-            _wait_tile(v_ready, i_k - 1)
-            b_acc = _issue_values(b_weights, v_tiles, i_k - 1, b_acc)
+            b_logits = issue_logits(q_tiles, i_query, k_tiles, i_k, s_layout)
+            wait_tile(v_ready, i_k - 1)
+            b_acc = issue_values(b_weights, v_tiles, i_k - 1, b_acc)
             b_logits = warpgroup_mma_wait(1, deps=[b_logits])
-            _free_tile(k_free, i_k)
+            free_tile(k_free, i_k)
             b_logits = _cap(b_logits, scales, HAS_SOFTCAP)
             if i_k == i_masked:
-                b_logits = _hide(b_logits, i_position, i_second * BLOCK)
+                b_logits = hide_later_keys(b_logits, i_position, i_second * BLOCK)
             b_weights, b_max, b_mass, b_rescale = _softmax(b_logits, b_max, scales, HAS_SOFTCAP)
             b_sum = b_sum * b_rescale + b_mass
             if i_k + 1 < i_end:
-                _wait_tile(k_ready, i_k + 1)
+                wait_tile(k_ready, i_k + 1)
             b_acc, b_weights = warpgroup_mma_wait(0, deps=[b_acc, b_weights])
-            _free_tile(v_free, i_k - 1)
+            free_tile(v_free, i_k - 1)
             b_acc *= gl.convert_layout(b_rescale, gl.SliceLayout(1, o_layout))[:, None]
-        _free_tile(q_free, i_round)
+        free_tile(q_free, i_round)
 
         # The tile's last product, beside which the next tile begins.
         i_round += 1
@@ -233,24 +188,24 @@ def _consume(
         b_old_max = b_max
         b_old_sum = b_sum
         if n_head >= 0:
-            _wait_tile(q_ready, i_round)
-            _wait_tile(k_ready, i_step)
+            wait_tile(q_ready, i_round)
+            wait_tile(k_ready, i_step)
             i_other = (i_round % QUERIES) * 2 + HALF
-            b_logits = _issue_logits(q_tiles, i_other, k_tiles, i_step, s_layout)
-            _wait_tile(v_ready, i_step - 1)
-            b_acc = _issue_values(b_weights, v_tiles, i_step - 1, b_acc)
+            b_logits = issue_logits(q_tiles, i_other, k_tiles, i_step, s_layout)
+            wait_tile(v_ready, i_step - 1)
+            b_acc = issue_values(b_weights, v_tiles, i_step - 1, b_acc)
             b_logits = warpgroup_mma_wait(1, deps=[b_logits])
-            _free_tile(k_free, i_step)
+            free_tile(k_free, i_step)
             b_logits = _cap(b_logits, scales, HAS_SOFTCAP)
-            b_logits = _hide(b_logits, n_tile * BLOCK + i_offset, i_last * BLOCK)
+            b_logits = hide_later_keys(b_logits, n_tile * BLOCK + i_offset, i_last * BLOCK)
             b_weights, b_max, b_sum, b_rescale = _softmax(b_logits, b_unseen, scales, HAS_SOFTCAP)
-            _wait_tile(v_ready, i_step - 1)
+            wait_tile(v_ready, i_step - 1)
             b_acc, b_weights = warpgroup_mma_wait(0, deps=[b_acc, b_weights])
         else:
-            _wait_tile(v_ready, i_step - 1)
-            b_acc = _issue_values(b_weights, v_tiles, i_step - 1, b_acc)
+            wait_tile(v_ready, i_step - 1)
+            b_acc = issue_values(b_weights, v_tiles, i_step - 1, b_acc)
             b_acc = warpgroup_mma_wait(0, deps=[b_acc])
-        _free_tile(v_free, i_step - 1)
+        free_tile(v_free, i_step - 1)
         _store(
             output,
             b_acc,
@@ -267,14 +222,6 @@ def _consume(
         )
         i_head = n_head
         i_tile = n_tile
-
-
-@gluon.jit
-def _barriers(N: gl.constexpr, COUNT: gl.constexpr):
-    bars = gl.allocate_shared_memory(gl.int64, [N, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(N):
-        mbarrier.init(bars.index(i), count=COUNT)
-    return bars
 
 
 SIZES = ["n_heads", "n_shared", "n_at_once", "n_q", "n_q_tokens", "n_k_tokens"]
@@ -323,10 +270,10 @@ def block_sparse_hopper_kernel(
     line: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[0])
     items = gl.allocate_shared_memory(gl.int32, [ROUNDS, 32], line)
     # Places are freed by both warpgroups, work items by the loading warp too.
-    queue = (items, _barriers(ROUNDS, 1), _barriers(ROUNDS, 3))
-    q_ring = (q_tiles, _barriers(QUERIES, 1), _barriers(QUERIES, 2))
-    k_ring = (k_tiles, _barriers(STAGES, 1), _barriers(STAGES, 2))
-    v_ring = (v_tiles, _barriers(STAGES, 1), _barriers(STAGES, 2))
+    queue = (items, make_barriers(ROUNDS, 1), make_barriers(ROUNDS, 3))
+    q_ring = (q_tiles, make_barriers(QUERIES, 1), make_barriers(QUERIES, 2))
+    k_ring = (k_tiles, make_barriers(STAGES, 1), make_barriers(STAGES, 2))
+    v_ring = (v_tiles, make_barriers(STAGES, 1), make_barriers(STAGES, 2))
     fence_async_shared()
 
     rings = (queue, q_ring, k_ring, v_ring)

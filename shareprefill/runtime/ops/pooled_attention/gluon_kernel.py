@@ -17,16 +17,20 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    tma,
-    warpgroup_mma,
     warpgroup_mma_wait,
 )
 
-# Triton 3.9 knows the second names only.
-load_tile = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
-barrier = gl.thread_barrier if hasattr(gl, "thread_barrier") else gl.barrier
-
-QUERIES = gl.constexpr(2)  # query tiles in shared memory
+from shareprefill.runtime.ops.gluon import (
+    QUERIES,
+    barrier,
+    free_tile,
+    hide_later_keys,
+    issue_logits,
+    issue_values,
+    load_tile,
+    make_barriers,
+    wait_tile,
+)
 
 
 @gluon.jit
@@ -101,42 +105,6 @@ def _produce(
 
 
 @gluon.jit
-def _issue_logits(b_q, k_tiles, i_step, BLOCK: gl.constexpr, layout: gl.constexpr):
-    """Start a product of queries and keys."""
-    STAGES: gl.constexpr = k_tiles.shape[0]
-    ROWS: gl.constexpr = b_q.shape[0]
-    b_k = k_tiles.index(i_step % STAGES).reshape([BLOCK, b_q.shape[1]])
-    b_zero = gl.zeros([ROWS, BLOCK], gl.float32, layout)
-    return warpgroup_mma(b_q, b_k.permute((1, 0)), b_zero, use_acc=False, is_async=True)
-
-
-@gluon.jit
-def _issue_values(b_weights, v_tiles, i_step, b_acc):
-    """Start a product of weights and values."""
-    STAGES: gl.constexpr = v_tiles.shape[0]
-    BLOCK: gl.constexpr = v_tiles.shape[2]
-    BLOCK_D: gl.constexpr = v_tiles.shape[3]
-    layout: gl.constexpr = gl.DotOperandLayout(0, b_acc.type.layout, 2)
-    b_p = gl.convert_layout(b_weights.to(v_tiles.dtype), layout)
-    b_v = v_tiles.index(i_step % STAGES).reshape([BLOCK, BLOCK_D])
-    return warpgroup_mma(b_p, b_v, b_acc, is_async=True)
-
-
-@gluon.jit
-def _wait_tile(ready, i_step, STAGES: gl.constexpr):
-    mbarrier.wait(ready.index(i_step % STAGES), (i_step // STAGES) & 1)
-
-
-@gluon.jit
-def _hide(b_logits, i_position, i_key, layout: gl.constexpr):
-    """-inf where a key stands past its row."""
-    o_row = gl.arange(0, b_logits.shape[0], layout=gl.SliceLayout(1, layout))
-    o_key = gl.arange(0, b_logits.shape[1], layout=gl.SliceLayout(0, layout))
-    b_seen = o_key[None, :] <= (o_row + (i_position - i_key))[:, None]
-    return gl.where(b_seen, b_logits, float("-inf"))
-
-
-@gluon.jit
 def _softmax(b_logits, b_max, b_sum, p_mass, scale_log2, MASKED: gl.constexpr):
     """Weights relative to the new maximum, which is in units of the logits; the new sum; the factor
     of what was accumulated before. Stores log2 of the rows' mass in this block."""
@@ -156,9 +124,9 @@ def _softmax(b_logits, b_max, b_sum, p_mass, scale_log2, MASKED: gl.constexpr):
 
 @gluon.jit
 def _store_rows(
-    b_acc, b_factor, p_out, stride_on, i_row, n_q_tokens, DTYPE: gl.constexpr, DIM: gl.constexpr
+    b_acc, b_factor, p_rows, stride_on, i_row, n_q_tokens, DTYPE: gl.constexpr, DIM: gl.constexpr
 ):
-    """Normalise and write the rows of one head."""
+    """Scale the rows of one head and write those that exist; `p_rows`: the head's first row."""
     ROWS: gl.constexpr = b_acc.shape[0]
     BLOCK_D: gl.constexpr = b_acc.shape[1]
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BLOCK_D, BLOCK_D // 8], [4, 1], [1, 0])
@@ -169,7 +137,7 @@ def _store_rows(
     m_out = (o_m < n_q_tokens)[:, None]
     if DIM != BLOCK_D:
         m_out = m_out & (o_d < DIM)[None, :]
-    gl.store(p_out + (o_m.to(gl.int64) * stride_on)[:, None] + o_d[None, :], b_out, mask=m_out)
+    gl.store(p_rows + (o_m.to(gl.int64) * stride_on)[:, None] + o_d[None, :], b_out, mask=m_out)
 
 
 @gluon.jit
@@ -241,46 +209,45 @@ def _consume(
             i_last = (n_rows + q_offset - 1) // BLOCK
             n_seen = i_last + 1
             n_masked = gl.where(i_last > (i_tile * BLOCK + q_offset + 1) // BLOCK, 2, 1)
-            q_slot = i_round % QUERIES
-            _wait_tile(q_ready, i_round, QUERIES)
-            _wait_tile(k_ready, i_step, STAGES)
-            b_q = q_tiles.index(q_slot * 2 + HALF).reshape([ROWS, BLOCK_D])
-            b_logits = _issue_logits(b_q, k_tiles, i_step, BLOCK, s_layout)
+            wait_tile(q_ready, i_round)
+            wait_tile(k_ready, i_step)
+            i_query = (i_round % QUERIES) * 2 + HALF
+            b_logits = issue_logits(q_tiles, i_query, k_tiles, i_step, s_layout)
             b_logits = warpgroup_mma_wait(0, deps=[b_logits])
-            mbarrier.arrive(k_free.index(i_step % STAGES), count=1)
-            b_logits = _hide(b_logits, i_position, i_last * BLOCK, s_layout)
+            free_tile(k_free, i_step)
+            b_logits = hide_later_keys(b_logits, i_position, i_last * BLOCK)
             b_weights, b_max, b_sum, b_rescale = _softmax(
                 b_logits, b_max, b_sum, p_mass + i_last * ROWS, scale_log2, True
             )
             i_end = i_step + n_seen
             if n_seen > 1:
-                _wait_tile(k_ready, i_step + 1, STAGES)
+                wait_tile(k_ready, i_step + 1)
             for UNMASKED in gl.static_range(2):
                 for i_k in range(
                     i_step + n_masked if UNMASKED else i_step + 1,
                     i_end if UNMASKED else i_step + n_masked,
                 ):
-                    b_logits = _issue_logits(b_q, k_tiles, i_k, BLOCK, s_layout)
-                    _wait_tile(v_ready, i_k - 1, STAGES)
-                    b_acc = _issue_values(b_weights, v_tiles, i_k - 1, b_acc)
+                    b_logits = issue_logits(q_tiles, i_query, k_tiles, i_k, s_layout)
+                    wait_tile(v_ready, i_k - 1)
+                    b_acc = issue_values(b_weights, v_tiles, i_k - 1, b_acc)
                     b_logits = warpgroup_mma_wait(1, deps=[b_logits])
-                    mbarrier.arrive(k_free.index(i_k % STAGES), count=1)
+                    free_tile(k_free, i_k)
                     i_block = i_end - 1 - i_k
                     if not UNMASKED:
-                        b_logits = _hide(b_logits, i_position, i_block * BLOCK, s_layout)
+                        b_logits = hide_later_keys(b_logits, i_position, i_block * BLOCK)
                     b_weights, b_max, b_sum, b_rescale = _softmax(
                         b_logits, b_max, b_sum, p_mass + i_block * ROWS, scale_log2, not UNMASKED
                     )
                     if i_k + 1 < i_end:
-                        _wait_tile(k_ready, i_k + 1, STAGES)
+                        wait_tile(k_ready, i_k + 1)
                     b_acc, b_weights = warpgroup_mma_wait(0, deps=[b_acc, b_weights])
-                    mbarrier.arrive(v_free.index((i_k - 1) % STAGES), count=1)
+                    free_tile(v_free, i_k - 1)
                     b_acc = b_acc * gl.convert_layout(b_rescale, rescale_layout)[:, None]
-            mbarrier.arrive(q_free.index(q_slot), count=1)
-            _wait_tile(v_ready, i_end - 1, STAGES)
-            b_acc = _issue_values(b_weights, v_tiles, i_end - 1, b_acc)
+            free_tile(q_free, i_round)
+            wait_tile(v_ready, i_end - 1)
+            b_acc = issue_values(b_weights, v_tiles, i_end - 1, b_acc)
             b_acc = warpgroup_mma_wait(0, deps=[b_acc])
-            mbarrier.arrive(v_free.index((i_end - 1) % STAGES), count=1)
+            free_tile(v_free, i_end - 1)
             i_step = i_end
             i_round += 1
 
@@ -319,14 +286,6 @@ def _consume(
         )
 
 
-@gluon.jit
-def _barriers(N: gl.constexpr, COUNT: gl.constexpr):
-    bars = gl.allocate_shared_memory(gl.int64, [N, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(N):
-        mbarrier.init(bars.index(i), count=COUNT)
-    return bars
-
-
 @gluon.jit(do_not_specialize=["n_slots", "n_at_once", "n_q", "n_k", "n_q_tokens", "n_k_tokens"])
 def pooled_hopper_kernel(
     q_desc,
@@ -363,9 +322,9 @@ def pooled_hopper_kernel(
     q_tiles = gl.allocate_shared_memory(DTYPE, [QUERIES * 2, 1, HALF, BLOCK_D], q_desc.layout)
     k_tiles = gl.allocate_shared_memory(DTYPE, [STAGES, 1, BLOCK, BLOCK_D], k_desc.layout)
     v_tiles = gl.allocate_shared_memory(DTYPE, [STAGES, 1, BLOCK, BLOCK_D], v_desc.layout)
-    q_ring = (q_tiles, _barriers(QUERIES, 1), _barriers(QUERIES, 2))
-    k_ring = (k_tiles, _barriers(STAGES, 1), _barriers(STAGES, 2))
-    v_ring = (v_tiles, _barriers(STAGES, 1), _barriers(STAGES, 2))
+    q_ring = (q_tiles, make_barriers(QUERIES, 1), make_barriers(QUERIES, 2))
+    k_ring = (k_tiles, make_barriers(STAGES, 1), make_barriers(STAGES, 2))
+    v_ring = (v_tiles, make_barriers(STAGES, 1), make_barriers(STAGES, 2))
     fence_async_shared()
 
     rings = (q_ring, k_ring, v_ring)

@@ -1,0 +1,87 @@
+"""Steps that the Gluon kernels for Hopper share: rings of tiles, and products of matrices.
+
+A ring is `(tiles, ready, free)`: places in shared memory, and for each place a barrier that says it
+is filled and one that says it was read. Runs on Triton 3.6 and compiles on 3.7 and 3.9.
+"""
+
+# Gluon is typed by its compiler, which knows constexpr, program-wide scalars and tiles.
+# pyright: reportGeneralTypeIssues=false, reportOperatorIssue=false, reportArgumentType=false
+# pyright: reportAssignmentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
+# pyright: reportIndexIssue=false, reportOptionalMemberAccess=false
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma
+
+# Triton 3.6 knows `async_copy_global_to_shared` and `thread_barrier`, 3.9 the other names only.
+load_tile = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
+barrier = gl.thread_barrier if hasattr(gl, "thread_barrier") else gl.barrier
+
+QUERIES = gl.constexpr(2)  # query tiles in shared memory
+
+
+@gluon.jit
+def make_barriers(N: gl.constexpr, COUNT: gl.constexpr):
+    """`N` barriers in shared memory, each complete after `COUNT` arrivals."""
+    bars = gl.allocate_shared_memory(gl.int64, [N, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(N):
+        mbarrier.init(bars.index(i), count=COUNT)
+    return bars
+
+
+@gluon.jit
+def wait_tile(ready, i_step):
+    """Wait until the tile of a step has arrived in its ring."""
+    STAGES: gl.constexpr = ready.shape[0]
+    mbarrier.wait(ready.index(i_step % STAGES), (i_step // STAGES) & 1)
+
+
+@gluon.jit
+def free_tile(free, i_step):
+    """Say that this warpgroup has read the tile of a step."""
+    mbarrier.arrive(free.index(i_step % free.shape[0]), count=1)
+
+
+@gluon.jit
+def wait_free(free, i_step):
+    """Wait until the place of a step in its ring was read in the round before."""
+    STAGES: gl.constexpr = free.shape[0]
+    mbarrier.wait(free.index(i_step % STAGES), ((i_step // STAGES) & 1) ^ 1)
+
+
+@gluon.jit
+def issue_logits(q_tiles, i_tile, k_tiles, i_step, layout: gl.constexpr):
+    """Start the product of a half tile of queries and a block of keys."""
+    ROWS: gl.constexpr = q_tiles.shape[2]
+    BLOCK: gl.constexpr = k_tiles.shape[2]
+    BLOCK_D: gl.constexpr = k_tiles.shape[3]
+    b_q = q_tiles.index(i_tile).reshape([ROWS, BLOCK_D])
+    b_k = k_tiles.index(i_step % k_tiles.shape[0]).reshape([BLOCK, BLOCK_D])
+    b_zero = gl.zeros([ROWS, BLOCK], gl.float32, layout)
+    return warpgroup_mma(b_q, b_k.permute((1, 0)), b_zero, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def issue_values(b_weights, v_tiles, i_step, b_acc):
+    """Start the product of weights and a block of values.
+
+    Weights stay float32 until here: halves that a loop carries are unpacked and packed again.
+    """
+    BLOCK: gl.constexpr = v_tiles.shape[2]
+    BLOCK_D: gl.constexpr = v_tiles.shape[3]
+    layout: gl.constexpr = gl.DotOperandLayout(0, b_acc.type.layout, 2)
+    b_p = gl.convert_layout(b_weights.to(v_tiles.dtype), layout)
+    b_v = v_tiles.index(i_step % v_tiles.shape[0]).reshape([BLOCK, BLOCK_D])
+    return warpgroup_mma(b_p, b_v, b_acc, is_async=True)
+
+
+@gluon.jit
+def hide_later_keys(b_logits, i_position, i_key):
+    """-inf where a key stands past its row; `i_position`, `i_key`: those of the first."""
+    layout: gl.constexpr = b_logits.type.layout
+    o_row = gl.arange(0, b_logits.shape[0], layout=gl.SliceLayout(1, layout))
+    o_key = gl.arange(0, b_logits.shape[1], layout=gl.SliceLayout(0, layout))
+    b_seen = o_key[None, :] <= (o_row + (i_position - i_key))[:, None]
+    return gl.where(b_seen, b_logits, float("-inf"))
