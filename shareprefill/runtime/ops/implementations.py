@@ -131,9 +131,10 @@ def _describe_pooled(device: torch.device) -> Choice:
 
 def unavailable(name: str, device: torch.device) -> str | None:
     """Why an implementation of block-sparse attention cannot run on a device; None if it can."""
-    from shareprefill.runtime.ops.block_sparse_attention import fa4, gluon_hopper
+    from shareprefill.runtime.ops import hopper
+    from shareprefill.runtime.ops.block_sparse_attention import fa4
 
-    reason = {"gluon": gluon_hopper.unavailable, "fa4": fa4.unavailable}.get(name)
+    reason = {"gluon": hopper.unavailable, "fa4": fa4.unavailable}.get(name)
     return None if reason is None else reason(device)
 
 

@@ -13,11 +13,12 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from shareprefill.runtime.ops import hopper
 from shareprefill.runtime.ops.block_sparse_attention import gluon_hopper, reference
 from shareprefill.runtime.ops.blocks import BlockLists, causal_blocks, count_blocks
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-REFUSAL = gluon_hopper.unavailable(torch.device(DEVICE))
+REFUSAL = hopper.unavailable(torch.device(DEVICE))
 needs_hopper = pytest.mark.skipif(REFUSAL is not None, reason=f"the Hopper kernel {REFUSAL}")
 # Relative to float64; about what rounding the weights and the output costs.
 TOLERANCE = {torch.bfloat16: 3e-3, torch.float16: 4e-4}
@@ -86,7 +87,7 @@ def test_compiles_for_hopper_without_a_gpu(tmp_path: Path) -> None:
 class TestRefusals:
     @pytest.fixture(autouse=True)
     def on_hopper(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(gluon_hopper, "unavailable", lambda device: None)
+        monkeypatch.setattr(hopper, "unavailable", lambda device: None)
 
     @staticmethod
     def refusal(
@@ -119,8 +120,32 @@ class TestRefusals:
         assert gluon_hopper.supports(one, one, one, lists) is None
 
 
+@pytest.mark.skipif(find_spec("triton") is None, reason="needs the triton package")
+def test_descriptors_are_those_that_triton_makes() -> None:
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    query = torch.zeros(6, 300, 96, dtype=torch.float16)
+    key = torch.zeros(700, 2, 96, dtype=torch.float16).transpose(0, 1)
+    value = torch.zeros(2, 1, 64, dtype=torch.bfloat16)
+    for columns, tensors in ((128, (query, key, key)), (64, (value, value, value))):
+        made = hopper.describe_tiles(*tensors)
+        for descriptor, tensor, rows in zip(made, tensors, (64, 128, 128), strict=True):
+            strides = hopper.tile_strides(tensor)
+            own = TensorDescriptor(
+                tensor, list(tensor.shape), strides, [1, rows, columns], descriptor.layout
+            )
+            assert descriptor.base is tensor
+            assert vars(descriptor) | {"base": None} == vars(own) | {"base": None}
+
+
+def test_heads_run_together_while_their_keys_fit() -> None:
+    key = torch.zeros(8, 1024, 128, dtype=torch.float16)  # 512 KiB of keys and values a head
+    together = [hopper.heads_at_once(key, 32, budget << 10) for budget in (1, 512, 1100, 1 << 20)]
+    assert together == [4, 4, 8, 32]
+
+
 def test_a_cpu_is_refused() -> None:
-    assert "needs a Hopper GPU" in (gluon_hopper.unavailable(torch.device("cpu")) or "")
+    assert "needs a Hopper GPU" in (hopper.unavailable(torch.device("cpu")) or "")
 
 
 def random_inputs(
