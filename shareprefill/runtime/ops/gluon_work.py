@@ -36,6 +36,7 @@ def place_work(i_work, n_heads, n_at_once, n_q):
 
 @gluon.jit
 def write_work(queue, i_round, i_head, i_tile, i_start, n_listed, i_last, i_second):
+    """Hand a work item to the other warps, as `read_work` gives it."""
     items, ready, free = queue
     slot = i_round % ROUNDS
     wait_free(free, i_round)
@@ -57,7 +58,10 @@ def _read_field(item, FIELD: gl.constexpr):
 
 @gluon.jit
 def read_work(queue, i_round):
-    """Work item: head, query tile, start of its list, entries, the last two entries' blocks."""
+    """Work item: head, query tile, start of its list, entries, the last two entries' blocks.
+
+    Without lists the start is free for another number. A head of -1 ends the work.
+    """
     items, ready, free = queue
     slot = i_round % ROUNDS
     wait_tile(ready, i_round)
@@ -73,6 +77,28 @@ def read_work(queue, i_round):
 
 
 @gluon.jit
+def zero_rows(
+    p_rows,
+    stride_on,
+    i_row,
+    n_q_tokens,
+    HEAD_DIM: gl.constexpr,
+    BLOCK_D: gl.constexpr,
+    BLOCK: gl.constexpr,
+):
+    """Write zeros to a tile of the rows of one head, from one warp."""
+    ROWS: gl.constexpr = 256 // BLOCK_D
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [ROWS, BLOCK_D // 8], [1, 1], [1, 0])
+    o_m = gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
+    o_d = gl.arange(0, BLOCK_D, layout=gl.SliceLayout(0, layout))
+    b_zero = gl.zeros([ROWS, BLOCK_D], p_rows.dtype.element_ty, layout)
+    for i_step in range(BLOCK // ROWS):
+        o_row = i_row + i_step * ROWS + o_m
+        p_tile = p_rows + (o_row.to(gl.int64) * stride_on)[:, None] + o_d[None, :]
+        gl.store(p_tile, b_zero, mask=(o_row < n_q_tokens)[:, None] & (o_d < HEAD_DIM)[None, :])
+
+
+@gluon.jit
 def produce(
     rings,
     q_desc,
@@ -82,8 +108,12 @@ def produce(
     n_shared,
     BLOCK: gl.constexpr,
     STAGES: gl.constexpr,
+    HAS_LISTS: gl.constexpr,
 ):
-    """One warp: loads query, key and value tiles by TMA as their places in the rings get free."""
+    """One warp: loads query, key and value tiles by TMA as their places in the rings get free.
+
+    With lists an item's blocks stand in `p_indices`; without they are its last and all before it.
+    """
     queue, q_ring, k_ring, v_ring = rings
     q_tiles, q_ready, q_free = q_ring
     k_tiles, k_ready, k_free = k_ring
@@ -105,8 +135,10 @@ def produce(
         i_group = i_head // n_shared
         p_entry = p_indices + i_start + n_listed - 2
         for i_entry in range(n_listed):
-            # The next index arrives while this one's places get free.
-            i_next = gl.load(p_entry - i_entry, mask=i_entry + 1 < n_listed, other=0)
+            i_next = i_block - 1
+            if HAS_LISTS:
+                # The next index arrives while this one's places get free.
+                i_next = gl.load(p_entry - i_entry, mask=i_entry + 1 < n_listed, other=0)
             slot = i_step % STAGES
             wait_free(k_free, i_step)
             mbarrier.expect(k_ready.index(slot), k_desc.block_type.nbytes)

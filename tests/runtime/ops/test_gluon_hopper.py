@@ -1,4 +1,5 @@
-"""The Hopper kernel: it compiles without a GPU, refuses with a reason, and matches float64."""
+"""The Hopper kernels: they compile without a GPU; the block-sparse one refuses with a reason, and
+matches float64. What the pooled one computes is tested with the other implementations."""
 
 from __future__ import annotations
 
@@ -26,36 +27,48 @@ SHARED_LIMIT = 232_448
 
 # Kernels decorated under the interpreter cannot be compiled: a fresh process does it.
 COMPILE = """
-import json, sys
+import json
 from triton.backends.compiler import GPUTarget
 from triton.compiler import compile
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
-from shareprefill.runtime.ops.block_sparse_attention import gluon_hopper
+from shareprefill.runtime.ops.block_sparse_attention import gluon_hopper as sparse
 from shareprefill.runtime.ops.block_sparse_attention.gluon_kernel import block_sparse_hopper_kernel
+from shareprefill.runtime.ops.pooled_attention import gluon_hopper as pooled
+from shareprefill.runtime.ops.pooled_attention.gluon_kernel import pooled_hopper_kernel
 
-built = {}
-for dim, dtype in ((128, "bf16"), (64, "fp16")):
-    constants = gluon_hopper.kernel_constants(dim, has_lse=True)
+ALIGNED = ("p_out", "p_maps", "p_mass", "stride_oh", "stride_on")
+
+def build(kernel, constants, dtype, **options):
     layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=3)
     tile = f"tensordesc<{dtype}[1, %d, {constants['BLOCK_D']}],{layout!r}>"
     types = {
         "q_desc": tile % 64, "k_desc": tile % 128, "v_desc": tile % 128, "p_out": "*" + dtype,
-        "p_lse": "*fp32", "p_sinks": "*" + dtype, "p_offsets": "*i32", "p_indices": "*i32",
-        "p_pattern": "*i32", "p_next": "*i32", "scale_log2": "fp32", "softcap_log2": "fp32",
+        "p_sinks": "*" + dtype, "scale_log2": "fp32", "softcap_log2": "fp32", "p_heads": "*i64",
+        **dict.fromkeys(["p_lse", "p_maps", "p_mass"], "*fp32"),
+        **dict.fromkeys(["p_offsets", "p_indices", "p_pattern", "p_next"], "*i32"),
     }
-    names = block_sparse_hopper_kernel.arg_names
+    names = kernel.arg_names
     signature = {name: "constexpr" if name in constants else types.get(name, "i32")
                  for name in names}
-    # As at run time: rows of the output are multiples of 16 bytes.
+    # As at run time: rows of the output and of the maps are multiples of 16 bytes.
     attrs = {(place,): [["tt.divisibility", 16]] for place, name in enumerate(names)
-             if name in ("p_out", "stride_oh", "stride_on")}
-    kernel = compile(
-        GluonASTSource(block_sparse_hopper_kernel, signature, constants, attrs),
+             if name in ALIGNED}
+    built = compile(
+        GluonASTSource(kernel, signature, constants, attrs),
         target=GPUTarget("cuda", 90, 32),
-        options=gluon_hopper.launch_options(),
+        options=options,
     )
-    built[f"{dtype} {dim}"] = {"shared": kernel.metadata.shared, "ptx": kernel.asm["ptx"]}
+    return {"shared": built.metadata.shared, "ptx": built.asm["ptx"]}
+
+built = {}
+for dim, dtype in ((128, "bf16"), (64, "fp16")):
+    constants = sparse.kernel_constants(dim, has_lse=True)
+    built[f"sparse {dtype} {dim}"] = build(
+        block_sparse_hopper_kernel, constants, dtype, **sparse.launch_options()
+    )
+    constants = pooled.kernel_constants(dim, has_heads=dim == 64, has_sinks=dim == 64)
+    built[f"pooled {dtype} {dim}"] = build(pooled_hopper_kernel, constants, dtype, num_warps=4)
 print(json.dumps(built))
 """
 
@@ -79,7 +92,7 @@ def test_compiles_for_hopper_without_a_gpu(tmp_path: Path) -> None:
         for instruction in ("wgmma.mma_async", "cp.async.bulk.tensor", "setmaxnreg"):
             assert instruction in built["ptx"], kind
     reports = run.stdout + run.stderr
-    assert reports.count("spill stores") == 2
+    assert reports.count("spill stores") == 4
     # ptxas says so where it lets no two products be under way at one time.
     assert "serialized" not in reports
 

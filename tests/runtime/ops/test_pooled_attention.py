@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from shareprefill.errors import ConfigError, UnsupportedError
+from shareprefill.runtime.ops import hopper
 from shareprefill.runtime.ops.pooled_attention import blockwise, pooled_attention, sample_rows
 
 # The mass of a key block that a row does not see is zero, and its logarithm -inf.
@@ -322,7 +323,7 @@ def test_user_errors_say_what_came() -> None:
 
 def test_gluon_says_what_it_lacks() -> None:
     tensors = inputs((2, 1, 20, 30, 16, 16, 16), torch.float32)
-    with pytest.raises(UnsupportedError, match="impl='gluon' cannot compute this: it runs on Hop"):
+    with pytest.raises(UnsupportedError, match="impl='gluon' needs a Hopper GPU"):
         pooled_attention(*tensors, block_size=16, impl="gluon")
 
 
@@ -351,6 +352,66 @@ def test_a_graph_can_be_captured_and_skipped_heads_cost_no_wait() -> None:
     for one, other in zip(captured, pool(), strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=0)
         assert not one[1].any()
+
+
+needs_hopper = pytest.mark.skipif(
+    not torch.cuda.is_available() or hopper.unavailable(torch.device("cuda")) is not None,
+    reason="the kernel needs a Hopper GPU",
+)
+
+
+@pytest.mark.gpu
+@needs_hopper
+def test_hopper_results_do_not_depend_on_who_draws_a_tile() -> None:
+    query, key, value = inputs((8, 2, 5000, 5100, 128, 128, 128), torch.bfloat16, "cuda")
+    wanted_out, wanted = pooled_attention(query, key, value, block_size=128, impl="gluon")
+    streams = [torch.cuda.Stream() for _ in range(3)]
+    torch.cuda.synchronize()
+    results = []
+    for place in range(12):
+        with torch.cuda.stream(streams[place % 3]):
+            results.append(pooled_attention(query, key, value, block_size=128, impl="gluon"))
+    torch.cuda.synchronize()
+    for out, maps in results:
+        assert torch.equal(maps, wanted)
+        assert out is not None
+        assert wanted_out is not None
+        assert torch.equal(out, wanted_out)
+
+
+@pytest.mark.gpu
+@needs_hopper
+@pytest.mark.parametrize("n_q", [1, 64, 128, 129, 1921])
+@pytest.mark.parametrize("past", [0, 1, 127, 3000])
+def test_hopper_maps_where_tiles_end(n_q: int, past: int) -> None:
+    tensors = inputs((6, 2, n_q, n_q + past, 128, 128, 128), torch.bfloat16, "cuda")
+    exact = [tensor.float() for tensor in tensors]
+    wanted_out, wanted = pooled_attention(*exact, block_size=128, impl="reference")
+    out, maps = pooled_attention(*tensors, block_size=128, impl="gluon")
+    out_limit, map_limit = TOLERANCE[torch.bfloat16]
+    assert out is not None
+    torch.testing.assert_close(out.float(), wanted_out, atol=out_limit, rtol=out_limit)
+    torch.testing.assert_close(maps, wanted, atol=map_limit, rtol=2e-3)
+    torch.testing.assert_close(maps.sum(-1), torch.ones_like(maps[..., 0]), atol=1e-4, rtol=0)
+
+
+@pytest.mark.gpu
+@needs_hopper
+def test_a_new_size_compiles_no_hopper_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    import triton
+
+    compiled = []
+    pooled_attention(
+        *inputs((4, 2, 256, 256, 128, 128, 128), torch.bfloat16, "cuda"),
+        block_size=128,
+        impl="gluon",
+    )
+    hook = "jit_post_compile_hook"
+    monkeypatch.setattr(triton.knobs.runtime, hook, lambda **call: compiled.append(call))
+    for heads, groups, n_q, n_k in ((4, 2, 1, 1), (7, 7, 255, 1111), (16, 2, 640, 641)):
+        tensors = inputs((heads, groups, n_q, n_k, 128, 128, 128), torch.bfloat16, "cuda")
+        pooled_attention(*tensors, block_size=128, impl="gluon")
+    assert not compiled
 
 
 GPU_SHAPES = [

@@ -99,11 +99,12 @@ if generation == (9, 0) and dtype != "fp32" and dim <= 128:
     from triton.experimental.gluon._runtime import GluonASTSource
     from shareprefill.runtime.ops.pooled_attention import gluon_hopper, gluon_kernel
 
-    constants = gluon_hopper.kernel_constants(dim, 4, has_heads=True, has_sinks=True)
+    constants = gluon_hopper.kernel_constants(dim, has_heads=True, has_sinks=True)
     layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=3)
     tile = dtype + "[1, {}, " + str(constants["BLOCK_D"]) + "]," + repr(layout)
     kinds = {name: f"tensordesc<{tile.format(128)}>" for name in ("k_desc", "v_desc")}
     kinds["q_desc"] = f"tensordesc<{tile.format(64)}>"
+    kinds["p_next"] = "*i32"
     result["dot hopper"] = build(
         gluon_kernel.pooled_hopper_kernel, constants, kinds, GluonASTSource, num_warps=4
     )

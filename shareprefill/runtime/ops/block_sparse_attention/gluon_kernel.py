@@ -290,7 +290,7 @@ def block_sparse_hopper_kernel(
                 1, rings, output, n_k_tokens, scales, HEAD_DIM, BLOCK_D, BLOCK, HAS_LSE,
                 HAS_SOFTCAP, HAS_SINKS,
             )),
-            (produce, (rings, q_desc, k_desc, v_desc, p_indices, n_shared, BLOCK, STAGES)),
+            (produce, (rings, q_desc, k_desc, v_desc, p_indices, n_shared, BLOCK, STAGES, True)),
             (schedule, (
                 queue, output, p_next, p_offsets, p_indices, p_pattern, n_heads, n_at_once, n_q,
                 n_k_tokens, HEAD_DIM, BLOCK_D, BLOCK, HAS_LSE, HAS_SINKS,

@@ -10,7 +10,7 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from shareprefill.runtime.ops.gluon_work import place_work, write_work
+from shareprefill.runtime.ops.gluon_work import place_work, write_work, zero_rows
 
 
 @gluon.jit
@@ -26,16 +26,8 @@ def _write_unseen(
 ):
     """A tile whose rows see no key, from one warp."""
     p_out, p_lse, p_sinks, stride_oh, stride_on, n_q_tokens = output
-    ROWS: gl.constexpr = 256 // BLOCK_D
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [ROWS, BLOCK_D // 8], [1, 1], [1, 0])
-    o_m = gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
-    o_d = gl.arange(0, BLOCK_D, layout=gl.SliceLayout(0, layout))
-    b_zero = gl.zeros([ROWS, BLOCK_D], p_out.dtype.element_ty, layout)
     p_rows = p_out + i_head.to(gl.int64) * stride_oh
-    for i_step in range(BLOCK // ROWS):
-        o_row = i_row + i_step * ROWS + o_m
-        p_tile = p_rows + (o_row.to(gl.int64) * stride_on)[:, None] + o_d[None, :]
-        gl.store(p_tile, b_zero, mask=(o_row < n_q_tokens)[:, None] & (o_d < HEAD_DIM)[None, :])
+    zero_rows(p_rows, stride_on, i_row, n_q_tokens, HEAD_DIM, BLOCK_D, BLOCK)
     if HAS_LSE:
         line: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
         o_row = i_row + gl.arange(0, BLOCK, layout=line)

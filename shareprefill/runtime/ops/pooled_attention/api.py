@@ -87,7 +87,7 @@ def pooled_attention(
             assert value is not None
             return gluon_hopper.pool(query, key, value, block_size, scale, heads, sinks)
         if impl == "gluon":
-            raise UnsupportedError(f"impl='gluon' cannot compute this: {missing}; use impl='auto'")
+            raise UnsupportedError(f"impl='gluon' {missing}; or use impl='auto'")
     if impl == "reference":
         pool = reference.pool
     elif impl == "blockwise":
