@@ -180,7 +180,7 @@ def cluster(
     ] = _CLUSTER.gamma,
     slack: Annotated[
         float,
-        typer.Option(help="Mass a sharing head may miss in a pivot's pattern beyond the held-out."),
+        typer.Option(help="Mass less than on held-out prompts with which a head shares."),
     ] = _CLUSTER.slack,
     tau: Annotated[
         float,

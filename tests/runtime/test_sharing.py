@@ -19,6 +19,7 @@ from shareprefill.runtime.patterns import always_blocks, cumulative_pattern, rec
 from shareprefill.runtime.plan import RuntimePlan, make_plan
 from shareprefill.runtime.policies.base import LayerInputs, Selection
 from shareprefill.runtime.policies.smoothed import Smoothed, smooth
+from shareprefill.runtime.session import _moved
 from shareprefill.runtime.sharing import LayerPass
 from shareprefill.runtime.state import ForwardState, Geometry
 from tests.support.allocation import LargestTensor
@@ -446,3 +447,16 @@ def test_numbers_that_are_none_can_be_an_error(model: Any) -> None:
     with pytest.raises(DataError, match=r"layer 0 .* value of heads \[1\]"):
         run(model, policies, inputs, RuntimeConfig(nonfinite="error"))
     run(model, policies, inputs, RuntimeConfig(nonfinite="dense"))
+
+
+def test_what_pivots_gave_moves_along_to_another_device(model: Any) -> None:
+    inputs = tensors(150, 150)
+    online = RuntimeConfig(policy="share", delta=0.9)
+    for config, names in ((RuntimeConfig(), ["patterns"]), (online, ["maps", "elected"])):
+        plan = make_plan(tiny_artifact(model, [[P, S, S, S], [D] * 4, [D] * 4]), config)
+        state = state_of(plan, inputs)
+        pass_of(plan, 0, state, inputs).run()
+        moved = _moved(state, plan, torch.device("cpu"))
+        for name in names:
+            assert getattr(state, name).any()
+            assert torch.equal(getattr(moved, name), getattr(state, name))
