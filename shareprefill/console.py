@@ -74,13 +74,14 @@ def show_training(folder: Path, training: Training) -> None:
 
 
 def show_clusterings(trials: list[Clustering]) -> None:
-    """The numbers of clusters that were tried, the cheapest marked."""
-    best = min(trials, key=lambda trial: trial.cost)
-    table = _table("predicted cost on held-out prompts", "k", "cost", "silhouette", "sharing heads")
+    """The numbers of clusters that were tried, the one that was taken marked."""
+    columns = ("k", "cost", "recall", "silhouette", "sharing heads")
+    table = _table("predicted on held-out prompts", *columns)
     for trial in trials:
         score = "-" if math.isnan(trial.silhouette) else f"{trial.silhouette:.3f}"
-        mark = " *" if trial is best else ""
-        table.add_row(f"{trial.k}{mark}", f"{trial.cost:.4f}", score, str(trial.sharing))
+        mark = " *" if trial.is_best else ""
+        figures = (f"{trial.cost:.4f}", f"{trial.recall:.4f}", score, str(trial.sharing))
+        table.add_row(f"{trial.k}{mark}", *figures)
     _print(table)
 
 

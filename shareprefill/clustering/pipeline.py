@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +29,19 @@ class Clustering:
     Attributes:
         k: Clusters.
         cost: Predicted cost of all heads on held-out prompts, as a share of dense attention.
+        recall: Mean attention mass inside the patterns of all heads there.
         silhouette: Of the labels; NaN where it is not defined.
         sharing: Heads that share another head's pattern.
+        is_best: Whether the artifact is made from it: it costs least or, with a budget, has the
+            largest recall.
     """
 
     k: int
     cost: float
+    recall: float
     silhouette: float
     sharing: int
+    is_best: bool = False
 
 
 def cluster(folder: Path, config: ClusterConfig) -> tuple[Artifact, list[Clustering]]:
@@ -66,7 +71,7 @@ def cluster(folder: Path, config: ClusterConfig) -> tuple[Artifact, list[Cluster
         raise ConfigError(f"k = {config.k} is larger than the number of heads ({heads})")
     linkage = build_linkage(distances, config.linkage)
     layers = torch.arange(len(store.layers)).repeat_interleave(heads // len(store.layers))
-    best: tuple[float, Evidence, list[Choice], Tensor] | None = None
+    best: tuple[float, int, Evidence, list[Choice], Tensor] | None = None
     tried: dict[int, Clustering] = {}
     merits: dict[int, float] = {}
     for pivot_rows in _pivot_rows(store, config):
@@ -78,13 +83,14 @@ def cluster(folder: Path, config: ClusterConfig) -> tuple[Artifact, list[Cluster
             if k not in merits or merit < merits[k]:
                 sharing = sum(c.policy is Policy.SHARE for c in choices)
                 score = silhouette(distances, labels)
-                tried[k] = Clustering(k, total_cost(choices), score, sharing)
+                cost, recall = total_cost(choices), mean_recall(choices)
+                tried[k] = Clustering(k, cost, recall, score, sharing)
                 merits[k] = merit
             if best is None or merit < best[0]:
-                best = (merit, evidence, choices, labels)
+                best = (merit, k, evidence, choices, labels)
     assert best is not None
-    _, evidence, choices, labels = best
-    trials = [tried[k] for k in sorted(tried)]
+    _, taken, evidence, choices, labels = best
+    trials = [replace(tried[k], is_best=k == taken) for k in sorted(tried)]
     artifact = _artifact(store, training, config, evidence, choices, labels, agreed)
     return artifact, trials
 

@@ -54,6 +54,8 @@ def test_auto_takes_the_least_predicted_cost(calibration: Path) -> None:
     artifact, trials = cluster(calibration, ClusterConfig(target_recall=0.8))
     assert len(trials) > 3
     assert artifact.summary["cost"] == pytest.approx(min(t.cost for t in trials), abs=1e-6)
+    (taken,) = [trial for trial in trials if trial.is_best]
+    assert taken.cost == min(trial.cost for trial in trials)
     assert (artifact.recall >= 0.8 - 1e-6).all()
 
 
@@ -102,6 +104,9 @@ def test_the_policies_of_an_artifact_are_consistent(calibration: Path) -> None:
 
 def test_a_budget_bounds_the_density_of_the_artifact(calibration: Path) -> None:
     tight, trials = cluster(calibration, ClusterConfig(budget=0.7))
+    (taken,) = [trial for trial in trials if trial.is_best]
+    assert taken.recall == max(trial.recall for trial in trials)
+    assert tight.summary["recall"] == pytest.approx(taken.recall, abs=1e-6)
     loose, _ = cluster(calibration, ClusterConfig(budget=0.95))
     assert tight.summary["density"] <= 0.7
     assert tight.summary["density"] < loose.summary["density"] <= 0.95
