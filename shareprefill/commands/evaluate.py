@@ -77,6 +77,10 @@ def eval_command(
     ] = _EVAL.cut_middle,
     device: DeviceOption = _EVAL.device,
     dtype: DtypeOption = _EVAL.dtype,
+    workers: Annotated[
+        int,
+        typer.Option(help="Processes with a model each that divide the prompts on the device."),
+    ] = _EVAL.workers,
     out: OutOption = None,
     resume: FreshOption = True,
     html: HtmlOption = False,
@@ -99,6 +103,7 @@ def eval_command(
         max_density=max_density,
         bins=bins,
         cut_middle=cut_middle,
+        workers=workers,
     )
     config = replace(config, model=model_of(artifact, model))
     require_folder(out, html=html)

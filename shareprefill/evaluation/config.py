@@ -49,6 +49,8 @@ class EvalConfig(Stage):
         bins: Ranges of position that perplexity is told for.
         cut_middle: Cut the middle out of a benchmark's rows that are longer than the length, as
             InfiniteBench and LongBench do; otherwise such a row is an error.
+        workers: Processes, each with a model of its own on the same device, that divide the
+            prompts. Of several, the times are those of a shared device.
     """
 
     artifact: str
@@ -65,6 +67,7 @@ class EvalConfig(Stage):
     max_density: float | None = None
     bins: int = 8
     cut_middle: bool = False
+    workers: int = 1
 
     def __post_init__(self) -> None:
         _require(bool(self.artifact), "artifact", self.artifact, "the path of an artifact")
@@ -78,6 +81,7 @@ class EvalConfig(Stage):
         _require(self.samples >= 1, "samples", self.samples, "at least 1")
         _require(self.seed >= 0, "seed", self.seed, "0 or more")
         _require(self.bins >= 1, "bins", self.bins, "at least 1")
+        _require(self.workers >= 1, "workers", self.workers, "at least 1")
         self.runtimes()
 
     def runtimes(self) -> list[RuntimeConfig]:

@@ -36,7 +36,7 @@ class Ledger:
 
     def get(self, facts: dict[str, Any]) -> Outcome | None:
         """The outcome of these facts, if it is there."""
-        return self._found.get(_key(facts))
+        return self._found.get(key_of(facts))
 
     def add(self, facts: dict[str, Any], outcome: Outcome) -> None:
         """Keeps an outcome; it is on the disk when this returns.
@@ -44,7 +44,7 @@ class Ledger:
         Raises:
             DataError: the file cannot be written.
         """
-        key = _key(facts)
+        key = key_of(facts)
         self._found[key] = outcome
         if self._path is None:
             return
@@ -77,6 +77,7 @@ class Ledger:
                 ) from error
 
 
-def _key(facts: dict[str, Any]) -> str:
+def key_of(facts: dict[str, Any]) -> str:
+    """The name of an outcome: the same for equal facts."""
     text = json.dumps(facts, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()

@@ -77,10 +77,7 @@ def make_questions(
         DataError: a file is missing, damaged, or has too few rows.
     """
     check_task(task)
-    if longest is not None and length > longest:
-        raise ConfigError(
-            f"length = {length} is beyond the model's maximum of {longest} tokens; lower --lengths"
-        )
+    check_length(length, longest)
     kind, _, address = task.partition(":")
     if kind in GENERATED:
         return [_generated(kind, length, config.seed, n, tokenizer) for n in range(config.samples)]
@@ -97,6 +94,22 @@ def make_questions(
             "samples are wanted; lower --samples or --lengths, or name more text"
         )
     return found
+
+
+def check_length(length: int, longest: int | None) -> None:
+    """Checks that a model reads prompts of a length.
+
+    Args:
+        length: Tokens a prompt, at most.
+        longest: Tokens that the model reads at most; None: any number.
+
+    Raises:
+        ConfigError: it does not.
+    """
+    if longest is not None and length > longest:
+        raise ConfigError(
+            f"length = {length} is beyond the model's maximum of {longest} tokens; lower --lengths"
+        )
 
 
 def check_task(task: str) -> None:

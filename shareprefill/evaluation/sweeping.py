@@ -12,11 +12,13 @@ from shareprefill.calib.store import MapStore
 from shareprefill.clustering.pipeline import cluster
 from shareprefill.config import ClusterConfig, RuntimeConfig
 from shareprefill.errors import ConfigError
+from shareprefill.evaluation.bench import Bench
 from shareprefill.evaluation.config import SweepConfig
 from shareprefill.evaluation.frontier import knee
+from shareprefill.evaluation.jobs import Progress, artifact_digest
 from shareprefill.evaluation.ledger import Ledger
 from shareprefill.evaluation.measurement import Variant
-from shareprefill.evaluation.pipeline import Bench, Progress, digest, output_folder
+from shareprefill.evaluation.pipeline import output_folder
 from shareprefill.evaluation.questions import check_task
 from shareprefill.evaluation.results import SCHEMA, Cell, Summary, summarize_cells
 
@@ -138,7 +140,7 @@ def sweep(
     dense, *summaries = summarize_cells(tuple(cells))
     return Sweep(
         config,
-        {**bench.context(), "artifact": digest(artifact)},
+        {**bench.subject.context, "artifact": artifact_digest(artifact)},
         dense,
         tuple(_curve(name, summaries) for name in variants),
         tuple(cells),

@@ -1,0 +1,157 @@
+"""Several processes, each with a model of its own, that divide the prompts between them.
+
+One process keeps a GPU busy only where its kernels are long: at a few thousand tokens most of the
+time goes into starting them. Processes beside each other fill the gaps.
+"""
+
+from __future__ import annotations
+
+import functools
+import multiprocessing
+import os
+import threading
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+
+from shareprefill.artifact import load_artifact
+from shareprefill.errors import ArtifactError, ConfigError, ModelError
+from shareprefill.evaluation.bench import Bench
+from shareprefill.evaluation.config import EvalConfig
+from shareprefill.evaluation.jobs import Job, Result, Subject, artifact_digest, variants_of
+from shareprefill.evaluation.measurement import Outcome, Variant
+from shareprefill.evaluation.questions import Question
+
+_Setting = tuple[EvalConfig, str, bool]
+"""Configuration, the artifact's digest, and whether the repository's code is run."""
+
+
+class WorkerPool:
+    """The workers of an evaluation, to be entered with `with`; they end with it.
+
+    They begin to load their models at once.
+
+    Args:
+        config: Artifact, model and number of workers.
+        digest: Of the artifact that they must find.
+        trust_remote_code: Run the model repository's own code.
+    """
+
+    def __init__(self, config: EvalConfig, digest: str, trust_remote_code: bool) -> None:
+        self._setting = (config, digest, trust_remote_code)
+        threads = max(1, torch.get_num_threads() // config.workers)
+        # A forked process could not use CUDA where this one has.
+        self._pool = ProcessPoolExecutor(
+            config.workers,
+            mp_context=multiprocessing.get_context("spawn"),
+            initializer=_begin,
+            initargs=(threads,),
+        )
+        # As many as there are workers, so that all of them start.
+        self._subjects = [self._pool.submit(_subject, self._setting) for _ in range(config.workers)]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+    def subject(self) -> Subject:
+        """The model of the workers.
+
+        Raises:
+            ModelError: they do not have the same one.
+            ShareprefillError: one of them could not load it; see `pipeline.evaluate`.
+        """
+        with self._whole():
+            found = [future.result() for future in self._subjects]
+        if any(other != found[0] for other in found):
+            raise ModelError("the workers have different models: it changed while they loaded it")
+        return found[0]
+
+    def run(self, jobs: Iterable[Job]) -> Iterator[Result]:
+        """Runs jobs, whichever worker is free taking the next.
+
+        Raises:
+            ConfigError: a worker was killed, or the device has too little memory.
+        """
+        with self._whole():
+            futures = {
+                self._pool.submit(_outcomes, self._setting, *_sent(job)): job for job in jobs
+            }
+            for future in as_completed(futures):
+                job = futures[future]
+                for column, outcome in zip(job.columns, future.result(), strict=True):
+                    yield job, column, outcome
+
+    @contextmanager
+    def _whole(self) -> Iterator[None]:
+        """Tells in words that a worker is gone."""
+        try:
+            yield
+        except BrokenProcessPool as error:
+            raise ConfigError(
+                "a worker ended before its work (killed, perhaps for memory): lower --workers "
+                f"({self._setting[0].workers}); finished outcomes in --out are used again"
+            ) from error
+
+
+def _sent(job: Job) -> tuple[Any, ...]:
+    """A job in plain values: tensors would go through shared memory."""
+    question = job.question
+    asked = (question.input_ids.tolist(), question.metric, question.reference, question.new_tokens)
+    return asked, job.length, job.columns, job.warm_up
+
+
+def _begin(threads: int) -> None:
+    """Prepares a worker."""
+    torch.set_num_threads(threads)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """Ends a worker whose parent was killed: it would wait, and hold its memory, for ever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def _subject(setting: _Setting) -> Subject:
+    bench, _ = _loaded(setting)
+    return bench.subject
+
+
+def _outcomes(
+    setting: _Setting,
+    asked: tuple[Any, ...],
+    length: int,
+    columns: tuple[int, ...],
+    warm_up: bool,
+) -> list[Outcome]:
+    bench, variants = _loaded(setting)
+    ids, *rest = asked
+    job = Job(Question(torch.tensor(ids), *rest), length, columns, warm_up)
+    return [outcome for _, _, outcome in bench.run(variants, [job])]
+
+
+@functools.cache
+def _loaded(setting: _Setting) -> tuple[Bench, list[Variant]]:
+    """A worker's model, and what it measures."""
+    config, digest, trust_remote_code = setting
+    artifact = load_artifact(config.artifact)
+    if artifact_digest(artifact) != digest:
+        raise ArtifactError(f"{config.artifact} changed while the workers began: run it again")
+    name = config.model or artifact.model
+    bench = Bench.load(name, config, trust_remote_code=trust_remote_code)
+    return bench, variants_of(config, artifact)
