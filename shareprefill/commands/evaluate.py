@@ -84,6 +84,13 @@ def eval_command(
     out: OutOption = None,
     resume: FreshOption = True,
     html: HtmlOption = False,
+    plot: Annotated[
+        Path | None,
+        typer.Option(help="Write the frontier of all policies as a figure: .svg or .png."),
+    ] = None,
+    markdown: Annotated[
+        Path | None, typer.Option(help="Write the tables as Markdown into this file.")
+    ] = None,
     trust_remote_code: RemoteCodeOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -107,7 +114,10 @@ def eval_command(
     )
     config = replace(config, model=model_of(artifact, model))
     require_folder(out, html=html)
+    require_plot(plot, measure=measure)
     from shareprefill.console import progress
+    from shareprefill.evaluation.export import frontier_figure
+    from shareprefill.evaluation.export import markdown as as_markdown
     from shareprefill.evaluation.frontier import TARGET_RECALL
     from shareprefill.evaluation.page import (
         evaluation_page,
@@ -116,7 +126,8 @@ def eval_command(
         summary_table,
     )
     from shareprefill.evaluation.pipeline import evaluate
-    from shareprefill.files import atomic_write_text
+    from shareprefill.files import atomic_write_bytes, atomic_write_text
+    from shareprefill.report.drawing import figure_file
 
     with progress("outcomes") as advance:
         found = evaluate(
@@ -130,6 +141,10 @@ def eval_command(
         atomic_write_text(out / "evaluation.json", found.to_json())
         if html:
             atomic_write_text(out / "evaluation.html", evaluation_page(found))
+    if plot is not None:
+        atomic_write_bytes(plot, figure_file(frontier_figure(found), plot.suffix[1:]))
+    if markdown is not None:
+        atomic_write_text(markdown, as_markdown(found))
     if as_json:
         typer.echo(found.to_json(), nl=False)
         return
@@ -167,6 +182,22 @@ def require_folder(out: Path | None, *, html: bool) -> None:
     """
     if html and out is None:
         raise ConfigError("--html needs a folder to write the page into: name it with --out")
+
+
+def require_plot(plot: Path | None, *, measure: bool) -> None:
+    """Refuses a plot that could not be drawn.
+
+    Raises:
+        ConfigError: its file is of no known kind, or recall is not measured.
+    """
+    if plot is None:
+        return
+    from shareprefill.report.drawing import FILE_KINDS
+
+    if plot.suffix[1:] not in FILE_KINDS:
+        raise ConfigError(f"plot = {str(plot)!r} is not allowed: it must end in .svg or .png")
+    if not measure:
+        raise ConfigError("--plot shows recall, which --no-measure leaves out: drop one of them")
 
 
 def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

@@ -245,7 +245,7 @@ def _line(
     )
 
 
-def _nearest_labels(evaluation: Evaluation) -> list[str]:
+def nearest_labels(evaluation: Evaluation) -> list[str]:
     """One label a policy: of its settings, the one whose recall is nearest to the target."""
     nearest: dict[str, tuple[float, str]] = {}
     for summary in evaluation.summaries():
@@ -263,7 +263,7 @@ def _add_layer_errors(page: Page, evaluation: Evaluation) -> None:
         return
     from matplotlib.figure import Figure
 
-    labels = _nearest_labels(evaluation)
+    labels = nearest_labels(evaluation)
     with figure_style():
         figure = Figure(figsize=(7.2, 3.6), layout="constrained")
         panel = figure.subplots()
@@ -299,7 +299,7 @@ def _add_positions(page: Page, evaluation: Evaluation) -> None:
     from matplotlib.figure import Figure
 
     page.heading("Perplexity by position")
-    labels = _nearest_labels(evaluation)
+    labels = nearest_labels(evaluation)
     for task, length in dict.fromkeys((cell.task, cell.length) for cell in cells):
         with figure_style():
             figure = Figure(figsize=(7.2, 3.4), layout="constrained")

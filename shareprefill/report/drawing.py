@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from html import escape
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
 
 from shareprefill.files import printable
@@ -27,6 +27,8 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 SEQUENTIAL, DIVERGING = "viridis", "RdBu_r"
 
 PIXELS_PER_INCH = 96  # of CSS
+FILE_KINDS = ("svg", "png")
+_DOTS = 144  # an inch of a PNG
 _SALT = "shareprefill"
 _SCHEME = {INK: "var(--ink)", MUTED: "var(--muted)", RULE: "var(--rule)", PAPER: "var(--paper)"}
 _SVG = "{http://www.w3.org/2000/svg}"
@@ -106,7 +108,7 @@ def inline_svg(figure: Figure, label: str, name: str, style_class: Callable[[str
     Returns:
         The element.
     """
-    root = ElementTree.fromstring(_draw(figure))  # noqa: S314  matplotlib wrote it, not a stranger
+    root = ElementTree.fromstring(_draw(figure, transparent=True))  # noqa: S314  matplotlib wrote it, not a stranger
     for defs in root.iter(f"{_SVG}defs"):
         for style in defs.findall(f"{_SVG}style"):
             defs.remove(style)
@@ -122,13 +124,27 @@ def inline_svg(figure: Figure, label: str, name: str, style_class: Callable[[str
     return _element(root, names, style_class)
 
 
-def _draw(figure: Figure) -> str:
+def figure_file(figure: Figure, kind: str) -> bytes:
+    """A figure as a file of its own, on the pages' light ground, the same for an equal figure.
+
+    Args:
+        figure: To draw.
+        kind: One of `FILE_KINDS`.
+    """
+    if kind == "svg":
+        return _draw(figure, facecolor=PAPER).encode()
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format=kind, dpi=_DOTS, facecolor=PAPER, metadata={"Software": None})
+    return drawn.getvalue()
+
+
+def _draw(figure: Figure, **ground: Any) -> str:
     from matplotlib import rc_context
 
     drawn = io.StringIO()
     nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": _SALT}):
-        figure.savefig(drawn, format="svg", transparent=True, metadata=nothing)
+        figure.savefig(drawn, format="svg", metadata=nothing, **ground)
     return drawn.getvalue()
 
 

@@ -39,7 +39,8 @@ def sp_eval(folder: Path, *options: object) -> Result:
 def test_a_table_and_files(folder: Path, tmp_path: Path) -> None:
     options = ("--tasks", "variable_tracking,perplexity", "--policies", "sampled,dense")
     gammas = ("--gamma", 0.5, "--gamma", 0.9)
-    result = sp_eval(folder, *options, *gammas, "--out", tmp_path, "--html")
+    files = ("--plot", tmp_path / "frontier.svg", "--markdown", tmp_path / "tables.md")
+    result = sp_eval(folder, *options, *gammas, "--out", tmp_path, "--html", *files)
     assert result.exit_code == 0, result.output
     for words in ("policies, over all tasks and lengths", "by task", "sampled, gamma 0.5"):
         assert words in result.stdout
@@ -47,6 +48,8 @@ def test_a_table_and_files(folder: Path, tmp_path: Path) -> None:
     assert evaluation.config.gammas == (0.5, 0.9)
     assert len(evaluation.cells) == 2 * 3
     assert "<svg" in (tmp_path / "evaluation.html").read_text()
+    assert ">sampled</text>" in (tmp_path / "frontier.svg").read_text()
+    assert "| sampled, gamma 0.5 |" in (tmp_path / "tables.md").read_text()
     # The same again, from the outcomes that are kept.
     stamp = (tmp_path / "outcomes.jsonl").stat().st_mtime_ns
     again = sp_eval(folder, *options, *gammas, "--out", tmp_path, "--json")
@@ -74,6 +77,9 @@ def test_all_policies_run(folder: Path) -> None:
         (("--lengths", "4k"), "lengths = '4k'"),
         (("--tasks", ""), r"tasks = \(\)"),
         (("--html",), "--html needs a folder"),
+        (("--plot", "frontier.gif"), "must end in .svg or .png"),
+        (("--plot", "frontier.svg", "--no-measure"), "--plot shows recall"),
+        (("--workers", 0), "workers = 0"),
     ],
 )
 def test_bad_options(folder: Path, options: tuple, message: str) -> None:
