@@ -1,6 +1,6 @@
 """Times the operators of shareprefill on structured block lists, and others' kernels beside them.
 
-    python benchmarks/bench_kernels.py --baseline --json kernels.json
+    python benchmarks/bench_kernels.py --baseline --json kernels.json --markdown kernels.md
     python benchmarks/bench_kernels.py --device cpu --tokens 2048 --heads 4 --kv-heads 2
 
 Lists hold sink blocks, a local window, per-pattern vertical columns and random blocks, from a fixed
@@ -8,67 +8,78 @@ seed; block counts are exact, so that the density is the one asked for. TFLOP/s 
 visible token pair of the computed blocks (2 D where no output is made). `floor` is the least time
 that the device's measured rates allow: all products, each tensor read or written once, or an
 exponential for each pair. Of other kernels the time is without making their lists; of
-`impl="fa4"` with. All ratios are of one run, on one device, for the versions that the header names.
+`impl="fa4"` with. `ms` are medians of `do_bench`, `device ms` are without the host (timing.py). All
+ratios are of one run, on one device, for the versions that the header names. A kernel of others
+that fails is a line "missing"; a failing kernel of our own ends the run.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import platform
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
+from goals import comparison_table
 from kernel_cases import (
     CUDNN,
     FLASH,
-    Call,
-    Ceilings,
     FlashAttention4,
     Flex,
     dense_baseline,
     density,
-    measure_ceilings,
-    median_ms,
+    failures,
     missing_baseline,
     structured_lists,
     visible_pairs,
 )
+from kernel_tables import (
+    DENSE,
+    FA4,
+    HEAD,
+    MAP,
+    OUTPUT_AND_MAP,
+    POOLED,
+    ROWS,
+    SAMPLED,
+    SPARSE,
+    Row,
+    line,
+    markdown,
+    ratios,
+)
+from provenance import provenance
+from timing import Call, Ceilings, measure, measure_ceilings
 
-import shareprefill
 from shareprefill.errors import UnsupportedError
 from shareprefill.runtime.ops.block_sparse_attention import block_sparse_attention
 from shareprefill.runtime.ops.blocks import BlockLists, causal_blocks
 from shareprefill.runtime.ops.implementations import ATTENTION
 from shareprefill.runtime.ops.pooled_attention import pooled_attention, sample_rows
 
-__all__ = ["dense_baseline", "main", "median_ms"]
-
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 BASELINES = ("flash", "cudnn", "flex", "fa4")
-SAMPLED = 8
-FA4 = FlashAttention4.name
-DENSE, SPARSE, POOLED, ROWS = "dense", "block sparse", "pooled, all rows", f"pooled, {SAMPLED} rows"
 
 
 @dataclass(frozen=True)
-class Row:
-    """One measurement, or why it is missing."""
+class Work:
+    """What a kernel has to do, at the least.
 
-    tokens: int
-    task: str
-    name: str
-    density: float
-    wanted: float
-    missing: str | None = None
-    ms: float | None = None
-    tflops: float | None = None
-    floor_ms: float | None = None
-    bound: str | None = None
-    first_call_ms: float | None = None
-    difference: float | None = None
+    Attributes:
+        pairs: Token pairs, summed over heads.
+        flops_per_dim: Operations of a pair, by head dimension.
+        n_bytes: Bytes that are read or written once.
+        density: Achieved, in computed blocks over causal blocks (of sampled rows: their share).
+        wanted: The density that was asked for.
+    """
+
+    pairs: int
+    flops_per_dim: int
+    n_bytes: float
+    density: float = 1.0
+    wanted: float = 1.0
 
 
 class Bench:
@@ -93,50 +104,38 @@ class Bench:
     def run(self) -> list[Row]:
         """All rows, printed as they come."""
         self._dense()
-        for wanted in self.options.density:
+        for wanted in (*self.options.density, 1.0):
             self._sparse(wanted)
-        self._sparse(1.0)
         self._pooled()
         return self.rows
 
     def _dense(self) -> None:
         tensors = (self.query, self.key, self.value)
-        pairs = self.options.heads * self.n_tokens * (self.n_tokens + 1) // 2
+        work = Work(self._causal_pairs(), 4, self._bytes())
         best = dense_baseline(self.query, self.key)
         own = best.inputs(*tensors)
-        cases: dict[str, Call] = {best.name: lambda: best(*own)}
         self.expected = None
-        for key, name in (("cudnn", CUDNN.name), ("flash", FLASH.name), ("fa4", FA4)):
-            if key not in self.options.baseline or name in cases:
-                continue
-            missing = missing_baseline(key, self.query, self.key)
-            if missing is not None:
-                self._miss(DENSE, name, 1.0, missing)
-            elif key == "fa4":
-                cases[name] = FlashAttention4().dense(*tensors)
-            else:
-                dense = CUDNN if key == "cudnn" else FLASH
-                cases[name] = lambda dense=dense: dense(*tensors)
-        for name, call in cases.items():
-            self._measure(DENSE, name, call, pairs, 4, 1.0, 1.0, self._bytes())
+        self._measure_other(DENSE, best.name, lambda: lambda: best(*own), work)
+        for key, baseline in (("cudnn", CUDNN), ("flash", FLASH)):
+            if key in self.options.baseline and baseline.name != best.name:
+                self._measure_baseline(
+                    key, DENSE, baseline.name, lambda b=baseline: lambda: b(*tensors), work
+                )
+        if "fa4" in self.options.baseline:
+            self._measure_baseline(
+                "fa4", DENSE, FA4, lambda: FlashAttention4().dense(*tensors), work
+            )
 
     def _sparse(self, wanted: float) -> None:
         options, tensors = self.options, (self.query, self.key, self.value)
-        if wanted == 1.0:
-            bitmap = causal_blocks(self.n_tokens, 0, options.block_size, device=options.device)
-            pattern = torch.zeros(options.heads, device=options.device)
-            lists = BlockLists.from_bitmap(bitmap[None], pattern, options.block_size)
-        else:
-            lists = structured_lists(
-                self.n_tokens,
-                options.block_size,
-                options.heads,
-                wanted,
-                options.device,
-                options.seed,
-            )
-        pairs, share = visible_pairs(lists, self.n_tokens), density(lists, self.n_tokens)
-        n_bytes = self._bytes() + 4 * len(lists.indices)
+        lists = self._lists(wanted)
+        work = Work(
+            visible_pairs(lists, self.n_tokens),
+            4,
+            self._bytes() + 4 * len(lists.indices),
+            density(lists, self.n_tokens),
+            wanted,
+        )
         self.expected = None
         out = torch.empty_like(self.query)
         for impl in ATTENTION:
@@ -146,88 +145,112 @@ class Bench:
             def own(impl: str = impl) -> torch.Tensor:
                 return block_sparse_attention(*tensors, lists, out=out, impl=impl)
 
-            self._measure(SPARSE, f"impl={impl}", own, pairs, 4, share, wanted, n_bytes)
+            self._measure(SPARSE, f"impl={impl}", own, work)
         for key, baseline in (("fa4", FlashAttention4), ("flex", Flex)):
-            if key not in options.baseline:
-                continue
-            missing = missing_baseline(key, self.query, self.key)
-            if missing is not None:
-                self._miss(SPARSE, baseline.name, wanted, missing)
-                continue
-            call = options.others.setdefault(key, baseline()).sparse(*tensors, lists)
-            self._measure(SPARSE, baseline.name, call, pairs, 4, share, wanted, n_bytes)
+            if key in options.baseline:
+                self._measure_baseline(
+                    key,
+                    SPARSE,
+                    baseline.name,
+                    lambda key=key, kind=baseline: options.others.setdefault(key, kind()).sparse(
+                        *tensors, lists
+                    ),
+                    work,
+                )
+
+    def _lists(self, wanted: float) -> BlockLists:
+        options = self.options
+        if wanted < 1.0:
+            return structured_lists(
+                self.n_tokens,
+                options.block_size,
+                options.heads,
+                wanted,
+                options.device,
+                options.seed,
+            )
+        bitmap = causal_blocks(self.n_tokens, 0, options.block_size, device=options.device)
+        pattern = torch.zeros(options.heads, dtype=torch.int32, device=options.device)
+        return BlockLists.from_bitmap(bitmap[None], pattern, options.block_size)
 
     def _pooled(self) -> None:
         options = self.options
         size = options.block_size
-        pairs = options.heads * self.n_tokens * (self.n_tokens + 1) // 2
         rows = sample_rows(self.n_tokens, size, min(SAMPLED, size), options.device)
-        sampled = options.heads * int((rows + 1).sum())
         map_bytes = 4 * options.heads * len(rows) ** 2
         self.expected = None
         self._measure(
             POOLED,
-            "output and map",
+            OUTPUT_AND_MAP,
             lambda: pooled_attention(self.query, self.key, self.value, block_size=size),
-            pairs,
-            4,
-            1.0,
-            1.0,
-            self._bytes() + map_bytes,
+            Work(self._causal_pairs(), 4, self._bytes() + map_bytes),
         )
         share = rows.numel() / self.n_tokens
-        few_bytes = self._bytes() * options.kv_heads / (2 * (options.heads + options.kv_heads))
+        few_bytes = self.key.nbytes + share * self.query.nbytes + map_bytes
         self._measure(
             ROWS,
-            "map",
+            MAP,
             lambda: pooled_attention(self.query, self.key, rows=rows, block_size=size),
-            sampled,
-            2,
-            share,
-            share,
-            few_bytes + share * self.query.nbytes + map_bytes,
+            Work(options.heads * int((rows + 1).sum()), 2, few_bytes, share, share),
         )
+
+    def _causal_pairs(self) -> int:
+        return self.options.heads * self.n_tokens * (self.n_tokens + 1) // 2
 
     def _bytes(self) -> int:
         """Query, keys, values and output, each once."""
         return 2 * self.query.nbytes + self.key.nbytes + self.value.nbytes
 
-    def _miss(self, task: str, name: str, wanted: float, reason: str) -> None:
-        self._add(Row(self.n_tokens, task, name, wanted, wanted, missing=reason))
-
-    def _measure(
-        self,
-        task: str,
-        name: str,
-        call: Call,
-        pairs: int,
-        flops_per_pair: int,
-        share: float,
-        wanted: float,
-        n_bytes: float,
+    def _measure_baseline(
+        self, key: str, task: str, name: str, make: Callable[[], Call], work: Work
     ) -> None:
+        missing = missing_baseline(key, self.query, self.key)
+        if missing is None:
+            self._measure_other(task, name, make, work)
+        else:
+            self._miss(task, name, work, missing)
+
+    def _measure_other(self, task: str, name: str, make: Callable[[], Call], work: Work) -> None:
+        """A kernel of others: what it raises is a line, unless the device is lost with it."""
         try:
-            first, median = median_ms(call, self.options.device)
-        except UnsupportedError as error:
-            self._miss(task, name, wanted, str(error))
+            self._measure(task, name, make(), work)
             return
-        flops = flops_per_pair * self.options.head_dim * pairs
-        floor, bound = self.ceilings.floor(flops, n_bytes, pairs)
+        # The tuple is made when an error is caught: by then a kernel's compiler is imported.
+        except failures() as error:
+            reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+        if self.options.device == "cuda":
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+        self._miss(task, name, work, reason[:200])
+
+    def _measure(self, task: str, name: str, call: Call, work: Work) -> None:
+        try:
+            found = measure(call, self.options.device)
+        except UnsupportedError as error:
+            self._miss(task, name, work, str(error))
+            return
+        flops = work.flops_per_dim * self.options.head_dim * work.pairs
+        floor, bound = self.ceilings.floor(flops, work.n_bytes, work.pairs)
         self._add(
             Row(
                 self.n_tokens,
                 task,
                 name,
-                share,
-                wanted,
-                ms=median,
-                tflops=flops / median / 1e9,
+                work.density,
+                work.wanted,
+                ms=found.median,
+                device_ms=found.device,
+                host_ms=found.host,
+                tflops=flops / found.median / 1e9,
                 floor_ms=floor,
                 bound=bound,
-                first_call_ms=first,
+                first_call_ms=found.first,
                 difference=self._difference(call()),
             )
         )
+
+    def _miss(self, task: str, name: str, work: Work, reason: str) -> None:
+        self._add(Row(self.n_tokens, task, name, work.density, work.wanted, missing=reason))
 
     def _difference(self, result: object) -> float | None:
         """Relative distance to the first result of the same task; a wrong kernel shows here."""
@@ -242,126 +265,7 @@ class Bench:
 
     def _add(self, row: Row) -> None:
         self.rows.append(row)
-        print(_line(row), flush=True)
-
-
-LINE = "{:>7}  {:<17} {:<24} {:>7} {:>9} {:>8} {:>9} {:<12} {:>9} {:>9}"
-HEAD = LINE.format(
-    "tokens",
-    "task",
-    "kernel",
-    "density",
-    "ms",
-    "TFLOP/s",
-    "floor ms",
-    "bound by",
-    "first ms",
-    "off by",
-)
-
-
-def _line(row: Row) -> str:
-    if row.missing is not None:
-        start = LINE.format(row.tokens, row.task, row.name, f"{row.density:.3f}", *[""] * 6)
-        return f"{start.rstrip()}  missing: {row.missing}"
-    return LINE.format(
-        row.tokens,
-        row.task,
-        row.name,
-        f"{row.density:.3f}",
-        f"{row.ms:.3f}",
-        f"{row.tflops:.3g}",
-        f"{row.floor_ms:.3f}",
-        row.bound,
-        f"{row.first_call_ms:.0f}",
-        "" if row.difference is None else f"{row.difference:.1e}",
-    )
-
-
-def ratios(rows: list[Row], options: argparse.Namespace) -> list[dict[str, object]]:
-    """The comparisons that the project is measured by, one for each length and density."""
-    found: list[dict[str, object]] = []
-
-    def best(tokens: int, task: str, wanted: float, names: tuple[str, ...]) -> Row | None:
-        rows_ms = [
-            row
-            for row in rows
-            if (row.tokens, row.task, row.wanted) == (tokens, task, wanted)
-            and row.ms is not None
-            and row.name in names
-        ]
-        return min(rows_ms, key=lambda row: row.ms or 0.0, default=None)
-
-    def compare(tokens: int, what: str, one: Row | None, other: Row | None) -> None:
-        known = one is not None and other is not None and one.ms and other.ms
-        found.append(
-            {
-                "tokens": tokens,
-                "what": what,
-                "kernel": None if one is None else one.name,
-                "against": None if other is None else other.name,
-                "ratio": one.ms / other.ms if known else None,
-            }
-        )
-
-    ours = tuple(f"impl={impl}" for impl in ATTENTION if impl != "fa4")
-    for tokens in options.tokens:
-        dense = {row.name for row in rows if row.task == DENSE and row.name != FA4}
-        sdpa = best(tokens, DENSE, 1.0, tuple(dense))
-        fa4_dense = best(tokens, DENSE, 1.0, (FA4,))
-        for wanted in (*options.density, 1.0):
-            own = best(tokens, SPARSE, wanted, ours)
-            for other in (FA4, Flex.name):
-                what = f"own block sparse, d {wanted:g} / {other}"
-                compare(tokens, what, own, best(tokens, SPARSE, wanted, (other,)))
-            fastest = best(tokens, SPARSE, wanted, (*ours, "impl=fa4"))
-            compare(tokens, f"fastest impl, d {wanted:g} / SDPA", fastest, sdpa)
-            compare(tokens, f"fastest impl, d {wanted:g} / FA-4 dense", fastest, fa4_dense)
-        compare(tokens, f"{POOLED} / SDPA", best(tokens, POOLED, 1.0, ("output and map",)), sdpa)
-        share = next((row.wanted for row in rows if (row.tokens, row.task) == (tokens, ROWS)), 0.0)
-        compare(tokens, f"{ROWS} / SDPA", best(tokens, ROWS, share, ("map",)), sdpa)
-    return found
-
-
-def print_ratios(found: list[dict[str, object]], lengths: list[int]) -> None:
-    """One line for each comparison, a column for each length; "-": one side is missing."""
-    print("\n{:<44}".format("time / time") + "".join(f"{tokens:>26}" for tokens in lengths))
-    for what in dict.fromkeys(row["what"] for row in found):
-        cells = []
-        for tokens in lengths:
-            row = next(r for r in found if (r["tokens"], r["what"]) == (tokens, what))
-            ratio = row["ratio"]
-            cells.append("-" if ratio is None else f"{ratio:.3f} ({row['kernel']})")
-        print(f"{what:<44}" + "".join(f"{cell:>26}" for cell in cells))
-
-
-def header(options: argparse.Namespace, ceilings: Ceilings) -> dict[str, object]:
-    """Device, versions and sizes that the numbers belong to."""
-    on_gpu = options.device == "cuda"
-    return {
-        "device": torch.cuda.get_device_name() if on_gpu else platform.machine(),
-        "threads": torch.get_num_threads(),
-        "shareprefill": shareprefill.__version__,
-        "torch": torch.__version__,
-        "triton": _version("triton"),
-        "flash-attn-4": _version("flash-attn-4"),
-        "cuda": torch.version.cuda,
-        "cudnn": torch.backends.cudnn.version() if on_gpu else None,
-        "dtype": options.dtype,
-        "heads": options.heads,
-        "kv_heads": options.kv_heads,
-        "head_dim": options.head_dim,
-        "block_size": options.block_size,
-        "seed": options.seed,
-        "ceilings": asdict(ceilings),
-    }
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "none"
+        print(line(row), flush=True)
 
 
 def parse() -> argparse.Namespace:
@@ -384,6 +288,8 @@ def parse() -> argparse.Namespace:
         help="others' kernels too, all or those named; one that cannot run is printed as missing",
     )
     parser.add_argument("--json", type=Path, help="also write the numbers to this file")
+    parser.add_argument("--markdown", type=Path, help="also write tables of Markdown to this file")
+    parser.add_argument("--commit", help="the commit, where the sources are without git's files")
     options = parser.parse_args()
     on_gpu = options.device == "cuda"
     if on_gpu and not torch.cuda.is_available():
@@ -398,8 +304,11 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     options = parse()
     ceilings = measure_ceilings(options.device, DTYPES[options.dtype])
-    facts = header(options, ceilings)
-    print(" ".join(f"{name}={value}" for name, value in facts.items() if name != "ceilings"))
+    sizes = ("dtype", "heads", "kv_heads", "head_dim", "block_size", "seed")
+    facts = provenance(options.device, options.commit)
+    facts |= {name: getattr(options, name) for name in sizes}
+    print(" ".join(f"{name}={value}" for name, value in facts.items()))
+    facts["ceilings"] = asdict(ceilings)
     print(
         f"measured: {ceilings.flops / 1e12:.3g} TFLOP/s, {ceilings.bytes / 1e12:.3g} TB/s"
         + ("" if ceilings.exponentials is None else f", {ceilings.exponentials / 1e12:.3g} Texp/s")
@@ -408,11 +317,18 @@ def main() -> None:
     rows: list[Row] = []
     for n_tokens in options.tokens:
         rows += Bench(options, n_tokens, ceilings).run()
-    found = ratios(rows, options)
-    print_ratios(found, options.tokens)
-    if options.json:
-        numbers = {"facts": facts, "results": [asdict(row) for row in rows], "ratios": found}
-        options.json.write_text(json.dumps(numbers, indent=1) + "\n")
+        # After every length: a run that is cut off keeps what it has.
+        found = ratios(rows, options.density)
+        if options.json:
+            numbers = {
+                "facts": facts,
+                "results": [asdict(row) for row in rows],
+                "ratios": [asdict(row) for row in found],
+            }
+            options.json.write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
+        if options.markdown:
+            options.markdown.write_text(markdown(facts, rows, found), encoding="utf-8")
+    print("\n" + "\n".join(comparison_table(found)))
 
 
 if __name__ == "__main__":

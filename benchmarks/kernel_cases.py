@@ -1,21 +1,18 @@
-"""What bench_kernels.py times: block lists, the kernels of others, and what bounds any kernel."""
+"""What bench_kernels.py times: block lists, and the kernels of others."""
 
 from __future__ import annotations
 
-import importlib.util
-import statistics
-import time
-from collections.abc import Callable
+import sys
 from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
+from timing import Call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from shareprefill.runtime.ops.blocks import BlockLists, causal_blocks
 
 SINK_BLOCKS, LOCAL_BLOCKS = 1, 2
-Call = Callable[[], object]
 
 
 def structured_lists(
@@ -40,7 +37,7 @@ def structured_lists(
     kept = torch.minimum(wanted, places + 1).long()
     bitmap = torch.zeros(shape, dtype=torch.bool, device=device)
     for head in range(n_heads):
-        order = score[head].argsort(-1, descending=True)
+        order = score[head].argsort(dim=-1, descending=True)
         bitmap[head].scatter_(1, order, places[None, :] < kept[:, None])
     return BlockLists.from_bitmap(bitmap & causal, torch.arange(n_heads, device=device), block_size)
 
@@ -64,41 +61,6 @@ def density(lists: BlockLists, n_tokens: int) -> float:
     bitmap = lists.to_bitmap()[lists.pattern.long()]
     causal = causal_blocks(n_tokens, 0, lists.block_size, device=lists.device)
     return float((bitmap & causal).sum() / (causal.sum() * len(bitmap)))
-
-
-def median_ms(function: Call, device: str) -> tuple[float, float]:
-    """First-call and median time in milliseconds.
-
-    Calls of at most 10 ms by Triton's `do_bench`, which empties the L2 cache between them; longer
-    ones, which fill it themselves, by events around three calls.
-    """
-    first = _wall_ms(function, device)
-    if device != "cuda":
-        return first, statistics.median(_wall_ms(function, device) for _ in range(5))
-    times = [_event_ms(function)]
-    if times[0] <= 10.0:
-        from triton.testing import do_bench
-
-        return first, float(do_bench(function, warmup=10, rep=60, return_mode="median"))
-    times = [_event_ms(function) for _ in range(3)]
-    return first, statistics.median(times)
-
-
-def _wall_ms(function: Call, device: str) -> float:
-    start = time.perf_counter()
-    function()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return (time.perf_counter() - start) * 1e3
-
-
-def _event_ms(function: Call) -> float:
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    function()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end)
 
 
 @dataclass(frozen=True)
@@ -217,8 +179,22 @@ class FlashAttention4:
 def _padded(lists: BlockLists) -> tuple[torch.Tensor, torch.Tensor]:
     """Counts `[1, H, n_q]` and blocks `[1, H, n_q, n_k]`, both int32, first the listed ones."""
     bitmap = lists.to_bitmap()[lists.pattern.long()]
-    tiles = torch.stack([head.int().argsort(-1, descending=True, stable=True) for head in bitmap])
+    # A stable sort: the listed blocks stay in ascending order.
+    tiles = torch.stack(
+        [head.int().argsort(dim=-1, descending=True, stable=True) for head in bitmap]
+    )
     return bitmap.sum(-1, dtype=torch.int32)[None], tiles.int()[None]
+
+
+def failures() -> tuple[type[Exception], ...]:
+    """What the kernels of others raise where they do not take a call, or have no memory for it.
+
+    SDPA and torch.compile raise kinds of RuntimeError, FlashAttention-4 asserts and refuses values,
+    and its compiler has an error of its own.
+    """
+    compiler = getattr(sys.modules.get("cutlass.cutlass_dsl"), "DSLRuntimeError", None)
+    found = (RuntimeError, ImportError, AssertionError, ValueError)
+    return found if compiler is None else (*found, compiler)
 
 
 def missing_baseline(name: str, query: torch.Tensor, key: torch.Tensor) -> str | None:
@@ -232,36 +208,3 @@ def missing_baseline(name: str, query: torch.Tensor, key: torch.Tensor) -> str |
     if name in ("cudnn", "flash"):
         return (CUDNN if name == "cudnn" else FLASH).refusal(query, key)
     return None
-
-
-@dataclass(frozen=True)
-class Ceilings:
-    """Measured rates of the device, per second."""
-
-    flops: float
-    bytes: float
-    exponentials: float | None
-
-    def floor(self, flops: float, n_bytes: float, exponentials: float) -> tuple[float, str]:
-        """Least time in milliseconds, and what bounds it."""
-        times = {"matrix units": flops / self.flops, "memory": n_bytes / self.bytes}
-        if self.exponentials is not None:
-            times["exponentials"] = exponentials / self.exponentials
-        bound = max(times, key=lambda name: times[name])
-        return times[bound] * 1e3, bound
-
-
-def measure_ceilings(device: str, dtype: torch.dtype) -> Ceilings:
-    """Rates of a large matrix product, a large copy and, on a GPU, of exponentials alone."""
-    size, words = (8192, 2**29) if device == "cuda" else (1024, 2**24)
-    left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    _, product = median_ms(lambda: left @ right, device)
-    source = torch.randn(words, device=device)
-    target = torch.empty_like(source)
-    _, copy = median_ms(lambda: target.copy_(source), device)
-    exponentials = None
-    if device == "cuda" and importlib.util.find_spec("triton") is not None:
-        from exponentials import exponentials_per_second
-
-        exponentials = exponentials_per_second()
-    return Ceilings(2 * size**3 / product * 1e3, 8 * words / copy * 1e3, exponentials)

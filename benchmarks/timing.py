@@ -1,0 +1,141 @@
+"""Times of calls on a device, and the rates that bound any kernel on it."""
+
+from __future__ import annotations
+
+import importlib.util
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+Call = Callable[[], object]
+
+# Longer calls fill the L2 cache themselves, and hide the host's work for the next one.
+_SHORT_MS = 10.0
+_FLUSH_BYTES = 2**28
+# A GPU's clock is below this; a pause of so many cycles a millisecond is never too short.
+_CYCLES_A_MS = 2_000_000
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Milliseconds of a call.
+
+    Attributes:
+        first: The first call, compilation included.
+        median: As `triton.testing.do_bench` has it; calls of more than 10 ms by events around each.
+        device: The device alone: all launches wait in its queue before the first one starts. The
+            same as `median` for calls of more than 10 ms; None on a CPU.
+        host: The host alone, until the call returns; None on a CPU.
+    """
+
+    first: float
+    median: float
+    device: float | None = None
+    host: float | None = None
+
+
+def measure(function: Call, device: str) -> Timing:
+    """Times a call after a first one."""
+    first = _wall_ms(function, device)
+    if device != "cuda":
+        return Timing(first, statistics.median(_wall_ms(function, device) for _ in range(5)))
+    if _event_ms(function) > _SHORT_MS:
+        median = statistics.median(_event_ms(function) for _ in range(3))
+        return Timing(first, median, median, host_ms(function, repeats=1))
+    from triton.testing import do_bench
+
+    host = host_ms(function)
+    median = float(do_bench(function, warmup=10, rep=60, return_mode="median"))
+    return Timing(first, median, device_ms(function, host), host)
+
+
+def median_ms(function: Call, device: str) -> tuple[float, float]:
+    """First-call and median time in milliseconds, see `Timing`."""
+    found = measure(function, device)
+    return found.first, found.median
+
+
+def host_ms(function: Call, repeats: int = 5) -> float:
+    """Median time until a call returns, while the device has nothing else to do."""
+    times = []
+    for _ in range(repeats):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        function()
+        times.append((time.perf_counter() - start) * 1e3)
+    torch.cuda.synchronize()
+    return statistics.median(times)
+
+
+def device_ms(function: Call, host: float, repeats: int = 20) -> float:
+    """Median time of the device alone, from an empty L2 cache.
+
+    The device pauses until the host, which takes `host` ms, has launched everything. A call that
+    waits for the device shows the host's time here too.
+    """
+    flush = torch.empty(_FLUSH_BYTES, dtype=torch.uint8, device="cuda")
+    pause = int((2 * host + 0.2) * _CYCLES_A_MS)
+    times = []
+    for _ in range(repeats):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        flush.zero_()
+        torch.cuda._sleep(pause)
+        start.record()
+        function()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end))
+    return statistics.median(times)
+
+
+def _wall_ms(function: Call, device: str) -> float:
+    start = time.perf_counter()
+    function()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return (time.perf_counter() - start) * 1e3
+
+
+def _event_ms(function: Call) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    function()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end)
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """Measured rates of the device, per second."""
+
+    flops: float
+    bytes: float
+    exponentials: float | None
+
+    def floor(self, flops: float, n_bytes: float, exponentials: float) -> tuple[float, str]:
+        """Least time in milliseconds, and what bounds it."""
+        times = {"matrix units": flops / self.flops, "memory": n_bytes / self.bytes}
+        if self.exponentials is not None:
+            times["exponentials"] = exponentials / self.exponentials
+        bound = max(times, key=lambda name: times[name])
+        return times[bound] * 1e3, bound
+
+
+def measure_ceilings(device: str, dtype: torch.dtype) -> Ceilings:
+    """Rates of a large matrix product, a large copy and, on a GPU, of exponentials alone."""
+    size, words = (8192, 2**29) if device == "cuda" else (1024, 2**24)
+    left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    _, product = median_ms(lambda: left @ right, device)
+    source = torch.randn(words, device=device)
+    target = torch.empty_like(source)
+    _, copy = median_ms(lambda: target.copy_(source), device)
+    exponentials = None
+    if device == "cuda" and importlib.util.find_spec("triton") is not None:
+        from exponentials import exponentials_per_second
+
+        exponentials = exponentials_per_second()
+    return Ceilings(2 * size**3 / product * 1e3, 8 * words / copy * 1e3, exponentials)
