@@ -1,11 +1,17 @@
-"""Times one layer, selection and attention together, against dense SDPA on structured inputs.
+"""Times one layer, selection and attention together, against dense attention.
 
-    python benchmarks/bench_layer.py --json layer.json
+    python benchmarks/bench_layer.py --json layer.json --markdown layer.md
+    python benchmarks/bench_layer.py --device cpu --tokens 1024 --plans shared
+    python benchmarks/bench_layer.py --tokens 1048576 --plans shared --impl gluon
 
-A few key blocks and the first tokens attract all queries. Every plan treats all heads alike but
-`mixed`: 2 pivots, 16 sharing heads, 10 vertical-slash ones and 4 row-sampled ones of 32. A layer is
-timed as sessions run it, after the geometry of the forward pass is made: with the host's time, and
-in a CUDA graph, where the choice of patterns is timed by itself too.
+On inputs with structure (layer_cases.py), whose density is chosen by length in the plan `mixed`;
+the other plans have the least gamma that gives its recall. `mixed` has 2 pivots, 16 sharing heads,
+10 vertical-slash ones and 4 row-sampled ones, `shared` 4 pivots and 28 sharing heads; the other
+plans treat all heads alike. A layer is timed as sessions run it, after the geometry of the forward
+pass is made: `eager`, the host's time included and the device waited for; `stream`, one of eight
+that follow each other without waiting; `device`, with all launches queued before the first starts;
+in a CUDA graph; and the host alone. `choice` is all but attention: sampling, selection and lists,
+on the device.
 """
 
 from __future__ import annotations
@@ -14,158 +20,121 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
-from bench_kernels import dense_baseline, median_ms
+from goals import comparison_table
+from kernel_cases import FlashAttention4, dense_baseline, failures, missing_baseline
+from layer_cases import (
+    BLOCK,
+    PLANS,
+    Structured,
+    facts_of,
+    uniform_plan,
+    wanted_density,
+)
+from layer_tables import Dense, LayerTime, Row, comparisons, markdown
+from provenance import provenance
+from timing import Call, device_ms, host_ms, measure
 
-from shareprefill.artifact import Policy
-from shareprefill.runtime.orders import Orders
-from shareprefill.runtime.plan import HeadPlan, RuntimePlan
-from shareprefill.runtime.policies.base import LayerInputs
+from shareprefill.errors import UnsupportedError
+from shareprefill.runtime import sharing
+from shareprefill.runtime.ops.block_sparse_attention import block_sparse_attention
+from shareprefill.runtime.ops.selection import list_blocks
 from shareprefill.runtime.sharing import LayerPass
-from shareprefill.runtime.state import ForwardState, Geometry
 
-BLOCK, HOT_SHARE, HOT_TOKENS, SINK_TOKENS, STRENGTH = 128, 1 / 16, 8, 64, 11.0
-P, S, R, V = Policy.PIVOT, Policy.SHARE, Policy.SAMPLED, Policy.VERTICAL_SLASH
-PLANS = {
-    "sampled": (R,) * 32,
-    "vertical-slash": (V,) * 32,
-    "mixed": (P,) * 2 + (S,) * 16 + (V,) * 10 + (R,) * 4,
-}
+IMPLS = ("auto", "triton", "gluon", "fa4")
+# The plan that is given a gamma and a density; the others have its recall.
+FIRST = "mixed"
+STREAM = 8
+# A longer layer is timed few times.
+LONG_MS = 100.0
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tokens", type=int, nargs="+", default=[8192, 16384, 32768, 131072])
-    parser.add_argument("--gamma", type=float, default=0.95)
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--json", type=Path)
-    args = parser.parse_args()
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, bf16, 32/8 heads, D=128")
-    rows = []
-    for tokens in args.tokens:
-        query, key, value = structured(tokens)
-        sdpa = dense_baseline(query, key)
-        tensors = sdpa.inputs(query, key, value)
-        _, dense = median_ms(lambda sdpa=sdpa, tensors=tensors: sdpa(*tensors), "cuda")
-        for name, policies in PLANS.items():
-            plan = uniform_plan(policies, args.gamma)
-            found = layer_time(plan, query, key, value, args.repeats)
-            row = {
-                "tokens": tokens,
-                "plan": name,
-                "sdpa_ms": dense,
-                **asdict(found),
-                "eager_speedup": dense / found.eager,
-                "graph_speedup": dense / found.graph,
-                "choice_to_sdpa": found.choice / dense,
-            }
-            row = {k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}
-            rows.append(row)
-            print(json.dumps(row), flush=True)
-    if args.json:
-        args.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+@contextmanager
+def implementation(impl: str) -> Iterator[None]:
+    """Lets layers take one implementation of block-sparse attention."""
+    chosen = partial(block_sparse_attention, impl=impl)
+    with patch.object(sharing, "block_sparse_attention", chosen):
+        yield
 
 
-def structured(tokens: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Queries `[32, N, 128]`, keys and values `[8, N, 128]` in bfloat16."""
-    generator = torch.Generator("cuda").manual_seed(0)
-    query, key, value = (
-        torch.randn(heads, tokens, 128, generator=generator, device="cuda") for heads in (32, 8, 8)
-    )
-    blocks = tokens // BLOCK
-    hot = torch.randperm(blocks, generator=generator, device="cuda")[: int(blocks * HOT_SHARE)]
-    attracts = torch.zeros(tokens, device="cuda")
-    attracts.view(-1, BLOCK)[hot, :HOT_TOKENS] = 1
-    attracts[:SINK_TOKENS] = 1
-    query[..., 0] += STRENGTH
-    key[..., 0] += STRENGTH * attracts
-    return query.bfloat16(), key.bfloat16(), value.bfloat16()
+def layer_time(make: Callable[[], LayerPass], impl: str, device: str, repeats: int) -> LayerTime:
+    """Times a layer with one implementation.
 
-
-def uniform_plan(policies: tuple[Policy, ...], gamma: float) -> RuntimePlan:
-    """A plan of one layer; sharing heads share the first head's pattern."""
-    heads = tuple(
-        HeadPlan(
-            head=head,
-            policy=policy,
-            pivot=head if policy is P else 0 if policy is S else -1,
-            fallback=R if policy is S else policy,
-            gamma=gamma,
-            fallback_gamma=gamma,
-            tau=0.2,
-            cluster=0,
-        )
-        for head, policy in enumerate(policies)
-    )
-    return RuntimePlan(
-        layers=(heads,),
-        labels=tuple(policy.label for policy in Policy),
-        selectors={},
-        online=False,
-        guarded=False,
-        block_size=BLOCK,
-        delta=0.3,
-        pivot_rows=8,
-        sample_rows=8,
-        check_rows=2,
-        sink_blocks=1,
-        local_blocks=2,
-        max_density=1.0,
-        refuse_nonfinite=False,
-    )
-
-
-@dataclass(frozen=True)
-class LayerTime:
-    """Median milliseconds, and what the layer did.
-
-    `eager` counts the host's time, as a model's forward pass meets it when nothing else keeps the
-    device busy; `graph` is the same layer in a CUDA graph; `choice` is its part before attention.
+    Raises:
+        UnsupportedError: it does not take the call.
     """
 
-    eager: float
-    graph: float
-    choice: float
-    density: float
-    recall: float
-    sharing: float
+    def run() -> None:
+        make().run()
+
+    def choose() -> None:
+        choose_and_list(make())
+
+    with implementation(impl):
+        run()
+        eager = eager_ms(run, device, 1)
+        few = repeats if eager < LONG_MS else min(3, repeats)
+        eager = eager_ms(run, device, few)
+        stream = stream_ms(run, device, STREAM if eager < LONG_MS else 2, few)
+        choose()
+        if device != "cuda":
+            return LayerTime(eager, stream, None, None, eager_ms(choose, device, few), None, None)
+        host = host_ms(run, few)
+        return LayerTime(
+            eager=eager,
+            stream=stream,
+            device=device_ms(run, host, few),
+            # FlashAttention-4's launches were never captured.
+            graph=None if impl in ("auto", "fa4") else graph_time(run, few),
+            choice=device_ms(choose, host, few),
+            host=host,
+            launches=count_launches(run),
+        )
 
 
-def layer_time(
-    plan: RuntimePlan, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, repeats: int
-) -> LayerTime:
-    orders = Orders(plan)
-    geometry = Geometry(query.shape[1], key.shape[1], plan, query.device)
-    inputs = LayerInputs(query, key, query.shape[2] ** -0.5, geometry)
-
-    def layer() -> LayerPass:
-        return LayerPass(plan, 0, ForwardState(geometry, orders), inputs, value)
-
-    record = layer().run(measure_recall=True)[1]
-    assert record.recall is not None
-    times = []
-    for _ in range(repeats):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        layer().run()
-        torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    heads = len(plan.layers[0])
-    return LayerTime(
-        eager=statistics.median(times) * 1e3,
-        graph=graph_time(lambda: layer().run(), repeats),
-        choice=graph_time(lambda: layer().choose(), repeats),
-        density=record.blocks.sum().item() / record.causal / heads,
-        recall=float(record.recall.mean()),
-        sharing=(record.policies == int(S)).sum().item() / heads,
+def choose_and_list(layer: LayerPass) -> None:
+    """All of a layer but attention: patterns, and the lists of blocks as `compute` makes them."""
+    layer.choose()
+    list_blocks(
+        layer.bitmap,
+        layer.pattern,
+        layer.geometry.block_size,
+        n_query=layer.geometry.n_query,
+        n_key=layer.geometry.n_key,
     )
 
 
-def graph_time(work: Callable[[], object], repeats: int) -> float:
+def eager_ms(work: Call, device: str, repeats: int) -> float:
+    """Median time of a call that is waited for."""
+    return stream_ms(work, device, 1, repeats)
+
+
+def stream_ms(work: Call, device: str, calls: int, repeats: int) -> float:
+    """Median time of one of several calls that follow each other without waiting."""
+    times = []
+    for _ in range(repeats):
+        _wait(device)
+        start = time.perf_counter()
+        for _ in range(calls):
+            work()
+        _wait(device)
+        times.append((time.perf_counter() - start) / calls)
+    return statistics.median(times) * 1e3
+
+
+def _wait(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def graph_time(work: Call, repeats: int) -> float:
     """Median milliseconds of a captured CUDA graph."""
     work()
     torch.cuda.synchronize()
@@ -181,6 +150,116 @@ def graph_time(work: Callable[[], object], repeats: int) -> float:
         torch.cuda.synchronize()
         times.append(begin.elapsed_time(end))
     return statistics.median(times)
+
+
+def count_launches(work: Call) -> int | None:
+    """Kernels, copies and fills that a call starts; None where the profiler sees no device."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as found:
+        work()
+        torch.cuda.synchronize()
+    on_device = torch.autograd.DeviceType.CUDA
+    return sum(e.count for e in found.key_averages() if e.device_type == on_device) or None
+
+
+def dense_times(inputs: Structured, device: str) -> Dense:
+    """SDPA's fastest backend and FlashAttention-4."""
+    query, key, value = inputs.query, inputs.key, inputs.value
+    sdpa = dense_baseline(query, key)
+    tensors = sdpa.inputs(query, key, value)
+    calls: dict[str, Callable[[], Call]] = {
+        sdpa.name: lambda: lambda: sdpa(*tensors),
+        FlashAttention4.name: lambda: FlashAttention4().dense(query, key, value),
+    }
+    times, missing = {}, {}
+    for name, make in calls.items():
+        reason = missing_baseline("fa4", query, key) if name == FlashAttention4.name else None
+        if reason is None:
+            try:
+                found = measure(make(), device)
+            except failures() as error:
+                reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+            else:
+                times[name] = (found.median, found.device)
+        if reason is not None:
+            missing[name] = reason
+    return Dense(inputs.tokens, sdpa.name, times, missing)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[8192, 32768, 131072])
+    parser.add_argument("--gamma", type=float, default=0.95)
+    parser.add_argument(
+        "--density",
+        type=float,
+        nargs="+",
+        help="of the plan `mixed`, one for each length; default .30 at 8K, .11 at 32K, .10 at 128K",
+    )
+    parser.add_argument("--plans", nargs="+", choices=list(PLANS), default=list(PLANS))
+    parser.add_argument("--impl", nargs="+", choices=IMPLS, help="default: all; on a CPU auto")
+    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--markdown", type=Path)
+    parser.add_argument("--commit", help="the commit, where the sources are without git's files")
+    options = parser.parse_args()
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("no CUDA device; use --device cpu")
+    options.impl = options.impl or (IMPLS if options.device == "cuda" else ["auto"])
+    options.density = options.density or [wanted_density(tokens) for tokens in options.tokens]
+    if len(options.density) != len(options.tokens):
+        parser.error("--density takes one number for each of --tokens")
+    if min(options.tokens) < 4 * BLOCK:
+        parser.error(f"--tokens takes {4 * BLOCK} or more")
+    return options
+
+
+def main() -> None:
+    options = parse()
+    facts = provenance(options.device, options.commit) | {"gamma": options.gamma}
+    print(" ".join(f"{name}={value}" for name, value in facts.items()))
+    dense: list[Dense] = []
+    rows: list[Row] = []
+    for tokens, density in zip(options.tokens, options.density, strict=True):
+        inputs = Structured(tokens, options.device)
+        mixed = uniform_plan(PLANS[FIRST], options.gamma)
+        hot = inputs.place_for(density, mixed)
+        recall = facts_of(inputs.layer(mixed)()).recall
+        print(
+            f"{tokens} tokens: {hot} attracting blocks, for a density of {density:g} in `{FIRST}`, "
+            f"whose recall is {recall:.3f}"
+        )
+        dense.append(dense_times(inputs, options.device))
+        print(json.dumps(asdict(dense[-1])), flush=True)
+        for name in options.plans:
+            gamma = options.gamma
+            if name != FIRST:
+                gamma = inputs.gamma_for(recall, PLANS[name])
+            make = inputs.layer(uniform_plan(PLANS[name], gamma))
+            known = facts_of(make())
+            for impl in options.impl:
+                try:
+                    found = layer_time(make, impl, options.device, options.repeats)
+                except UnsupportedError as error:
+                    rows.append(Row(tokens, name, impl, gamma, known, missing=str(error)))
+                else:
+                    rows.append(Row(tokens, name, impl, gamma, known, found))
+                print(json.dumps(asdict(rows[-1])), flush=True)
+        # After every length: a run that is cut off keeps what it has.
+        ratios = comparisons(dense, rows)
+        if options.json:
+            numbers = {
+                "facts": facts,
+                "dense": [asdict(known) for known in dense],
+                "layers": [asdict(row) for row in rows],
+                "ratios": [asdict(ratio) for ratio in ratios],
+            }
+            options.json.write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
+        if options.markdown:
+            options.markdown.write_text(markdown(facts, dense, rows, ratios), encoding="utf-8")
+    print("\n" + "\n".join(comparison_table(ratios)))
 
 
 if __name__ == "__main__":

@@ -14,6 +14,8 @@ Call = Callable[[], object]
 
 # Longer calls fill the L2 cache themselves, and hide the host's work for the next one.
 _SHORT_MS = 10.0
+# Calls that are not repeated.
+_LONG_MS = 1000.0
 _FLUSH_BYTES = 2**28
 # A GPU's clock is below this; a pause of so many cycles a millisecond is never too short.
 _CYCLES_A_MS = 2_000_000
@@ -28,7 +30,7 @@ class Timing:
         median: As `triton.testing.do_bench` has it; calls of more than 10 ms by events around each.
         device: The device alone: all launches wait in its queue before the first one starts. The
             same as `median` for calls of more than 10 ms; None on a CPU.
-        host: The host alone, until the call returns; None on a CPU.
+        host: The host alone, until the call returns; None on a CPU, or for more than a second.
     """
 
     first: float
@@ -42,7 +44,10 @@ def measure(function: Call, device: str) -> Timing:
     first = _wall_ms(function, device)
     if device != "cuda":
         return Timing(first, statistics.median(_wall_ms(function, device) for _ in range(5)))
-    if _event_ms(function) > _SHORT_MS:
+    once = _event_ms(function)
+    if once > _LONG_MS:
+        return Timing(first, once, once)
+    if once > _SHORT_MS:
         median = statistics.median(_event_ms(function) for _ in range(3))
         return Timing(first, median, median, host_ms(function, repeats=1))
     from triton.testing import do_bench

@@ -1,0 +1,215 @@
+"""What bench_layer.py and measure_crossover.py time: inputs with structure, and plans of one layer.
+
+Queries are attracted by the first tokens and by some key blocks, which half as many queries as not
+see. Of every eight heads, seven look at the same blocks, a little more or less sharply, and one at
+others: it does not look like its pivot. How many blocks attract decides the density.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from shareprefill.artifact import Policy
+from shareprefill.runtime.ops.pooled_attention import pooled_attention
+from shareprefill.runtime.ops.selection import covered_mass
+from shareprefill.runtime.orders import Orders
+from shareprefill.runtime.plan import HeadPlan, RuntimePlan
+from shareprefill.runtime.policies import POLICIES
+from shareprefill.runtime.policies.base import LayerInputs
+from shareprefill.runtime.sharing import LayerPass
+from shareprefill.runtime.state import ForwardState, Geometry
+
+HEADS, KV_HEADS, DIM, BLOCK = 32, 8, 128, 128
+HOT_TOKENS, SINK_TOKENS, STRENGTH = 32, 64, 11.0
+# One head of so many is unlike the others.
+UNLIKE = 8
+# Density of the mixed plan at which the goals are set.
+DENSITIES = {8192: 0.30, 32768: 0.11, 131072: 0.10}
+
+P, S, R, V, M = (
+    Policy.PIVOT,
+    Policy.SHARE,
+    Policy.SAMPLED,
+    Policy.VERTICAL_SLASH,
+    Policy.SMOOTHED,
+)
+PLANS = {
+    "mixed": (P,) * 2 + (S,) * 16 + (V,) * 10 + (R,) * 4,
+    "shared": (P,) * 4 + (S,) * 28,
+    "smoothed": (M,) * 32,
+    "sampled": (R,) * 32,
+    "vertical-slash": (V,) * 32,
+}
+_GAMMA_STEPS = 9
+# What a head does that does not look like its pivot.
+FALLBACK = R
+
+
+def uniform_plan(policies: tuple[Policy, ...], gamma: float) -> RuntimePlan:
+    """A plan of one layer; sharing heads take turns at the pivots.
+
+    Args:
+        policies: Of every head, pivots first.
+        gamma: Attention mass that every pattern covers.
+    """
+    pivots = policies.count(P)
+    heads = tuple(
+        HeadPlan(
+            head=head,
+            policy=policy,
+            pivot=head if policy is P else head % pivots if policy is S else -1,
+            fallback=FALLBACK if policy is S else policy,
+            gamma=gamma,
+            fallback_gamma=gamma,
+            tau=0.2,
+            cluster=0,
+        )
+        for head, policy in enumerate(policies)
+    )
+    return RuntimePlan(
+        layers=(heads,),
+        labels=tuple(policy.label for policy in Policy),
+        selectors={int(M): POLICIES["smoothed"]()},
+        online=False,
+        guarded=False,
+        block_size=BLOCK,
+        delta=0.3,
+        pivot_rows=8,
+        sample_rows=8,
+        check_rows=2,
+        sink_blocks=1,
+        local_blocks=2,
+        max_density=1.0,
+        refuse_nonfinite=False,
+    )
+
+
+class Structured:
+    """Inputs of one layer whose attracting blocks can be placed anew.
+
+    Attributes:
+        query: `[32, N, 128]`; bfloat16 on a GPU, float32 on a CPU.
+        key: `[8, N, 128]`.
+        value: `[8, N, 128]`.
+    """
+
+    def __init__(self, tokens: int, device: str, seed: int = 0) -> None:
+        self.tokens = tokens
+        self._generator = torch.Generator(device).manual_seed(seed)
+        dtype = torch.bfloat16 if device == "cuda" else torch.float32
+        self.query, self.key, self.value = (
+            torch.randn((heads, tokens, DIM), generator=self._generator, device=device, dtype=dtype)
+            for heads in (HEADS, KV_HEADS, KV_HEADS)
+        )
+        head = torch.arange(HEADS, device=device)
+        unlike = head % UNLIKE == UNLIKE - 1
+        strength = STRENGTH * (1 + 0.02 * (head % 4 - 1.5))
+        for feature, mine in enumerate((~unlike, unlike)):
+            self.query[..., feature] += (strength * mine).to(dtype)[:, None]
+        blocks = tokens // BLOCK
+        self._order = [
+            torch.randperm(blocks, generator=self._generator, device=device) for _ in range(2)
+        ]
+        self._noise = self.key[..., :2].clone()
+
+    def place(self, hot: int) -> None:
+        """Lets `hot` key blocks attract each of the two kinds of heads.
+
+        Args:
+            hot: Blocks, at most `tokens // 128`; those of a larger number hold a smaller one's.
+        """
+        for feature, order in enumerate(self._order):
+            attracts = torch.zeros(self.tokens, device=self.key.device, dtype=self.key.dtype)
+            whole = attracts[: len(order) * BLOCK].view(-1, BLOCK)
+            whole[order[:hot], :HOT_TOKENS] = 1
+            attracts[:SINK_TOKENS] = 1
+            self.key[..., feature] = self._noise[..., feature] + STRENGTH * attracts
+
+    def place_for(self, density: float, plan: RuntimePlan) -> int:
+        """Lets as many blocks attract as a plan needs to be nearest to a density.
+
+        Returns:
+            Blocks.
+        """
+        low, high = 1, max(1, self.tokens // BLOCK // 2)
+        found: dict[int, float] = {}
+        while low <= high:
+            middle = (low + high) // 2
+            self.place(middle)
+            found[middle] = chosen_density(self.layer(plan)())
+            if found[middle] < density:
+                low = middle + 1
+            else:
+                high = middle - 1
+        best = min(found, key=lambda hot: abs(found[hot] - density))
+        self.place(best)
+        return best
+
+    def gamma_for(self, recall: float, policies: tuple[Policy, ...]) -> float:
+        """The least gamma at which a plan reaches a mean recall, as calibration chooses it.
+
+        Args:
+            recall: To be reached.
+            policies: Of the plan's heads.
+        """
+        _, maps = pooled_attention(self.query, self.key, block_size=BLOCK, scale=DIM**-0.5)
+        low, high = 0.0, 0.999
+        for _ in range(_GAMMA_STEPS):
+            middle = (low + high) / 2
+            layer = self.layer(uniform_plan(policies, middle))()
+            layer.choose()
+            found = covered_mass(maps, layer.bitmap, layer.pattern).mean().item()
+            low, high = (low, middle) if found >= recall else (middle, high)
+        return high
+
+    def layer(self, plan: RuntimePlan) -> Callable[[], LayerPass]:
+        """Makes a layer's pass, after the geometry of the forward pass is made."""
+        orders = Orders(plan)
+        geometry = Geometry(self.tokens, self.tokens, plan, self.query.device)
+        inputs = LayerInputs(self.query, self.key, DIM**-0.5, geometry)
+        return lambda: LayerPass(plan, 0, ForwardState(geometry, orders), inputs, self.value)
+
+
+def chosen_density(layer: LayerPass) -> float:
+    """Chosen blocks over causal blocks, before attention."""
+    layer.choose()
+    return layer.blocks.sum().item() / layer.geometry.causal_count / len(layer.blocks)
+
+
+def wanted_density(tokens: int) -> float:
+    """The density at which a length is measured: that of the nearest length with a goal."""
+    return DENSITIES[min(DENSITIES, key=lambda known: abs(known - tokens))]
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a layer did.
+
+    Attributes:
+        density: Computed blocks over causal blocks.
+        recall: Attention mass inside the patterns, mean over heads.
+        worst_recall: Of the worst head.
+        sharing: Heads that share, of those that may.
+    """
+
+    density: float
+    recall: float
+    worst_recall: float
+    sharing: float
+
+
+def facts_of(layer: LayerPass) -> Facts:
+    """Runs a layer and looks at what it did."""
+    may = layer.orders.codes == int(S)
+    record = layer.run(measure_recall=True)[1]
+    assert record.recall is not None
+    shared = (record.policies == int(S)).sum().item()
+    return Facts(
+        record.blocks.sum().item() / record.causal / len(record.blocks),
+        record.recall.mean().item(),
+        record.recall.min().item(),
+        shared / max(1, may.sum().item()),
+    )
