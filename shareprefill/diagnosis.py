@@ -14,6 +14,7 @@ from shareprefill.errors import UnsupportedError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from shareprefill.runtime.crossover import Crossover
     from shareprefill.runtime.layers import LayerUse
 
 WORKS, BROKEN, ABSENT, UNSUPPORTED = "works", "broken", "not here", "unsupported"
@@ -155,7 +156,7 @@ def _implementations() -> list[Check]:
     """Every implementation of block-sparse attention, and what each operator takes by itself."""
     import torch
 
-    from shareprefill.runtime.crossover import crossover_tokens
+    from shareprefill.runtime.crossover import crossover
     from shareprefill.runtime.ops.implementations import describe, unavailable
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -169,9 +170,27 @@ def _implementations() -> list[Check]:
             absent = Check(f"attention: {name}", ABSENT, reason or "")
             checks.append(absent if reason else _compare(name, device))
     checks += [Check(c.operator, c.implementation, c.reason) for c in describe(device)]
-    least = f"{crossover_tokens(device)} tokens"
-    checks.append(Check("crossover", least, "shorter prompts run dense by themselves"))
+    checks += _crossover(crossover(torch.device(device)))
     return checks
+
+
+def _crossover(found: Crossover) -> list[Check]:
+    """From where on prefills, and up to which density heads, are sparse, and who says so."""
+    measured = f"; measured on {found.source}"
+    if not found.is_measured:
+        measured += ", not on this kind of device"
+    return [
+        Check(
+            "crossover",
+            f"{found.tokens} tokens",
+            f"shorter prompts run dense by themselves{measured}",
+        ),
+        Check(
+            "crossover",
+            f"density {found.density:g}",
+            f"heads above it are computed densely{measured}",
+        ),
+    ]
 
 
 def _compare(implementation: str, device: str) -> Check:

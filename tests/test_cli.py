@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from shareprefill import cli
 from shareprefill.artifact import load_artifact
 from shareprefill.files import locked_folder, locked_output, reading_folder
+from shareprefill.runtime.crossover import crossover
 from tests.support.checkpoint import save_checkpoint
 from tests.support.families import FAMILIES, build
 
@@ -169,6 +171,10 @@ def test_doctor(sp: Sp) -> None:
     checks = {check["name"]: check for check in json.loads(out)}
     assert code == 0
     assert checks["attention: blockwise"]["state"] == "works"
+    found = [(c["state"], c["detail"]) for c in json.loads(out) if c["name"] == "crossover"]
+    known = crossover(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    assert [state for state, _ in found] == [f"{known.tokens} tokens", f"density {known.density:g}"]
+    assert all(known.source in detail for _, detail in found)
     assert sp("doctor")[0] == 0
 
 

@@ -18,7 +18,7 @@ from shareprefill.bench.synthetic import synthetic_artifact
 from shareprefill.config import RuntimeConfig
 from shareprefill.errors import ConfigError
 from shareprefill.models import fingerprint, load_model, load_tokenizer, resolve_device
-from shareprefill.runtime.crossover import crossover_tokens
+from shareprefill.runtime.crossover import crossover
 from shareprefill.runtime.generation import chunk_tokens, encode_prompt, prefill
 from shareprefill.runtime.session import Session
 
@@ -186,7 +186,7 @@ class _Bench:
 
     def notes(self, rows: list[BenchRow]) -> tuple[str, ...]:
         """What the rows do not say of themselves."""
-        least = crossover_tokens(self.device.type)
+        least = crossover(self.device).tokens
         found = ["dense: the model's own attention (torch SDPA)"]
         if any(row.tokens < least for row in rows):
             found.append(

@@ -1,34 +1,55 @@
-"""Where dense attention is faster, as measured."""
+"""Where dense attention is faster, as measured: a small table by kind of device.
+
+`benchmarks/measure_crossover.py` measures a row; docs/performance.md has the figures.
+"""
 
 from __future__ import annotations
 
-# CPU: end to end on 2 cores, sp-ref gains from 4K on and sp-tiny between 4K and 8K. CUDA: choosing
-# patterns takes some 5 ms of host time a layer, and dense attention 3.4 ms at 16K tokens, 14 ms at
-# 32K (one H100, 32 heads, D=128). docs/performance.md has the commands.
-_TOKENS = {"cpu": 5120, "cuda": 24576}
-# A block takes 1.5 times as long as in dense attention on a CPU, 1.25 to 1.4 times on an H100.
-_DENSITY = {"cpu": 0.6, "cuda": 0.7}
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import torch
 
 
-def crossover_tokens(device_type: str) -> int:
-    """Keys below which a prefill runs dense by itself.
+@dataclass(frozen=True)
+class Crossover:
+    """From where on sharing is never slower than dense attention.
+
+    Attributes:
+        tokens: Keys below which a prefill runs dense by itself.
+        density: Computed blocks over causal blocks above which a head's dense attention takes less
+            time than its pattern.
+        source: What it was measured on.
+        is_measured: Whether that is this kind of device.
+    """
+
+    tokens: int
+    density: float
+    source: str
+    is_measured: bool = True
+
+
+# End to end sp-ref gains from 4K tokens on and sp-tiny between 4K and 8K; a block takes 1.5 times
+# as long as in dense attention.
+_CPU = Crossover(5120, 0.6, "2 CPU cores, sp-ref and sp-tiny, end to end")
+# Choosing patterns took some 5 ms of host time a layer, and dense attention 3.4 ms at 16K tokens,
+# 14 ms at 32K; a block 1.25 to 1.4 times as long as in dense attention.
+_HOPPER = Crossover(24576, 0.7, "one H100, a layer of 32 heads, D=128, commit 1707d35")
+# By the first number of the compute capability.
+_GPUS = {9: _HOPPER}
+
+
+@lru_cache(maxsize=64)
+def crossover(device: torch.device) -> Crossover:
+    """The crossover of a device; kinds that were not measured take that of Hopper GPUs.
 
     Args:
-        device_type: `cpu`, `cuda`, ...; unknown ones take the GPU's value.
-
-    Returns:
-        Tokens.
+        device: Where attention is computed.
     """
-    return _TOKENS.get(device_type, _TOKENS["cuda"])
-
-
-def crossover_density(device_type: str) -> float:
-    """Density above which a head's dense attention takes less time than its pattern.
-
-    Args:
-        device_type: `cpu`, `cuda`, ...; unknown ones take the GPU's value.
-
-    Returns:
-        Computed blocks over causal blocks, in (0, 1).
-    """
-    return _DENSITY.get(device_type, _DENSITY["cuda"])
+    if device.type == "cpu":
+        return _CPU
+    if device.type == "cuda":
+        found = _GPUS.get(torch.cuda.get_device_capability(device)[0])
+        if found is not None:
+            return found
+    return replace(_HOPPER, is_measured=False)

@@ -9,7 +9,7 @@ own name through its public interfaces, at the first use.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, cast
@@ -100,6 +100,12 @@ class AttentionCall:
         mask = FactMask.make((1, 1, n_query, n_key), query.device, facts)
         return replace(self, query=query, key=key, value=value, mask=mask)
 
+    def tensors(self, sequence: Sequence) -> tuple[Tensor, Tensor, Tensor]:
+        """Query `[H, Nq, D]`, key `[G, Nk, D]` and value `[G, Nk, Dv]` of one of its sequences."""
+        row, keys = sequence.row, sequence.key
+        query = self.query[row, :, sequence.query]
+        return query, self.key[row, :, keys], self.value[row, :, keys]
+
     @property
     def facts(self) -> MaskFacts | None:
         """The mask's facts; None where the mask is not plainly causal."""
@@ -138,24 +144,43 @@ def dense_attention(call: AttentionCall) -> Tensor:
     facts = call.facts
     if facts is None:
         return _sdpa(call.query, call.key, call.value, call.mask, call.mask is None, call.scale)
-    sequences = call.sequences()
     whole = call.query.shape[2] == call.key.shape[2] and facts.padding is None
     if whole and facts.window is None and facts.packed is None:
         return _sdpa(call.query, call.key, call.value, None, True, call.scale)
+    sequences = call.sequences()
     if sequences is None:
         rows, keys = slice(0, call.query.shape[2]), slice(0, call.key.shape[2])
         mask = bool_mask(facts, call.query.shape[0], rows, keys, call.query.device)
         return _sdpa(call.query, call.key, call.value, mask, False, call.scale)
-    shape = (*call.query.shape[:3], call.value.shape[-1])
-    out = call.query.new_zeros(shape)
+    return by_sequence(
+        call,
+        sequences,
+        lambda sequence: causal_attention(
+            *call.tensors(sequence), scale=call.scale, window=facts.window
+        ),
+    )
+
+
+def by_sequence(
+    call: AttentionCall, sequences: list[Sequence], attend: Callable[[Sequence], Tensor]
+) -> Tensor:
+    """Puts a batch together from its sequences.
+
+    Args:
+        call: The layer's inputs.
+        sequences: All sequences of the batch.
+        attend: Gives the output of one, `[H, Nq, Dv]`.
+
+    Returns:
+        `[B, H, Lq, Dv]`, zero in rows that are padding.
+    """
+    rows = call.query.shape[2]
+    if len(call.query) == len(sequences) == 1 and sequences[0].query == slice(0, rows):
+        # Nothing to put together: most prefills are one sequence.
+        return attend(sequences[0])[None]
+    out = call.query.new_zeros((*call.query.shape[:3], call.value.shape[-1]))
     for sequence in sequences:
-        out[sequence.row, :, sequence.query] = causal_attention(
-            call.query[sequence.row, :, sequence.query],
-            call.key[sequence.row, :, sequence.key],
-            call.value[sequence.row, :, sequence.key],
-            scale=call.scale,
-            window=facts.window,
-        )
+        out[sequence.row, :, sequence.query] = attend(sequence)
     return out
 
 

@@ -33,6 +33,11 @@ class Sequence:
         """Tells a sequence from the others of its batch: its row, and where it starts there."""
         return self.row, self.query.start
 
+    @property
+    def lengths(self) -> tuple[int, int]:
+        """Query rows and keys."""
+        return self.query.stop - self.query.start, self.key.stop - self.key.start
+
 
 @dataclass(frozen=True, eq=False)
 class MaskFacts:

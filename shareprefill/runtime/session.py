@@ -20,12 +20,13 @@ from shareprefill.artifact import Artifact, Policy, check_fingerprint, load_arti
 from shareprefill.config import RuntimeConfig
 from shareprefill.errors import ConfigError, UnsupportedError
 from shareprefill.models import fingerprint, geometry
-from shareprefill.runtime.crossover import crossover_tokens
+from shareprefill.runtime.crossover import crossover
 from shareprefill.runtime.distributed import HeadShard, head_shard
 from shareprefill.runtime.interface import (
     AttentionCall,
     Sequence,
     attached,
+    by_sequence,
     dense_attention,
 )
 from shareprefill.runtime.ops.blocks import count_causal_blocks
@@ -179,42 +180,47 @@ class Session:
         )
 
     def _attend(self, call: AttentionCall) -> Tensor:
-        sequences = call.sequences() if call.is_shareable else None
-        sparse = [s for s in sequences or () if self._is_worth_it(s, call.query.device)]
+        n_query, n_key = call.query.shape[2], call.key.shape[2]
+        device = call.query.device
+        # No sequence is longer than the call: short ones need not be found.
+        sequences = None
+        if call.is_shareable and self._is_worth_it(n_query, n_key, device):
+            sequences = call.sequences()
+        sparse = [s for s in sequences or () if self._is_worth_it(*s.lengths, device)]
         if sequences is None or not sparse:
-            if call.query.shape[2] > 1:
-                self._book_dense(call.layer, call.query.shape[2], call.key.shape[2])
+            if n_query > 1:
+                self._book_dense(call.layer, n_query, n_key)
             return dense_attention(call)
         states, again = self._pass.states(call)
-        out = call.query.new_zeros((*call.query.shape[:3], call.value.shape[-1]))
-        for sequence in sequences:
-            part = call.of(sequence)
-            query, key, value = part.query[0], part.key[0], part.value[0]
-            if sequence not in sparse:
-                if not again:
-                    self._book_dense(call.layer, query.shape[1], key.shape[1])
-                done = dense_attention(part)[0]
-            else:
-                state = self._state(states, sequence, query, key)
-                inputs = LayerInputs(
-                    query, key, call.scale, state.geometry, call.softcap, call.sinks
-                )
-                layer_pass = LayerPass(self.plan, call.layer, state, inputs, value)
-                done, record = layer_pass.run(measure_recall=self.measure_recall)
-                if not again:
-                    with self._lock:
-                        self._records.append(record)
-            out[sequence.row, :, sequence.query] = done
+
+        def attend(sequence: Sequence) -> Tensor:
+            if sequence in sparse:
+                return self._attend_sparse(call, sequence, states, again)
+            if not again:
+                self._book_dense(call.layer, *sequence.lengths)
+            return dense_attention(call.of(sequence))[0]
+
+        return by_sequence(call, sequences, attend)
+
+    def _attend_sparse(
+        self, call: AttentionCall, sequence: Sequence, states: _States, again: bool
+    ) -> Tensor:
+        query, key, value = call.tensors(sequence)
+        state = self._state(states, sequence, query, key)
+        inputs = LayerInputs(query, key, call.scale, state.geometry, call.softcap, call.sinks)
+        layer_pass = LayerPass(self.plan, call.layer, state, inputs, value)
+        out, record = layer_pass.run(measure_recall=self.measure_recall)
+        if not again:
+            with self._lock:
+                self._records.append(record)
         return out
 
-    def _is_worth_it(self, sequence: Sequence, device: torch.device) -> bool:
-        """Whether a sequence is long enough for patterns to pay for their selection."""
-        rows = sequence.query.stop - sequence.query.start
-        keys = sequence.key.stop - sequence.key.start
+    def _is_worth_it(self, rows: int, keys: int, device: torch.device) -> bool:
+        """Whether so many query rows and keys are enough for patterns to pay for their choice."""
+        if rows < self.plan.block_size:
+            return False
         least = self.config.min_tokens
-        if least is None:
-            least = crossover_tokens(device.type)
-        return rows >= self.plan.block_size and keys >= least
+        return keys >= (crossover(device).tokens if least is None else least)
 
     def _state(
         self, states: _States, sequence: Sequence, query: Tensor, key: Tensor

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from shareprefill.artifact import Policy
 from shareprefill.errors import DataError
-from shareprefill.runtime.crossover import crossover_density
+from shareprefill.runtime.crossover import crossover
 from shareprefill.runtime.interface import causal_attention
 from shareprefill.runtime.ops.block_sparse_attention import block_sparse_attention
 from shareprefill.runtime.ops.pooled_attention import pooled_attention
@@ -86,7 +86,8 @@ class LayerPass:
         query = inputs.query
         self.orders: LayerOrders = state.orders.of(layer, query.device)
         heads = self.orders.n_heads
-        self.out = query.new_empty((heads, query.shape[1], value.shape[-1]))
+        # Tokens first, as the model reads it: its transposition is no copy then.
+        self.out = query.new_empty((query.shape[1], heads, value.shape[-1])).transpose(0, 1)
         self.policies = self.orders.codes.clone()
         self.covered = query.new_full((heads,), torch.nan, dtype=torch.float32)
         self.distances = self.covered.clone()
@@ -425,7 +426,7 @@ class LayerPass:
     def _max_density(self) -> float:
         if self.plan.max_density is not None:
             return self.plan.max_density
-        return crossover_density(self.out.device.type)
+        return crossover(self.out.device).density
 
     def _record(self, measure_recall: bool) -> LayerRecord:
         covered = None

@@ -423,3 +423,31 @@ def test_a_family_with_its_own_attention_is_refused() -> None:
     ).eval()
     with pytest.raises(UnsupportedError, match="GPTNeoForCausalLM"):
         logits(own, dense_attention, input_ids=token_ids(1, 8, vocabulary=64))
+
+
+def test_one_whole_sequence_is_not_copied() -> None:
+    """A prefill of one sequence, in chunks or not, takes no second pass over its output."""
+    made: list[torch.Tensor] = []
+
+    def attend(sequence: masks.Sequence) -> torch.Tensor:
+        made.append(torch.randn(4, sequence.lengths[0], 16))
+        return made[-1]
+
+    def put_together(padding: torch.Tensor | None, batch: int) -> torch.Tensor:
+        made.clear()
+        query, key = torch.randn(batch, 4, 6, 16), torch.randn(batch, 2, 10, 16)
+        facts = masks.MaskFacts(4, 0, padding, None)
+        mask = FactMask.make((batch, 1, 6, 10), CPU, facts)
+        call = AttentionCall(torch.nn.Identity(), 0, query, key, key, mask, 0.25, {})
+        sequences = call.sequences()
+        assert sequences is not None
+        return interface.by_sequence(call, sequences, attend)
+
+    assert put_together(None, 1).data_ptr() == made[0].data_ptr()
+    out = put_together(None, 2)
+    assert torch.equal(out, torch.stack(made))
+    padding = torch.ones(1, 10, dtype=torch.bool)
+    padding[:, 8:] = False
+    out = put_together(padding, 1)
+    assert torch.equal(out[0, :, :4], made[0])
+    assert not out[0, :, 4:].any()

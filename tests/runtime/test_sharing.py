@@ -460,3 +460,9 @@ def test_what_pivots_gave_moves_along_to_another_device(model: Any) -> None:
         for name in names:
             assert getattr(state, name).any()
             assert torch.equal(getattr(moved, name), getattr(state, name))
+
+
+def test_the_output_lies_as_the_model_reads_it(model: Any) -> None:
+    """Tokens before heads: the seam's transposition copies nothing."""
+    out, _, _ = run(model, [[P, S, R, D]] * 3, tensors(300, 300))
+    assert out.transpose(0, 1).is_contiguous()
