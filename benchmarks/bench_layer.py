@@ -2,10 +2,11 @@
 
     python benchmarks/bench_layer.py --json layer.json --markdown layer.md
     python benchmarks/bench_layer.py --device cpu --tokens 1024 --plans shared
-    python benchmarks/bench_layer.py --tokens 1048576 --plans shared --impl gluon
+    python benchmarks/bench_layer.py --tokens 1048576 --plans shared --hot 700 --gamma .9
 
-On inputs with structure (layer_cases.py), whose density is chosen by length in the plan `mixed`;
-the other plans have the least gamma that gives its recall. `mixed` has 2 pivots, 16 sharing heads,
+On inputs with structure (layer_cases.py): as many key blocks attract as the plan `mixed` needs for
+the density that is wanted at a length, and every plan has the least gamma that gives the recall, as
+calibration chooses it. `mixed` has 2 pivots, 16 sharing heads,
 10 vertical-slash ones and 4 row-sampled ones, `shared` 4 pivots and 28 sharing heads; the other
 plans treat all heads alike. A layer is timed as sessions run it, after the geometry of the forward
 pass is made: `eager`, the host's time included and the device waited for; `stream`, one of eight
@@ -49,8 +50,6 @@ from shareprefill.runtime.ops.selection import list_blocks
 from shareprefill.runtime.sharing import LayerPass
 
 IMPLS = ("auto", "triton", "gluon", "fa4")
-# The plan that is given a gamma and a density; the others have its recall.
-FIRST = "mixed"
 STREAM = 8
 # A longer layer is timed few times.
 LONG_MS = 100.0
@@ -191,7 +190,11 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--tokens", type=int, nargs="+", default=[8192, 32768, 131072])
-    parser.add_argument("--gamma", type=float, default=0.95)
+    parser.add_argument(
+        "--recall", type=float, default=0.97, help="every plan has the least gamma that reaches it"
+    )
+    parser.add_argument("--gamma", type=float, help="of all plans, instead")
+    parser.add_argument("--hot", type=int, help="attracting blocks, instead of those for a density")
     parser.add_argument(
         "--density",
         type=float,
@@ -218,25 +221,23 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     options = parse()
-    facts = provenance(options.device, options.commit) | {"gamma": options.gamma}
+    facts = provenance(options.device, options.commit) | {"recall": options.recall}
     print(" ".join(f"{name}={value}" for name, value in facts.items()))
     dense: list[Dense] = []
     rows: list[Row] = []
     for tokens, density in zip(options.tokens, options.density, strict=True):
         inputs = Structured(tokens, options.device)
-        mixed = uniform_plan(PLANS[FIRST], options.gamma)
-        hot = inputs.place_for(density, mixed)
-        recall = facts_of(inputs.layer(mixed)()).recall
-        print(
-            f"{tokens} tokens: {hot} attracting blocks, for a density of {density:g} in `{FIRST}`, "
-            f"whose recall is {recall:.3f}"
-        )
+        if options.hot is None:
+            hot = inputs.place_for(density, options.recall, PLANS["mixed"])
+            print(f"{tokens} tokens: {hot} attracting blocks give `mixed` a density of {density:g}")
+        else:
+            inputs.place(options.hot)
         dense.append(dense_times(inputs, options.device))
         print(json.dumps(asdict(dense[-1])), flush=True)
         for name in options.plans:
             gamma = options.gamma
-            if name != FIRST:
-                gamma = inputs.gamma_for(recall, PLANS[name])
+            if gamma is None:
+                gamma = inputs.gamma_for(options.recall, PLANS[name])
             make = inputs.layer(uniform_plan(PLANS[name], gamma))
             known = facts_of(make())
             for impl in options.impl:

@@ -26,7 +26,7 @@ HEADS, KV_HEADS, DIM, BLOCK = 32, 8, 128, 128
 HOT_TOKENS, SINK_TOKENS, STRENGTH = 32, 64, 11.0
 # One head of so many is unlike the others.
 UNLIKE = 8
-# Density of the mixed plan at which the goals are set.
+# Density of the plan `mixed` at which the goals are set.
 DENSITIES = {8192: 0.30, 32768: 0.11, 131072: 0.10}
 
 P, S, R, V, M = (
@@ -128,8 +128,13 @@ class Structured:
             attracts[:SINK_TOKENS] = 1
             self.key[..., feature] = self._noise[..., feature] + STRENGTH * attracts
 
-    def place_for(self, density: float, plan: RuntimePlan) -> int:
+    def place_for(self, density: float, recall: float, policies: tuple[Policy, ...]) -> int:
         """Lets as many blocks attract as a plan needs to be nearest to a density.
+
+        Args:
+            density: Wanted.
+            recall: That the plan's gamma is to give.
+            policies: Of the plan's heads.
 
         Returns:
             Blocks.
@@ -139,6 +144,7 @@ class Structured:
         while low <= high:
             middle = (low + high) // 2
             self.place(middle)
+            plan = uniform_plan(policies, self.gamma_for(recall, policies))
             found[middle] = chosen_density(self.layer(plan)())
             if found[middle] < density:
                 low = middle + 1
