@@ -48,29 +48,34 @@ _GAMMA_STEPS = 9
 FALLBACK = R
 
 
-def uniform_plan(policies: tuple[Policy, ...], gamma: float) -> RuntimePlan:
-    """A plan of one layer; sharing heads take turns at the pivots.
+def uniform_plan(policies: tuple[Policy, ...], gamma: float, layers: int = 1) -> RuntimePlan:
+    """A plan of layers that are alike; sharing heads take turns at the pivots of their layer.
 
     Args:
-        policies: Of every head, pivots first.
+        policies: Of every head of a layer, pivots first.
         gamma: Attention mass that every pattern covers.
+        layers: Layers.
     """
-    pivots = policies.count(P)
-    heads = tuple(
-        HeadPlan(
-            head=head,
+    pivots, heads = policies.count(P), len(policies)
+
+    def order(layer: int, head: int, policy: Policy) -> HeadPlan:
+        pivot = head if policy is P else head % pivots if policy is S else None
+        return HeadPlan(
+            head=layer * heads + head,
             policy=policy,
-            pivot=head if policy is P else head % pivots if policy is S else -1,
+            pivot=-1 if pivot is None else layer * heads + pivot,
             fallback=FALLBACK if policy is S else policy,
             gamma=gamma,
             fallback_gamma=gamma,
             tau=0.2,
-            cluster=0,
+            cluster=layer,
         )
-        for head, policy in enumerate(policies)
-    )
+
     return RuntimePlan(
-        layers=(heads,),
+        layers=tuple(
+            tuple(order(layer, head, policy) for head, policy in enumerate(policies))
+            for layer in range(layers)
+        ),
         labels=tuple(policy.label for policy in Policy),
         selectors={int(M): POLICIES["smoothed"]()},
         online=False,
