@@ -123,7 +123,7 @@ def run_bench(
         check_fingerprint(artifact, fingerprint(model))
         prompts, notes = _retrieval(config, model, trust_remote_code)
     bench = _Bench(config, model, artifact, device)
-    bench.warm_up(max(prompts, key=len)[:_SHORT])
+    bench.warm_up(max(prompts, key=len))
     rows = []
     for prompt in prompts:
         for attention in (DENSE, SHARE) if config.dense else (SHARE,):
@@ -155,15 +155,16 @@ class _Bench:
         self.session = Session(model, artifact, RuntimeConfig(min_tokens=0))
 
     def warm_up(self, prompt: Tensor) -> None:
-        """Compiles the kernels, and fills the allocator."""
-        for attention in (DENSE, SHARE):
-            self._prefill(prompt, attention, 0)
+        """Compiles the kernels, fills the allocator, and imports what chunks need."""
+        short = prompt[:_SHORT]
+        for attention in (DENSE, SHARE) if self.config.dense else (SHARE,):
+            self._prefill(short, attention, 0)
+            if 0 < self._chunk(prompt) < len(prompt):
+                self._prefill(short, attention, -(-len(short) // 2))
 
     def measure(self, prompt: Tensor, attention: str) -> BenchRow:
         """Times one prompt."""
-        chunk = self.config.chunk
-        if chunk is None:
-            chunk = chunk_tokens(self.model, len(prompt))
+        chunk = self._chunk(prompt)
         cuda = self.device.type == "cuda"
         if cuda:
             torch.cuda.empty_cache()
@@ -183,6 +184,12 @@ class _Bench:
             density=report.density if attention == SHARE else 1.0,
             selection_work=report.selection_work if attention == SHARE else 0.0,
         )
+
+    def _chunk(self, prompt: Tensor) -> int:
+        """Tokens of a prompt at a time; 0 for all at once."""
+        if self.config.chunk is not None:
+            return self.config.chunk
+        return chunk_tokens(self.model, len(prompt))
 
     def notes(self, rows: list[BenchRow]) -> tuple[str, ...]:
         """What the rows do not say of themselves."""

@@ -167,8 +167,9 @@ def _bytes_of(model: Any, tokens: int) -> tuple[int, int]:
     inner *= getattr(config, "num_experts_per_tok", None) or 1
     heads = sizes.heads * sizes.head_dim
     activations = (3 * inner + 6 * config.hidden_size + 4 * heads + 2 * keys) * element
-    # Maps and patterns of about three rows a head, 5 bytes for each of 128 tokens' blocks.
-    maps = 3 * sizes.heads * 5 * tokens // 128**2
+    # Of every head and pair of blocks of 128 tokens, at the most: a smoothed map in the making is
+    # five float32, beside patterns and their list.
+    maps = 24 * sizes.heads * tokens // 128**2
     return cache, activations + maps
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from shareprefill.artifact import Policy, load_artifact, save_artifact
+from shareprefill.bench import measure
 from shareprefill.bench.config import BenchConfig
 from shareprefill.bench.measure import run_bench
 from shareprefill.bench.shapes import SHAPES, build_shape
@@ -55,6 +56,26 @@ def test_fewer_layers_and_chunks_are_said() -> None:
     assert "random weights" in text
     assert text.count("| dense |") == text.count("| share |") == 2
     assert result.to_dict()["rows"][1]["speedup"] == result.speedup(3000)
+
+
+@pytest.mark.parametrize("chunk", [0, 512])
+def test_what_is_timed_was_warmed_up(monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
+    """Also the way that chunks take: their first dense call imports torch's compiler."""
+    taken: list[tuple[str, bool]] = []
+    run = measure._Bench._prefill
+
+    def watch(bench: Any, prompt: torch.Tensor, attention: str, size: int) -> float:
+        taken.append((attention, 0 < size < len(prompt)))
+        return run(bench, prompt, attention, size)
+
+    monkeypatch.setattr(measure._Bench, "_prefill", watch)
+    monkeypatch.setattr(measure, "_SHORT", 600)
+    run_bench(tiny(lengths=(1000,), chunk=chunk))
+    *warm, dense, share = taken
+    assert {dense, share} <= set(warm)
+    taken.clear()
+    run_bench(tiny(lengths=(1000,), chunk=chunk, dense=False))
+    assert {attention for attention, _ in taken} == {"share"}
 
 
 def test_a_model_with_its_artifact(tmp_path: Path) -> None:
