@@ -2,17 +2,16 @@
 
     python benchmarks/bench_layer.py --json layer.json --markdown layer.md
     python benchmarks/bench_layer.py --device cpu --tokens 1024 --plans shared
-    python benchmarks/bench_layer.py --tokens 1048576 --plans shared --hot 700 --gamma .9
+    python benchmarks/bench_layer.py --tokens 1048576 --plans shared
 
 On inputs with structure (layer_cases.py): as many key blocks attract as the plan `mixed` needs for
-the density that is wanted at a length, and every plan has the least gamma that gives the recall, as
-calibration chooses it. `mixed` has 2 pivots, 16 sharing heads,
-10 vertical-slash ones and 4 row-sampled ones, `shared` 4 pivots and 28 sharing heads; the other
-plans treat all heads alike. A layer is timed as sessions run it, after the geometry of the forward
-pass is made: `eager`, the host's time included and the device waited for; `stream`, one of eight
-that follow each other without waiting; `device`, with all launches queued before the first starts;
-in a CUDA graph; and the host alone. `choice` is all but attention: sampling, selection and lists,
-on the device.
+the density that is wanted at a length, and every policy has the least gamma that gives the recall,
+as calibration chooses it. `mixed` has 2 pivots, 16 sharing heads, 10 vertical-slash ones and 4
+row-sampled ones, `shared` 4 pivots and 28 sharing heads; the other plans treat all heads alike.
+A layer is timed as sessions run it, after the geometry of the forward pass is made: `eager`, the
+host's time included and the device waited for; `stream`, one of eight that follow each other
+without waiting; `device`, with all launches queued before the first starts; in a CUDA graph; and
+the host alone. `choice` is all but attention: sampling, selection and lists, on the device.
 """
 
 from __future__ import annotations
@@ -36,6 +35,7 @@ from layer_cases import (
     PLANS,
     Structured,
     facts_of,
+    gammas_of,
     uniform_plan,
     wanted_density,
 )
@@ -191,10 +191,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--tokens", type=int, nargs="+", default=[8192, 32768, 131072])
     parser.add_argument(
-        "--recall", type=float, default=0.97, help="every plan has the least gamma that reaches it"
+        "--recall", type=float, default=0.97, help="every policy has the gamma that reaches it"
     )
-    parser.add_argument("--gamma", type=float, help="of all plans, instead")
-    parser.add_argument("--hot", type=int, help="attracting blocks, instead of those for a density")
     parser.add_argument(
         "--density",
         type=float,
@@ -227,26 +225,27 @@ def main() -> None:
     rows: list[Row] = []
     for tokens, density in zip(options.tokens, options.density, strict=True):
         inputs = Structured(tokens, options.device)
-        if options.hot is None:
-            hot = inputs.place_for(density, options.recall, PLANS["mixed"])
-            print(f"{tokens} tokens: {hot} attracting blocks give `mixed` a density of {density:g}")
-        else:
-            inputs.place(options.hot)
+        tuning = inputs.tune(density, options.recall, PLANS["mixed"])
+        print(
+            f"{tokens} tokens: {tuning.hot} attracting blocks give `mixed` a density of "
+            f"{tuning.density:.3f}, {density:g} was wanted"
+        )
         dense.append(dense_times(inputs, options.device))
         print(json.dumps(asdict(dense[-1])), flush=True)
         for name in options.plans:
-            gamma = options.gamma
-            if gamma is None:
-                gamma = inputs.gamma_for(options.recall, PLANS[name])
-            make = inputs.layer(uniform_plan(PLANS[name], gamma))
+            gammas = tuning.gammas
+            if not gammas_of(PLANS[name]) <= set(gammas):
+                gammas = inputs.gammas_for(options.recall, PLANS[name])
+            make = inputs.layer(uniform_plan(PLANS[name], gammas))
+            named = {policy.label: gammas[policy] for policy in gammas_of(PLANS[name])}
             known = facts_of(make())
             for impl in options.impl:
                 try:
                     found = layer_time(make, impl, options.device, options.repeats)
                 except UnsupportedError as error:
-                    rows.append(Row(tokens, name, impl, gamma, known, missing=str(error)))
+                    rows.append(Row(tokens, name, impl, named, known, missing=str(error)))
                 else:
-                    rows.append(Row(tokens, name, impl, gamma, known, found))
+                    rows.append(Row(tokens, name, impl, named, known, found))
                 print(json.dumps(asdict(rows[-1])), flush=True)
         # After every length: a run that is cut off keeps what it has.
         ratios = comparisons(dense, rows)

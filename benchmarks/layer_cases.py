@@ -7,8 +7,8 @@ others: it does not look like its pivot. How many blocks attract decides the den
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -23,7 +23,9 @@ from shareprefill.runtime.sharing import LayerPass
 from shareprefill.runtime.state import ForwardState, Geometry
 
 HEADS, KV_HEADS, DIM, BLOCK = 32, 8, 128, 128
-HOT_TOKENS, SINK_TOKENS, STRENGTH = 32, 64, 11.0
+HOT_TOKENS, STRENGTH = 32, 11.0
+# First tokens that attract heads, and those that attract unlike heads.
+SINK_TOKENS = (64, 8)
 # One head of so many is unlike the others.
 UNLIKE = 8
 # Density of the plan `mixed` at which the goals are set.
@@ -43,17 +45,27 @@ PLANS = {
     "sampled": (R,) * 32,
     "vertical-slash": (V,) * 32,
 }
-_GAMMA_STEPS = 9
+# Longer inputs take their attracting blocks and gammas from so many tokens: exact maps take long.
+LONGEST_TUNED = 131072
+_GAMMA_STEPS = 8
 # What a head does that does not look like its pivot.
 FALLBACK = R
 
 
-def uniform_plan(policies: tuple[Policy, ...], gamma: float, layers: int = 1) -> RuntimePlan:
+def gammas_of(policies: tuple[Policy, ...]) -> set[Policy]:
+    """The policies whose gammas a plan reads: sharing heads have their pivot's."""
+    found = {P if policy is S else policy for policy in policies}
+    return found | {FALLBACK} if S in policies else found
+
+
+def uniform_plan(
+    policies: tuple[Policy, ...], gammas: Mapping[Policy, float], layers: int = 1
+) -> RuntimePlan:
     """A plan of layers that are alike; sharing heads take turns at the pivots of their layer.
 
     Args:
         policies: Of every head of a layer, pivots first.
-        gamma: Attention mass that every pattern covers.
+        gammas: Attention mass that patterns cover, by policy.
         layers: Layers.
     """
     pivots, heads = policies.count(P), len(policies)
@@ -65,8 +77,8 @@ def uniform_plan(policies: tuple[Policy, ...], gamma: float, layers: int = 1) ->
             policy=policy,
             pivot=-1 if pivot is None else layer * heads + pivot,
             fallback=FALLBACK if policy is S else policy,
-            gamma=gamma,
-            fallback_gamma=gamma,
+            gamma=gammas[P if policy is S else policy],
+            fallback_gamma=gammas[FALLBACK if policy is S else policy],
             tau=0.2,
             cluster=layer,
         )
@@ -92,6 +104,21 @@ def uniform_plan(policies: tuple[Policy, ...], gamma: float, layers: int = 1) ->
     )
 
 
+@dataclass(frozen=True)
+class Tuning:
+    """What gives a plan a density and a recall.
+
+    Attributes:
+        hot: Blocks that attract each kind of heads.
+        gammas: Attention mass that patterns cover, by policy.
+        density: Reached.
+    """
+
+    hot: int
+    gammas: dict[Policy, float]
+    density: float
+
+
 class Structured:
     """Inputs of one layer whose attracting blocks can be placed anew.
 
@@ -99,6 +126,7 @@ class Structured:
         query: `[32, N, 128]`; bfloat16 on a GPU, float32 on a CPU.
         key: `[8, N, 128]`.
         value: `[8, N, 128]`.
+        unlike: Heads that do not look like their pivot, bool `[32]`.
     """
 
     def __init__(self, tokens: int, device: str, seed: int = 0) -> None:
@@ -110,9 +138,9 @@ class Structured:
             for heads in (HEADS, KV_HEADS, KV_HEADS)
         )
         head = torch.arange(HEADS, device=device)
-        unlike = head % UNLIKE == UNLIKE - 1
+        self.unlike = head % UNLIKE == UNLIKE - 1
         strength = STRENGTH * (1 + 0.02 * (head % 4 - 1.5))
-        for feature, mine in enumerate((~unlike, unlike)):
+        for feature, mine in enumerate((~self.unlike, self.unlike)):
             self.query[..., feature] += (strength * mine).to(dtype)[:, None]
         blocks = tokens // BLOCK
         self._order = [
@@ -126,54 +154,70 @@ class Structured:
         Args:
             hot: Blocks, at most `tokens // 128`; those of a larger number hold a smaller one's.
         """
-        for feature, order in enumerate(self._order):
+        for feature, (order, sink) in enumerate(zip(self._order, SINK_TOKENS, strict=True)):
             attracts = torch.zeros(self.tokens, device=self.key.device, dtype=self.key.dtype)
             whole = attracts[: len(order) * BLOCK].view(-1, BLOCK)
             whole[order[:hot], :HOT_TOKENS] = 1
-            attracts[:SINK_TOKENS] = 1
+            attracts[:sink] = 1
             self.key[..., feature] = self._noise[..., feature] + STRENGTH * attracts
 
-    def place_for(self, density: float, recall: float, policies: tuple[Policy, ...]) -> int:
+    def tune(self, density: float, recall: float, policies: tuple[Policy, ...]) -> Tuning:
         """Lets as many blocks attract as a plan needs to be nearest to a density.
+
+        Above `LONGEST_TUNED` tokens it is found at so many, and the share of the blocks is kept.
 
         Args:
             density: Wanted.
-            recall: That the plan's gamma is to give.
+            recall: That gammas are to give.
             policies: Of the plan's heads.
 
         Returns:
-            Blocks.
+            What was found.
         """
+        if self.tokens > LONGEST_TUNED:
+            shorter = Structured(LONGEST_TUNED, self.query.device.type)
+            found = shorter.tune(density, recall, policies)
+            found = replace(found, hot=found.hot * self.tokens // LONGEST_TUNED)
+            self.place(found.hot)
+            return found
         low, high = 1, max(1, self.tokens // BLOCK // 2)
-        found: dict[int, float] = {}
+        tried: list[Tuning] = []
         while low <= high:
             middle = (low + high) // 2
             self.place(middle)
-            plan = uniform_plan(policies, self.gamma_for(recall, policies))
-            found[middle] = chosen_density(self.layer(plan)())
-            if found[middle] < density:
+            gammas = self.gammas_for(recall, policies)
+            reached = chosen_density(self.layer(uniform_plan(policies, gammas))())
+            tried.append(Tuning(middle, gammas, reached))
+            if reached < density:
                 low = middle + 1
             else:
                 high = middle - 1
-        best = min(found, key=lambda hot: abs(found[hot] - density))
-        self.place(best)
+        best = min(tried, key=lambda tuning: abs(tuning.density - density))
+        self.place(best.hot)
         return best
 
-    def gamma_for(self, recall: float, policies: tuple[Policy, ...]) -> float:
-        """The least gamma at which a plan reaches a mean recall, as calibration chooses it.
+    def gammas_for(self, recall: float, policies: tuple[Policy, ...]) -> dict[Policy, float]:
+        """The least gamma at which heads of each policy reach a mean recall, as calibrated.
 
         Args:
-            recall: To be reached.
-            policies: Of the plan's heads.
+            recall: To be reached; of sharing heads, by those that look like their pivot.
+            policies: Of a plan's heads.
         """
         _, maps = pooled_attention(self.query, self.key, block_size=BLOCK, scale=DIM**-0.5)
+        return {policy: self._gamma_for(recall, policy, maps) for policy in gammas_of(policies)}
+
+    def _gamma_for(self, recall: float, policy: Policy, maps: torch.Tensor) -> float:
+        policies = PLANS["shared"] if policy is P else (policy,) * HEADS
+        counted = ~self.unlike if policy is P else torch.ones_like(self.unlike)
         low, high = 0.0, 0.999
         for _ in range(_GAMMA_STEPS):
             middle = (low + high) / 2
-            layer = self.layer(uniform_plan(policies, middle))()
+            plan = uniform_plan(policies, dict.fromkeys(gammas_of(policies), middle))
+            layer = self.layer(plan)()
             layer.choose()
-            found = covered_mass(maps, layer.bitmap, layer.pattern).mean().item()
-            low, high = (low, middle) if found >= recall else (middle, high)
+            covered = covered_mass(maps, layer.bitmap, layer.pattern)
+            enough = covered[counted].mean().item() >= recall
+            low, high = (low, middle) if enough else (middle, high)
         return high
 
     def layer(self, plan: RuntimePlan) -> Callable[[], LayerPass]:

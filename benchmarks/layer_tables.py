@@ -10,7 +10,7 @@ from layer_cases import Facts
 from provenance import summary
 
 COLUMNS = (
-    *("tokens", "plan", "impl", "γ", "density", "recall (worst head)", "sharing", "eager"),
+    *("tokens", "plan", "impl", "density", "recall (worst head)", "sharing", "eager"),
     *("stream", "device", "graph", "choice", "host", "launches"),
 )
 
@@ -45,7 +45,7 @@ class Row:
     tokens: int
     plan: str
     impl: str
-    gamma: float
+    gammas: dict[str, float]
     facts: Facts
     time: LayerTime | None = None
     missing: str | None = None
@@ -137,7 +137,7 @@ def markdown(
     ]
     for row in rows:
         known = row.facts
-        cells = [row.tokens, row.plan, row.impl, f"{row.gamma:.3f}", f"{known.density:.3f}"]
+        cells = [row.tokens, row.plan, row.impl, f"{known.density:.3f}"]
         cells += [f"{known.recall:.3f} ({known.worst_recall:.3f})", f"{known.sharing:.2f}"]
         if row.time is None:
             cells += ["missing", *[""] * 6]

@@ -104,10 +104,10 @@ class Layers:
         )
         self.modules = [layer.self_attn for layer in self.model.model.layers]
         inputs = Structured(tokens, device)
-        inputs.place_for(density_for(tokens), options.recall, PLANS[options.plan])
-        gamma = inputs.gamma_for(options.recall, PLANS[options.plan])
-        plan = uniform_plan(PLANS[options.plan], gamma, options.layers)
-        self.facts = facts_of(inputs.layer(plan)())
+        policies = PLANS[options.plan]
+        tuning = inputs.tune(density_for(tokens), options.recall, policies)
+        self.facts = facts_of(inputs.layer(uniform_plan(policies, tuning.gammas))())
+        plan = uniform_plan(policies, tuning.gammas, options.layers)
         # As projections leave them: tokens before heads.
         self.tensors = [
             tensor.transpose(0, 1).contiguous().transpose(0, 1)[None]

@@ -15,6 +15,7 @@ import torch
 from shareprefill.artifact import Policy
 
 ROOT = Path(__file__).parents[2]
+EVERY = dict.fromkeys(Policy, 0.95)
 
 
 @pytest.fixture(autouse=True)
@@ -35,7 +36,7 @@ def test_heads_that_look_alike_share_and_others_do_not(inputs: Any) -> None:
     from layer_cases import PLANS, UNLIKE, chosen_density, uniform_plan
 
     inputs.place(5)
-    layer = inputs.layer(uniform_plan(PLANS["shared"], 0.95))()
+    layer = inputs.layer(uniform_plan(PLANS["shared"], EVERY))()
     chosen_density(layer)
     shared = (layer.policies == int(Policy.SHARE)).nonzero()[:, 0].tolist()
     assert shared == [head for head in range(4, 32) if head % UNLIKE != UNLIKE - 1]
@@ -46,17 +47,17 @@ def test_blocks_are_placed_for_a_density(inputs: Any) -> None:
     from layer_cases import PLANS, chosen_density, uniform_plan
 
     policies = PLANS["shared"]
-    hot = inputs.place_for(0.5, 0.97, policies)
+    tuning = inputs.tune(0.5, 0.97, policies)
     placed = inputs.key.clone()
-    near = {}
-    for count in (hot - 1, hot, hot + 1):
-        inputs.place(count)
-        plan = uniform_plan(policies, inputs.gamma_for(0.97, policies))
-        near[count] = abs(chosen_density(inputs.layer(plan)()) - 0.5)
-    assert min(near, key=lambda count: near[count]) == hot
+    assert tuning.density == pytest.approx(0.5, abs=0.1)
+    again = chosen_density(inputs.layer(uniform_plan(policies, tuning.gammas))())
+    assert again == tuning.density
+    inputs.place(1)
+    fewer = inputs.layer(uniform_plan(policies, inputs.gammas_for(0.97, policies)))()
+    assert chosen_density(fewer) < tuning.density
     # Placing is not adding up.
     inputs.place(12)
-    inputs.place(hot)
+    inputs.place(tuning.hot)
     assert torch.equal(inputs.key, placed)
 
 
@@ -65,11 +66,37 @@ def test_gamma_is_the_least_that_reaches_a_recall(inputs: Any) -> None:
 
     inputs.place(5)
     policies = PLANS["sampled"]
-    gamma = inputs.gamma_for(0.9, policies)
-    facts = facts_of(inputs.layer(uniform_plan(policies, gamma))())
+    gammas = inputs.gammas_for(0.9, policies)
+    facts = facts_of(inputs.layer(uniform_plan(policies, gammas))())
     assert facts.recall >= 0.9
     assert facts.worst_recall <= facts.recall
-    assert facts_of(inputs.layer(uniform_plan(policies, gamma - 0.002))()).recall < 0.9
+    ((policy, gamma),) = gammas.items()
+    less = uniform_plan(policies, {policy: gamma - 0.004})
+    assert facts_of(inputs.layer(less)()).recall < 0.9
+
+
+def test_long_inputs_are_tuned_at_fewer_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    import layer_cases
+
+    policies = layer_cases.PLANS["shared"]
+    short = layer_cases.Structured(1024, "cpu").tune(0.7, 0.9, policies)
+    monkeypatch.setattr(layer_cases, "LONGEST_TUNED", 1024)
+    inputs = layer_cases.Structured(4096, "cpu")
+    found = inputs.tune(0.7, 0.9, policies)
+    assert (found.hot, found.gammas) == (4 * short.hot, short.gammas)
+    placed = inputs.key.clone()
+    inputs.place(found.hot)
+    assert torch.equal(inputs.key, placed)
+
+
+def test_sharing_heads_have_the_gamma_of_their_pivot(inputs: Any) -> None:
+    from layer_cases import FALLBACK, PLANS, P, gammas_of, uniform_plan
+
+    assert gammas_of(PLANS["shared"]) == {P, FALLBACK}
+    plan = uniform_plan(PLANS["shared"], {P: 0.5, FALLBACK: 0.6}, layers=2)
+    assert [layer[9].gamma for layer in plan.layers] == [0.5, 0.5]
+    assert plan.layers[1][9].fallback_gamma == 0.6
+    assert [layer[9].pivot for layer in plan.layers] == [1, 33]
 
 
 def test_layers_take_the_implementation_that_is_asked_for(inputs: Any) -> None:
@@ -78,7 +105,7 @@ def test_layers_take_the_implementation_that_is_asked_for(inputs: Any) -> None:
 
     from shareprefill.errors import UnsupportedError
 
-    make = inputs.layer(uniform_plan(PLANS["shared"], 0.9))
+    make = inputs.layer(uniform_plan(PLANS["shared"], EVERY))
     with implementation("fa4"), pytest.raises(UnsupportedError, match="impl='fa4'"):
         make().run()
     make().run()
