@@ -49,7 +49,7 @@ PLANS = {
 LONGEST_TUNED = 131072
 _GAMMA_STEPS = 8
 # What a head does that does not look like its pivot.
-FALLBACK = R
+FALLBACK = M
 
 
 def gammas_of(policies: tuple[Policy, ...]) -> set[Policy]:
@@ -79,7 +79,7 @@ def uniform_plan(
             fallback=FALLBACK if policy is S else policy,
             gamma=gammas[P if policy is S else policy],
             fallback_gamma=gammas[FALLBACK if policy is S else policy],
-            tau=0.2,
+            slack=0.04,
             cluster=layer,
         )
 
@@ -93,10 +93,11 @@ def uniform_plan(
         online=False,
         guarded=False,
         block_size=BLOCK,
+        tau=0.2,
         delta=0.3,
-        pivot_rows=8,
+        pivot_rows=4,
         sample_rows=8,
-        check_rows=2,
+        check_rows=1,
         sink_blocks=1,
         local_blocks=2,
         max_density=1.0,
