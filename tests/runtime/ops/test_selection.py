@@ -173,6 +173,39 @@ def test_distances_of_equal_and_of_disjoint_maps(impl: str) -> None:
 
 
 @pytest.mark.parametrize("impl", IMPLS)
+def test_what_is_no_number_is_near_nothing_and_covers_nothing(impl: str) -> None:
+    maps = torch.rand(3, 5, 7).softmax(-1)
+    maps[1, 2, 3] = torch.nan
+    index = torch.tensor([0, 1, 1])
+    distances = js_distances(maps, maps, index, impl=impl)
+    assert distances.isnan().tolist() == [False, True, True]
+    assert not (distances[1:] < 1).any()
+    nothing = torch.zeros(2, 5, 7, dtype=torch.bool)
+    covered = covered_mass(maps, nothing, index, impl=impl)
+    assert covered.isnan().tolist() == [False, True, False]
+
+
+@pytest.mark.interpreter
+def test_long_maps_are_measured_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    from shareprefill.runtime.ops.selection import triton
+
+    shape = (300, 300, 4)
+    maps, pivots = random_maps(2, shape), random_maps(2, shape)
+    patterns, index = pivots > 0.01, torch.tensor([1, 0])
+    wanted = [js_distances(maps, pivots, index), covered_mass(maps, patterns, index)]
+    monkeypatch.setattr(triton, "MEASURE_ENTRIES", 40 * 75)
+    actual = [
+        js_distances(maps, pivots, index, impl="triton"),
+        covered_mass(maps, patterns, index, impl="triton"),
+    ]
+    for one, other in zip(actual, wanted, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+    # All blocks of rows whose sums are rounded upwards.
+    full = torch.full((1, 75, 75), 1 / 75) * (1 + 1e-6)
+    assert covered_mass(full, full > 0, index[1:], impl="triton").tolist() == [1.0]
+
+
+@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_distances_and_coverage_equal_float64(shape: tuple[int, int, int], impl: str) -> None:
     maps, pivots = random_maps(3, shape), random_maps(2, shape)

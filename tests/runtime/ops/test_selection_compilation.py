@@ -84,8 +84,9 @@ result["vertical slash"] = build(
     cover.vertical_slash_kernel, {"CHUNK": selection.CHUNK}, bits, num_warps=1
 )
 measure = {"ROWS": selection.MEASURE_ROWS, "CHUNK": selection.MEASURE_CHUNK}
-result["js"] = build(measures.js_kernel, measure, num_warps=4)
-result["covered"] = build(measures.covered_kernel, measure, num_warps=4)
+warps = launch(selection.MEASURE_OPTIONS)
+result["js"] = build(measures.js_kernel, measure, **warps)
+result["covered"] = build(measures.covered_kernel, measure, **warps)
 listing = {"CHUNK": selection.LIST_CHUNK}
 result["count"] = build(lists.count_kernel, listing | {"HEADS": 32}, num_warps=1)
 result["write"] = build(lists.write_kernel, listing, num_warps=1)

@@ -124,8 +124,8 @@ def js_distances(
 ) -> torch.Tensor:
     """Mean over rows of the Jensen-Shannon distance of every map to its pivot's.
 
-    The distance is the square root of the divergence, natural logarithm: 0 to sqrt(ln 2), never
-    NaN for finite maps. No map is copied.
+    The distance is the square root of the divergence, natural logarithm: 0 to sqrt(ln 2); NaN only
+    where a map or its pivot's holds NaN or Inf. No map is copied.
 
     Args:
         maps: float32 `[S, n_q, n_k]`, block distributions.
@@ -151,6 +151,8 @@ def covered_mass(
     maps: torch.Tensor, patterns: torch.Tensor, index: torch.Tensor, *, impl: str = "auto"
 ) -> torch.Tensor:
     """Mean over rows of the mass of every map inside its pattern: the recall, for exact maps.
+
+    A map that holds NaN covers NaN, which reaches no limit.
 
     Args:
         maps: float32 `[S, n_q, n_k]`, block distributions.

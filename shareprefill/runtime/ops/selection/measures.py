@@ -16,7 +16,7 @@ def _xlog2(b_mass):
     return b_mass * tl.log2(tl.where(b_mass > 0.0, b_mass, 1.0))
 
 
-@triton.jit(do_not_specialize=["n_q", "n_k"])
+@triton.jit(do_not_specialize=["n_q", "n_k", "n_rows"])
 def js_kernel(
     p_maps,
     p_pivots,
@@ -24,32 +24,39 @@ def js_kernel(
     p_parts,
     n_q,
     n_k,
+    n_rows,
     ROWS: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """One program: `ROWS` rows of one map; stores the sum of their distances over `n_q`."""
+    """One program: `n_rows` rows of one map; stores the sum of their distances over `n_q`."""
     HALF_LN2: tl.constexpr = 0.34657359027997264
     i_map = tl.program_id(1).to(tl.int64)
     i_pivot = tl.load(p_index + i_map)
     share = float("inf")
     if i_pivot >= 0:
-        o_m = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
-        m_m = o_m < n_q
-        p_p = p_maps + i_map * n_q * n_k + o_m[:, None] * n_k
-        p_q = p_pivots + i_pivot * n_q * n_k + o_m[:, None] * n_k
-        b_sum = tl.zeros([ROWS, CHUNK], dtype=tl.float32)
-        for i_column in range(0, n_k, CHUNK):
-            o_n = i_column + tl.arange(0, CHUNK)
-            m_tile = m_m[:, None] & (o_n < n_k)[None, :]
-            b_p = tl.load(p_p + o_n[None, :], mask=m_tile, other=0.0)
-            b_q = tl.load(p_q + o_n[None, :], mask=m_tile, other=0.0)
-            b_sum += _xlog2(b_p) + _xlog2(b_q) - 2.0 * _xlog2((b_p + b_q) * 0.5)
-        b_distance = tl.sqrt(tl.maximum(tl.sum(b_sum, 1) * HALF_LN2, 0.0))
+        p_map = p_maps + i_map * n_q * n_k
+        p_pivot = p_pivots + i_pivot * n_q * n_k
+        i_start = tl.program_id(0) * n_rows
+        i_end = tl.minimum(i_start + n_rows, n_q)
+        b_distance = tl.zeros([ROWS], dtype=tl.float32)
+        for i_row in range(i_start, i_end, ROWS):
+            o_m = i_row + tl.arange(0, ROWS)
+            o_row = (o_m.to(tl.int64) * n_k)[:, None]
+            b_sum = tl.zeros([ROWS, CHUNK], dtype=tl.float32)
+            for i_column in range(0, n_k, CHUNK):
+                o_n = i_column + tl.arange(0, CHUNK)
+                m_tile = (o_m < i_end)[:, None] & (o_n < n_k)[None, :]
+                b_p = tl.load(p_map + o_row + o_n[None, :], mask=m_tile, other=0.0)
+                b_q = tl.load(p_pivot + o_row + o_n[None, :], mask=m_tile, other=0.0)
+                b_sum += _xlog2(b_p) + _xlog2(b_q) - 2.0 * _xlog2((b_p + b_q) * 0.5)
+            b_divergence = tl.sum(b_sum, 1) * HALF_LN2
+            # Not a maximum with 0, which would turn NaN into 0.
+            b_distance += tl.sqrt(tl.where(b_divergence < 0.0, 0.0, b_divergence))
         share = tl.sum(b_distance, 0) / n_q
     tl.store(p_parts + i_map * tl.num_programs(0) + tl.program_id(0), share)
 
 
-@triton.jit(do_not_specialize=["n_q", "n_k"])
+@triton.jit(do_not_specialize=["n_q", "n_k", "n_rows"])
 def covered_kernel(
     p_maps,
     p_patterns,
@@ -57,24 +64,32 @@ def covered_kernel(
     p_parts,
     n_q,
     n_k,
+    n_rows,
     ROWS: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """One program: `ROWS` rows of one map; stores the sum of their covered mass over `n_q`."""
+    """One program: `n_rows` rows of one map; stores the sum of their covered mass over `n_q`."""
     i_map = tl.program_id(1).to(tl.int64)
     i_pattern = tl.load(p_index + i_map)
-    o_m = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
-    m_m = o_m < n_q
-    p_mass = p_maps + i_map * n_q * n_k + o_m[:, None] * n_k
     # No pattern: nothing is read, and what is not read counts as taken.
     n_listed = tl.where(i_pattern >= 0, n_k, 0)
-    p_taken = p_patterns + i_pattern * n_q * n_k + o_m[:, None] * n_k
+    p_map = p_maps + i_map * n_q * n_k
+    p_pattern = p_patterns + i_pattern * n_q * n_k
+    i_start = tl.program_id(0) * n_rows
+    i_end = tl.minimum(i_start + n_rows, n_q)
     b_sum = tl.zeros([ROWS, CHUNK], dtype=tl.float32)
-    for i_column in range(0, n_k, CHUNK):
-        o_n = i_column + tl.arange(0, CHUNK)
-        m_tile = m_m[:, None] & (o_n < n_k)[None, :]
-        m_listed = m_m[:, None] & (o_n < n_listed)[None, :]
-        b_taken = tl.load(p_taken + o_n[None, :], mask=m_listed, other=1)
-        b_sum += tl.load(p_mass + o_n[None, :], mask=m_tile & (b_taken > 0), other=0.0)
+    for i_row in range(i_start, i_end, ROWS):
+        o_m = i_row + tl.arange(0, ROWS)
+        o_row = (o_m.to(tl.int64) * n_k)[:, None]
+        for i_column in range(0, n_k, CHUNK):
+            o_n = i_column + tl.arange(0, CHUNK)
+            m_tile = (o_m < i_end)[:, None] & (o_n < n_k)[None, :]
+            m_listed = (o_m < i_end)[:, None] & (o_n < n_listed)[None, :]
+            b_taken = tl.load(p_pattern + o_row + o_n[None, :], mask=m_listed, other=1)
+            b_mass = tl.load(p_map + o_row + o_n[None, :], mask=m_tile, other=0.0)
+            # A mass that is not a number counts wherever it is: it covers nothing.
+            b_sum += tl.where((b_taken > 0) | (b_mass != b_mass), b_mass, 0.0)
     share = tl.sum(tl.sum(b_sum, 1), 0) / n_q
+    # Not a minimum, which would turn NaN into 1.
+    share = tl.where(share > 1.0, 1.0, share)
     tl.store(p_parts + i_map * tl.num_programs(0) + tl.program_id(0), share)

@@ -20,14 +20,16 @@ from shareprefill.runtime.ops.selection.reference import ROUNDING
 # Entries of a row that a program holds at a time. Fixed, so that no length compiles a kernel anew.
 CHUNK = 256
 LIST_CHUNK = 512
-# Rows and columns of a tile of the measures.
-MEASURE_ROWS, MEASURE_CHUNK = 8, 128
+# Rows and columns of a tile of the measures, and entries of a program: with the maps of up to 32K
+# tokens it takes all rows of one, and nothing is left to add up.
+MEASURE_ROWS, MEASURE_CHUNK = 32, 128
+MEASURE_ENTRIES = 2**16
 # Counts that a program of the offsets reads at a time.
 OFFSET_PATTERNS, OFFSET_ROWS = 16, 256
 
 LINE_OPTIONS: dict[str, Any] = {"CHUNK": CHUNK, "num_warps": 1}
 COVER_OPTIONS: dict[str, Any] = LINE_OPTIONS | {"ROUNDING": ROUNDING}
-MEASURE_OPTIONS: dict[str, Any] = {"ROWS": MEASURE_ROWS, "CHUNK": MEASURE_CHUNK, "num_warps": 4}
+MEASURE_OPTIONS: dict[str, Any] = {"ROWS": MEASURE_ROWS, "CHUNK": MEASURE_CHUNK, "num_warps": 8}
 LIST_OPTIONS: dict[str, Any] = {"CHUNK": LIST_CHUNK, "num_warps": 1}
 OFFSET_OPTIONS: dict[str, Any] = {"PATTERNS": OFFSET_PATTERNS, "ROWS": OFFSET_ROWS, "num_warps": 4}
 
@@ -108,15 +110,14 @@ def vertical_slash_blocks(
 
 
 def js_distances(maps: torch.Tensor, pivots: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """Two launches, the second a sum of few numbers; arguments as in the operator of this name."""
+    """One launch, or two for long maps; arguments as in the operator of this name."""
     return _measure(js_kernel, maps, pivots.contiguous(), index)
 
 
 def covered_mass(maps: torch.Tensor, patterns: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """Three launches, two of few numbers; arguments as in the operator of this name."""
-    return _measure(covered_kernel, maps, patterns.contiguous().view(torch.uint8), index).clamp_(
-        max=1
-    )
+    """One launch, or three for long maps; arguments as in the operator of this name."""
+    found = _measure(covered_kernel, maps, patterns.contiguous().view(torch.uint8), index)
+    return found if _parts(*maps.shape[1:])[0] == 1 else found.clamp_(max=1)
 
 
 def list_blocks(
@@ -182,14 +183,20 @@ def list_blocks(
     return BlockLists(offsets, indices, listed, n_q, n_k, block_size)
 
 
+def _parts(n_q: int, n_k: int) -> tuple[int, int]:
+    """Programs of a measured map, and rows of each."""
+    n_rows = max(1, MEASURE_ENTRIES // n_k)
+    return triton.cdiv(n_q, n_rows), n_rows
+
+
 def _measure(
     kernel: triton.JITFunction, maps: torch.Tensor, partners: torch.Tensor, index: torch.Tensor
 ) -> torch.Tensor:
-    """Sum over the row tiles of what `kernel` finds for each map."""
+    """What `kernel` finds for each map, put together where several programs share one."""
     maps, index = maps.contiguous(), index.contiguous()
     n_maps, n_q, n_k = maps.shape
-    n_parts = triton.cdiv(n_q, MEASURE_ROWS)
-    parts = torch.empty((n_maps, n_parts), dtype=torch.float32, device=maps.device)
+    n_parts, n_rows = _parts(n_q, n_k)
+    parts = maps.new_empty((n_maps, n_parts))
     if n_maps:
         with torch.cuda.device_of(maps):
             kernel[(n_parts, n_maps)](
@@ -199,6 +206,7 @@ def _measure(
                 parts,
                 n_q,
                 n_k,
+                n_rows,
                 **MEASURE_OPTIONS,
             )
-    return parts.sum(1)
+    return parts.view(-1) if n_parts == 1 else parts.sum(1)
