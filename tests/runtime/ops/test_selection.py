@@ -8,31 +8,20 @@ import torch
 from shareprefill.errors import ConfigError
 from shareprefill.runtime.ops.blocks import BlockLists, causal_blocks, count_causal_blocks
 from shareprefill.runtime.ops.selection import (
+    LineWeights,
     covered_mass,
+    head_blocks,
     js_distances,
     list_blocks,
     select_blocks,
+    smooth_maps,
     vertical_slash_blocks,
 )
+from tests.support.maps import geometry, random_maps
 
 IMPLS = ["reference", pytest.param("triton", marks=pytest.mark.interpreter)]
 # (n_query, n_key, block size)
 SHAPES = [(1, 1, 16), (64, 64, 16), (100, 120, 32), (50, 113, 16), (7, 700, 128), (40, 5000, 16)]
-
-
-def random_maps(
-    n_maps: int, shape: tuple[int, int, int], levels: int = 0, device: str = "cpu"
-) -> torch.Tensor:
-    """Peaked causal maps; with `levels`, multiples of 1 / levels whose sums are exact."""
-    causal = causal_blocks(shape[0], shape[1] - shape[0], shape[2], device=device)
-    maps = torch.rand(n_maps, *causal.shape, device=device) ** 6 * causal
-    if levels:
-        return (maps * levels / 8).round() / levels
-    return maps / maps.sum(-1, keepdim=True)
-
-
-def geometry(shape: tuple[int, int, int]) -> dict[str, int]:
-    return dict(zip(("n_query", "n_key", "block_size"), shape, strict=True))
 
 
 def smallest_cover(row: list[float], gamma: float) -> set[int]:
@@ -89,6 +78,20 @@ def test_mass_that_is_not_causal_is_ignored(impl: str) -> None:
         maps, torch.tensor([0.4]), n_query=32, n_key=32, block_size=16, impl=impl
     )
     assert chosen.int().tolist() == [[[1, 0], [1, 0]]]
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_patterns_are_written_where_they_are_wanted(impl: str) -> None:
+    shape = (50, 113, 16)
+    maps, profiles = random_maps(2, shape), (torch.rand(2, 8), torch.rand(2, 9))
+    gamma, options = torch.tensor([0.9, 0.4]), geometry(shape) | {"impl": impl}
+    room = torch.ones(6, 4, 8, dtype=torch.bool)
+    assert select_blocks(maps, gamma, **options, out=room[1:3]).data_ptr() == room[1].data_ptr()
+    vertical_slash_blocks(*profiles, gamma, **options, out=room[3:5])
+    assert torch.equal(room[1:3], select_blocks(maps, gamma, **options))
+    assert torch.equal(room[3:5], vertical_slash_blocks(*profiles, gamma, **options))
+    assert room[0].all()
+    assert room[5].all()
 
 
 def assert_covers_and_no_more(
@@ -320,6 +323,17 @@ def test_user_errors_say_what_came() -> None:
         (lambda: select_blocks(maps, gamma, **sizes | {"n_query": 41}), "1 <= n_query <= n_key"),
         (lambda: select_blocks(maps, gamma, **sizes, sink_blocks=-1), "at least 0, got -1, 0"),
         (lambda: select_blocks(maps, gamma, **sizes, impl="fast"), "impl must be one of"),
+        (lambda: select_blocks(maps, gamma, **sizes, out=maps), r"out must be torch.bool of shape"),
+        (
+            lambda: select_blocks(maps, gamma, **sizes, out=bitmap.mT),
+            "out must be contiguous",
+        ),
+        (
+            lambda: vertical_slash_blocks(
+                maps[0], torch.rand(3, 4), torch.rand(3), **sizes, out=bitmap
+            ),
+            r"out must be torch.bool of shape \(3, 3, 3\)",
+        ),
         (
             lambda: vertical_slash_blocks(maps[0], maps[0], gamma, **sizes),
             r"slash must be float32 \[3, 4\]",
@@ -402,8 +416,11 @@ def test_a_graph_of_all_functions_can_be_captured() -> None:
         sizes = {"n_query": shape[0], "n_key": shape[1], "max_density": 0.5}
         lists = list_blocks(chosen, index, shape[2], **sizes)
         profiles = maps[:, -1].contiguous(), torch.nn.functional.pad(maps[:, -1], (0, 1))
+        smoothed = smooth_maps(maps, LineWeights(own=1, along=1, diagonal=1), **geometry(shape))
         return [
             chosen,
+            smoothed,
+            *head_blocks(smoothed, gamma, index, **geometry(shape), local_blocks=1),
             vertical_slash_blocks(*profiles, gamma, **geometry(shape)),
             js_distances(maps, maps, index),
             covered_mass(maps, chosen, index),

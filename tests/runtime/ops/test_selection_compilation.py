@@ -19,7 +19,8 @@ import torch
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 from shareprefill.runtime.ops.pooled_attention import kernel as pooled, triton as pooling
-from shareprefill.runtime.ops.selection import cover, lists, measures, triton as selection
+from shareprefill.runtime.ops.selection import cover, lines, lists, measures, threshold
+from shareprefill.runtime.ops.selection import triton as selection
 from shareprefill.runtime.ops.vertical_slash import kernel as profiles, triton as profiling
 
 dim, dtype, capability = int(sys.argv[1]), sys.argv[2], int(sys.argv[3])
@@ -29,8 +30,9 @@ TYPES = {
     **dict.fromkeys(["p_q", "p_k", "p_v", "p_out"], "*" + dtype),
     **dict.fromkeys(["p_rows", "p_heads", "p_index", "p_pattern"], "*i64"),
     **dict.fromkeys(["p_counts", "p_offsets", "p_listed", "p_indices"], "*i32"),
-    **dict.fromkeys(["p_bitmap", "p_patterns", "p_columns", "p_distances"], "*u8"),
+    **dict.fromkeys(["p_bitmap", "p_patterns", "p_columns", "p_distances", "p_sound"], "*u8"),
     **dict.fromkeys(["scale_log2", "softcap_log2"], "fp32"),
+    **dict.fromkeys(lines.smooth_kernel.arg_names[7:14], "fp32"),
 }
 
 def build(kernel, constants, pointers={}, source=ASTSource, **options):
@@ -87,6 +89,17 @@ measure = {"ROWS": selection.MEASURE_ROWS, "CHUNK": selection.MEASURE_CHUNK}
 warps = launch(selection.MEASURE_OPTIONS)
 result["js"] = build(measures.js_kernel, measure, **warps)
 result["covered"] = build(measures.covered_kernel, measure, **warps)
+for indexed in (False, True):
+    options = selection.HEAD_OPTIONS | {"HAS_INDEX": indexed}
+    result[f"head {indexed}"] = build(
+        threshold.head_kernel, constants_of(options), bits, **launch(options)
+    )
+fp32 = {"p_out": "*fp32"}
+for name, kernel, options in (
+    ("lines", lines.lines_kernel, selection.SUM_OPTIONS),
+    ("smooth", lines.smooth_kernel, selection.SMOOTH_OPTIONS),
+):
+    result[name] = build(kernel, constants_of(options), fp32, **launch(options))
 listing = {"CHUNK": selection.LIST_CHUNK}
 result["count"] = build(lists.count_kernel, listing | {"HEADS": 32}, num_warps=1)
 result["write"] = build(lists.write_kernel, listing, num_warps=1)

@@ -1,17 +1,23 @@
-"""Choice of blocks from block maps: patterns, distances, coverage and block lists."""
+"""Choice of blocks from block maps: smoothing, patterns, distances, coverage and block lists."""
 
 from shareprefill.runtime.ops.selection.api import (
     covered_mass,
+    head_blocks,
     js_distances,
     list_blocks,
     select_blocks,
+    smooth_maps,
     vertical_slash_blocks,
 )
+from shareprefill.runtime.ops.selection.weights import LineWeights
 
 __all__ = [
+    "LineWeights",
     "covered_mass",
+    "head_blocks",
     "js_distances",
     "list_blocks",
     "select_blocks",
+    "smooth_maps",
     "vertical_slash_blocks",
 ]

@@ -11,8 +11,19 @@ import torch
 
 from shareprefill.errors import ConfigError
 from shareprefill.runtime.ops.blocks import BlockLists, count_blocks, count_causal_blocks
-from shareprefill.runtime.ops.inputs import check_block_size, select_impl
+from shareprefill.runtime.ops.inputs import select_impl
 from shareprefill.runtime.ops.selection import reference
+from shareprefill.runtime.ops.selection.checks import (
+    check_always,
+    check_bitmap,
+    check_geometry,
+    check_maps,
+    check_out,
+    check_partners,
+    check_range,
+    check_vector,
+)
+from shareprefill.runtime.ops.selection.weights import LineWeights
 
 IMPLS = ("reference", "triton")
 MAX_ENTRIES = 2**31 - 1
@@ -28,6 +39,7 @@ def select_blocks(
     block_size: int,
     sink_blocks: int = 0,
     local_blocks: int = 0,
+    out: torch.Tensor | None = None,
     impl: str = "auto",
 ) -> torch.Tensor:
     """The smallest set of blocks of every row that covers gamma, and the blocks always read.
@@ -46,6 +58,7 @@ def select_blocks(
         sink_blocks: leading key blocks that every row reads.
         local_blocks: trailing causal key blocks that every row reads: the one of its first token,
             `local_blocks - 1` before it, and those after it; 0: none of these.
+        out: bool `[S, n_q, n_k]`, contiguous: where the result is written; None: a new tensor.
         impl: "auto" (Triton on CUDA, the reference elsewhere), "reference" or "triton".
 
     Returns:
@@ -54,12 +67,119 @@ def select_blocks(
     Raises:
         ConfigError: shapes, dtypes, devices or ranges do not belong together.
     """
-    _check_maps("maps", maps)
-    _check_geometry(maps, n_query, n_key, block_size)
-    _check_always(sink_blocks, local_blocks)
-    _check_vector("gamma", gamma, torch.float32, len(maps), maps.device)
+    check_maps("maps", maps)
+    check_geometry(maps, n_query, n_key, block_size)
+    check_always(sink_blocks, local_blocks)
+    check_vector("gamma", gamma, torch.float32, len(maps), maps.device)
+    if out is not None:
+        check_out(out, torch.bool, maps.shape, maps.device)
     module = _implementation(impl, maps)
-    return module.select_blocks(maps, gamma, n_query, n_key, block_size, sink_blocks, local_blocks)
+    return module.select_blocks(
+        maps, gamma, n_query, n_key, block_size, sink_blocks, local_blocks, out
+    )
+
+
+@torch.no_grad()
+def head_blocks(
+    maps: torch.Tensor,
+    gamma: torch.Tensor,
+    index: torch.Tensor | None = None,
+    *,
+    n_query: int,
+    n_key: int,
+    block_size: int,
+    sink_blocks: int = 0,
+    local_blocks: int = 0,
+    out: torch.Tensor | None = None,
+    impl: str = "auto",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The blocks of every map at or above one threshold, and the blocks always read.
+
+    Where `select_blocks` covers gamma of every row, this covers gamma of a map's whole mass: of all
+    patterns of as many blocks it has the largest recall, which is a mean over rows. FlexPrefill
+    (arXiv 2502.20766, algorithm 4) ranks its query-aware blocks over the whole map, too.
+
+    The threshold is the highest at which the blocks that reach it hold gamma of the mass, among
+    the float32 numbers of 14 bits after the point (steps of 6e-5 of it, at most) down to 2^-40 of
+    the largest mass. So blocks of equal mass are taken or left together. A sum within 1e-6 of
+    what is wanted, in relation to it, counts as reaching it. Blocks without mass are not taken for
+    their mass; a gamma of 1 or more takes all others. Mass on blocks that are not causal is left
+    out of account. Where a map's sum is NaN or Inf, every causal block is taken.
+
+    Args:
+        maps: float32 `[S, n_q, n_k]`, block maps in any scale, none negative.
+        gamma: float32 `[P]`, share of the map's mass that each pattern covers.
+        index: int64 `[P]`, the map of each pattern; below 0: none, and only what is always read is
+            taken. On CUDA its range is not checked. None: P is S, and each has its own.
+        n_query: query rows, in tokens; query row i is at position `n_key - n_query + i`.
+        n_key: keys, in tokens.
+        block_size: tokens in a block.
+        sink_blocks: as in `select_blocks`.
+        local_blocks: as in `select_blocks`.
+        out: bool `[P, n_q, n_k]`, as in `select_blocks`.
+        impl: as in `select_blocks`.
+
+    Returns:
+        `(patterns, sound)`: bool `[P, n_q, n_k]`, causal; and bool `[P]`, False where the sum of
+        the pattern's map is NaN or Inf.
+
+    Raises:
+        ConfigError: shapes, dtypes, devices or ranges do not belong together.
+
+    >>> maps = torch.tensor([[[1.0, 0.0], [0.6, 0.4]]])
+    >>> head_blocks(maps, torch.tensor([0.75]), n_query=8, n_key=8, block_size=4)[0]
+    tensor([[[ True, False],
+             [ True, False]]])
+    """
+    check_maps("maps", maps)
+    check_geometry(maps, n_query, n_key, block_size)
+    check_always(sink_blocks, local_blocks)
+    n_patterns = len(maps) if index is None else len(index)
+    check_vector("gamma", gamma, torch.float32, n_patterns, maps.device)
+    if index is not None:
+        check_vector("index", index, torch.int64, n_patterns, maps.device)
+        check_range("index", index, len(maps))
+    if out is not None:
+        check_out(out, torch.bool, (n_patterns, *maps.shape[1:]), maps.device)
+    module = _implementation(impl, maps)
+    return module.head_blocks(
+        maps, gamma, index, n_query, n_key, block_size, sink_blocks, local_blocks, out
+    )
+
+
+@torch.no_grad()
+def smooth_maps(
+    maps: torch.Tensor,
+    weights: LineWeights,
+    *,
+    n_query: int,
+    n_key: int,
+    block_size: int,
+    impl: str = "auto",
+) -> torch.Tensor:
+    """Weighted means over the lines of a map that each block lies on.
+
+    Attention follows key blocks (verticals) and distances (diagonals), so that the samples of other
+    query blocks on the same lines tell about a block. Means are over causal blocks of the map; a
+    neighbourhood without any is stood for by the block itself.
+
+    Args:
+        maps: float32 `[S, n_q, n_k]`, block maps.
+        weights: what the block, its neighbours and its lines count.
+        n_query: query rows, in tokens; query row i is at position `n_key - n_query + i`.
+        n_key: keys, in tokens.
+        block_size: tokens in a block.
+        impl: as in `select_blocks`.
+
+    Returns:
+        float32 `[S, n_q, n_k]`, in the scale of the weights' sum; zero where not causal.
+
+    Raises:
+        ConfigError: shapes, dtypes, devices or ranges do not belong together.
+    """
+    check_maps("maps", maps)
+    check_geometry(maps, n_query, n_key, block_size)
+    return _implementation(impl, maps).smooth_maps(maps, weights, n_query, n_key, block_size)
 
 
 @torch.no_grad()
@@ -73,6 +193,7 @@ def vertical_slash_blocks(
     block_size: int,
     sink_blocks: int = 0,
     local_blocks: int = 0,
+    out: torch.Tensor | None = None,
     impl: str = "auto",
 ) -> torch.Tensor:
     """Key blocks and block diagonals that each cover gamma of the last rows' attention.
@@ -90,6 +211,7 @@ def vertical_slash_blocks(
         block_size: tokens in a block.
         sink_blocks: as in `select_blocks`.
         local_blocks: as in `select_blocks`.
+        out: as in `select_blocks`.
         impl: as in `select_blocks`.
 
     Returns:
@@ -109,12 +231,15 @@ def vertical_slash_blocks(
                 f"{name} must be float32 [{len(vertical)}, {width}] on {vertical.device}, "
                 f"got {profile.dtype} of shape {tuple(profile.shape)} on {profile.device}"
             )
-    _check_geometry(None, n_query, n_key, block_size)
-    _check_always(sink_blocks, local_blocks)
-    _check_vector("gamma", gamma, torch.float32, len(vertical), vertical.device)
+    check_geometry(None, n_query, n_key, block_size)
+    check_always(sink_blocks, local_blocks)
+    check_vector("gamma", gamma, torch.float32, len(vertical), vertical.device)
+    if out is not None:
+        shape = (len(vertical), count_blocks(n_query, block_size), n_k)
+        check_out(out, torch.bool, shape, vertical.device)
     module = _implementation(impl, vertical)
     return module.vertical_slash_blocks(
-        vertical, slash, gamma, n_query, n_key, block_size, sink_blocks, local_blocks
+        vertical, slash, gamma, n_query, n_key, block_size, sink_blocks, local_blocks, out
     )
 
 
@@ -140,9 +265,9 @@ def js_distances(
     Raises:
         ConfigError: shapes, dtypes, devices or ranges do not belong together.
     """
-    _check_maps("maps", maps)
-    _check_maps("pivots", pivots)
-    _check_partners("pivots", pivots, maps, index)
+    check_maps("maps", maps)
+    check_maps("pivots", pivots)
+    check_partners("pivots", pivots, maps, index)
     return _implementation(impl, maps).js_distances(maps, pivots, index)
 
 
@@ -167,9 +292,9 @@ def covered_mass(
     Raises:
         ConfigError: shapes, dtypes, devices or ranges do not belong together.
     """
-    _check_maps("maps", maps)
-    _check_bitmap("patterns", patterns)
-    _check_partners("patterns", patterns, maps, index)
+    check_maps("maps", maps)
+    check_bitmap("patterns", patterns)
+    check_partners("patterns", patterns, maps, index)
     return _implementation(impl, maps).covered_mass(maps, patterns, index)
 
 
@@ -210,16 +335,15 @@ def list_blocks(
         ConfigError: shapes, dtypes, devices or ranges do not belong together, or there is no room
             for the bound in 32-bit offsets.
     """
-    _check_bitmap("bitmap", bitmap)
-    _check_geometry(bitmap, n_query, n_key, block_size)
+    check_bitmap("bitmap", bitmap)
+    check_geometry(bitmap, n_query, n_key, block_size)
     if pattern.ndim != 1 or pattern.dtype.is_floating_point or pattern.device != bitmap.device:
         raise ConfigError(
             f"pattern must be integers [H] on {bitmap.device}, "
             f"got {pattern.dtype} of shape {tuple(pattern.shape)} on {pattern.device}"
         )
     n_lists = len(bitmap) + (max_density is not None)
-    if pattern.device.type == "cpu" and len(pattern) and int(pattern.max()) >= n_lists:
-        raise ConfigError(f"pattern must lie below {n_lists}, got {int(pattern.max())}")
+    check_range("pattern", pattern, n_lists)
     most = count_causal_blocks(n_query, n_key - n_query, block_size)
     max_blocks = None
     if max_density is not None:
@@ -243,59 +367,3 @@ def _implementation(impl: str, tensor: torch.Tensor) -> ModuleType:
     from shareprefill.runtime.ops.selection import triton
 
     return triton
-
-
-def _check_maps(name: str, maps: torch.Tensor) -> None:
-    if maps.dtype != torch.float32 or maps.ndim != 3:
-        raise ConfigError(
-            f"{name} must be float32 [S, n_q, n_k], got {maps.dtype} of shape {tuple(maps.shape)}"
-        )
-
-
-def _check_bitmap(name: str, bitmap: torch.Tensor) -> None:
-    if bitmap.dtype != torch.bool or bitmap.ndim != 3:
-        raise ConfigError(
-            f"{name} must be bool [P, n_q, n_k], got {bitmap.dtype} of shape {tuple(bitmap.shape)}"
-        )
-
-
-def _check_geometry(maps: torch.Tensor | None, n_query: int, n_key: int, block_size: int) -> None:
-    check_block_size(block_size)
-    if not 1 <= n_query <= n_key:
-        raise ConfigError(f"need 1 <= n_query <= n_key, got {n_query} and {n_key}")
-    wanted = (count_blocks(n_query, block_size), count_blocks(n_key, block_size))
-    if maps is not None and maps.shape[1:] != wanted:
-        raise ConfigError(
-            f"{n_query} queries and {n_key} keys in blocks of {block_size} make maps "
-            f"[.., {wanted[0]}, {wanted[1]}], got shape {tuple(maps.shape)}"
-        )
-
-
-def _check_always(sink_blocks: int, local_blocks: int) -> None:
-    if sink_blocks < 0 or local_blocks < 0:
-        raise ConfigError(
-            f"sink_blocks and local_blocks must be at least 0, got {sink_blocks}, {local_blocks}"
-        )
-
-
-def _check_vector(
-    name: str, vector: torch.Tensor, dtype: torch.dtype, length: int, device: torch.device
-) -> None:
-    if vector.dtype != dtype or vector.shape != (length,) or vector.device != device:
-        raise ConfigError(
-            f"{name} must be {dtype} [{length}] on {device}, "
-            f"got {vector.dtype} of shape {tuple(vector.shape)} on {vector.device}"
-        )
-
-
-def _check_partners(
-    name: str, partners: torch.Tensor, maps: torch.Tensor, index: torch.Tensor
-) -> None:
-    if partners.shape[1:] != maps.shape[1:] or partners.device != maps.device:
-        raise ConfigError(
-            f"{name} must be [P, {maps.shape[1]}, {maps.shape[2]}] on {maps.device} like maps, "
-            f"got shape {tuple(partners.shape)} on {partners.device}"
-        )
-    _check_vector("index", index, torch.int64, len(maps), maps.device)
-    if index.device.type == "cpu" and len(index) and int(index.max()) >= len(partners):
-        raise ConfigError(f"index must lie below {len(partners)}, got {int(index.max())}")

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import torch
+from torch.nn.functional import pad
 
 from shareprefill.runtime.ops.blocks import (
     BlockLists,
     block_diagonals,
     causal_blocks,
 )
+from shareprefill.runtime.ops.selection.weights import LineWeights
 
 # A sum of float32 values that should reach gamma exactly may miss it by rounding.
 ROUNDING = 1e-6
+# A threshold of a whole map has 14 of float32's 23 bits after the point, and lies at most 40
+# octaves below the map's largest mass: SPAN steps.
+SHIFT = 23 - 14
+SPAN = 40 << 14
 
 
 def select_blocks(
@@ -22,13 +28,63 @@ def select_blocks(
     block_size: int,
     sink_blocks: int,
     local_blocks: int,
+    out: torch.Tensor | None,
 ) -> torch.Tensor:
     """Arguments as in the operator of this name."""
     offset = n_key - n_query
     causal = causal_blocks(n_query, offset, block_size, device=maps.device)
     always = _always(n_query, offset, block_size, sink_blocks, local_blocks, maps.device)
     chosen = _smallest_cover(maps.masked_fill(~causal, 0.0), gamma[:, None])
-    return chosen.logical_or_(always).logical_and_(causal)
+    return _placed(chosen.logical_or_(always).logical_and_(causal), out)
+
+
+def head_blocks(
+    maps: torch.Tensor,
+    gamma: torch.Tensor,
+    index: torch.Tensor | None,
+    n_query: int,
+    n_key: int,
+    block_size: int,
+    sink_blocks: int,
+    local_blocks: int,
+    out: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Arguments as in the operator of this name."""
+    offset, device = n_key - n_query, maps.device
+    causal = causal_blocks(n_query, offset, block_size, device=device)
+    always = _always(n_query, offset, block_size, sink_blocks, local_blocks, device)
+    maps = maps.masked_fill(~causal, 0.0)
+    if index is not None:
+        # One map of zeros stands for none.
+        maps = torch.cat([maps, torch.zeros_like(causal, dtype=maps.dtype)[None]])[index]
+    sound = maps.sum((1, 2)).isfinite()
+    chosen = blocks_above_threshold(maps, gamma).logical_or_(~sound[:, None, None])
+    return _placed(chosen.logical_or_(always).logical_and_(causal), out), sound
+
+
+def blocks_above_threshold(maps: torch.Tensor, gamma: torch.Tensor) -> torch.Tensor:
+    """The blocks of each map at or above the threshold that `head_blocks` defines.
+
+    Args:
+        maps: float32 `[S, n_q, n_k]`, zero where nothing may be read.
+        gamma: float32 `[S]`, share of the map's mass.
+
+    Returns:
+        bool `[S, n_q, n_k]`; of a map that holds NaN or Inf anything.
+    """
+    # The bits of positive numbers are ordered as the numbers are.
+    bits = maps.view(torch.int32)
+    steps = bits >> SHIFT
+    wanted = gamma * maps.sum((1, 2)) * (1.0 - ROUNDING)
+    high = steps.amax((1, 2)).clamp(min=0)
+    low = (high - SPAN).clamp(min=0)
+    for _ in range(SPAN.bit_length()):
+        middle = (low + high + 1) // 2
+        kept = torch.where(steps >= middle[:, None, None], maps, 0.0).sum((1, 2))
+        enough = kept >= wanted
+        low, high = torch.where(enough, middle, low), torch.where(enough, high, middle - 1)
+    least = torch.where(gamma >= 1.0, 1, (low << SHIFT).clamp(min=1))
+    return bits >= least[:, None, None]
 
 
 def vertical_slash_blocks(
@@ -40,6 +96,7 @@ def vertical_slash_blocks(
     block_size: int,
     sink_blocks: int,
     local_blocks: int,
+    out: torch.Tensor | None,
 ) -> torch.Tensor:
     """Arguments as in the operator of this name."""
     offset, device = n_key - n_query, vertical.device
@@ -51,7 +108,7 @@ def vertical_slash_blocks(
         distance = diagonal[:, None] - columns[None, :]
         chosen |= distances[:, distance.clamp(min=0)] & (distance >= 0)
     chosen |= _always(n_query, offset, block_size, sink_blocks, local_blocks, device)
-    return chosen & causal_blocks(n_query, offset, block_size, device=device)
+    return _placed(chosen & causal_blocks(n_query, offset, block_size, device=device), out)
 
 
 def js_distances(maps: torch.Tensor, pivots: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
@@ -97,6 +154,84 @@ def list_blocks(
         dense = causal & (pattern == n_patterns).any()
         bitmap = torch.cat([bitmap & ~over[:, None, None], dense[None]])
     return BlockLists.from_bitmap(bitmap, pattern, block_size)
+
+
+def smooth_maps(
+    maps: torch.Tensor, weights: LineWeights, n_query: int, n_key: int, block_size: int
+) -> torch.Tensor:
+    """Arguments as in the operator of this name."""
+    causal = causal_blocks(n_query, n_key - n_query, block_size, device=maps.device)
+    return smooth_along_lines(maps, weights, causal)
+
+
+def smooth_along_lines(
+    maps: torch.Tensor, weights: LineWeights, causal: torch.Tensor
+) -> torch.Tensor:
+    """What `smooth_maps` computes, of any causal blocks.
+
+    Args:
+        maps: float32 `[S, n_q, n_k]`.
+        weights: of the lines.
+        causal: bool `[n_q, n_k]`.
+
+    Returns:
+        float32 `[S, n_q, n_k]`.
+    """
+    maps = maps.masked_fill(~causal, 0.0)
+    total = maps * weights.own
+    for weight, distance, step in (
+        (weights.beside, 1, 0),
+        (weights.along, 1, 1),
+        (weights.beside2, 2, 0),
+        (weights.along2, 2, 2),
+    ):
+        if weight > 0:
+            total += weight * _means_of_two(maps, causal, distance, step)
+    if weights.column > 0:
+        total += weights.column * (maps.sum(1) / causal.sum(0).clamp(min=1))[:, None, :]
+    if weights.diagonal > 0:
+        total += weights.diagonal * _diagonal_means(maps, causal)
+    return total.masked_fill_(~causal, 0.0)
+
+
+def _means_of_two(
+    maps: torch.Tensor, causal: torch.Tensor, distance: int, step: int
+) -> torch.Tensor:
+    """Mean of the causal entries `distance` rows and `step` columns before and after.
+
+    An entry without such neighbours in the map stands for itself.
+    """
+    count = torch.zeros(causal.shape, device=maps.device)
+    total = torch.zeros_like(maps)
+    n_q, n_k = causal.shape
+    if distance < n_q and step < n_k:
+        early, late = slice(0, n_q - distance), slice(distance, n_q)
+        left, right = slice(0, n_k - step), slice(step, n_k)
+        total[:, late, right] += maps[:, early, left]
+        count[late, right] += causal[early, left]
+        total[:, early, left] += maps[:, late, right]
+        count[early, left] += causal[late, right]
+    return torch.where(count > 0, total / count.clamp(min=1), maps)
+
+
+def _diagonal_means(maps: torch.Tensor, causal: torch.Tensor) -> torch.Tensor:
+    """Mean of every block diagonal, at each of its entries."""
+    n_q, n_k = causal.shape
+    means = _diagonal_sums(maps) / _diagonal_sums(causal[None].float()).clamp(min=1)
+    line = torch.arange(n_k, device=maps.device) - torch.arange(n_q, device=maps.device)[:, None]
+    return means[:, line + (n_q - 1)]
+
+
+def _diagonal_sums(maps: torch.Tensor) -> torch.Tensor:
+    """Sums over diagonals `[S, n_q + n_k - 1]`, from the lowest left entry to the upper right."""
+    n_maps, n_q, n_k = maps.shape
+    # Each row of the padded map, read at one column less, starts one further to the right.
+    padded = pad(maps.flip(1), (0, n_q)).flatten(1)
+    return padded[:, : n_q * (n_q + n_k - 1)].view(n_maps, n_q, -1).sum(1)
+
+
+def _placed(pattern: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
+    return pattern if out is None else out.copy_(pattern)
 
 
 def _smallest_cover(maps: torch.Tensor, gamma: torch.Tensor) -> torch.Tensor:

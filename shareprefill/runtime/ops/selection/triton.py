@@ -8,14 +8,18 @@ import torch
 import triton
 
 from shareprefill.runtime.ops.blocks import BlockLists, count_causal_blocks
+from shareprefill.runtime.ops.devices import device_of
 from shareprefill.runtime.ops.selection.cover import (
     cover_profiles_kernel,
     select_kernel,
     vertical_slash_kernel,
 )
+from shareprefill.runtime.ops.selection.lines import lines_kernel, smooth_kernel
 from shareprefill.runtime.ops.selection.lists import count_kernel, offsets_kernel, write_kernel
 from shareprefill.runtime.ops.selection.measures import covered_kernel, js_kernel
-from shareprefill.runtime.ops.selection.reference import ROUNDING
+from shareprefill.runtime.ops.selection.reference import ROUNDING, SHIFT, SPAN
+from shareprefill.runtime.ops.selection.threshold import head_kernel
+from shareprefill.runtime.ops.selection.weights import LineWeights
 
 # Entries of a row that a program holds at a time. Fixed, so that no length compiles a kernel anew.
 CHUNK = 256
@@ -24,12 +28,30 @@ LIST_CHUNK = 512
 # tokens it takes all rows of one, and nothing is left to add up.
 MEASURE_ROWS, MEASURE_CHUNK = 32, 128
 MEASURE_ENTRIES = 2**16
+# A tile of the search for a map's threshold, and tiles whose loads go out together: 8192 entries,
+# without which one program alone does not use its share of the L2 cache's bandwidth. Larger tiles
+# of as many warps spill registers.
+HEAD_ROWS, HEAD_CHUNK, HEAD_UNROLL = 64, 64, 2
+# Tiles of the sums over lines and of the smoothed maps.
+LINE_ROWS, LINES = 32, 64
+SMOOTH_ROWS, SMOOTH_CHUNK = 8, 128
 # Counts that a program of the offsets reads at a time.
 OFFSET_PATTERNS, OFFSET_ROWS = 16, 256
 
 LINE_OPTIONS: dict[str, Any] = {"CHUNK": CHUNK, "num_warps": 1}
 COVER_OPTIONS: dict[str, Any] = LINE_OPTIONS | {"ROUNDING": ROUNDING}
 MEASURE_OPTIONS: dict[str, Any] = {"ROWS": MEASURE_ROWS, "CHUNK": MEASURE_CHUNK, "num_warps": 8}
+HEAD_OPTIONS: dict[str, Any] = {
+    "ROUNDING": ROUNDING,
+    "SHIFT": SHIFT,
+    "SPAN": SPAN,
+    "ROWS": HEAD_ROWS,
+    "CHUNK": HEAD_CHUNK,
+    "UNROLL": HEAD_UNROLL,
+    "num_warps": 16,
+}
+SUM_OPTIONS: dict[str, Any] = {"ROWS": LINE_ROWS, "LINES": LINES, "num_warps": 4}
+SMOOTH_OPTIONS: dict[str, Any] = {"ROWS": SMOOTH_ROWS, "CHUNK": SMOOTH_CHUNK, "num_warps": 4}
 LIST_OPTIONS: dict[str, Any] = {"CHUNK": LIST_CHUNK, "num_warps": 1}
 OFFSET_OPTIONS: dict[str, Any] = {"PATTERNS": OFFSET_PATTERNS, "ROWS": OFFSET_ROWS, "num_warps": 4}
 
@@ -42,13 +64,14 @@ def select_blocks(
     block_size: int,
     sink_blocks: int,
     local_blocks: int,
+    out: torch.Tensor | None,
 ) -> torch.Tensor:
     """One launch; arguments as in the operator of this name."""
     maps, gamma = maps.contiguous(), gamma.contiguous()
     n_maps, n_q, n_k = maps.shape
-    chosen = torch.empty((n_maps, n_q, n_k), dtype=torch.bool, device=maps.device)
+    chosen = _pattern((n_maps, n_q, n_k), maps, out)
     if n_maps:
-        with torch.cuda.device_of(maps):
+        with device_of(maps):
             select_kernel[(n_maps * n_q,)](
                 maps,
                 gamma,
@@ -65,6 +88,41 @@ def select_blocks(
     return chosen
 
 
+def head_blocks(
+    maps: torch.Tensor,
+    gamma: torch.Tensor,
+    index: torch.Tensor | None,
+    n_query: int,
+    n_key: int,
+    block_size: int,
+    sink_blocks: int,
+    local_blocks: int,
+    out: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One launch; arguments as in the operator of this name."""
+    maps, gamma = maps.contiguous(), gamma.contiguous()
+    n_patterns, (n_q, n_k) = len(gamma), maps.shape[1:]
+    chosen = _pattern((n_patterns, n_q, n_k), maps, out)
+    sound = torch.empty(n_patterns, dtype=torch.bool, device=maps.device)
+    options: dict[str, Any] = HEAD_OPTIONS | {"HAS_INDEX": index is not None}
+    if n_patterns:
+        with device_of(maps):
+            head_kernel[(n_patterns,)](
+                maps,
+                gamma,
+                gamma if index is None else index.contiguous(),
+                chosen.view(torch.uint8),
+                sound.view(torch.uint8),
+                n_q,
+                n_k,
+                *_reach(n_query, n_key, block_size),
+                sink_blocks,
+                local_blocks,
+                **options,
+            )
+    return chosen, sound
+
+
 def vertical_slash_blocks(
     vertical: torch.Tensor,
     slash: torch.Tensor,
@@ -74,6 +132,7 @@ def vertical_slash_blocks(
     block_size: int,
     sink_blocks: int,
     local_blocks: int,
+    out: torch.Tensor | None,
 ) -> torch.Tensor:
     """Two launches; arguments as in the operator of this name."""
     vertical, slash, gamma = vertical.contiguous(), slash.contiguous(), gamma.contiguous()
@@ -81,9 +140,9 @@ def vertical_slash_blocks(
     n_q = triton.cdiv(n_query, block_size)
     columns = torch.empty((n_heads, n_k), dtype=torch.uint8, device=vertical.device)
     distances = torch.empty((n_heads, n_k + 1), dtype=torch.uint8, device=vertical.device)
-    chosen = torch.empty((n_heads, n_q, n_k), dtype=torch.bool, device=vertical.device)
+    chosen = _pattern((n_heads, n_q, n_k), vertical, out)
     if n_heads:
-        with torch.cuda.device_of(vertical):
+        with device_of(vertical):
             cover_profiles_kernel[(2 * n_heads,)](
                 vertical,
                 slash,
@@ -146,7 +205,7 @@ def list_blocks(
     heads: dict[str, Any] = {"HEADS": triton.next_power_of_2(n_heads)}
     bound: dict[str, Any] = {"HAS_BOUND": max_blocks is not None}
     geometry = (n_query, offset, block_size)
-    with torch.cuda.device_of(bitmap):
+    with device_of(bitmap):
         if n_patterns:
             count_kernel[(n_patterns * n_q,)](
                 bitmap,
@@ -183,6 +242,57 @@ def list_blocks(
     return BlockLists(offsets, indices, listed, n_q, n_k, block_size)
 
 
+def smooth_maps(
+    maps: torch.Tensor, weights: LineWeights, n_query: int, n_key: int, block_size: int
+) -> torch.Tensor:
+    """Two launches; arguments as in the operator of this name."""
+    maps = maps.contiguous()
+    n_maps, n_q, n_k = maps.shape
+    smoothed = torch.empty_like(maps)
+    if not n_maps:
+        return smoothed
+    _, reach = _reach(n_query, n_key, block_size)
+    # Block diagonals with a causal entry: from the last row's first block to the first row's last.
+    n_diagonals = n_q + min(reach, n_k - 1)
+    has_lines = weights.column > 0 or weights.diagonal > 0
+    # Without sums over lines the second kernel does not touch it.
+    means = maps.new_empty((n_maps, n_diagonals + n_k)) if has_lines else maps
+    sizes = (n_q, n_k, reach, n_diagonals)
+    with device_of(maps):
+        if has_lines:
+            n_columns = n_k if weights.column > 0 else 0
+            n_strips = triton.cdiv(n_diagonals, LINES) + triton.cdiv(n_columns, LINES)
+            lines_kernel[(n_strips, n_maps)](maps, means, *sizes, **SUM_OPTIONS)
+        n_tiles = triton.cdiv(n_q, SMOOTH_ROWS) * triton.cdiv(n_k, SMOOTH_CHUNK)
+        smooth_kernel[(n_tiles, n_maps)](
+            maps,
+            means,
+            smoothed,
+            *sizes,
+            weights.own,
+            weights.beside,
+            weights.along,
+            weights.beside2,
+            weights.along2,
+            weights.column,
+            weights.diagonal,
+            **SMOOTH_OPTIONS,
+        )
+    return smoothed
+
+
+def _pattern(
+    shape: tuple[int, int, int], like: torch.Tensor, out: torch.Tensor | None
+) -> torch.Tensor:
+    return torch.empty(shape, dtype=torch.bool, device=like.device) if out is None else out
+
+
+def _reach(n_query: int, n_key: int, block_size: int) -> tuple[int, int]:
+    """Key blocks of the first and of the last row of a whole first query block."""
+    offset = n_key - n_query
+    return offset // block_size, (offset + block_size - 1) // block_size
+
+
 def _parts(n_q: int, n_k: int) -> tuple[int, int]:
     """Programs of a measured map, and rows of each."""
     n_rows = max(1, MEASURE_ENTRIES // n_k)
@@ -198,7 +308,7 @@ def _measure(
     n_parts, n_rows = _parts(n_q, n_k)
     parts = maps.new_empty((n_maps, n_parts))
     if n_maps:
-        with torch.cuda.device_of(maps):
+        with device_of(maps):
             kernel[(n_parts, n_maps)](
                 maps,
                 partners,

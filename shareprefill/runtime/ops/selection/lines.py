@@ -1,0 +1,137 @@
+"""Triton kernels that smooth block maps along key blocks and block diagonals.
+
+Every program owns its lines or its blocks: no atomics, the same result in every run.
+"""
+
+# Triton's language is typed by its compiler, which knows constexpr, program-wide scalars and tiles.
+# pyright: reportGeneralTypeIssues=false, reportOperatorIssue=false, reportArgumentType=false
+# pyright: reportAssignmentType=false, reportAttributeAccessIssue=false
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from shareprefill.runtime.ops.selection.threshold import last_blocks
+
+
+@triton.jit(do_not_specialize=["n_q", "n_k", "reach", "n_diagonals"])
+def lines_kernel(
+    p_maps,
+    p_means,
+    n_q,
+    n_k,
+    reach,
+    n_diagonals,
+    ROWS: tl.constexpr,
+    LINES: tl.constexpr,
+):
+    """One program: means over the causal entries of `LINES` diagonals, or columns, of one map.
+
+    Diagonals go from the lowest left entry on, as far as they are causal; columns follow.
+    """
+    i_map = tl.program_id(1).to(tl.int64)
+    n_strips = tl.cdiv(n_diagonals, LINES)
+    is_column = tl.program_id(0) >= n_strips
+    i_line = (tl.program_id(0) - tl.where(is_column, n_strips, 0)) * LINES
+    n_lines = tl.where(is_column, n_k, n_diagonals)
+    slope = tl.where(is_column, 0, 1)
+    o_line = i_line + tl.arange(0, LINES)
+    # The column in which a line meets the first row, or would.
+    i_start = i_line - tl.where(is_column, 0, n_q - 1)
+    o_start = i_start + tl.arange(0, LINES)
+    i_reach = last_blocks(0, n_k, reach)
+    i_above = tl.where(is_column, i_start - i_reach, 1 - i_start - LINES)
+    p_map = p_maps + i_map * n_q * n_k
+    b_sum = tl.zeros([ROWS, LINES], dtype=tl.float32)
+    b_count = tl.zeros([ROWS, LINES], dtype=tl.float32)
+    for i_row in range(tl.maximum(i_above, 0), n_q, ROWS):
+        o_m = i_row + tl.arange(0, ROWS)
+        o_n = o_start[None, :] + (o_m * slope)[:, None]
+        b_last = last_blocks(o_m, n_k, reach)
+        m_tile = (o_m < n_q)[:, None] & (o_n >= 0) & (o_n <= b_last[:, None])
+        b_sum += tl.load(p_map + (o_m.to(tl.int64) * n_k)[:, None] + o_n, mask=m_tile, other=0.0)
+        b_count += m_tile.to(tl.float32)
+    b_mean = tl.sum(b_sum, 0) / tl.maximum(tl.sum(b_count, 0), 1.0)
+    p_line = p_means + i_map * (n_diagonals + n_k) + tl.where(is_column, n_diagonals, 0)
+    tl.store(p_line + o_line, b_mean, mask=o_line < n_lines)
+
+
+@triton.jit
+def _mean_of_two(
+    p_map,
+    b_own,
+    o_m,
+    o_n,
+    n_q,
+    n_k,
+    reach,
+    DISTANCE: tl.constexpr,
+    STEP: tl.constexpr,
+):
+    """Mean of the causal entries `DISTANCE` rows and `STEP` columns before and after, else own."""
+    o_early, o_left = o_m - DISTANCE, o_n - STEP
+    b_last = last_blocks(o_early, n_k, reach)
+    m_early = ((o_early >= 0) & (o_early < n_q))[:, None] & (o_left >= 0)[None, :]
+    m_early = m_early & (o_left[None, :] <= b_last[:, None])
+    p_early = p_map + (o_early.to(tl.int64) * n_k)[:, None] + o_left[None, :]
+    b_sum = tl.load(p_early, mask=m_early, other=0.0)
+    o_late, o_right = o_m + DISTANCE, o_n + STEP
+    b_last = last_blocks(o_late, n_k, reach)
+    m_late = (o_late < n_q)[:, None] & (o_right[None, :] <= b_last[:, None])
+    p_late = p_map + (o_late.to(tl.int64) * n_k)[:, None] + o_right[None, :]
+    b_sum += tl.load(p_late, mask=m_late, other=0.0)
+    b_count = m_early.to(tl.float32) + m_late.to(tl.float32)
+    return tl.where(b_count > 0.0, b_sum / tl.maximum(b_count, 1.0), b_own)
+
+
+@triton.jit(do_not_specialize=["n_q", "n_k", "reach", "n_diagonals"])
+def smooth_kernel(
+    p_maps,
+    p_means,
+    p_out,
+    n_q,
+    n_k,
+    reach,
+    n_diagonals,
+    own,
+    beside,
+    along,
+    beside2,
+    along2,
+    column,
+    diagonal,
+    ROWS: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """One program: a tile of one map; entries that are not causal are zero."""
+    i_map = tl.program_id(1).to(tl.int64)
+    n_chunks = tl.cdiv(n_k, CHUNK)
+    o_m = tl.program_id(0) // n_chunks * ROWS + tl.arange(0, ROWS)
+    o_n = tl.program_id(0) % n_chunks * CHUNK + tl.arange(0, CHUNK)
+    b_last = last_blocks(o_m, n_k, reach)
+    m_causal = (o_m < n_q)[:, None] & (o_n[None, :] <= b_last[:, None])
+    p_map = p_maps + i_map * n_q * n_k
+    o_tile = (o_m.to(tl.int64) * n_k)[:, None] + o_n[None, :]
+    b_total = tl.zeros([ROWS, CHUNK], dtype=tl.float32)
+    if tl.max(m_causal.to(tl.int32)) > 0:
+        b_own = tl.load(p_map + o_tile, mask=m_causal, other=0.0)
+        b_total = own * b_own
+        if beside > 0.0:
+            b_total += beside * _mean_of_two(p_map, b_own, o_m, o_n, n_q, n_k, reach, 1, 0)
+        if along > 0.0:
+            b_total += along * _mean_of_two(p_map, b_own, o_m, o_n, n_q, n_k, reach, 1, 1)
+        if beside2 > 0.0:
+            b_total += beside2 * _mean_of_two(p_map, b_own, o_m, o_n, n_q, n_k, reach, 2, 0)
+        if along2 > 0.0:
+            b_total += along2 * _mean_of_two(p_map, b_own, o_m, o_n, n_q, n_k, reach, 2, 2)
+        p_means += i_map * (n_diagonals + n_k)
+        if column > 0.0:
+            b_column = tl.load(p_means + n_diagonals + o_n, mask=o_n < n_k, other=0.0)
+            b_total += column * b_column[None, :]
+        if diagonal > 0.0:
+            o_line = o_n[None, :] - o_m[:, None] + (n_q - 1)
+            b_total += diagonal * tl.load(p_means + o_line, mask=m_causal, other=0.0)
+        b_total = tl.where(m_causal, b_total, 0.0)
+    m_tile = (o_m < n_q)[:, None] & (o_n < n_k)[None, :]
+    tl.store(p_out + i_map * n_q * n_k + o_tile, b_total, mask=m_tile)

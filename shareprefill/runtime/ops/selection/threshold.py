@@ -1,0 +1,181 @@
+"""Triton kernel that chooses the blocks of a map at or above one threshold.
+
+Positive float32 numbers are ordered as their bits are. The threshold is a number of few mantissa
+bits, found by a search over its bits: each pass over the map sums the mass at or above three
+candidates. One program serves one pattern, so that a search needs no other program and one launch
+is enough: the maps of a long prompt take more time than launches, but there is one for each head,
+and they fill the GPU side by side.
+"""
+
+# Triton's language is typed by its compiler, which knows constexpr, program-wide scalars and tiles.
+# pyright: reportGeneralTypeIssues=false, reportOperatorIssue=false, reportArgumentType=false
+# pyright: reportAssignmentType=false, reportAttributeAccessIssue=false
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def last_blocks(o_q, n_k, reach):
+    """The last causal key block of query blocks; `reach` is that of a whole first one."""
+    return tl.minimum(o_q + reach, n_k - 1)
+
+
+@triton.jit
+def _load_masses(p_rows, i_row, i_column, n_q, n_k, reach, ROWS: tl.constexpr, CHUNK: tl.constexpr):
+    """The causal masses of a tile from row `i_row`, at `p_rows`, on; zeros elsewhere."""
+    o_m = i_row + tl.arange(0, ROWS)
+    o_n = i_column + tl.arange(0, CHUNK)
+    b_last = last_blocks(o_m, n_k, reach)
+    m_tile = (o_m < n_q)[:, None] & (o_n[None, :] <= b_last[:, None])
+    p_tile = p_rows + (tl.arange(0, ROWS) * n_k)[:, None] + o_n[None, :]
+    return tl.load(p_tile, mask=m_tile, other=0.0)
+
+
+@triton.jit
+def _sum_map(p_map, n_q, n_k, reach, ROWS: tl.constexpr, CHUNK: tl.constexpr, UNROLL: tl.constexpr):
+    """The sum of all masses, and the bits of the largest."""
+    p_rows = p_map
+    b_sum = tl.zeros([ROWS, CHUNK], dtype=tl.float32)
+    b_peak = tl.zeros([ROWS, CHUNK], dtype=tl.int32)
+    for i_row in range(0, n_q, ROWS):
+        i_last = last_blocks(tl.minimum(i_row + ROWS, n_q) - 1, n_k, reach)
+        for i_column in range(0, i_last + 1, CHUNK * UNROLL):
+            for i_tile in tl.static_range(UNROLL):
+                i_start = i_column + i_tile * CHUNK
+                b_mass = _load_masses(p_rows, i_row, i_start, n_q, n_k, reach, ROWS, CHUNK)
+                b_sum += b_mass
+                b_peak = tl.maximum(b_peak, b_mass.to(tl.int32, bitcast=True))
+        p_rows += ROWS * n_k
+    return tl.sum(b_sum), tl.max(b_peak)
+
+
+@triton.jit
+def _sum_above(
+    p_map,
+    n_q,
+    n_k,
+    reach,
+    i_one,
+    i_two,
+    i_three,
+    ROWS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    UNROLL: tl.constexpr,
+):
+    """The sums of the masses whose bits are at least each of three numbers."""
+    p_rows = p_map
+    b_one = tl.zeros([ROWS, CHUNK], dtype=tl.float32)
+    b_two = tl.zeros([ROWS, CHUNK], dtype=tl.float32)
+    b_three = tl.zeros([ROWS, CHUNK], dtype=tl.float32)
+    for i_row in range(0, n_q, ROWS):
+        i_last = last_blocks(tl.minimum(i_row + ROWS, n_q) - 1, n_k, reach)
+        for i_column in range(0, i_last + 1, CHUNK * UNROLL):
+            for i_tile in tl.static_range(UNROLL):
+                i_start = i_column + i_tile * CHUNK
+                b_mass = _load_masses(p_rows, i_row, i_start, n_q, n_k, reach, ROWS, CHUNK)
+                b_bits = b_mass.to(tl.int32, bitcast=True)
+                b_one += tl.where(b_bits >= i_one, b_mass, 0.0)
+                b_two += tl.where(b_bits >= i_two, b_mass, 0.0)
+                b_three += tl.where(b_bits >= i_three, b_mass, 0.0)
+        p_rows += ROWS * n_k
+    return tl.sum(b_one), tl.sum(b_two), tl.sum(b_three)
+
+
+@triton.jit(do_not_specialize=["n_q", "n_k", "first", "reach", "n_sink", "n_local"])
+def head_kernel(
+    p_maps,
+    p_gamma,
+    p_index,
+    p_out,
+    p_sound,
+    n_q,
+    n_k,
+    first,
+    reach,
+    n_sink,
+    n_local,
+    HAS_INDEX: tl.constexpr,
+    ROUNDING: tl.constexpr,
+    SHIFT: tl.constexpr,
+    SPAN: tl.constexpr,
+    ROWS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    UNROLL: tl.constexpr,
+):
+    """One program: one pattern. Of a threshold's bits all but the lowest `SHIFT` are searched.
+
+    `first` and `reach` are the key blocks of the first and of the last row of a whole first query
+    block; those of the next ones follow one by one.
+
+    The search starts `SPAN` steps of the threshold below the largest mass. Sums of the same order
+    of terms fall with the threshold, rounding included; and with sums that are not numbers the
+    search ends, too.
+    """
+    i_pattern = tl.program_id(0).to(tl.int64)
+    i_map = i_pattern
+    if HAS_INDEX:
+        i_map = tl.load(p_index + i_pattern)
+    # Without a map no row is read.
+    n_read = tl.where(i_map >= 0, n_q, 0).to(tl.int32)
+    p_map = p_maps + i_map * n_q * n_k
+    gamma = tl.load(p_gamma + i_pattern)
+
+    total, i_peak = _sum_map(p_map, n_read, n_k, reach, ROWS, CHUNK, UNROLL)
+    is_sound = tl.abs(total) < float("inf")
+    wanted = gamma * total * (1.0 - ROUNDING)
+    i_high = i_peak >> SHIFT
+    i_low = tl.maximum(i_high - SPAN, 0)
+    if (gamma >= 1.0) | (is_sound == 0):
+        i_low = 0
+        i_high = 0
+    while i_low < i_high:
+        width = i_high - i_low - 1
+        i_one = i_low + 1 + width // 4
+        i_two = i_low + 1 + width // 2
+        i_three = i_high - width // 4
+        mass_one, mass_two, mass_three = _sum_above(
+            p_map,
+            n_read,
+            n_k,
+            reach,
+            i_one << SHIFT,
+            i_two << SHIFT,
+            i_three << SHIFT,
+            ROWS,
+            CHUNK,
+            UNROLL,
+        )
+        if mass_three >= wanted:
+            i_low = i_three
+        elif mass_two >= wanted:
+            i_low = i_two
+            i_high = i_three - 1
+        elif mass_one >= wanted:
+            i_low = i_one
+            i_high = i_two - 1
+        else:
+            i_high = i_one - 1
+
+    # Blocks without mass are below every threshold; all blocks are taken where sums are no numbers.
+    i_least = tl.where(is_sound, tl.maximum(i_low << SHIFT, 1), -(2**31))
+    tl.store(p_sound + i_pattern, is_sound.to(tl.int8))
+    p_rows = p_map
+    p_out += i_pattern * n_q * n_k
+    for i_row in range(0, n_q, ROWS):
+        o_m = i_row + tl.arange(0, ROWS)
+        b_first = (o_m + first)[:, None]
+        b_last = last_blocks(o_m, n_k, reach)[:, None]
+        for i_column in range(0, n_k, CHUNK):
+            o_n = (i_column + tl.arange(0, CHUNK))[None, :]
+            b_mass = _load_masses(p_rows, i_row, i_column, n_read, n_k, reach, ROWS, CHUNK)
+            m_taken = b_mass.to(tl.int32, bitcast=True) >= i_least
+            m_taken = m_taken | (o_n < n_sink) | ((o_n > b_first - n_local) & (n_local > 0))
+            m_taken = m_taken & (o_n <= b_last)
+            p_tile = p_out + (tl.arange(0, ROWS) * n_k)[:, None] + o_n
+            m_tile = (o_m < n_q)[:, None] & (o_n < n_k)
+            tl.store(p_tile, m_taken.to(p_out.dtype.element_ty), mask=m_tile)
+        p_rows += ROWS * n_k
+        p_out += ROWS * n_k

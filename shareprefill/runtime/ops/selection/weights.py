@@ -1,0 +1,38 @@
+"""What the lines through a block count in its smoothed mass."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import astuple, dataclass
+
+from shareprefill.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class LineWeights:
+    """Weights of a block's own mass and of means over the lines of a map that it lies on.
+
+    Attributes:
+        own: of the block itself.
+        beside: of the blocks one row before and after on the same key block.
+        along: of those one row before and after on the same block diagonal.
+        beside2: of those two rows before and after on the same key block.
+        along2: of those two rows before and after on the same block diagonal.
+        column: of all causal blocks of its key block.
+        diagonal: of all causal blocks of its block diagonal.
+
+    Raises:
+        ConfigError: a weight is negative or not finite.
+    """
+
+    own: float
+    beside: float = 0.0
+    along: float = 0.0
+    beside2: float = 0.0
+    along2: float = 0.0
+    column: float = 0.0
+    diagonal: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not all(0.0 <= weight < math.inf for weight in astuple(self)):
+            raise ConfigError(f"weights must be finite and at least 0, got {self}")
