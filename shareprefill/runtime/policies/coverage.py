@@ -5,9 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# Halvings of the threshold's range of 40 octaves: to 4e-5 octaves.
-_STEPS = 20
-_OCTAVES = 40.0
+from shareprefill.runtime.ops.selection.reference import blocks_above_threshold
 
 
 def head_pattern(maps: Tensor, gamma: Tensor) -> Tensor:
@@ -18,7 +16,7 @@ def head_pattern(maps: Tensor, gamma: Tensor) -> Tensor:
     patterns of as many blocks it has the largest recall, which is a mean over rows. FlexPrefill
     (arXiv 2502.20766, algorithm 4) ranks its query-aware blocks over the whole map, too.
 
-    The threshold is found by halving its logarithm, without sorting.
+    The threshold is that of the operator `head_blocks`, which adds what is always read.
 
     Args:
         maps: Block maps `[S, n_q, n_k]`; zero where nothing may be read.
@@ -32,19 +30,7 @@ def head_pattern(maps: Tensor, gamma: Tensor) -> Tensor:
     tensor([[[ True, False],
              [ True, False]]])
     """
-    maps = maps.float()
-    total = maps.sum((1, 2))
-    # A sum of float32 values that should reach gamma exactly may miss it by rounding.
-    wanted = gamma.to(maps.device) * total * (1 - 1e-6)
-    high = maps.amax((1, 2)).clamp(min=torch.finfo(torch.float32).tiny).log2()
-    low = high - _OCTAVES
-    for _ in range(_STEPS):
-        middle = (low + high) / 2
-        kept = torch.where(maps >= middle.exp2()[:, None, None], maps, 0.0).sum((1, 2))
-        enough = kept >= wanted
-        low, high = torch.where(enough, middle, low), torch.where(enough, high, middle)
-    threshold = torch.where(gamma.to(maps.device) >= 1, 0.0, low.exp2())
-    return (maps >= threshold[:, None, None]) & (maps > 0)
+    return blocks_above_threshold(maps.float(), gamma.to(maps.device))
 
 
 def densest_blocks(maps: Tensor, causal: Tensor, density: float) -> Tensor:

@@ -6,20 +6,19 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
+from shareprefill.runtime.ops.selection import LineWeights, head_blocks, smooth_maps
+from shareprefill.runtime.ops.selection.reference import smooth_along_lines
 from shareprefill.runtime.policies.base import LayerInputs
-from shareprefill.runtime.policies.coverage import head_pattern
 from shareprefill.runtime.policies.estimating import Estimating
 from shareprefill.runtime.policies.sampled import sampled_maps, sampling_work
 
-# Weights of a block's own samples, of its neighbours on the same key block and on the same block
-# diagonal (at distance 1, then 2), and of the means of its column and of its diagonal. Least
-# squares on exact maps of three prompts (docs/findings.md); only their ratios matter.
+# By sampled rows, of which more make a block's own samples better. Least squares on exact maps of
+# three prompts (docs/findings.md); only their ratios matter.
 _WEIGHTS = {
-    1: (0.08, 0.13, 0.02, 0.00, 0.03, 0.01, 0.50),
-    2: (0.14, 0.15, 0.02, 0.00, 0.04, 0.00, 0.45),
-    4: (0.24, 0.16, 0.03, 0.00, 0.04, 0.00, 0.38),
+    1: LineWeights(own=0.08, beside=0.13, along=0.02, along2=0.03, column=0.01, diagonal=0.50),
+    2: LineWeights(own=0.14, beside=0.15, along=0.02, along2=0.04, diagonal=0.45),
+    4: LineWeights(own=0.24, beside=0.16, along=0.03, along2=0.04, diagonal=0.38),
 }
 
 
@@ -39,12 +38,26 @@ class Smoothed(Estimating[Tensor]):
 
     def estimate(self, inputs: LayerInputs, heads: Tensor) -> Tensor:
         """Smoothed maps."""
-        maps = sampled_maps(inputs, heads, self.rows)
-        return smooth(maps, inputs.geometry.causal, self.rows)
+        geometry = inputs.geometry
+        return smooth_maps(
+            sampled_maps(inputs, heads, self.rows),
+            line_weights(self.rows),
+            n_query=geometry.n_query,
+            n_key=geometry.n_key,
+            block_size=geometry.block_size,
+        )
 
     def choose(self, inputs: LayerInputs, estimate: Tensor, gamma: Tensor) -> Tensor:
         """The blocks above a head's threshold; gamma is the share of the head's whole mass."""
-        return head_pattern(estimate, gamma)
+        geometry = inputs.geometry
+        pattern, _ = head_blocks(
+            estimate,
+            gamma,
+            n_query=geometry.n_query,
+            n_key=geometry.n_key,
+            block_size=geometry.block_size,
+        )
+        return pattern
 
     def work(self, inputs: LayerInputs) -> float:
         """The share of the rows that are sampled, logits alone."""
@@ -82,52 +95,9 @@ def smooth(maps: Tensor, causal: Tensor, rows: int) -> Tensor:
     Returns:
         float32 `[S, n_q, n_k]`, in no particular scale; zero outside the causal blocks.
     """
-    own, beside, along, beside2, along2, column, diagonal = _weights(rows)
-    maps = maps.float()
-    total = maps * own
-    for distance, vertical, slanted in ((1, beside, along), (2, beside2, along2)):
-        for weight, step in ((vertical, 0), (slanted, distance)):
-            if weight > 0:
-                total += weight * _neighbours(maps, causal, distance, step)
-    if column > 0:
-        total += column * (maps.sum(1) / causal.sum(0).clamp(min=1))[:, None, :]
-    total += diagonal * _diagonal_means(maps, causal)
-    return total.mul_(causal)
+    return smooth_along_lines(maps.float(), line_weights(rows), causal)
 
 
-def _weights(rows: int) -> tuple[float, ...]:
+def line_weights(rows: int) -> LineWeights:
+    """The weights of maps of `rows` sampled rows a block."""
     return _WEIGHTS[max(r for r in _WEIGHTS if r <= rows)]
-
-
-def _neighbours(maps: Tensor, causal: Tensor, distance: int, step: int) -> Tensor:
-    """Mean of the entries `distance` rows before and after, `step` columns before and after.
-
-    An entry without such neighbours in the map stands for itself.
-    """
-    count = torch.zeros(causal.shape, device=maps.device)
-    total = torch.zeros_like(maps)
-    n_q, n_k = causal.shape
-    if distance < n_q and step < n_k:
-        early, late = slice(0, n_q - distance), slice(distance, n_q)
-        left, right = slice(0, n_k - step), slice(step, n_k)
-        total[:, late, right] += maps[:, early, left]
-        count[late, right] += causal[early, left]
-        total[:, early, left] += maps[:, late, right]
-        count[early, left] += causal[late, right]
-    return torch.where(count > 0, total / count.clamp(min=1), maps)
-
-
-def _diagonal_means(maps: Tensor, causal: Tensor) -> Tensor:
-    """Mean of every block diagonal, at each of its entries."""
-    n_q, n_k = causal.shape
-    means = _line_sums(maps) / _line_sums(causal[None].float()).clamp(min=1)
-    line = torch.arange(n_k, device=maps.device) - torch.arange(n_q, device=maps.device)[:, None]
-    return means[:, line + (n_q - 1)]
-
-
-def _line_sums(maps: Tensor) -> Tensor:
-    """Sums over diagonals `[S, n_q + n_k - 1]`, from the lowest left entry to the upper right."""
-    n_maps, n_q, n_k = maps.shape
-    # Each row of the padded map, read at one column less, starts one further to the right.
-    padded = pad(maps.flip(1), (0, n_q)).flatten(1)
-    return padded[:, : n_q * (n_q + n_k - 1)].view(n_maps, n_q, -1).sum(1)
