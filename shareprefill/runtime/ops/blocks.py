@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -185,6 +185,16 @@ class BlockLists:
         bitmap = torch.zeros(len(counts), self.n_k, dtype=torch.bool, device=self.device)
         bitmap[rows, self.indices[: len(rows)].long()] = True
         return bitmap.view(self.n_patterns, self.n_q, self.n_k)
+
+    def head_counts(self) -> torch.Tensor:
+        """Listed blocks of each head's pattern, int32 `[H]`; 0 for heads that are not computed."""
+        # A pattern of -1 ends where the first one starts.
+        ends = self.offsets[(self.pattern + 1) * self.n_q]
+        return ends - self.offsets[self.pattern.clamp(min=0) * self.n_q]
+
+    def without_indices(self) -> BlockLists:
+        """The same offsets and patterns, to count from later without keeping the indices."""
+        return replace(self, indices=self.indices.new_empty(0))
 
     def validate(self) -> None:
         """Check the values, which on a CUDA device waits for it.

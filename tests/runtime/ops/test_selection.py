@@ -254,9 +254,11 @@ def test_lists_hold_every_causal_block(
     assert (lists.n_q, lists.n_k, lists.block_size) == (n_q, n_k, size)
     assert lists.n_patterns == (4 if max_density is None else 5)
     most = None if max_density is None else int(max_density * int(causal.sum()))
+    counts = lists.head_counts()
     for head, number in enumerate(pattern.tolist()):
         if number < 0:
             assert lists.pattern[head] == -1
+            assert counts[head] == 0
             continue
         blocks = causal if number == 4 else bitmap[number] & causal
         if most is not None and int(blocks.sum()) > most:
@@ -264,6 +266,7 @@ def test_lists_hold_every_causal_block(
             blocks = causal
         wanted = [row.nonzero()[:, 0].tolist() for row in blocks]
         assert lists_by_hand(lists, head, n_q) == wanted
+        assert counts[head] == blocks.sum()
     assert not lists.to_bitmap()[2].any()  # no head points there
 
 
@@ -275,6 +278,9 @@ def test_a_pattern_over_the_bound_becomes_the_dense_list(impl: str) -> None:
     options = {"n_query": 40, "n_key": 40, "max_density": 0.5, "impl": impl}
     lists = list_blocks(bitmap, torch.tensor([1, 0]), 16, **options)
     assert lists.pattern.tolist() == [1, 2]
+    counted = lists.without_indices()
+    assert counted.head_counts().tolist() == [3, 6]
+    assert counted.indices.untyped_storage().nbytes() == 0
     assert lists_by_hand(lists, 0, 3) == [[0], [0], [0]]
     assert lists_by_hand(lists, 1, 3) == [[0], [0, 1], [0, 1, 2]]
     # Without a head that needs it, the dense list is empty.
@@ -289,6 +295,7 @@ def test_lists_without_patterns_or_heads(impl: str) -> None:
     lists = list_blocks(none, torch.tensor([-1, -1]), 16, **options)
     lists.validate()
     assert lists.pattern.tolist() == [-1, -1]
+    assert lists.head_counts().tolist() == [0, 0]
     dense = list_blocks(none, torch.tensor([-1, 0]), 16, max_density=0.5, **options)
     dense.validate()
     assert lists_by_hand(dense, 1, 3) == [[0], [0, 1], [0, 1, 2]]
