@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from shareprefill.runtime.ops.blocks import BlockLists
+from shareprefill.runtime.ops.devices import device_of
 
 VERSION = "4.0.0b36"
 # Largest working memory of a call: the lists of a launch, and the rows of heads that it must keep.
@@ -171,7 +172,7 @@ class _Step:
         from shareprefill.runtime.ops.block_sparse_attention.fa4_kernel import prepare_kernel
 
         lists = self.lists
-        with torch.cuda.device_of(out):
+        with device_of(out):
             prepare_kernel[(counts.numel(),)](
                 lists.offsets,
                 lists.indices,
@@ -198,7 +199,7 @@ class _Step:
         """Put back what was kept."""
         from shareprefill.runtime.ops.block_sparse_attention.fa4_kernel import restore_kernel
 
-        with torch.cuda.device_of(out):
+        with device_of(out):
             restore_kernel[(len(out) * self.rows,)](
                 self.lists.pattern,
                 out,
@@ -247,7 +248,7 @@ def _forward(
     from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch
     from flash_attn.cute.interface import _flash_attn_fwd
 
-    with torch.cuda.device_of(query):
+    with device_of(query):
         _flash_attn_fwd(
             *(tensor.transpose(0, 1)[None] for tensor in (query, key, value)),
             softmax_scale=scale,

@@ -9,6 +9,7 @@ import torch
 
 from shareprefill.runtime.ops import hopper
 from shareprefill.runtime.ops.blocks import BlockLists
+from shareprefill.runtime.ops.devices import device_of
 from shareprefill.runtime.ops.tiles import multiprocessors
 
 # Keys and values of the heads that run at one time: of the 50 MB of L2, which queries and outputs
@@ -72,7 +73,7 @@ def attend(
     )
     q_desc, k_desc, v_desc = hopper.describe_tiles(query, key, value)
     log2e = 1.0 / math.log(2.0)
-    with torch.cuda.device_of(query):
+    with device_of(query):
         block_sparse_hopper_kernel[(min(lists.n_q * n_heads, multiprocessors(query.device)),)](
             q_desc,
             k_desc,

@@ -16,6 +16,7 @@ from shareprefill.runtime.ops.block_sparse_attention.kernel import (
     packed_kernel,
 )
 from shareprefill.runtime.ops.blocks import BlockLists
+from shareprefill.runtime.ops.devices import device_of
 from shareprefill.runtime.ops.tiles import (
     Tiles,
     check_tile_block_size,
@@ -75,7 +76,7 @@ def attend(
     n_k_tokens = key.shape[1]
     tiles, constants = _settings(query, key, value, lists.block_size, lse, softcap, sinks)
     n_tiles = triton.cdiv(n_q_tokens, tiles.block_m)
-    with torch.cuda.device_of(query):
+    with device_of(query):
         block_sparse_kernel[(n_tiles * n_heads,)](
             query,
             key,
@@ -132,7 +133,7 @@ def attend_packed(
     offsets = torch.cat([each.offsets + start for each, start in zip(lists, starts, strict=False)])
     sizes = tuple((each.n_q, len(each.offsets)) for each in lists)
     n_tiles = sum(each.n_q for each in lists) * tiles_per_block
-    with torch.cuda.device_of(query):
+    with device_of(query):
         packed_kernel[(n_tiles * n_heads,)](
             query,
             key,
@@ -191,20 +192,42 @@ def _settings(
     sinks: torch.Tensor | None,
 ) -> tuple[Tiles, dict[str, Any]]:
     """Tiles and compile-time arguments of a call."""
+    return _made_settings(
+        device_capability(query.device),
+        query.shape[2],
+        value.shape[2],
+        query.shape[0] // key.shape[0],
+        block_size,
+        query.dtype,
+        (lse is not None, softcap is not None, sinks is not None),
+    )
+
+
+@lru_cache(maxsize=256)
+def _made_settings(
+    capability: tuple[int, int],
+    head_dim: int,
+    value_dim: int,
+    shared: int,
+    block_size: int,
+    dtype: torch.dtype,
+    flags: tuple[bool, bool, bool],
+) -> tuple[Tiles, dict[str, Any]]:
+    """Made once for all layers."""
     check_tile_block_size(block_size)
-    head_dim, value_dim = query.shape[2], value.shape[2]
     widest = max(padded_dim(head_dim), padded_dim(value_dim))
-    tiles = select_tiles(widest, query.dtype, device_capability(query.device)).within(block_size)
+    tiles = select_tiles(widest, dtype, capability).within(block_size)
+    has_lse, has_softcap, has_sinks = flags
     constants = kernel_constants(
         head_dim,
         value_dim,
-        len(query) // len(key),
+        shared,
         block_size,
         tiles,
-        query.dtype,
-        has_lse=lse is not None,
-        has_softcap=softcap is not None,
-        has_sinks=sinks is not None,
+        dtype,
+        has_lse=has_lse,
+        has_softcap=has_softcap,
+        has_sinks=has_sinks,
     )
     return tiles, constants
 

@@ -12,6 +12,7 @@ import torch
 
 from shareprefill.runtime.ops import hopper
 from shareprefill.runtime.ops.blocks import count_blocks
+from shareprefill.runtime.ops.devices import device_of
 from shareprefill.runtime.ops.tiles import multiprocessors
 
 # Keys and values of heads that run at one time should stay in the 50 MB of L2.
@@ -72,7 +73,7 @@ def pool(
     programs = min(n_q * n_slots, multiprocessors(query.device))
     mass = query.new_empty(programs * n_k * block_size, dtype=torch.float32)
     unused = maps  # stands in for tensors that the kernel does not touch
-    with torch.cuda.device_of(query):
+    with device_of(query):
         pooled_hopper_kernel[(programs,)](
             *hopper.describe_tiles(query, key, value),
             out,

@@ -11,6 +11,7 @@ import torch
 import triton
 
 from shareprefill.runtime.ops.blocks import count_blocks
+from shareprefill.runtime.ops.devices import device_of
 from shareprefill.runtime.ops.pooled_attention.kernel import (
     mass_kernel,
     means_kernel,
@@ -265,7 +266,7 @@ def pool(
     rows = None if rows is None else rows.contiguous()
     heads = None if heads is None else heads.contiguous()
     attended = Attended(query, key, rows, heads, block_size, scale, softcap)
-    with torch.cuda.device_of(query):
+    with device_of(query):
         if value is None:
             return None, _pool_maps(attended)
         return _pool_all(attended, value, sinks)
@@ -347,9 +348,10 @@ def _pool_maps(attended: Attended) -> torch.Tensor:
     )
     n_slots, n_members, n_k = attended.n_slots, attended.n_members, attended.n_k
     packed, parts, segments = constants["PACKED"], constants["PARTS"], constants["SEGMENTS"]
-    maps = query.new_empty((n_slots, n_members, parts, n_k), dtype=torch.float32)
+    shape = (n_slots, n_members, n_k) if parts == 1 else (n_slots, n_members, parts, n_k)
+    maps = query.new_empty(shape, dtype=torch.float32)
     if n_slots == 0:
-        return maps[:, :, 0]
+        return query.new_empty((0, n_members, n_k), dtype=torch.float32)
     n_heads_z = n_slots // packed
     n_tiles = triton.cdiv(n_members * packed, segments) * parts
     n_units = n_k * (attended.block_size // mean_constants["UNIT"])
@@ -405,7 +407,7 @@ def _pool_maps(attended: Attended) -> torch.Tensor:
             **mean_constants,
             **MEANS_OPTIONS,
         )
-    return maps.sum(2) if parts > 1 else maps[:, :, 0]
+    return maps.sum(2) if parts > 1 else maps
 
 
 def _split_units(work: int, device: torch.device) -> int:

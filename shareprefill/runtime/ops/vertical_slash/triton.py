@@ -10,6 +10,7 @@ import torch
 import triton
 
 from shareprefill.runtime.ops.blocks import count_blocks
+from shareprefill.runtime.ops.devices import device_of
 from shareprefill.runtime.ops.tiles import (
     Tiles,
     check_tile_block_size,
@@ -134,7 +135,7 @@ def profile_last_rows(
     chosen = vertical if heads is None else heads.contiguous()
     log2e = 1.0 / math.log(2.0)
     sizes = (n_splits, split_blocks, n_q_tokens, n_k_tokens, n_k)
-    with torch.cuda.device_of(query):
+    with device_of(query):
         sums_kernel[(places * n_splits,)](
             query,
             key,
