@@ -269,13 +269,14 @@ def smooth_maps(
             means,
             smoothed,
             *sizes,
-            weights.own,
-            weights.beside,
-            weights.along,
-            weights.beside2,
-            weights.along2,
-            weights.column,
-            weights.diagonal,
+            # Whole numbers would be types of their own, and compile the kernel anew.
+            float(weights.own),
+            float(weights.beside),
+            float(weights.along),
+            float(weights.beside2),
+            float(weights.along2),
+            float(weights.column),
+            float(weights.diagonal),
             **SMOOTH_OPTIONS,
         )
     return smoothed
