@@ -85,3 +85,28 @@ def hide_later_keys(b_logits, i_position, i_key):
     o_key = gl.arange(0, b_logits.shape[1], layout=gl.SliceLayout(0, layout))
     b_seen = o_key[None, :] <= (o_row + (i_position - i_key))[:, None]
     return gl.where(b_seen, b_logits, float("-inf"))
+
+
+@gluon.jit
+def _within_threads(b_x):
+    """`[M, N]` of logits as `[M, N / 8, 4, 2]`, where a thread holds all but the dim of four."""
+    return b_x.reshape([b_x.shape[0], b_x.shape[1] // 8, 4, 2])
+
+
+@gluon.jit
+def max_of_rows(b_logits):
+    """Maximum of each row `[M]`: within threads, in several chains, then of a row's four."""
+    b_max = gl.max(gl.max(gl.max(_within_threads(b_logits), 3), 1), 1)
+    return gl.convert_layout(b_max, gl.SliceLayout(1, b_logits.type.layout), assert_trivial=True)
+
+
+@gluon.jit
+def sum_within_threads(b_weights):
+    """Sums of each row `[M, 4]`, one in each of its four threads: shuffles can wait."""
+    return gl.sum(gl.sum(_within_threads(b_weights), 3), 1)
+
+
+@gluon.jit
+def sum_of_threads(b_sums, layout: gl.constexpr):
+    """Sum of each row `[M]` from those in its four threads."""
+    return gl.convert_layout(gl.sum(b_sums, 1), layout, assert_trivial=True)

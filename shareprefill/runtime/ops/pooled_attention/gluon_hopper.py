@@ -19,9 +19,7 @@ from shareprefill.runtime.ops.tiles import multiprocessors
 L2_BYTES = 32 * 2**20
 
 
-def kernel_constants(
-    head_dim: int, *, has_heads: bool, has_sinks: bool, folded: bool = True
-) -> dict[str, Any]:
+def kernel_constants(head_dim: int, *, has_heads: bool, has_sinks: bool) -> dict[str, Any]:
     """Compile-time arguments of `pooled_hopper_kernel`."""
     block_d = hopper.padded_head_dim(head_dim)
     return {
@@ -31,7 +29,6 @@ def kernel_constants(
         "STAGES": 256 // block_d,
         "HAS_HEADS": has_heads,
         "HAS_SINKS": has_sinks,
-        "FOLDED": folded,
     }
 
 

@@ -28,6 +28,9 @@ from shareprefill.runtime.ops.gluon import (
     issue_logits,
     issue_values,
     make_barriers,
+    max_of_rows,
+    sum_of_threads,
+    sum_within_threads,
     wait_tile,
 )
 from shareprefill.runtime.ops.gluon_work import (
@@ -91,40 +94,28 @@ def _schedule(
 
 
 @gluon.jit
-def _within_threads(b_x):
-    """`[M, N]` as `[M, N / 8, 4, 2]`, of which a thread holds all but the dim of four."""
-    return b_x.reshape([b_x.shape[0], b_x.shape[1] // 8, 4, 2])
-
-
-@gluon.jit
-def _softmax(b_logits, b_max, b_sum, scale_log2, FOLDED: gl.constexpr):
-    """Weights relative to the new maximum; that maximum, in units of log2; the block's mass, in
-    parts where `FOLDED`; the sums so far, and their factor, relative to the new maximum."""
-    if FOLDED:
-        b_peak = gl.max(gl.max(gl.max(_within_threads(b_logits), 3), 1), 1)
-        b_peak = gl.convert_layout(b_peak, b_max.type.layout, assert_trivial=True)
-    else:
-        b_peak = gl.max(b_logits, 1)
-    b_new = gl.maximum(b_max, b_peak * scale_log2)
+def _softmax(b_logits, b_max, b_sum, scale_log2):
+    """Weights relative to the new maximum; that maximum, in units of log2; the block's mass, in a
+    row's four threads; the sums so far, and their factor, relative to the new maximum."""
+    b_new = gl.maximum(b_max, max_of_rows(b_logits) * scale_log2)
     # A row that has seen no key keeps a finite pivot: -inf - -inf would be NaN.
     b_pivot = gl.where(b_new == float("-inf"), 0.0, b_new)
     b_weights = gl.exp2(b_logits * scale_log2 - b_pivot[:, None])
     b_rescale = gl.exp2(b_max - b_pivot)
-    b_mass = gl.sum(gl.sum(_within_threads(b_weights), 3), 1) if FOLDED else gl.sum(b_weights, 1)
-    return b_weights, b_new, b_mass, b_sum * b_rescale, b_rescale
+    return b_weights, b_new, sum_within_threads(b_weights), b_sum * b_rescale, b_rescale
 
 
 @gluon.jit
-def _keep_mass(b_sum, b_mass, b_max, p_block, FOLDED: gl.constexpr):
+def _keep_mass(b_sum, b_mass, b_max, p_block):
     """Store log2 of the rows' mass in a block, and add it to the rows' sums."""
-    if FOLDED:
-        b_mass = gl.convert_layout(gl.sum(b_mass, 1), b_sum.type.layout, assert_trivial=True)
+    layout: gl.constexpr = b_sum.type.layout
+    b_mass = sum_of_threads(b_mass, layout)
     # Its error of 2^-22 is below what storing the logarithm costs; log2 takes 30 instructions.
     b_log = gl.inline_asm_elementwise(
         "lg2.approx.ftz.f32 $0, $1;", "=f,f", [b_mass], dtype=gl.float32, is_pure=True, pack=1
     )
     # A row that has seen no key has a mass and a maximum of -inf.
-    o_row = gl.arange(0, b_sum.shape[0], layout=b_sum.type.layout)
+    o_row = gl.arange(0, b_sum.shape[0], layout=layout)
     gl.store(p_block + o_row, b_max + b_log)
     return b_sum + b_mass
 
@@ -219,7 +210,6 @@ def _consume(
     BLOCK_D: gl.constexpr,
     BLOCK: gl.constexpr,
     HAS_SINKS: gl.constexpr,
-    FOLDED: gl.constexpr,
 ):
     """One warpgroup: half of the query rows of each tile against the keys that arrive.
 
@@ -252,9 +242,7 @@ def _consume(
         b_logits = warpgroup_mma_wait(0, deps=[b_logits])
         free_tile(k_free, i_step)
         b_logits = hide_later_keys(b_logits, i_tile * BLOCK + i_offset, i_last * BLOCK)
-    b_weights, b_max, b_mass, b_sum, _rescale = _softmax(
-        b_logits, b_unseen, b_none, scale_log2, FOLDED
-    )
+    b_weights, b_max, b_mass, b_sum, _rescale = _softmax(b_logits, b_unseen, b_none, scale_log2)
     while i_head >= 0:
         # The weights of the tile's last block are there.
         i_position = i_tile * BLOCK + i_offset
@@ -269,7 +257,7 @@ def _consume(
         for i_k in range(i_step + 1, i_end):
             b_logits = issue_logits(q_tiles, i_query, k_tiles, i_k, s_layout)
             p_block = p_mass + (i_end - i_k) * ROWS
-            b_sum = _keep_mass(b_sum, b_mass, b_max, p_block, FOLDED)
+            b_sum = _keep_mass(b_sum, b_mass, b_max, p_block)
             wait_tile(v_ready, i_k - 1)
             b_acc = issue_values(b_weights, v_tiles, i_k - 1, b_acc)
             b_logits = warpgroup_mma_wait(1, deps=[b_logits])
@@ -277,7 +265,7 @@ def _consume(
             if i_k == i_masked:
                 b_logits = hide_later_keys(b_logits, i_position, (n_seen - 2) * BLOCK)
             b_weights, b_max, b_mass, b_sum, b_rescale = _softmax(
-                b_logits, b_max, b_sum, scale_log2, FOLDED
+                b_logits, b_max, b_sum, scale_log2
             )
             if i_k + 1 < i_end:
                 wait_tile(k_ready, i_k + 1)
@@ -285,7 +273,7 @@ def _consume(
             free_tile(v_free, i_k - 1)
             b_acc *= gl.convert_layout(b_rescale, gl.SliceLayout(1, o_layout))[:, None]
         free_tile(q_free, i_round)
-        b_old_sum = _keep_mass(b_sum, b_mass, b_max, p_mass, FOLDED)
+        b_old_sum = _keep_mass(b_sum, b_mass, b_max, p_mass)
         b_old_max = b_max
 
         # The tile's last product, beside which the next tile begins.
@@ -303,7 +291,7 @@ def _consume(
             free_tile(k_free, i_step)
             b_logits = hide_later_keys(b_logits, n_tile * BLOCK + i_offset, i_last * BLOCK)
             b_weights, b_max, b_mass, b_sum, _rescale = _softmax(
-                b_logits, b_unseen, b_none, scale_log2, FOLDED
+                b_logits, b_unseen, b_none, scale_log2
             )
             wait_tile(v_ready, i_step - 1)
             b_acc, b_weights = warpgroup_mma_wait(0, deps=[b_acc, b_weights])
@@ -365,7 +353,6 @@ def pooled_hopper_kernel(
     STAGES: gl.constexpr,
     HAS_HEADS: gl.constexpr,
     HAS_SINKS: gl.constexpr,
-    FOLDED: gl.constexpr,
 ):
     """A persistent program: tiles of `BLOCK` query rows of one head, drawn from `p_next`.
 
@@ -391,8 +378,8 @@ def pooled_hopper_kernel(
     # fmt: off
     gl.warp_specialize(
         [
-            (_consume, (0, rings, sizes, results, HEAD_DIM, BLOCK_D, BLOCK, HAS_SINKS, FOLDED)),
-            (_consume, (1, rings, sizes, results, HEAD_DIM, BLOCK_D, BLOCK, HAS_SINKS, FOLDED)),
+            (_consume, (0, rings, sizes, results, HEAD_DIM, BLOCK_D, BLOCK, HAS_SINKS)),
+            (_consume, (1, rings, sizes, results, HEAD_DIM, BLOCK_D, BLOCK, HAS_SINKS)),
             (produce, (rings, q_desc, k_desc, v_desc, p_heads, n_shared, BLOCK, STAGES, False)),
             (_schedule, (
                 queue, sizes, results, p_next, p_heads, n_at_once, HEAD_DIM, BLOCK_D, BLOCK,
