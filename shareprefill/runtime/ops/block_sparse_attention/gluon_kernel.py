@@ -27,6 +27,9 @@ from shareprefill.runtime.ops.gluon import (
     issue_logits,
     issue_values,
     make_barriers,
+    max_of_rows,
+    sum_of_threads,
+    sum_within_threads,
     wait_tile,
 )
 from shareprefill.runtime.ops.gluon_work import ROUNDS, produce, read_work
@@ -48,15 +51,23 @@ def _cap(b_logits, scales, HAS_SOFTCAP: gl.constexpr):
 def _softmax(b_logits, b_max, scales, HAS_SOFTCAP: gl.constexpr):
     """Weights relative to the new maximum, that maximum, the sums, and the old sums' factor.
 
-    Maxima are in the logits' unit, which is log2 after a soft-cap and not scaled otherwise.
+    Maxima are in the logits' unit, which is log2 after a soft-cap and not scaled otherwise. Sums
+    are `[M, 4]`, one in each of a row's threads.
     """
     factor = 1.0 if HAS_SOFTCAP else scales[0]
-    b_new = gl.maximum(b_max, gl.max(b_logits, 1))
+    b_new = gl.maximum(b_max, max_of_rows(b_logits))
     # A row that has seen no key keeps a finite pivot: -inf - -inf would be NaN.
     b_pivot = gl.where(b_new == float("-inf"), 0.0, b_new * factor)
     b_weights = gl.exp2(b_logits * factor - b_pivot[:, None])
     b_rescale = gl.exp2(b_max * factor - b_pivot)
-    return b_weights, b_new, gl.sum(b_weights, 1), b_rescale
+    return b_weights, b_new, sum_within_threads(b_weights), b_rescale
+
+
+@gluon.jit
+def _rescale(b_sum, b_rescale):
+    """Sums `[M, 4]` times factors of their rows."""
+    layout: gl.constexpr = gl.SliceLayout(1, b_sum.type.layout)
+    return b_sum * gl.convert_layout(b_rescale, layout, assert_trivial=True)[:, None]
 
 
 @gluon.jit
@@ -73,14 +84,21 @@ def _store(
     HAS_LSE: gl.constexpr,
     HAS_SOFTCAP: gl.constexpr,
     HAS_SINKS: gl.constexpr,
+    DIRECT: gl.constexpr,
 ):
     """Normalise and write rows of one head."""
     p_out, p_lse, p_sinks, stride_oh, stride_on, n_q_tokens = output
     ROWS: gl.constexpr = b_acc.shape[0]
     BLOCK_D: gl.constexpr = b_acc.shape[1]
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BLOCK_D, BLOCK_D // 8], [4, 1], [1, 0])
+    layout: gl.constexpr = (
+        b_acc.type.layout
+        if DIRECT
+        else gl.BlockedLayout([1, 8], [256 // BLOCK_D, BLOCK_D // 8], [4, 1], [1, 0])
+    )
     o_m = i_row + gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
     o_d = gl.arange(0, BLOCK_D, layout=gl.SliceLayout(0, layout))
+    row_layout: gl.constexpr = b_max.type.layout
+    b_sum = sum_of_threads(b_sum, row_layout)
     b_top = b_max * (1.0 if HAS_SOFTCAP else scales[0])
     b_factor = gl.where(b_sum == 0.0, 1.0, 1.0 / b_sum)
     if HAS_SINKS:
@@ -118,6 +136,7 @@ def _consume(
     HAS_LSE: gl.constexpr,
     HAS_SOFTCAP: gl.constexpr,
     HAS_SINKS: gl.constexpr,
+    DIRECT: gl.constexpr,
 ):
     """One warpgroup: half of the query rows of each tile against the keys that arrive.
 
@@ -140,9 +159,7 @@ def _consume(
     i_step = 0
     i_round = 0
     i_head, i_tile, _start, n_listed, i_last, i_second = read_work(queue, i_round)
-    b_weights = gl.zeros([ROWS, BLOCK], gl.float32, s_layout)
-    b_max = b_unseen
-    b_sum = gl.zeros([ROWS], gl.float32, row_layout)
+    b_logits = gl.zeros([ROWS, BLOCK], gl.float32, s_layout)
     if i_head >= 0:
         wait_tile(q_ready, i_round)
         wait_tile(k_ready, i_step)
@@ -151,7 +168,7 @@ def _consume(
         free_tile(k_free, i_step)
         b_logits = _cap(b_logits, scales, HAS_SOFTCAP)
         b_logits = hide_later_keys(b_logits, i_tile * BLOCK + i_offset, i_last * BLOCK)
-        b_weights, b_max, b_sum, b_rescale = _softmax(b_logits, b_unseen, scales, HAS_SOFTCAP)
+    b_weights, b_max, b_sum, b_rescale = _softmax(b_logits, b_unseen, scales, HAS_SOFTCAP)
     while i_head >= 0:
         # The weights of the tile's last block are there.
         i_position = i_tile * BLOCK + i_offset
@@ -173,7 +190,7 @@ def _consume(
             if i_k == i_masked:
                 b_logits = hide_later_keys(b_logits, i_position, i_second * BLOCK)
             b_weights, b_max, b_mass, b_rescale = _softmax(b_logits, b_max, scales, HAS_SOFTCAP)
-            b_sum = b_sum * b_rescale + b_mass
+            b_sum = _rescale(b_sum, b_rescale) + b_mass
             if i_k + 1 < i_end:
                 wait_tile(k_ready, i_k + 1)
             b_acc, b_weights = warpgroup_mma_wait(0, deps=[b_acc, b_weights])
@@ -219,6 +236,7 @@ def _consume(
             HAS_LSE,
             HAS_SOFTCAP,
             HAS_SINKS,
+            DIRECT,
         )
         i_head = n_head
         i_tile = n_tile
@@ -253,10 +271,13 @@ def block_sparse_hopper_kernel(
     HEAD_DIM: gl.constexpr,
     BLOCK_D: gl.constexpr,
     BLOCK: gl.constexpr,
-    STAGES: gl.constexpr,
+    K_STAGES: gl.constexpr,
+    V_STAGES: gl.constexpr,
     HAS_LSE: gl.constexpr,
     HAS_SOFTCAP: gl.constexpr,
     HAS_SINKS: gl.constexpr,
+    DIRECT: gl.constexpr,
+    KEYS_FIRST: gl.constexpr,
 ):
     """A persistent program: tiles of `BLOCK` query rows of one head, drawn from `p_next`.
 
@@ -265,15 +286,15 @@ def block_sparse_hopper_kernel(
     DTYPE: gl.constexpr = k_desc.dtype
     HALF: gl.constexpr = BLOCK // 2
     q_tiles = gl.allocate_shared_memory(DTYPE, [QUERIES * 2, 1, HALF, BLOCK_D], q_desc.layout)
-    k_tiles = gl.allocate_shared_memory(DTYPE, [STAGES, 1, BLOCK, BLOCK_D], k_desc.layout)
-    v_tiles = gl.allocate_shared_memory(DTYPE, [STAGES, 1, BLOCK, BLOCK_D], v_desc.layout)
+    k_tiles = gl.allocate_shared_memory(DTYPE, [K_STAGES, 1, BLOCK, BLOCK_D], k_desc.layout)
+    v_tiles = gl.allocate_shared_memory(DTYPE, [V_STAGES, 1, BLOCK, BLOCK_D], v_desc.layout)
     line: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[0])
     items = gl.allocate_shared_memory(gl.int32, [ROUNDS, 32], line)
     # Places are freed by both warpgroups, work items by the loading warp too.
     queue = (items, make_barriers(ROUNDS, 1), make_barriers(ROUNDS, 3))
     q_ring = (q_tiles, make_barriers(QUERIES, 1), make_barriers(QUERIES, 2))
-    k_ring = (k_tiles, make_barriers(STAGES, 1), make_barriers(STAGES, 2))
-    v_ring = (v_tiles, make_barriers(STAGES, 1), make_barriers(STAGES, 2))
+    k_ring = (k_tiles, make_barriers(K_STAGES, 1), make_barriers(K_STAGES, 2))
+    v_ring = (v_tiles, make_barriers(V_STAGES, 1), make_barriers(V_STAGES, 2))
     fence_async_shared()
 
     rings = (queue, q_ring, k_ring, v_ring)
@@ -284,13 +305,15 @@ def block_sparse_hopper_kernel(
         [
             (_consume, (
                 0, rings, output, n_k_tokens, scales, HEAD_DIM, BLOCK_D, BLOCK, HAS_LSE,
-                HAS_SOFTCAP, HAS_SINKS,
+                HAS_SOFTCAP, HAS_SINKS, DIRECT,
             )),
             (_consume, (
                 1, rings, output, n_k_tokens, scales, HEAD_DIM, BLOCK_D, BLOCK, HAS_LSE,
-                HAS_SOFTCAP, HAS_SINKS,
+                HAS_SOFTCAP, HAS_SINKS, DIRECT,
             )),
-            (produce, (rings, q_desc, k_desc, v_desc, p_indices, n_shared, BLOCK, STAGES, True)),
+            (produce, (
+                rings, q_desc, k_desc, v_desc, p_indices, n_shared, BLOCK, True, KEYS_FIRST,
+            )),
             (schedule, (
                 queue, output, p_next, p_offsets, p_indices, p_pattern, n_heads, n_at_once, n_q,
                 n_k_tokens, HEAD_DIM, BLOCK_D, BLOCK, HAS_LSE, HAS_SINKS,
