@@ -202,8 +202,8 @@ class _Bench:
             )
         if any(row.chunk for row in rows):
             found.append(
-                "in chunks, dense attention is SDPA's flash kernel where there is one, on all keys"
-                " so far"
+                "in chunks, dense attention reads all keys so far: on Hopper with the kernel of "
+                "block lists, elsewhere with SDPA's flash kernel where there is one"
             )
         return tuple(found)
 

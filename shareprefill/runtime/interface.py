@@ -29,6 +29,11 @@ from shareprefill.runtime.masks import (
     lost_facts,
     mask_facts,
 )
+from shareprefill.runtime.ops import hopper
+from shareprefill.runtime.ops.block_sparse_attention import block_sparse_attention
+from shareprefill.runtime.ops.blocks import causal_lists, count_blocks
+from shareprefill.runtime.ops.implementations import has_fast_kernel
+from shareprefill.runtime.ops.tiles import multiprocessors
 from shareprefill.runtime.own_attention import (
     Extras,
     is_causal,
@@ -202,6 +207,11 @@ def causal_attention(
     n_query, n_key = query.shape[1], key.shape[1]
     if n_query == n_key and window is None:
         return _sdpa(query[None], key[None], value[None], None, True, scale)[0]
+    if window is None and _is_faster_in_blocks(query, key, value):
+        lists = causal_lists(n_query, n_key - n_query, hopper.BLOCK, len(query), query.device)
+        # Tokens first, as the model reads it.
+        out = query.new_empty((n_query, len(query), value.shape[2])).transpose(0, 1)
+        return block_sparse_attention(query, key, value, lists, scale=scale, out=out)
     if window is None and _has_lower_right_kernel(query, key, value):
         # It imports torch's compiler: seconds, at the first call instead of at every start.
         from torch.nn.attention.bias import causal_lower_right
@@ -225,6 +235,18 @@ def causal_attention(
             _sdpa(piece, key[None, :, low:high], value[None, :, low:high], mask, False, scale)[0]
         )
     return torch.cat(pieces, dim=1)
+
+
+def _is_faster_in_blocks(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether lists of all causal blocks take less time than SDPA does for fewer rows than keys.
+
+    SDPA has FlashAttention-2 for them (docs/performance.md), which divides the keys among programs
+    where query tiles are too few for a GPU.
+    """
+    if not has_fast_kernel(query, key, value, hopper.BLOCK):
+        return False
+    tiles = len(query) * count_blocks(query.shape[1], hopper.BLOCK)
+    return tiles >= multiprocessors(query.device)
 
 
 def _has_lower_right_kernel(query: Tensor, key: Tensor, value: Tensor) -> bool:

@@ -17,6 +17,7 @@ from shareprefill.errors import DataError
 from shareprefill.runtime.crossover import crossover
 from shareprefill.runtime.interface import causal_attention
 from shareprefill.runtime.ops.block_sparse_attention import block_sparse_attention
+from shareprefill.runtime.ops.implementations import has_fast_kernel
 from shareprefill.runtime.ops.pooled_attention import pooled_attention
 from shareprefill.runtime.ops.selection import (
     covered_mass,
@@ -354,9 +355,9 @@ class LayerPass:
     def compute(self) -> None:
         """Computes all heads that have no output yet."""
         dense = self.orders.dense.index
-        if not self.inputs.is_plain:
-            # SDPA knows neither soft-capping nor sinks.
-            self.pattern[dense] = _FULL
+        if not self.inputs.is_plain or self._has_fast_kernel():
+            # SDPA knows neither soft-capping nor sinks, and wants copies of some of the heads.
+            self.pattern.index_fill_(0, dense, _FULL)
             dense = dense[:0]
         elif self.policies.device.type == "cpu":
             # Its values may be read at no cost, and its sparse blocks cost more than dense ones.
@@ -384,6 +385,13 @@ class LayerPass:
                 sinks=self.inputs.sinks,
                 out=self.out,
             )
+
+    def _has_fast_kernel(self) -> bool:
+        """Whether dense heads may read every causal block in the other heads' launch."""
+        inputs = self.inputs
+        return 0 < len(self.orders.dense.index) < self.orders.n_heads and has_fast_kernel(
+            inputs.query, inputs.key, self.value, self.geometry.block_size
+        )
 
     def _leave_dense_what_is_too_dense(self) -> None:
         """Heads whose pattern would take longer than dense attention read every causal block."""

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from shareprefill.artifact import Policy, Thresholds
 from shareprefill.config import RuntimeConfig
 from shareprefill.errors import DataError
+from shareprefill.runtime import sharing
 from shareprefill.runtime.ops.block_sparse_attention import block_sparse_attention
 from shareprefill.runtime.ops.blocks import BlockLists, causal_blocks
 from shareprefill.runtime.ops.pooled_attention import pooled_attention, sample_rows
@@ -342,6 +343,35 @@ def test_heads_denser_than_the_crossover_are_computed_densely(model: Any) -> Non
     _, sparse, _ = run(model, [row, [D] * 4, [D] * 4], inputs, replace(config, gamma=0.1))
     assert sparse.policies.tolist() == row
     assert sparse.blocks.max() < record.causal
+
+
+@pytest.mark.parametrize("row", [[P, D, S, D], [P, D, V, S]])
+@pytest.mark.parametrize("pivot_rows", [0, 2])
+def test_dense_heads_may_read_every_block_in_the_others_launch(
+    model: Any, row: list[Policy], pivot_rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs = tensors(100, 170)
+    config = RuntimeConfig(pivot_rows=pivot_rows)
+    usual, wanted, _ = run(model, [row] * 2, inputs, config)
+    monkeypatch.setattr(sharing, "has_fast_kernel", lambda *_: True)
+    monkeypatch.setattr(LayerPass, "_compute_dense", None)
+    found, record, _ = run(model, [row] * 2, inputs, config)
+    torch.testing.assert_close(found, usual, rtol=1e-4, atol=1e-4)
+    assert torch.equal(record.blocks, wanted.blocks)
+    assert torch.equal(record.policies, wanted.policies)
+    assert record.recall is not None
+    assert wanted.recall is not None
+    torch.testing.assert_close(record.recall, wanted.recall)
+
+
+def test_a_layer_of_dense_heads_is_one_call_of_sdpa(
+    model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs = tensors(130, 130)
+    monkeypatch.setattr(sharing, "has_fast_kernel", lambda *_: True)
+    monkeypatch.setattr(sharing, "block_sparse_attention", None)
+    found, _, _ = run(model, [[D] * 4] * 2, inputs)
+    torch.testing.assert_close(found, dense(inputs), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("row", [[P, S, R, V], [D] * 4])

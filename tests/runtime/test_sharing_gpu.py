@@ -5,11 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from shareprefill.artifact import Policy
+from shareprefill.runtime import sharing
+from shareprefill.runtime.ops.implementations import has_fast_kernel
 from shareprefill.runtime.orders import Orders
 from shareprefill.runtime.plan import HeadPlan, RuntimePlan
 from shareprefill.runtime.policies.base import LayerInputs
@@ -156,3 +160,26 @@ def test_numbers_that_are_none_stay_with_their_head(name: str) -> None:
     assert out[4:].isfinite().all()
     assert record.blocks[:4].eq(record.causal).all()
     assert int(Policy.SHARE) not in record.policies[:4].tolist()
+
+
+def test_dense_heads_are_in_the_others_launch_on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = replace(plan_of("mixed"), block_size=128)
+    inputs = tensors(1000, 1400, torch.bfloat16)
+    if not has_fast_kernel(inputs[0], inputs[1], inputs[2], 128):
+        pytest.skip("neither the Hopper kernel nor FlashAttention-4 runs here")
+    out, record = run(plan, Orders(plan), *inputs)
+    monkeypatch.setattr(sharing, "has_fast_kernel", lambda *_: False)
+    gathered, wanted = run(plan, Orders(plan), *inputs)
+    assert torch.equal(record.blocks, wanted.blocks)
+    torch.testing.assert_close(out, gathered, rtol=2e-2, atol=2e-2)
+    query, key, value = (tensor.float() for tensor in inputs)
+    mask = torch.ones(1000, 1400, dtype=torch.bool, device="cuda").tril(400)
+    exact = F.scaled_dot_product_attention(
+        query[None], key[None], value[None], attn_mask=mask, scale=DIM**-0.5, enable_gqa=True
+    )[0]
+    head = PLANS["mixed"].index(D)
+    assert (out[head].float() - exact[head]).norm() <= 4e-3 * exact[head].norm()
+    monkeypatch.undo()
+    monkeypatch.setattr(LayerPass, "_compute_dense", None)
+    again, _ = run(plan, Orders(plan), *inputs)
+    torch.testing.assert_close(again, out, rtol=2e-2, atol=2e-2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 
@@ -227,3 +228,57 @@ class BlockLists:
                 f"BlockLists.pattern must lie in -1..{self.n_patterns - 1}, "
                 f"got {int(self.pattern.min())}..{int(self.pattern.max())}"
             )
+
+
+def causal_lists(
+    n_q_tokens: int, q_offset: int, block_size: int, n_heads: int, device: torch.device
+) -> BlockLists:
+    """Lists of all causal blocks, one pattern that every head points at.
+
+    The last few are kept, so that layers share them. Making them does not wait for the device.
+
+    Args:
+        n_q_tokens: query rows.
+        q_offset: keys before the first query row.
+        block_size: tokens in a block.
+        n_heads: query heads.
+        device: device of the lists.
+
+    Returns:
+        The lists. They are not to be changed.
+    """
+    stream = 0
+    if device.type == "cuda":
+        if torch.cuda.is_current_stream_capturing():
+            # What a graph makes is there only when it is replayed.
+            return _make_causal_lists(n_q_tokens, q_offset, block_size, n_heads, device)
+        # Another stream could read them before they are made.
+        stream = torch.cuda.current_stream(device).cuda_stream
+    return _kept_causal_lists(n_q_tokens, q_offset, block_size, n_heads, device, stream)
+
+
+def _make_causal_lists(
+    n_q_tokens: int, q_offset: int, block_size: int, n_heads: int, device: torch.device
+) -> BlockLists:
+    counts = block_diagonals(n_q_tokens, q_offset, block_size, device=device)[1] + 1
+    offsets = torch.zeros(len(counts) + 1, dtype=torch.int32, device=device)
+    offsets[1:] = counts.cumsum(0)
+    total = count_causal_blocks(n_q_tokens, q_offset, block_size)
+    places = torch.arange(total, dtype=torch.int32, device=device)
+    # Its size is given, or the host would wait for it.
+    indices = places - torch.repeat_interleave(offsets[:-1], counts, output_size=total)
+    pattern = torch.zeros(n_heads, dtype=torch.int32, device=device)
+    n_k = count_blocks(q_offset + n_q_tokens, block_size)
+    return BlockLists(offsets, indices, pattern, len(counts), n_k, block_size)
+
+
+@lru_cache(maxsize=4)
+def _kept_causal_lists(
+    n_q_tokens: int,
+    q_offset: int,
+    block_size: int,
+    n_heads: int,
+    device: torch.device,
+    stream: int,
+) -> BlockLists:
+    return _make_causal_lists(n_q_tokens, q_offset, block_size, n_heads, device)

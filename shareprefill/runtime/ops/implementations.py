@@ -7,7 +7,6 @@ from typing import NamedTuple
 import torch
 
 from shareprefill.errors import ConfigError, UnsupportedError
-from shareprefill.runtime.ops.blocks import BlockLists
 from shareprefill.runtime.ops.inputs import require_triton
 
 ATTENTION = ("reference", "blockwise", "triton", "gluon", "fa4")
@@ -45,7 +44,7 @@ def select_attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    lists: BlockLists,
+    block_size: int,
 ) -> str:
     """Resolve `impl` of block-sparse attention; an explicit request is served or refused.
 
@@ -55,27 +54,35 @@ def select_attention(
     """
     if impl == "auto":
         for name in _faster(query.device, key.shape[1]):
-            if _refusal(name, query, key, value, lists) is None:
+            if _refusal(name, query, key, value, block_size) is None:
                 return name
         return "triton" if query.device.type == "cuda" else "blockwise"
     if impl not in ATTENTION:
         raise ConfigError(f"impl must be one of {', '.join(('auto', *ATTENTION))}, got {impl!r}")
     if impl == "triton":
         require_triton(query)
-    refusal = _refusal(impl, query, key, value, lists)
+    refusal = _refusal(impl, query, key, value, block_size)
     if refusal is not None:
         raise UnsupportedError(f"impl={impl!r} {refusal}; or use impl='auto'")
     return impl
 
 
+def has_fast_kernel(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, block_size: int
+) -> bool:
+    """Whether "auto" takes a kernel about as fast as the best dense one, block for block."""
+    names = _faster(query.device, key.shape[1])
+    return any(_refusal(name, query, key, value, block_size) is None for name in names)
+
+
 def _refusal(
-    name: str, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lists: BlockLists
+    name: str, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, block_size: int
 ) -> str | None:
     """Why an implementation does not take a call; the rest take whatever their door lets in."""
     from shareprefill.runtime.ops.block_sparse_attention import fa4, gluon_hopper
 
     supports = {"gluon": gluon_hopper.supports, "fa4": fa4.supports}.get(name)
-    return None if supports is None else supports(query, key, value, lists)
+    return None if supports is None else supports(query, key, value, block_size)
 
 
 def describe(device: torch.device | str) -> list[Choice]:

@@ -8,6 +8,7 @@ from shareprefill.runtime.ops.blocks import (
     BlockLists,
     block_diagonals,
     causal_blocks,
+    causal_lists,
     count_blocks,
     count_causal_blocks,
 )
@@ -45,6 +46,48 @@ def test_causal_blocks_are_counted_and_bounded_by_the_diagonals(offset: int) -> 
         first, last = block_diagonals(n_q, offset, 16)
         assert torch.equal(last, causal.sum(1) - 1)
         assert torch.equal(first, (torch.arange(0, n_q, 16) + offset) // 16)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize(
+    ("n_q", "offset", "size"), [(1, 0, 16), (63, 0, 16), (50, 13, 16), (48, 32, 16), (7, 100, 32)]
+)
+def test_causal_lists_hold_every_causal_block(
+    n_q: int, offset: int, size: int, device: str
+) -> None:
+    lists = causal_lists(n_q, offset, size, 3, torch.device(device))
+    lists.validate()
+    causal = causal_blocks(n_q, offset, size, device=device)
+    assert torch.equal(lists.to_bitmap(), causal[None])
+    assert (lists.n_q, lists.n_k) == causal.shape
+    assert lists.offsets[-1] == len(lists.indices)
+    assert lists.pattern.tolist() == [0, 0, 0]
+
+
+def test_layers_share_their_causal_lists() -> None:
+    cpu = torch.device("cpu")
+    lists = causal_lists(50, 13, 16, 3, cpu)
+    assert causal_lists(50, 13, 16, 3, cpu) is lists
+    assert causal_lists(50, 14, 16, 3, cpu) is not lists
+
+
+@pytest.mark.gpu
+def test_causal_lists_of_streams_and_graphs_are_their_own() -> None:
+    cuda = torch.device("cuda", torch.cuda.current_device())
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        lists = causal_lists(500, 133, 16, 3, cuda)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    with torch.cuda.stream(torch.cuda.Stream()):
+        assert causal_lists(500, 133, 16, 3, cuda) is not lists
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = causal_lists(500, 133, 16, 3, cuda)
+    assert causal_lists(500, 133, 16, 3, cuda).offsets is not captured.offsets
+    graph.replay()
+    assert torch.equal(captured.indices, lists.indices)
 
 
 def test_lists_round_trip_through_a_bitmap() -> None:

@@ -170,7 +170,7 @@ def test_which_calls_it_takes(
 ) -> None:
     tensors, lists = random_call(size, 40, 40, dim, [0, 0, 0, 0], "cpu", dtype)
     monkeypatch.setattr(fa4, "unavailable", lambda _: None)
-    found = fa4.supports(*tensors, lists)
+    found = fa4.supports(*tensors, lists.block_size)
     assert found is None if reason is None else reason in str(found)
 
 

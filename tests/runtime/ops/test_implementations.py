@@ -12,7 +12,7 @@ from shareprefill.errors import UnsupportedError
 from shareprefill.runtime.ops import implementations
 from shareprefill.runtime.ops.block_sparse_attention import block_sparse_attention
 from shareprefill.runtime.ops.blocks import BlockLists, causal_blocks
-from shareprefill.runtime.ops.implementations import describe, select_attention
+from shareprefill.runtime.ops.implementations import describe, has_fast_kernel, select_attention
 
 CUDA = torch.device("cuda")
 
@@ -31,7 +31,7 @@ def use(monkeypatch: pytest.MonkeyPatch, generation: int, refusals: dict[str, st
 
 def choose(n_keys: int) -> str:
     tensor = on_a_gpu(n_keys)
-    return select_attention("auto", tensor, tensor, tensor, cast("BlockLists", None))
+    return select_attention("auto", tensor, tensor, tensor, 128)
 
 
 def test_the_fastest_that_takes_a_call_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -45,6 +45,19 @@ def test_the_fastest_that_takes_a_call_is_chosen(monkeypatch: pytest.MonkeyPatch
     assert choose(least) == "triton"
     use(monkeypatch, 8, {"gluon": None, "fa4": None})
     assert choose(least) == "triton"
+
+
+def test_what_is_as_fast_as_dense_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    tensor = on_a_gpu(8192)
+    for generation, refusals, fast in (
+        (9, {"gluon": None}, True),
+        (9, {"gluon": "not here"}, False),
+        (8, {"gluon": None}, False),
+    ):
+        use(monkeypatch, generation, refusals)
+        assert has_fast_kernel(tensor, tensor, tensor, 128) is fast
+    key = torch.zeros(2, 8192, 64)
+    assert not has_fast_kernel(key, key, key, 128)
 
 
 def test_explicit_requests_are_refused_with_the_reason() -> None:
@@ -86,7 +99,5 @@ def test_the_description_is_what_happens() -> None:
     found = [c for c in describe("cuda") if c.operator == "block_sparse_attention"]
     for choice, n_keys in zip(found, (2**20, 1) if len(found) > 1 else (1,), strict=True):
         key = torch.empty((1, n_keys, 128), dtype=torch.bfloat16, device="cuda")
-        one = torch.zeros(2, dtype=torch.int32, device="cuda")
-        lists = BlockLists(one, one[:1], one[:1], 1, 1, 128)
-        chosen = select_attention("auto", key[:, -1:], key, key, lists)
+        chosen = select_attention("auto", key[:, -1:], key, key, 128)
         assert chosen == choice.implementation

@@ -103,7 +103,7 @@ def block_sparse_attention(
     _check_lists(query, key, lists)
     check_softcap(softcap)
     check_sinks(sinks, query)
-    impl = select_attention(impl, query, key, value, lists)
+    impl = select_attention(impl, query, key, value, lists.block_size)
     shape = (query.shape[0], query.shape[1], value.shape[2])
     if out is None:
         out = _new_output(query, shape, lists)

@@ -52,7 +52,7 @@ def unavailable(device: torch.device) -> str | None:
 
 
 def supports(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lists: BlockLists
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, block_size: int
 ) -> str | None:
     """Why `attend` does not take a call; None where it does."""
     refusal = unavailable(query.device)
@@ -63,8 +63,8 @@ def supports(
     dims = (query.shape[2], value.shape[2])
     if dims != (256, 256) and not all(8 <= dim <= 128 and dim % 8 == 0 for dim in dims):
         return f"takes a head_dim of 256 or a multiple of 8 up to 128, got {dims[0]} and {dims[1]}"
-    if lists.block_size not in (128, 256):
-        return f"takes a block_size of 128 or 256 tokens, got {lists.block_size}"
+    if block_size not in (128, 256):
+        return f"takes a block_size of 128 or 256 tokens, got {block_size}"
     return None
 
 

@@ -18,10 +18,10 @@ L2_BYTES = 16 * 2**20
 
 
 def supports(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lists: BlockLists
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, block_size: int
 ) -> str | None:
     """Why `attend` does not take a call; None where it does."""
-    return hopper.refusal(query, key, value, lists.block_size)
+    return hopper.refusal(query, key, value, block_size)
 
 
 def kernel_constants(
