@@ -99,16 +99,6 @@ def zero_rows(
 
 
 @gluon.jit
-def _load_block(ring, desc, i_step, i_group, i_block, BLOCK: gl.constexpr):
-    """Load a block of keys or values once its place is free."""
-    tiles, ready, free = ring
-    slot = i_step % tiles.shape[0]
-    wait_free(free, i_step)
-    mbarrier.expect(ready.index(slot), desc.block_type.nbytes)
-    load_tile(desc, [i_group, i_block * BLOCK, 0], ready.index(slot), tiles.index(slot))
-
-
-@gluon.jit
 def produce(
     rings,
     q_desc,
@@ -117,22 +107,20 @@ def produce(
     p_indices,
     n_shared,
     BLOCK: gl.constexpr,
+    STAGES: gl.constexpr,
     HAS_LISTS: gl.constexpr,
-    KEYS_FIRST: gl.constexpr,
 ):
     """One warp: loads query, key and value tiles by TMA as their places in the rings get free.
 
     With lists an item's blocks stand in `p_indices`; without they are its last and all before it.
-    With `KEYS_FIRST` tiles come in the order of their use: the values of a step after the keys of
-    the next, whose place gets free a softmax earlier.
     """
     queue, q_ring, k_ring, v_ring = rings
     q_tiles, q_ready, q_free = q_ring
+    k_tiles, k_ready, k_free = k_ring
+    v_tiles, v_ready, v_free = v_ring
     i_step = 0
     i_round = 0
     i_head, i_tile, i_start, n_listed, i_block, _second = read_work(queue, i_round)
-    i_old_group = 0
-    i_old_block = 0
     while i_head >= 0:
         q_slot = i_round % QUERIES
         wait_free(q_free, i_round)
@@ -151,18 +139,18 @@ def produce(
             if HAS_LISTS:
                 # The next index arrives while this one's places get free.
                 i_next = gl.load(p_entry - i_entry, mask=i_entry + 1 < n_listed, other=0)
-            _load_block(k_ring, k_desc, i_step, i_group, i_block, BLOCK)
-            if KEYS_FIRST:
-                if i_step > 0:
-                    _load_block(v_ring, v_desc, i_step - 1, i_old_group, i_old_block, BLOCK)
-                i_old_group = i_group
-                i_old_block = i_block
-            else:
-                _load_block(v_ring, v_desc, i_step, i_group, i_block, BLOCK)
+            slot = i_step % STAGES
+            wait_free(k_free, i_step)
+            mbarrier.expect(k_ready.index(slot), k_desc.block_type.nbytes)
+            load_tile(
+                k_desc, [i_group, i_block * BLOCK, 0], k_ready.index(slot), k_tiles.index(slot)
+            )
+            wait_free(v_free, i_step)
+            mbarrier.expect(v_ready.index(slot), v_desc.block_type.nbytes)
+            load_tile(
+                v_desc, [i_group, i_block * BLOCK, 0], v_ready.index(slot), v_tiles.index(slot)
+            )
             i_step += 1
             i_block = i_next
         i_round += 1
         i_head, i_tile, i_start, n_listed, i_block, _second = read_work(queue, i_round)
-    if KEYS_FIRST:  # noqa: SIM102 - this is known when the kernel is compiled, the other not
-        if i_step > 0:
-            _load_block(v_ring, v_desc, i_step - 1, i_old_group, i_old_block, BLOCK)

@@ -25,14 +25,7 @@ def supports(
 
 
 def kernel_constants(
-    head_dim: int,
-    *,
-    has_lse: bool,
-    has_softcap: bool = False,
-    has_sinks: bool = False,
-    direct: bool = True,
-    more_values: int = 1,
-    keys_first: bool = True,
+    head_dim: int, *, has_lse: bool, has_softcap: bool = False, has_sinks: bool = False
 ) -> dict[str, Any]:
     """Compile-time arguments of `block_sparse_hopper_kernel`."""
     block_d = hopper.padded_head_dim(head_dim)
@@ -40,13 +33,10 @@ def kernel_constants(
         "HEAD_DIM": head_dim,
         "BLOCK_D": block_d,
         "BLOCK": hopper.BLOCK,
-        "K_STAGES": 256 // block_d,
-        "V_STAGES": 256 // block_d + more_values,
+        "STAGES": 256 // block_d,
         "HAS_LSE": has_lse,
         "HAS_SOFTCAP": has_softcap,
         "HAS_SINKS": has_sinks,
-        "DIRECT": direct,
-        "KEYS_FIRST": keys_first,
     }
 
 

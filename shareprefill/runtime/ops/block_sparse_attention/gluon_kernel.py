@@ -84,17 +84,12 @@ def _store(
     HAS_LSE: gl.constexpr,
     HAS_SOFTCAP: gl.constexpr,
     HAS_SINKS: gl.constexpr,
-    DIRECT: gl.constexpr,
 ):
     """Normalise and write rows of one head."""
     p_out, p_lse, p_sinks, stride_oh, stride_on, n_q_tokens = output
     ROWS: gl.constexpr = b_acc.shape[0]
     BLOCK_D: gl.constexpr = b_acc.shape[1]
-    layout: gl.constexpr = (
-        b_acc.type.layout
-        if DIRECT
-        else gl.BlockedLayout([1, 8], [256 // BLOCK_D, BLOCK_D // 8], [4, 1], [1, 0])
-    )
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BLOCK_D, BLOCK_D // 8], [4, 1], [1, 0])
     o_m = i_row + gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
     o_d = gl.arange(0, BLOCK_D, layout=gl.SliceLayout(0, layout))
     row_layout: gl.constexpr = b_max.type.layout
@@ -136,7 +131,6 @@ def _consume(
     HAS_LSE: gl.constexpr,
     HAS_SOFTCAP: gl.constexpr,
     HAS_SINKS: gl.constexpr,
-    DIRECT: gl.constexpr,
 ):
     """One warpgroup: half of the query rows of each tile against the keys that arrive.
 
@@ -236,7 +230,6 @@ def _consume(
             HAS_LSE,
             HAS_SOFTCAP,
             HAS_SINKS,
-            DIRECT,
         )
         i_head = n_head
         i_tile = n_tile
@@ -271,13 +264,10 @@ def block_sparse_hopper_kernel(
     HEAD_DIM: gl.constexpr,
     BLOCK_D: gl.constexpr,
     BLOCK: gl.constexpr,
-    K_STAGES: gl.constexpr,
-    V_STAGES: gl.constexpr,
+    STAGES: gl.constexpr,
     HAS_LSE: gl.constexpr,
     HAS_SOFTCAP: gl.constexpr,
     HAS_SINKS: gl.constexpr,
-    DIRECT: gl.constexpr,
-    KEYS_FIRST: gl.constexpr,
 ):
     """A persistent program: tiles of `BLOCK` query rows of one head, drawn from `p_next`.
 
@@ -286,15 +276,15 @@ def block_sparse_hopper_kernel(
     DTYPE: gl.constexpr = k_desc.dtype
     HALF: gl.constexpr = BLOCK // 2
     q_tiles = gl.allocate_shared_memory(DTYPE, [QUERIES * 2, 1, HALF, BLOCK_D], q_desc.layout)
-    k_tiles = gl.allocate_shared_memory(DTYPE, [K_STAGES, 1, BLOCK, BLOCK_D], k_desc.layout)
-    v_tiles = gl.allocate_shared_memory(DTYPE, [V_STAGES, 1, BLOCK, BLOCK_D], v_desc.layout)
+    k_tiles = gl.allocate_shared_memory(DTYPE, [STAGES, 1, BLOCK, BLOCK_D], k_desc.layout)
+    v_tiles = gl.allocate_shared_memory(DTYPE, [STAGES, 1, BLOCK, BLOCK_D], v_desc.layout)
     line: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[0])
     items = gl.allocate_shared_memory(gl.int32, [ROUNDS, 32], line)
     # Places are freed by both warpgroups, work items by the loading warp too.
     queue = (items, make_barriers(ROUNDS, 1), make_barriers(ROUNDS, 3))
     q_ring = (q_tiles, make_barriers(QUERIES, 1), make_barriers(QUERIES, 2))
-    k_ring = (k_tiles, make_barriers(K_STAGES, 1), make_barriers(K_STAGES, 2))
-    v_ring = (v_tiles, make_barriers(V_STAGES, 1), make_barriers(V_STAGES, 2))
+    k_ring = (k_tiles, make_barriers(STAGES, 1), make_barriers(STAGES, 2))
+    v_ring = (v_tiles, make_barriers(STAGES, 1), make_barriers(STAGES, 2))
     fence_async_shared()
 
     rings = (queue, q_ring, k_ring, v_ring)
@@ -305,15 +295,13 @@ def block_sparse_hopper_kernel(
         [
             (_consume, (
                 0, rings, output, n_k_tokens, scales, HEAD_DIM, BLOCK_D, BLOCK, HAS_LSE,
-                HAS_SOFTCAP, HAS_SINKS, DIRECT,
+                HAS_SOFTCAP, HAS_SINKS,
             )),
             (_consume, (
                 1, rings, output, n_k_tokens, scales, HEAD_DIM, BLOCK_D, BLOCK, HAS_LSE,
-                HAS_SOFTCAP, HAS_SINKS, DIRECT,
+                HAS_SOFTCAP, HAS_SINKS,
             )),
-            (produce, (
-                rings, q_desc, k_desc, v_desc, p_indices, n_shared, BLOCK, True, KEYS_FIRST,
-            )),
+            (produce, (rings, q_desc, k_desc, v_desc, p_indices, n_shared, BLOCK, STAGES, True)),
             (schedule, (
                 queue, output, p_next, p_offsets, p_indices, p_pattern, n_heads, n_at_once, n_q,
                 n_k_tokens, HEAD_DIM, BLOCK_D, BLOCK, HAS_LSE, HAS_SINKS,

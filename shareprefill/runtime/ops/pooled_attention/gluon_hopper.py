@@ -19,27 +19,16 @@ from shareprefill.runtime.ops.tiles import multiprocessors
 L2_BYTES = 32 * 2**20
 
 
-def kernel_constants(
-    head_dim: int,
-    *,
-    has_heads: bool,
-    has_sinks: bool,
-    direct: bool = True,
-    more_values: int = 1,
-    keys_first: bool = True,
-) -> dict[str, Any]:
+def kernel_constants(head_dim: int, *, has_heads: bool, has_sinks: bool) -> dict[str, Any]:
     """Compile-time arguments of `pooled_hopper_kernel`."""
     block_d = hopper.padded_head_dim(head_dim)
     return {
         "HEAD_DIM": head_dim,
         "BLOCK_D": block_d,
         "BLOCK": hopper.BLOCK,
-        "K_STAGES": 256 // block_d,
-        "V_STAGES": 256 // block_d + more_values,
+        "STAGES": 256 // block_d,
         "HAS_HEADS": has_heads,
         "HAS_SINKS": has_sinks,
-        "DIRECT": direct,
-        "KEYS_FIRST": keys_first,
     }
 
 

@@ -122,24 +122,12 @@ def _keep_mass(b_sum, b_mass, b_max, p_block):
 
 @gluon.jit
 def _store_rows(
-    b_acc,
-    b_factor,
-    p_rows,
-    stride_on,
-    i_row,
-    n_q_tokens,
-    DTYPE: gl.constexpr,
-    DIM: gl.constexpr,
-    DIRECT: gl.constexpr,
+    b_acc, b_factor, p_rows, stride_on, i_row, n_q_tokens, DTYPE: gl.constexpr, DIM: gl.constexpr
 ):
     """Scale the rows of one head and write those that exist."""
     ROWS: gl.constexpr = b_acc.shape[0]
     BLOCK_D: gl.constexpr = b_acc.shape[1]
-    layout: gl.constexpr = (
-        b_acc.type.layout
-        if DIRECT
-        else gl.BlockedLayout([1, 8], [256 // BLOCK_D, BLOCK_D // 8], [4, 1], [1, 0])
-    )
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BLOCK_D, BLOCK_D // 8], [4, 1], [1, 0])
     o_m = i_row + gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
     o_d = gl.arange(0, BLOCK_D, layout=gl.SliceLayout(0, layout))
     b_factor = gl.convert_layout(b_factor, gl.SliceLayout(1, b_acc.type.layout))
@@ -190,7 +178,6 @@ def _store(
     HEAD_DIM: gl.constexpr,
     BLOCK: gl.constexpr,
     HAS_SINKS: gl.constexpr,
-    DIRECT: gl.constexpr,
 ):
     """Write half a tile's output, and its share of the map row."""
     p_out, p_maps, _mass, p_sinks, stride_oh, stride_on, _scale = results
@@ -207,7 +194,7 @@ def _store(
         sink = gl.load(p_sinks + i_head).to(gl.float32) * LOG2E
         b_factor = b_factor / (1.0 + gl.exp2(sink - b_lse))
     p_rows = p_out + i_slot.to(gl.int64) * stride_oh
-    _store_rows(b_acc, b_factor, p_rows, stride_on, i_row, n_q_tokens, DTYPE, HEAD_DIM, DIRECT)
+    _store_rows(b_acc, b_factor, p_rows, stride_on, i_row, n_q_tokens, DTYPE, HEAD_DIM)
     share = 1.0 / gl.minimum(n_q_tokens - i_tile * BLOCK, BLOCK).to(gl.float32)
     p_map = p_maps + (i_slot.to(gl.int64) * n_q + i_tile) * n_k
     _add_means(p_mass, p_map, b_lse, share, n_seen)
@@ -223,7 +210,6 @@ def _consume(
     BLOCK_D: gl.constexpr,
     BLOCK: gl.constexpr,
     HAS_SINKS: gl.constexpr,
-    DIRECT: gl.constexpr,
 ):
     """One warpgroup: half of the query rows of each tile against the keys that arrive.
 
@@ -330,7 +316,6 @@ def _consume(
             HEAD_DIM,
             BLOCK,
             HAS_SINKS,
-            DIRECT,
         )
         i_head = n_head
         i_tile = n_tile
@@ -365,12 +350,9 @@ def pooled_hopper_kernel(
     HEAD_DIM: gl.constexpr,
     BLOCK_D: gl.constexpr,
     BLOCK: gl.constexpr,
-    K_STAGES: gl.constexpr,
-    V_STAGES: gl.constexpr,
+    STAGES: gl.constexpr,
     HAS_HEADS: gl.constexpr,
     HAS_SINKS: gl.constexpr,
-    DIRECT: gl.constexpr,
-    KEYS_FIRST: gl.constexpr,
 ):
     """A persistent program: tiles of `BLOCK` query rows of one head, drawn from `p_next`.
 
@@ -379,15 +361,15 @@ def pooled_hopper_kernel(
     DTYPE: gl.constexpr = k_desc.dtype
     HALF: gl.constexpr = BLOCK // 2
     q_tiles = gl.allocate_shared_memory(DTYPE, [QUERIES * 2, 1, HALF, BLOCK_D], q_desc.layout)
-    k_tiles = gl.allocate_shared_memory(DTYPE, [K_STAGES, 1, BLOCK, BLOCK_D], k_desc.layout)
-    v_tiles = gl.allocate_shared_memory(DTYPE, [V_STAGES, 1, BLOCK, BLOCK_D], v_desc.layout)
+    k_tiles = gl.allocate_shared_memory(DTYPE, [STAGES, 1, BLOCK, BLOCK_D], k_desc.layout)
+    v_tiles = gl.allocate_shared_memory(DTYPE, [STAGES, 1, BLOCK, BLOCK_D], v_desc.layout)
     line: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[0])
     items = gl.allocate_shared_memory(gl.int32, [ROUNDS, 32], line)
     # Places are freed by both warpgroups, work items by the loading warp too.
     queue = (items, make_barriers(ROUNDS, 1), make_barriers(ROUNDS, 3))
     q_ring = (q_tiles, make_barriers(QUERIES, 1), make_barriers(QUERIES, 2))
-    k_ring = (k_tiles, make_barriers(K_STAGES, 1), make_barriers(K_STAGES, 2))
-    v_ring = (v_tiles, make_barriers(V_STAGES, 1), make_barriers(V_STAGES, 2))
+    k_ring = (k_tiles, make_barriers(STAGES, 1), make_barriers(STAGES, 2))
+    v_ring = (v_tiles, make_barriers(STAGES, 1), make_barriers(STAGES, 2))
     fence_async_shared()
 
     rings = (queue, q_ring, k_ring, v_ring)
@@ -396,9 +378,9 @@ def pooled_hopper_kernel(
     # fmt: off
     gl.warp_specialize(
         [
-            (_consume, (0, rings, sizes, results, HEAD_DIM, BLOCK_D, BLOCK, HAS_SINKS, DIRECT)),
-            (_consume, (1, rings, sizes, results, HEAD_DIM, BLOCK_D, BLOCK, HAS_SINKS, DIRECT)),
-            (produce, (rings, q_desc, k_desc, v_desc, p_heads, n_shared, BLOCK, False, KEYS_FIRST)),
+            (_consume, (0, rings, sizes, results, HEAD_DIM, BLOCK_D, BLOCK, HAS_SINKS)),
+            (_consume, (1, rings, sizes, results, HEAD_DIM, BLOCK_D, BLOCK, HAS_SINKS)),
+            (produce, (rings, q_desc, k_desc, v_desc, p_heads, n_shared, BLOCK, STAGES, False)),
             (_schedule, (
                 queue, sizes, results, p_next, p_heads, n_at_once, HEAD_DIM, BLOCK_D, BLOCK,
                 HAS_HEADS,
