@@ -46,7 +46,6 @@ from timing import Call, device_ms, host_ms, measure
 from shareprefill.errors import UnsupportedError
 from shareprefill.runtime import sharing
 from shareprefill.runtime.ops.block_sparse_attention import block_sparse_attention
-from shareprefill.runtime.ops.selection import list_blocks
 from shareprefill.runtime.sharing import LayerPass
 
 IMPLS = ("auto", "triton", "gluon", "fa4")
@@ -74,7 +73,7 @@ def layer_time(make: Callable[[], LayerPass], impl: str, device: str, repeats: i
         make().run()
 
     def choose() -> None:
-        choose_and_list(make())
+        make().choose()
 
     with implementation(impl):
         run()
@@ -96,18 +95,6 @@ def layer_time(make: Callable[[], LayerPass], impl: str, device: str, repeats: i
             host=host,
             launches=count_launches(run),
         )
-
-
-def choose_and_list(layer: LayerPass) -> None:
-    """All of a layer but attention: patterns, and the lists of blocks as `compute` makes them."""
-    layer.choose()
-    list_blocks(
-        layer.bitmap,
-        layer.pattern,
-        layer.geometry.block_size,
-        n_query=layer.geometry.n_query,
-        n_key=layer.geometry.n_key,
-    )
 
 
 def eager_ms(work: Call, device: str, repeats: int) -> float:

@@ -232,7 +232,7 @@ class Structured:
 def chosen_density(layer: LayerPass) -> float:
     """Chosen blocks over causal blocks, before attention."""
     layer.choose()
-    return layer.blocks.sum().item() / layer.geometry.causal_count / len(layer.blocks)
+    return layer.record.blocks.double().mean().item() / layer.record.causal
 
 
 def wanted_density(tokens: int) -> float:

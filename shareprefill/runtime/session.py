@@ -33,7 +33,8 @@ from shareprefill.runtime.ops.blocks import count_causal_blocks
 from shareprefill.runtime.orders import Orders
 from shareprefill.runtime.plan import RuntimePlan, make_plan
 from shareprefill.runtime.policies.base import LayerInputs
-from shareprefill.runtime.sharing import LayerPass, LayerRecord
+from shareprefill.runtime.records import LayerRecord, on_host
+from shareprefill.runtime.sharing import LayerPass
 from shareprefill.runtime.state import ForwardState, Geometry
 
 if TYPE_CHECKING:
@@ -154,13 +155,14 @@ class Session:
         """What was done since the session began or was last reset."""
         with self._lock:
             records, dense = list(self._records), list(self._dense)
+        records = on_host(records, self.orders)
         totals = [
             _Totals(self.plan, n, [r for r in records if r.layer == n])
             for n in sorted({r.layer for r in records})
         ]
         heads = len(self.orders.heads)
         computed = sum(t.blocks.sum().item() for t in totals)
-        causal = sum(r.causal * len(r.blocks) for r in records)
+        causal = sum(r.causal * heads for r in records)
         skipped_nothing = sum(d.blocks * heads for d in dense)
         taken = sum((t.taken for t in totals), Counter[str]())
         work = sum(t.work for t in totals)
@@ -281,7 +283,7 @@ def _moved(state: ForwardState, plan: RuntimePlan, device: torch.device) -> Forw
     if plan.online:
         moved.maps, moved.elected = state.maps.to(device), state.elected.to(device)
     else:
-        moved.patterns = state.patterns.to(device)
+        moved.patterns, moved.sound = state.patterns.to(device), state.sound.to(device)
     return moved
 
 
@@ -338,20 +340,20 @@ def share_prefill(
 
 
 class _Totals:
-    """One layer's records, brought to the host."""
+    """One layer's records, on the host."""
 
     def __init__(self, plan: RuntimePlan, layer: int, records: list[LayerRecord]) -> None:
         self.plan, self.layer = plan, layer
-        policies = torch.stack([r.policies for r in records]).cpu()
+        policies = torch.stack([r.policies for r in records])
         self.names = [[plan.labels[code] for code in row] for row in policies.T.tolist()]
         self.taken = Counter(name for names in self.names for name in names)
-        self.blocks = torch.stack([r.blocks for r in records]).cpu()
+        self.blocks = torch.stack([r.blocks for r in records])
         self.causal = torch.tensor([r.causal for r in records], dtype=torch.float64)
         self.covered, self.distances = (
-            torch.stack(values).cpu()
+            torch.stack(values)
             for values in ([r.covered for r in records], [r.distances for r in records])
         )
-        shares = torch.stack([r.work for r in records]).cpu().double()
+        shares = torch.stack([r.work for r in records]).double()
         self.work = (shares.sum(-1) * self.causal).sum().item()
         recalls = [r.recall for r in records if r.recall is not None]
         self.recall = torch.stack(recalls).mean(0).tolist() if recalls else None

@@ -3,16 +3,32 @@
 from __future__ import annotations
 
 from functools import cached_property
-from typing import Protocol
+from typing import Protocol, TypedDict
 
 import torch
 from torch import Tensor
 
-from shareprefill.runtime.ops.blocks import causal_blocks, count_causal_blocks
+from shareprefill.runtime.ops.blocks import causal_blocks, count_blocks, count_causal_blocks
 from shareprefill.runtime.ops.pooled_attention import sample_rows
+from shareprefill.runtime.ops.selection import head_blocks
 from shareprefill.runtime.orders import LayerOrders, Orders
 from shareprefill.runtime.patterns import always_blocks
 from shareprefill.runtime.plan import RuntimePlan
+
+
+class Sizes(TypedDict):
+    """Tokens, and those of a block, as the operators of selection name them."""
+
+    n_query: int
+    n_key: int
+    block_size: int
+
+
+class Reads(Sizes):
+    """The same with the blocks that are always read."""
+
+    sink_blocks: int
+    local_blocks: int
 
 
 class Geometry:
@@ -23,13 +39,20 @@ class Geometry:
         n_key: Keys, in tokens; query row i is at position n_key - n_query + i.
         plan: Block size, and the blocks that are always read.
         device: Where tensors are made.
+
+    Attributes:
+        sizes: The sizes, as keyword arguments of an operator of selection.
+        reads: The same with the blocks that are always read.
     """
 
     def __init__(self, n_query: int, n_key: int, plan: RuntimePlan, device: torch.device) -> None:
         self.n_query, self.n_key, self.device = n_query, n_key, device
         self.block_size = plan.block_size
-        self._sink, self._local = plan.sink_blocks, plan.local_blocks
         self._rows: dict[int, Tensor] = {}
+        self.sizes = Sizes(n_query=n_query, n_key=n_key, block_size=plan.block_size)
+        self.reads = Reads(
+            **self.sizes, sink_blocks=plan.sink_blocks, local_blocks=plan.local_blocks
+        )
 
     @cached_property
     def causal(self) -> Tensor:
@@ -49,10 +72,23 @@ class Geometry:
             self.n_query,
             self.n_key,
             self.block_size,
-            sink=self._sink,
-            local=self._local,
+            sink=self.reads["sink_blocks"],
+            local=self.reads["local_blocks"],
             device=self.device,
         )
+
+    @cached_property
+    def shape(self) -> tuple[int, int]:
+        """Query blocks and key blocks."""
+        return count_blocks(self.n_query, self.block_size), count_blocks(
+            self.n_key, self.block_size
+        )
+
+    @cached_property
+    def uniform(self) -> Tensor:
+        """The even distribution over the last query block's key blocks, float32 `[1, 1, n_k]`."""
+        n_k = self.shape[1]
+        return torch.full((1, 1, n_k), 1 / n_k, device=self.device)
 
     def rows(self, r: int) -> Tensor:
         """`r` evenly spaced query rows of every block, int64 `[n_q, r]`."""
@@ -87,15 +123,23 @@ class ForwardState:
     def patterns(self) -> Tensor:
         """Patterns of planned pivots so far, bool `[pairs, n_q, n_k]`, by the orders' pairs.
 
-        One without any block is not there: its pivot is of a later layer, or unsound.
+        They hold anything where `sound` is False.
         """
-        shape = (len(self.orders.pairs), *self.geometry.causal.shape)
-        return torch.zeros(shape, dtype=torch.bool, device=self.geometry.device)
+        shape = (len(self.orders.pairs), *self.geometry.shape)
+        return torch.empty(shape, dtype=torch.bool, device=self.geometry.device)
+
+    @cached_property
+    def sound(self) -> Tensor:
+        """Whether patterns may be shared, bool `[pairs]`.
+
+        Not one that rests on NaN or Inf, and not one whose pivot is of a later layer.
+        """
+        return torch.zeros(len(self.orders.pairs), dtype=torch.bool, device=self.geometry.device)
 
     @cached_property
     def maps(self) -> Tensor:
         """Maps of the elected pivots so far, float32 `[C, n_q, n_k]`; zeros for the others."""
-        shape = (self.orders.n_clusters, *self.geometry.causal.shape)
+        shape = (self.orders.n_clusters, *self.geometry.shape)
         return torch.zeros(shape, device=self.geometry.device)
 
     @cached_property
@@ -104,29 +148,37 @@ class ForwardState:
         shape = (self.orders.n_clusters,)
         return torch.zeros(shape, dtype=torch.bool, device=self.geometry.device)
 
-    def keep_planned(self, orders: LayerOrders, patterns: Tensor, sound: Tensor) -> None:
+    def keep_planned(self, orders: LayerOrders, estimate: Tensor) -> None:
         """Keeps the patterns that this process's pivots of a layer give.
+
+        Each covers gamma of its pivot's whole mass, and has the blocks that are always read.
 
         Args:
             orders: Of the layer.
-            patterns: bool `[N, n_q, n_k]`, by `orders.new_pairs`.
-            sound: bool `[N]`: where it is False, the pattern rests on NaN or Inf, and is given to
-                nobody.
+            estimate: Maps of the pivots `[S, n_q, n_k]`, by `orders.pivots`.
         """
-        self.patterns[orders.new_pairs] = patterns & sound[:, None, None]
+        new = orders.new
+        _, sound = head_blocks(
+            estimate,
+            orders.new_gammas,
+            orders.new_pivots,
+            out=self.patterns[new],
+            **self.geometry.reads,
+        )
+        self.sound[new] = sound
 
     def exchange_planned(self, orders: LayerOrders) -> None:
         """Fills in the patterns that other processes' pivots of a layer give."""
-        if self.exchange is not None and len(orders.layer_pairs):
-            # Every pattern comes from one process, and is empty in the others.
-            every = self.patterns[orders.layer_pairs].view(torch.uint8)
-            self.exchange.sum(every)
-            self.patterns[orders.layer_pairs] = every.view(torch.bool)
-
-    def are_sound(self, pairs: Tensor) -> Tensor:
-        """Whether patterns are there to be read, bool of the shape of `pairs`."""
-        # Every pattern reads the last row's own block.
-        return self.patterns[:, -1, -1][pairs]
+        layer, new = orders.of_layer, orders.new
+        if self.exchange is None or layer.start == layer.stop:
+            return
+        # Every pattern comes from one process, and is empty in the others.
+        has_new = new.start < new.stop
+        start, stop = (new.start, new.stop) if has_new else (layer.stop, layer.stop)
+        for kept in (self.patterns, self.sound):
+            kept[layer.start : start] = False
+            kept[stop : layer.stop] = False
+            self.exchange.sum(kept[layer].view(torch.uint8))
 
     def elect(self, orders: LayerOrders, willing: Tensor) -> Tensor:
         """The first willing head of every cluster that has no pivot yet.

@@ -38,7 +38,7 @@ def test_heads_that_look_alike_share_and_others_do_not(inputs: Any) -> None:
     inputs.place(5)
     layer = inputs.layer(uniform_plan(PLANS["shared"], EVERY))()
     chosen_density(layer)
-    shared = (layer.policies == int(Policy.SHARE)).nonzero()[:, 0].tolist()
+    shared = (layer.record.policies == int(Policy.SHARE)).nonzero()[:, 0].tolist()
     assert shared == [head for head in range(4, 32) if head % UNLIKE != UNLIKE - 1]
 
 

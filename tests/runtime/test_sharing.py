@@ -18,7 +18,7 @@ from shareprefill.runtime.ops.pooled_attention import pooled_attention, sample_r
 from shareprefill.runtime.orders import Orders
 from shareprefill.runtime.patterns import always_blocks, cumulative_pattern, recall
 from shareprefill.runtime.plan import RuntimePlan, make_plan
-from shareprefill.runtime.policies.base import LayerInputs, Selection
+from shareprefill.runtime.policies.base import LayerInputs
 from shareprefill.runtime.policies.smoothed import Smoothed, smooth
 from shareprefill.runtime.session import _moved
 from shareprefill.runtime.sharing import LayerPass
@@ -221,9 +221,9 @@ def test_nothing_is_computed_for_a_fallback_that_is_not_taken(model: Any) -> Non
     asked = []
 
     class Recorded(Smoothed):
-        def select(self, inputs: LayerInputs, heads: Any, gamma: Any) -> Selection:
+        def place(self, inputs: LayerInputs, heads: Any, gamma: Any, out: Any) -> Any:
             asked.append(heads.tolist())
-            return super().select(inputs, heads, gamma)
+            return super().place(inputs, heads, gamma, out)
 
     plan = replace(plan, selectors={int(M): Recorded()})
     layer_pass = pass_of(plan, 0, state_of(plan, inputs), inputs)
@@ -482,7 +482,7 @@ def test_numbers_that_are_none_can_be_an_error(model: Any) -> None:
 def test_what_pivots_gave_moves_along_to_another_device(model: Any) -> None:
     inputs = tensors(150, 150)
     online = RuntimeConfig(policy="share", delta=0.9)
-    for config, names in ((RuntimeConfig(), ["patterns"]), (online, ["maps", "elected"])):
+    for config, names in ((RuntimeConfig(), ["patterns", "sound"]), (online, ["maps", "elected"])):
         plan = make_plan(tiny_artifact(model, [[P, S, S, S], [D] * 4, [D] * 4]), config)
         state = state_of(plan, inputs)
         pass_of(plan, 0, state, inputs).run()

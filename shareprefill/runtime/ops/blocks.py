@@ -193,9 +193,13 @@ class BlockLists:
         ends = self.offsets[(self.pattern + 1) * self.n_q]
         return ends - self.offsets[self.pattern.clamp(min=0) * self.n_q]
 
-    def without_indices(self) -> BlockLists:
-        """The same offsets and patterns, to count from later without keeping the indices."""
-        return replace(self, indices=self.indices.new_empty(0))
+    def totals(self) -> BlockLists:
+        """Counts of whole patterns, each one's as of one row, without the lists: `[P + 1]` numbers.
+
+        They are copied, so that the lists themselves need not be kept.
+        """
+        starts = self.offsets[:: self.n_q].clone()
+        return replace(self, offsets=starts, indices=self.indices.new_empty(0), n_q=1)
 
     def validate(self) -> None:
         """Check the values, which on a CUDA device waits for it.

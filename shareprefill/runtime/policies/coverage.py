@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
+from shareprefill.runtime.ops.selection import head_blocks
 from shareprefill.runtime.ops.selection.reference import blocks_above_threshold
+
+if TYPE_CHECKING:
+    from shareprefill.runtime.state import Geometry
 
 
 def head_pattern(maps: Tensor, gamma: Tensor) -> Tensor:
@@ -31,6 +37,20 @@ def head_pattern(maps: Tensor, gamma: Tensor) -> Tensor:
              [ True, False]]])
     """
     return blocks_above_threshold(maps.float(), gamma.to(maps.device))
+
+
+def covering_blocks(geometry: Geometry, maps: Tensor, gamma: Tensor) -> Tensor:
+    """The causal blocks of `head_pattern`, by the operator.
+
+    Args:
+        geometry: Of the maps.
+        maps: Block maps, float32 `[S, n_q, n_k]`.
+        gamma: Share of the mass, float32 `[S]`.
+
+    Returns:
+        bool `[S, n_q, n_k]`; every causal block of a map that holds NaN or Inf.
+    """
+    return head_blocks(maps, gamma, **geometry.sizes)[0]
 
 
 def densest_blocks(maps: Tensor, causal: Tensor, density: float) -> Tensor:

@@ -12,7 +12,7 @@ from torch.nn.functional import pad
 from shareprefill.errors import ConfigError
 from shareprefill.runtime.ops.blocks import count_blocks
 from shareprefill.runtime.policies.base import LayerInputs
-from shareprefill.runtime.policies.coverage import densest_blocks, head_pattern
+from shareprefill.runtime.policies.coverage import covering_blocks, densest_blocks
 from shareprefill.runtime.policies.estimating import Estimating
 from shareprefill.runtime.policies.logits import kv_heads, pieces, real_heads
 
@@ -57,7 +57,7 @@ class Decompose(Estimating[Tensor]):
             return densest_blocks(estimate, inputs.geometry.causal, self.time_budget)
         if self.max_error is not None:
             gamma = torch.full_like(gamma, 1 - self.max_error / 2)
-        return head_pattern(estimate, gamma)
+        return covering_blocks(inputs.geometry, estimate, gamma)
 
     def work(self, inputs: LayerInputs) -> float:
         """Two real FFTs of a channel and running sums, over 4 operations a pair and channel."""

@@ -31,3 +31,26 @@ class Estimating(ABC, Generic[T]):
         """Estimates, then chooses."""
         pattern = self.choose(inputs, self.estimate(inputs, heads), gamma)
         return Selection(pattern, self.work(inputs))
+
+
+class Placing(ABC):
+    """A policy whose patterns are whole: with what is always read, and safe from NaN and Inf."""
+
+    @abstractmethod
+    def place(self, inputs: LayerInputs, heads: Tensor, gamma: Tensor, out: Tensor) -> Tensor:
+        """Chooses, into its place among other patterns.
+
+        Args:
+            inputs: The layer's inputs.
+            heads: int64 `[S]`; negative ones need none.
+            gamma: float32 `[S]`.
+            out: bool `[S, n_q, n_k]`, contiguous: where the patterns are written.
+
+        Returns:
+            bool `[S]`: where it is False, the pattern rests on NaN or Inf, and is of every causal
+            block.
+        """
+
+    @abstractmethod
+    def work(self, inputs: LayerInputs) -> float:
+        """Work of the choice for one head, as a share of its dense attention's operations."""

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from shareprefill.runtime.patterns import js_distance
 from shareprefill.runtime.policies.base import LayerInputs
-from shareprefill.runtime.policies.coverage import head_pattern
+from shareprefill.runtime.policies.coverage import covering_blocks
 from shareprefill.runtime.policies.estimating import Estimating
 from shareprefill.runtime.policies.logits import (
     block_means,
@@ -47,7 +47,9 @@ class Flex(Estimating[tuple[Tensor, Tensor, Tensor]]):
         vertical, slash, maps = estimate
         aware = js_distance(vertical, maps[:, -1]) < self.tau
         return torch.where(
-            aware[:, None, None], head_pattern(maps, gamma), slashes(inputs, vertical, slash, gamma)
+            aware[:, None, None],
+            covering_blocks(inputs.geometry, maps, gamma),
+            slashes(inputs, vertical, slash, gamma),
         )
 
     def work(self, inputs: LayerInputs) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -10,7 +11,8 @@ from torch import Tensor
 from shareprefill.runtime.ops.selection import LineWeights, head_blocks, smooth_maps
 from shareprefill.runtime.ops.selection.reference import smooth_along_lines
 from shareprefill.runtime.policies.base import LayerInputs
-from shareprefill.runtime.policies.estimating import Estimating
+from shareprefill.runtime.policies.coverage import covering_blocks
+from shareprefill.runtime.policies.estimating import Estimating, Placing
 from shareprefill.runtime.policies.sampled import sampled_maps, sampling_work
 
 # By sampled rows, of which more make a block's own samples better. Least squares on exact maps of
@@ -23,12 +25,8 @@ _WEIGHTS = {
 
 
 @dataclass(frozen=True)
-class Smoothed(Estimating[Tensor]):
+class _FewRows(Estimating[Tensor]):
     """Exact maps of a few rows a block, averaged with the neighbouring query blocks' samples.
-
-    Attention follows key blocks (verticals) and distances (diagonals), so the samples of other
-    query blocks on the same lines tell about a block, at no cost. The blocks above one threshold a
-    head are kept: the threshold at which the always-read blocks and the kept ones cover gamma.
 
     Attributes:
         rows: Query rows a block that are sampled.
@@ -38,26 +36,7 @@ class Smoothed(Estimating[Tensor]):
 
     def estimate(self, inputs: LayerInputs, heads: Tensor) -> Tensor:
         """Smoothed maps."""
-        geometry = inputs.geometry
-        return smooth_maps(
-            sampled_maps(inputs, heads, self.rows),
-            line_weights(self.rows),
-            n_query=geometry.n_query,
-            n_key=geometry.n_key,
-            block_size=geometry.block_size,
-        )
-
-    def choose(self, inputs: LayerInputs, estimate: Tensor, gamma: Tensor) -> Tensor:
-        """The blocks above a head's threshold; gamma is the share of the head's whole mass."""
-        geometry = inputs.geometry
-        pattern, _ = head_blocks(
-            estimate,
-            gamma,
-            n_query=geometry.n_query,
-            n_key=geometry.n_key,
-            block_size=geometry.block_size,
-        )
-        return pattern
+        return smoothed_maps(inputs, heads, self.rows)
 
     def work(self, inputs: LayerInputs) -> float:
         """The share of the rows that are sampled, logits alone."""
@@ -65,7 +44,26 @@ class Smoothed(Estimating[Tensor]):
 
 
 @dataclass(frozen=True)
-class Level(Smoothed):
+class Smoothed(_FewRows, Placing):
+    """Exact maps of a few rows a block, averaged with the neighbouring query blocks' samples.
+
+    Attention follows key blocks (verticals) and distances (diagonals), so the samples of other
+    query blocks on the same lines tell about a block, at no cost. The blocks above one threshold a
+    head are kept: the threshold at which the always-read blocks and the kept ones cover gamma.
+    """
+
+    def choose(self, inputs: LayerInputs, estimate: Tensor, gamma: Tensor) -> Tensor:
+        """The blocks above a head's threshold; gamma is the share of the head's whole mass."""
+        return covering_blocks(inputs.geometry, estimate, gamma)
+
+    def place(self, inputs: LayerInputs, heads: Tensor, gamma: Tensor, out: Tensor) -> Tensor:
+        """The same blocks, and those that are always read."""
+        estimate = self.estimate(inputs, heads)
+        return head_blocks(estimate, gamma, out=out, **inputs.geometry.reads)[1]
+
+
+@dataclass(frozen=True)
+class Level(_FewRows):
     """The same estimate, and one threshold for the blocks of all heads and layers.
 
     A block is kept if its estimated mass is at least -ln(gamma) times an even share, which is 1
@@ -84,6 +82,18 @@ class Level(Smoothed):
         return (estimate >= least[:, None, None]) & (estimate > 0)
 
 
+def smoothed_maps(inputs: LayerInputs, heads: Tensor, rows: int) -> Tensor:
+    """Maps of sampled rows, smoothed: float32 `[S, n_q, n_k]`.
+
+    Args:
+        inputs: The layer's inputs.
+        heads: int64 `[S]`; the maps of negative ones are zeros.
+        rows: Rows a block.
+    """
+    maps = sampled_maps(inputs, heads, rows)
+    return smooth_maps(maps, line_weights(rows), **inputs.geometry.sizes)
+
+
 def smooth(maps: Tensor, causal: Tensor, rows: int) -> Tensor:
     """Estimates block maps from maps of few rows: weighted means over the lines of a block.
 
@@ -98,6 +108,7 @@ def smooth(maps: Tensor, causal: Tensor, rows: int) -> Tensor:
     return smooth_along_lines(maps.float(), line_weights(rows), causal)
 
 
+@lru_cache(maxsize=64)
 def line_weights(rows: int) -> LineWeights:
     """The weights of maps of `rows` sampled rows a block."""
     return _WEIGHTS[max(r for r in _WEIGHTS if r <= rows)]

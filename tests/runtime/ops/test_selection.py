@@ -278,7 +278,7 @@ def test_a_pattern_over_the_bound_becomes_the_dense_list(impl: str) -> None:
     options = {"n_query": 40, "n_key": 40, "max_density": 0.5, "impl": impl}
     lists = list_blocks(bitmap, torch.tensor([1, 0]), 16, **options)
     assert lists.pattern.tolist() == [1, 2]
-    counted = lists.without_indices()
+    counted = lists.totals()
     assert counted.head_counts().tolist() == [3, 6]
     assert counted.indices.untyped_storage().nbytes() == 0
     assert lists_by_hand(lists, 0, 3) == [[0], [0], [0]]
