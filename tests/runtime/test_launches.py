@@ -1,0 +1,89 @@
+"""How many device operations a planned layer takes: bookkeeping on the device shows here."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from shareprefill.artifact import Policy
+from shareprefill.runtime.orders import Orders
+from shareprefill.runtime.plan import HeadPlan, RuntimePlan
+from shareprefill.runtime.policies.base import LayerInputs
+from shareprefill.runtime.policies.smoothed import Smoothed
+from shareprefill.runtime.sharing import LayerPass
+from shareprefill.runtime.state import ForwardState, Geometry
+from tests.support.launches import counted_launches
+
+BLOCK = 16
+D, P, S, R, V, M = (
+    Policy.DENSE,
+    Policy.PIVOT,
+    Policy.SHARE,
+    Policy.SAMPLED,
+    Policy.VERTICAL_SLASH,
+    Policy.SMOOTHED,
+)
+
+
+def plan_of(policies: tuple[Policy, ...], *, fallback: Policy, guarded: bool) -> RuntimePlan:
+    heads = tuple(
+        HeadPlan(
+            head=head,
+            policy=policy,
+            pivot=policies.index(P) if policy in (P, S) else -1,
+            fallback=fallback if policy is S else policy,
+            gamma=0.7,
+            fallback_gamma=0.7,
+            slack=0.05,
+            cluster=0,
+        )
+        for head, policy in enumerate(policies)
+    )
+    return RuntimePlan(
+        layers=(heads,),
+        labels=tuple(policy.label for policy in Policy),
+        selectors={int(M): Smoothed()},
+        online=False,
+        guarded=guarded,
+        block_size=BLOCK,
+        tau=0.3,
+        delta=0.4,
+        pivot_rows=4,
+        sample_rows=8,
+        check_rows=1,
+        sink_blocks=1,
+        local_blocks=2,
+        max_density=0.9,
+        refuse_nonfinite=False,
+    )
+
+
+@pytest.mark.parametrize(
+    ("policies", "fallback", "guarded", "most"),
+    [
+        ((P, S, S, S, S, M, M, D), M, True, 25),
+        ((P, S, S, S, V, V, R, M), M, False, 40),
+        ((P, S, S, S, V, V, R, M), V, True, 41),
+        ((M,) * 8, M, True, 10),
+        ((R,) * 8, R, True, 13),
+        ((V,) * 8, V, False, 14),
+    ],
+)
+def test_a_planned_layer_takes_few_launches(
+    policies: tuple[Policy, ...], fallback: Policy, guarded: bool, most: int
+) -> None:
+    plan = plan_of(policies, fallback=fallback, guarded=guarded)
+    orders = Orders(plan)
+    geometry = Geometry(80, 80, plan, torch.device("cpu"))
+    query, key, value = torch.randn(8, 80, 16), torch.randn(2, 80, 16), torch.randn(2, 80, 16)
+    # Capped, as a CPU lets SDPA compute dense heads of plain logits.
+    inputs = LayerInputs(query, key, 0.25, geometry, softcap=30.0)
+    # The second pass of a length finds what the first one has made.
+    LayerPass(plan, 0, ForwardState(geometry, orders), inputs, value).run()
+    state = ForwardState(geometry, orders)
+    # The second layer finds what the first one has made.
+    _ = state.patterns, state.sound
+    with counted_launches() as found:
+        LayerPass(plan, 0, state, inputs, value).run()
+    assert found["count_kernel"] == found["block_sparse_kernel"] == 1
+    assert found.total() <= most, found.most_common()
