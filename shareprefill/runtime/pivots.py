@@ -1,4 +1,7 @@
-"""The patterns that pivots give to other heads."""
+"""The patterns that pivots give to other heads, of maps of any resolution, in torch.
+
+Calibration predicts with them; prefills take the same from the operators (`planned`, `state`).
+"""
 
 from __future__ import annotations
 

@@ -450,6 +450,29 @@ def test_a_sharing_head_of_numbers_that_are_none_reads_everything(
     assert record.blocks[1] == record.causal
 
 
+@pytest.mark.parametrize("fallback", [R, V, M, "sampled", "vertical-slash", "smoothed", "flex"])
+def test_heads_whose_own_choice_fails_for_want_of_numbers_read_everything(
+    model: Any, fallback: Any
+) -> None:
+    """KV head 0 serves the heads 0 and 1; the others stay sparse."""
+    inputs = tensors(320, 320)
+    inputs["key"][0, 5, 3] = math.nan
+    fallbacks = torch.zeros(3, 4, dtype=torch.int8)
+    if isinstance(fallback, str):
+        config = RuntimeConfig.from_dict({"policy": fallback, "gamma": 0.3})
+    else:
+        config = RuntimeConfig(slack=-1.0, delta=0.0, gamma=0.3)
+        fallbacks[0] = torch.tensor([int(P), *[int(fallback)] * 3])
+    policies = [[P, S, S, S], [D] * 4, [D] * 4]
+    out, record, _ = run(model, policies, inputs, config, fallback=fallbacks)
+    assert record.blocks[:2].tolist() == [record.causal] * 2
+    assert record.blocks[2:].max() < record.causal
+    # Of a forced policy all heads are alike; otherwise the first one is a pivot.
+    assert record.policies[1] == D
+    assert record.policies[0] == (D if isinstance(fallback, str) else P)
+    assert out[2:].isfinite().all()
+
+
 @pytest.mark.parametrize("with_sinks", [True, False])
 @pytest.mark.parametrize("softcap", [None, 5.0])
 def test_soft_capped_logits_and_sinks(model: Any, softcap: float | None, with_sinks: bool) -> None:

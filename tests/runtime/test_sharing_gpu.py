@@ -150,6 +150,20 @@ def test_a_layer_in_a_cuda_graph(name: str) -> None:
         torch.testing.assert_close(out, expected, rtol=1e-2, atol=1e-2)
 
 
+def test_dense_heads_are_computed_with_the_others() -> None:
+    """On Hopper GPUs by the block-sparse kernel, which takes blocks of 128; elsewhere by SDPA."""
+    plan = replace(plan_of("mixed"), block_size=128)
+    query, key, value = tensors(1000, 1000, torch.bfloat16)
+    out, record = run(plan, Orders(plan), query, key, value)
+    head = PLANS["mixed"].index(D)
+    assert record.policies[head] == D
+    assert record.blocks[head] == record.causal
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        query[None, head:], key[None, 1:], value[None, 1:], is_causal=True, scale=DIM**-0.5
+    )
+    torch.testing.assert_close(out[head], expected[0, 0], rtol=2e-2, atol=2e-2)
+
+
 @pytest.mark.parametrize("name", ["mixed", "share"])
 def test_numbers_that_are_none_stay_with_their_head(name: str) -> None:
     """KV head 0 serves the heads 0 to 3, the pivot among them."""

@@ -1,0 +1,86 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from shareprefill.artifact import Policy
+from shareprefill.config import RuntimeConfig
+from shareprefill.runtime.orders import Orders
+from shareprefill.runtime.plan import make_plan
+from shareprefill.runtime.policies.base import LayerInputs
+from shareprefill.runtime.records import LayerRecord, on_host
+from shareprefill.runtime.sharing import LayerPass
+from shareprefill.runtime.state import ForwardState, Geometry
+from tests.support.tiny import tiny_artifact, tiny_llama
+
+D, P, S, R, V, M = (
+    Policy.DENSE,
+    Policy.PIVOT,
+    Policy.SHARE,
+    Policy.SAMPLED,
+    Policy.VERTICAL_SLASH,
+    Policy.SMOOTHED,
+)
+FIELDS = ("policies", "blocks", "covered", "distances", "work")
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return tiny_llama()
+
+
+def records(model: Any, config: RuntimeConfig) -> tuple[list[LayerRecord], Orders]:
+    """Records of three layers, of two prefills of different lengths."""
+    plan = make_plan(tiny_artifact(model, [[P, S, S, V], [R, S, M, D], [D] * 4]), config)
+    orders = Orders(plan)
+    found = []
+    for tokens in (120, 200):
+        state = ForwardState(Geometry(tokens, tokens, plan, torch.device("cpu")), orders)
+        for layer in range(3):
+            query, key = torch.randn(4, tokens, 16), torch.randn(2, tokens, 16)
+            inputs = LayerInputs(query, key, 0.25, state.geometry)
+            found.append(LayerPass(plan, layer, state, inputs, key).run(measure_recall=True)[1])
+    return found, orders
+
+
+def configs() -> list[RuntimeConfig]:
+    """Checks that pass, that fail, and the online rule."""
+    return [
+        RuntimeConfig(slack=1.0, gamma=0.6, max_density=1.0),
+        RuntimeConfig(slack=-1.0, gamma=0.6, max_density=0.8),
+        RuntimeConfig(policy="share", delta=0.9, max_density=1.0),
+    ]
+
+
+@pytest.mark.parametrize("config", configs())
+def test_records_say_the_same_on_the_host(model: Any, config: RuntimeConfig) -> None:
+    found, orders = records(model, config)
+    moved = on_host(found, orders)
+    assert [(r.layer, r.causal) for r in moved] == [(r.layer, r.causal) for r in found]
+    for record, known in zip(moved, found, strict=True):
+        for name in FIELDS:
+            torch.testing.assert_close(
+                getattr(record, name), getattr(known, name), rtol=0, atol=0, equal_nan=True
+            )
+        assert record.recall is not None
+        assert known.recall is not None
+        assert torch.equal(record.recall, known.recall)
+    assert len({tuple(r.policies.tolist()) for r in moved}) > 1
+
+
+@pytest.mark.parametrize("config", configs())
+def test_records_keep_only_small_tensors(model: Any, config: RuntimeConfig) -> None:
+    """A long session has many: nothing of a map's or a list's size stays with one."""
+    found, _ = records(model, config)
+    sizes = []
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        sizes.append(tensor.untyped_storage().nbytes() // tensor.element_size())
+        return tensor
+
+    for record in found:
+        record.changed(keep)
+    # Less than two numbers for each head that may choose, and for each candidate.
+    assert max(sizes) <= 4 + 2 * 4
