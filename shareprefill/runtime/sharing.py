@@ -139,14 +139,14 @@ class LayerPass:
 
     def _heads_of_sdpa(self, lists: BlockLists) -> Tensor:
         """Heads that dense attention computes faster than a list of every block, int64 `[S]`."""
+        dense = self.orders.dense.index
+        query, key, value = self.inputs.query, self.inputs.key, self.value
+        if has_fast_kernel(query, key, value, lists.block_size):
+            # One launch for all heads beats copies of some heads' tensors.
+            return dense[:0]
         if lists.device.type == "cpu":
             # Its values may be read at no cost, and its sparse blocks cost more than dense ones.
             return (lists.pattern == len(self.bitmap)).nonzero()[:, 0]
-        dense = self.orders.dense.index
-        query, key, value = self.inputs.query, self.inputs.key, self.value
-        # One launch for all heads beats copies of some heads' tensors.
-        if len(dense) and has_fast_kernel(query, key, value, lists.block_size):
-            return dense[:0]
         return dense
 
     def _compute_dense(self, heads: Tensor) -> None:
