@@ -144,10 +144,20 @@ def test_why_it_does_not_run_on_a_device(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(fa4, "_installed_version", lambda: version)
+    monkeypatch.setattr(fa4, "_is_whole", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
     found = fa4.unavailable(torch.device("cuda"))
     assert found is None if reason is None else reason in str(found)
     assert "needs a CUDA GPU" in str(fa4.unavailable(torch.device("cpu")))
+
+
+def test_half_an_installation_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fa4, "_installed_version", lambda: fa4.VERSION)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr(fa4.importlib.util, "find_spec", lambda _: None)
+    fa4._is_whole.cache_clear()
+    assert "nvidia-cutlass-dsl, which cannot" in str(fa4.unavailable(torch.device("cuda")))
+    fa4._is_whole.cache_clear()
 
 
 @pytest.mark.parametrize(

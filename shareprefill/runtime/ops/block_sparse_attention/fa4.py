@@ -10,6 +10,7 @@ its final name, so one version is taken and no other.
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -35,6 +36,12 @@ def _installed_version() -> str | None:
         return None
 
 
+@cache
+def _is_whole() -> bool:
+    """Whether the compiler that its kernels are written for is there to be imported."""
+    return importlib.util.find_spec("cutlass") is not None
+
+
 def unavailable(device: torch.device) -> str | None:
     """Why FlashAttention-4 computes nothing on a device; None where it does."""
     if device.type != "cuda":
@@ -44,6 +51,8 @@ def unavailable(device: torch.device) -> str | None:
         return f"needs flash-attn-4 {VERSION}, which is not installed; get shareprefill[fa4]"
     if found != VERSION:
         return f"needs flash-attn-4 {VERSION}, found {found}; get shareprefill[fa4]"
+    if not _is_whole():
+        return "needs nvidia-cutlass-dsl, which cannot be imported; get shareprefill[fa4] anew"
     capability = torch.cuda.get_device_capability(device)
     # Its Blackwell kernel takes lists for 256 query rows at a time, its others take none.
     if capability[0] != 9:
