@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,15 @@ if __name__ == "__main__":
 """
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """One thread in this process, as each of two workers has: more threads sum in another order."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("workers")
@@ -70,6 +80,7 @@ def untimed(cells: tuple[Cell, ...]) -> list[Cell]:
     return [replace(cell, ttft_s=Estimate(0.0), speedup=None) for cell in cells]
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_two_workers_find_what_one_process_does(folder: Path, tmp_path: Path) -> None:
     told = []
     one = evaluate(config(folder))
