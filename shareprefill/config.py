@@ -162,7 +162,8 @@ class ClusterConfig(Stage):
     """How heads are clustered, and how each head's policy is chosen.
 
     Attributes:
-        k: Number of clusters; None chooses the number whose predicted cost is least.
+        k: Number of clusters; None chooses the one whose heads are most alike (silhouette) of those
+            that cost at most 1 % more than the least.
         metric: `jaccard` (patterns of the consensus maps), `jaccard-raw` (patterns of the mean
             maps, no autoencoder), `code` (cosine distance of mean codes).
         linkage: Agglomerative linkage on the precomputed distances.

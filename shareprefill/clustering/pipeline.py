@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,9 @@ from shareprefill.clustering.policies import Choice, choose, mean_recall, slacks
 from shareprefill.config import ClusterConfig
 from shareprefill.errors import ConfigError
 
+# What a number of clusters may cost more than the best one, for heads that are more alike.
+_AS_GOOD = 0.01
+
 
 @dataclass(frozen=True)
 class Clustering:
@@ -32,8 +36,7 @@ class Clustering:
         recall: Mean attention mass inside the patterns of all heads there.
         silhouette: Of the labels; NaN where it is not defined.
         sharing: Heads that share another head's pattern.
-        is_best: Whether the artifact is made from it: it costs least or, with a budget, has the
-            largest recall.
+        is_best: Whether the artifact is made from it (see `cluster`).
     """
 
     k: int
@@ -48,7 +51,10 @@ def cluster(folder: Path, config: ClusterConfig) -> tuple[Artifact, list[Cluster
     """Clusters a calibration's heads and chooses every head's policy.
 
     Consensus maps, distances and clusters come from the prompts that are not held out; the policy
-    of every head, and the number of clusters where it is not given, from those that are.
+    of every head, and the number of clusters where it is not given, from those that are. That
+    number is, of all whose predicted cost (with a budget: whose missing recall) is at most 1 %
+    more than the least, the one of the largest silhouette: cost hardly depends on it, as the
+    choice of pivots finds who is alike in a large cluster too.
 
     Args:
         folder: A trained calibration.
@@ -71,28 +77,46 @@ def cluster(folder: Path, config: ClusterConfig) -> tuple[Artifact, list[Cluster
         raise ConfigError(f"k = {config.k} is larger than the number of heads ({heads})")
     linkage = build_linkage(distances, config.linkage)
     layers = torch.arange(len(store.layers)).repeat_interleave(heads // len(store.layers))
-    best: tuple[float, int, Evidence, list[Choice], Tensor] | None = None
-    tried: dict[int, Clustering] = {}
-    merits: dict[int, float] = {}
+    plans: dict[int, _Plan] = {}
     for pivot_rows in _pivot_rows(store, config):
         evidence = Evidence(store, training.split.held_out, pivot_rows)
         for k in candidate_counts(heads) if config.k is None else [config.k]:
             labels = cut(linkage, k)
             choices = choose(labels, layers, evidence, config)
             merit = _merit(choices, config)
-            if k not in merits or merit < merits[k]:
-                sharing = sum(c.policy is Policy.SHARE for c in choices)
-                score = silhouette(distances, labels)
-                cost, recall = total_cost(choices), mean_recall(choices)
-                tried[k] = Clustering(k, cost, recall, score, sharing)
-                merits[k] = merit
-            if best is None or merit < best[0]:
-                best = (merit, k, evidence, choices, labels)
-    assert best is not None
-    _, taken, evidence, choices, labels = best
-    trials = [replace(tried[k], is_best=k == taken) for k in sorted(tried)]
+            if k not in plans or merit < plans[k].merit:
+                plans[k] = _Plan(merit, evidence, choices, labels, silhouette(distances, labels))
+    taken = _best(plans)
+    trials = [plans[k].summary(k, is_best=k == taken) for k in sorted(plans)]
+    evidence, choices, labels = plans[taken].evidence, plans[taken].choices, plans[taken].labels
     artifact = _artifact(store, training, config, evidence, choices, labels, agreed)
     return artifact, trials
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """The best choice of policies for a number of clusters."""
+
+    merit: float
+    evidence: Evidence
+    choices: list[Choice]
+    labels: Tensor
+    silhouette: float
+
+    def summary(self, k: int, *, is_best: bool) -> Clustering:
+        sharing = sum(choice.policy is Policy.SHARE for choice in self.choices)
+        cost, recall = total_cost(self.choices), mean_recall(self.choices)
+        return Clustering(k, cost, recall, self.silhouette, sharing, is_best)
+
+
+def _best(plans: dict[int, _Plan]) -> int:
+    """The number of clusters to take, as `cluster` says."""
+    least = min(plan.merit for plan in plans.values())
+    close = [k for k, plan in plans.items() if plan.merit <= (1 + _AS_GOOD) * least]
+    defined = [k for k in close if not math.isnan(plans[k].silhouette)]
+    if defined:
+        return max(defined, key=lambda k: (plans[k].silhouette, -k))
+    return min(close, key=lambda k: (plans[k].merit, k))
 
 
 def _merit(choices: list[Choice], config: ClusterConfig) -> float:

@@ -1,16 +1,21 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from shareprefill.artifact import Policy, artifact_bytes
 from shareprefill.autoencoder.pipeline import load_training, train
 from shareprefill.calib.pipeline import capture_maps
 from shareprefill.calib.store import MapStore
+from shareprefill.clustering import pipeline
 from shareprefill.clustering.evidence import GAMMAS, Evidence
-from shareprefill.clustering.pipeline import cluster
+from shareprefill.clustering.pipeline import Clustering, cluster
+from shareprefill.clustering.policies import Choice
 from shareprefill.config import CalibrateConfig, ClusterConfig, TrainConfig
 from shareprefill.errors import ConfigError, DataError
 from shareprefill.runtime.patterns import always_blocks, recall
@@ -50,13 +55,39 @@ def test_metrics_and_linkages(calibration: Path, metric: str, linkage: str) -> N
     assert sorted(artifact.cluster.unique().tolist()) == [0, 1, 2]
 
 
-def test_auto_takes_the_least_predicted_cost(calibration: Path) -> None:
+def most_alike(trials: list[Clustering]) -> Clustering:
+    return max((t for t in trials if t.silhouette == t.silhouette), key=lambda t: t.silhouette)
+
+
+def test_auto_takes_the_most_alike_of_the_cheapest(calibration: Path) -> None:
     artifact, trials = cluster(calibration, ClusterConfig(target_recall=0.8))
     assert len(trials) > 3
-    assert artifact.summary["cost"] == pytest.approx(min(t.cost for t in trials), abs=1e-6)
     (taken,) = [trial for trial in trials if trial.is_best]
-    assert taken.cost == min(trial.cost for trial in trials)
+    assert artifact.summary["cost"] == pytest.approx(taken.cost, abs=1e-6)
+    assert artifact.summary["clusters"] == taken.k
+    least = min(trial.cost for trial in trials)
+    assert taken == most_alike([trial for trial in trials if trial.cost <= 1.01 * least])
     assert (artifact.recall >= 0.8 - 1e-6).all()
+
+
+def test_auto_heeds_cost_before_likeness(
+    calibration: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A number of clusters that costs a tenth more is not taken for its silhouette."""
+    _, trials = cluster(calibration, ClusterConfig(target_recall=0.8))
+    liked = most_alike(trials).k
+    choose = pipeline.choose
+
+    def dearer(labels: Tensor, *args: Any) -> list[Choice]:
+        found = choose(labels, *args)
+        clusters = int(labels.max()) + 1
+        return [replace(c, cost=1.1 * c.cost) for c in found] if clusters == liked else found
+
+    monkeypatch.setattr(pipeline, "choose", dearer)
+    _, trials = cluster(calibration, ClusterConfig(target_recall=0.8))
+    (taken,) = [trial for trial in trials if trial.is_best]
+    assert taken.k != liked
+    assert taken.cost <= 1.01 * min(trial.cost for trial in trials)
 
 
 def test_more_clusters_than_heads_are_refused(calibration: Path) -> None:
@@ -105,7 +136,8 @@ def test_the_policies_of_an_artifact_are_consistent(calibration: Path) -> None:
 def test_a_budget_bounds_the_density_of_the_artifact(calibration: Path) -> None:
     tight, trials = cluster(calibration, ClusterConfig(budget=0.7))
     (taken,) = [trial for trial in trials if trial.is_best]
-    assert taken.recall == max(trial.recall for trial in trials)
+    missing = 1 - max(trial.recall for trial in trials)
+    assert taken == most_alike([t for t in trials if 1 - t.recall <= 1.01 * missing])
     assert tight.summary["recall"] == pytest.approx(taken.recall, abs=1e-6)
     loose, _ = cluster(calibration, ClusterConfig(budget=0.95))
     assert tight.summary["density"] <= 0.7
