@@ -124,10 +124,12 @@ def fit_lines(queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
     index = torch.arange(n_key, device=keys.device)
     first = index.clamp(min=offset)  # first position that sees key j, or has offset j
     counts = (n_key - first).float()
-    by_row = (queries * keys.cumsum(1)[:, offset:]).sum(-1)
-    later = pad(queries.flip(1).cumsum(1).flip(1), (0, 0, offset, 0))
-    by_key = (keys * later[:, first]).sum(-1)
-    by_offset = _diagonal_sums(queries, keys)
+    # Tokens last: sums along the last dimension are made by many threads on a GPU, others by one.
+    query, key = queries.mT.contiguous(), keys.mT.contiguous()
+    by_row = (query * key.cumsum(-1)[..., offset:]).sum(1)
+    later = pad(query.flip(-1).cumsum(-1).flip(-1), (offset, 0))
+    by_key = (key * later[..., first]).sum(1)
+    by_offset = _diagonal_sums(query, key)
     vertical = by_key / counts
     slash = torch.zeros_like(vertical)
     row_counts = torch.arange(offset + 1, n_key + 1, device=keys.device)
@@ -147,13 +149,13 @@ def _crossed(line: Tensor, first: Tensor) -> Tensor:
     return sums[:, n - index] - sums[:, first - index]
 
 
-def _diagonal_sums(queries: Tensor, keys: Tensor) -> Tensor:
-    """Sum of the logits at every offset, `[S, Nk]`: a correlation, by FFT."""
-    n_query, n_key = queries.shape[1], keys.shape[1]
+def _diagonal_sums(query: Tensor, key: Tensor) -> Tensor:
+    """Sum of the logits at every offset, `[S, Nk]`: a correlation, by FFT; both `[S, D, N]`."""
+    n_query, n_key = query.shape[-1], key.shape[-1]
     size = 1 << (n_query + n_key - 1).bit_length()
-    spectrum = torch.fft.rfft(queries, n=size, dim=1)
-    spectrum *= torch.fft.rfft(keys, n=size, dim=1).conj()
-    sums = torch.fft.irfft(spectrum.sum(-1), n=size, dim=1)
+    spectrum = torch.fft.rfft(query, n=size)
+    spectrum *= torch.fft.rfft(key, n=size).conj()
+    sums = torch.fft.irfft(spectrum.sum(1), n=size)
     # Entry t holds the pairs of indices i - j = t, which have the offset t + Nk - Nq.
-    shift = torch.arange(n_key, device=keys.device) - (n_key - n_query)
+    shift = torch.arange(n_key, device=key.device) - (n_key - n_query)
     return sums[:, shift % size]
