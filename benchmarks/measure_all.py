@@ -84,6 +84,11 @@ def steps_of(args: argparse.Namespace) -> list[Step]:
         *("--samples", str(args.samples), "--workers", workers, "--out", str(out / "eval")),
         *("--plot", str(out / "frontier.svg"), "--markdown", str(out / "eval.md")),
     )
+    answered = sp(
+        *("eval", *of_model, "--tasks", "retr_kv,needle,perplexity", "--policies", "auto,share"),
+        *("--lengths", "8192,16384", "--samples", "40", "--workers", workers),
+        *("--out", str(out / "answers"), "--markdown", str(out / "answers.md")),
+    )
     parallel = ("check_parallel.py", *of_model)
     divided = (
         *(PYTHON, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
@@ -98,6 +103,7 @@ def steps_of(args: argparse.Namespace) -> list[Step]:
         Step("tests", ((*tests, "-n", workers, "tests"),), 400, phase=FIRST),
         Step("artifact", (calibrated, clustered), 400, phase=FIRST),
         Step("eval", (evaluated,), 500, phase=THEN, after=artifacts),
+        Step("answers", (answered,), 400, phase=THEN, after=artifacts),
         Step("runtime", (runtime,), 200, phase=THEN, after=artifacts),
         *(
             Step(f"memcheck-{file.stem}", ((*_memcheck(), *tests, str(file)),), 500, phase=THEN)
