@@ -9,20 +9,12 @@ from shareprefill.artifact import Policy
 from shareprefill.runtime.orders import Orders
 from shareprefill.runtime.plan import HeadPlan, RuntimePlan
 from shareprefill.runtime.policies.base import LayerInputs
-from shareprefill.runtime.policies.smoothed import Smoothed
 from shareprefill.runtime.sharing import LayerPass
 from shareprefill.runtime.state import ForwardState, Geometry
 from tests.support.launches import counted_launches
+from tests.support.plans import D, M, P, R, S, V, layer_plan
 
 BLOCK = 16
-D, P, S, R, V, M = (
-    Policy.DENSE,
-    Policy.PIVOT,
-    Policy.SHARE,
-    Policy.SAMPLED,
-    Policy.VERTICAL_SLASH,
-    Policy.SMOOTHED,
-)
 
 
 def plan_of(policies: tuple[Policy, ...], *, fallback: Policy, guarded: bool) -> RuntimePlan:
@@ -39,23 +31,7 @@ def plan_of(policies: tuple[Policy, ...], *, fallback: Policy, guarded: bool) ->
         )
         for head, policy in enumerate(policies)
     )
-    return RuntimePlan(
-        layers=(heads,),
-        labels=tuple(policy.label for policy in Policy),
-        selectors={int(M): Smoothed()},
-        online=False,
-        guarded=guarded,
-        block_size=BLOCK,
-        tau=0.3,
-        delta=0.4,
-        pivot_rows=4,
-        sample_rows=8,
-        check_rows=1,
-        sink_blocks=1,
-        local_blocks=2,
-        max_density=0.9,
-        refuse_nonfinite=False,
-    )
+    return layer_plan(heads, BLOCK, guarded=guarded)
 
 
 @pytest.mark.parametrize(

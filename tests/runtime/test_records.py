@@ -5,7 +5,6 @@ from typing import Any
 import pytest
 import torch
 
-from shareprefill.artifact import Policy
 from shareprefill.config import RuntimeConfig
 from shareprefill.runtime.orders import Orders
 from shareprefill.runtime.plan import make_plan
@@ -13,16 +12,9 @@ from shareprefill.runtime.policies.base import LayerInputs
 from shareprefill.runtime.records import LayerRecord, on_host
 from shareprefill.runtime.sharing import LayerPass
 from shareprefill.runtime.state import ForwardState, Geometry
+from tests.support.plans import D, M, P, R, S, V
 from tests.support.tiny import tiny_artifact, tiny_llama
 
-D, P, S, R, V, M = (
-    Policy.DENSE,
-    Policy.PIVOT,
-    Policy.SHARE,
-    Policy.SAMPLED,
-    Policy.VERTICAL_SLASH,
-    Policy.SMOOTHED,
-)
 FIELDS = ("policies", "blocks", "covered", "distances", "work")
 
 

@@ -24,16 +24,8 @@ from shareprefill.runtime.session import _moved
 from shareprefill.runtime.sharing import LayerPass
 from shareprefill.runtime.state import ForwardState, Geometry
 from tests.support.allocation import LargestTensor
+from tests.support.plans import D, M, P, R, S, V
 from tests.support.tiny import BLOCK, tiny_artifact, tiny_llama
-
-D, P, S, R, V, M = (
-    Policy.DENSE,
-    Policy.PIVOT,
-    Policy.SHARE,
-    Policy.SAMPLED,
-    Policy.VERTICAL_SLASH,
-    Policy.SMOOTHED,
-)
 
 
 @pytest.fixture(scope="module")

@@ -17,21 +17,13 @@ from shareprefill.runtime.ops.implementations import has_fast_kernel
 from shareprefill.runtime.orders import Orders
 from shareprefill.runtime.plan import HeadPlan, RuntimePlan
 from shareprefill.runtime.policies.base import LayerInputs
-from shareprefill.runtime.policies.smoothed import Smoothed
 from shareprefill.runtime.sharing import LayerPass
 from shareprefill.runtime.state import ForwardState, Geometry
+from tests.support.plans import D, M, P, R, S, V, layer_plan
 
 pytestmark = pytest.mark.gpu
 
 HEADS, GROUPS, DIM, BLOCK = 8, 2, 64, 64
-D, P, S, R, V, M = (
-    Policy.DENSE,
-    Policy.PIVOT,
-    Policy.SHARE,
-    Policy.SAMPLED,
-    Policy.VERTICAL_SLASH,
-    Policy.SMOOTHED,
-)
 PLANS = {
     "mixed": (P, S, S, S, R, V, M, D),
     "pivot of all rows": (P, S, S, S, S, S, M, V),
@@ -57,23 +49,8 @@ def plan_of(name: str) -> RuntimePlan:
         )
         for head, policy in enumerate(PLANS[name])
     )
-    return RuntimePlan(
-        layers=(heads,),
-        labels=tuple(policy.label for policy in Policy),
-        selectors={int(M): Smoothed()},
-        online=name == "share",
-        guarded=True,
-        block_size=BLOCK,
-        tau=0.3,
-        delta=0.4,
-        pivot_rows=0 if "all rows" in name else 4,
-        sample_rows=8,
-        check_rows=1,
-        sink_blocks=1,
-        local_blocks=2,
-        max_density=0.9,
-        refuse_nonfinite=False,
-    )
+    rows = 0 if "all rows" in name else 4
+    return layer_plan(heads, BLOCK, online=name == "share", pivot_rows=rows)
 
 
 def tensors(n_query: int, n_key: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
