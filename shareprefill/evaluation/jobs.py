@@ -56,7 +56,7 @@ class Job:
 Result = tuple[Job, int, Outcome]
 """A job, the number of a variant, and what was measured."""
 Run = Callable[[Iterable[Job]], Iterator[Result]]
-"""Runs jobs, and gives each outcome as soon as it is known, in any order."""
+"""Runs jobs, and gives their outcomes as they become known, in any order."""
 
 
 def variants_of(config: EvalConfig, artifact: Artifact) -> list[Variant]:

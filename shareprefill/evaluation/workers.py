@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from dataclasses import replace
 from types import TracebackType
 from typing import Any, Self
 
@@ -26,6 +27,9 @@ from shareprefill.evaluation.config import EvalConfig
 from shareprefill.evaluation.jobs import Job, Result, Subject, artifact_digest, variants_of
 from shareprefill.evaluation.measurement import Outcome, Variant
 from shareprefill.evaluation.questions import Question
+
+# Outcomes of a prompt that a worker gives back at once.
+_PIECE = 8
 
 _Setting = tuple[EvalConfig, str, bool]
 """Configuration, the artifact's digest, and whether the repository's code is run."""
@@ -80,14 +84,19 @@ class WorkerPool:
         return found[0]
 
     def run(self, jobs: Iterable[Job]) -> Iterator[Result]:
-        """Runs jobs, whichever worker is free taking the next.
+        """Runs jobs, whichever worker is free taking the next piece.
+
+        Outcomes come piece by piece: long jobs are divided, though dense attention then runs again
+        with each piece, so that a run that is killed keeps most of what it did.
 
         Raises:
             ConfigError: a worker was killed, or the device has too little memory.
         """
         with self._whole():
             futures = {
-                self._pool.submit(_outcomes, self._setting, *_sent(job)): job for job in jobs
+                self._pool.submit(_outcomes, self._setting, *_sent(piece)): piece
+                for job in jobs
+                for piece in _pieces(job)
             }
             for future in as_completed(futures):
                 job = futures[future]
@@ -104,6 +113,11 @@ class WorkerPool:
                 "a worker ended before its work (killed, perhaps for memory): lower --workers "
                 f"({self._setting[0].workers}); finished outcomes in --out are used again"
             ) from error
+
+
+def _pieces(job: Job) -> Iterator[Job]:
+    for start in range(0, len(job.columns), _PIECE):
+        yield replace(job, columns=job.columns[start : start + _PIECE])
 
 
 def _sent(job: Job) -> tuple[Any, ...]:

@@ -129,6 +129,21 @@ def test_a_killed_worker_is_told_of(folder: Path) -> None:
             list(pool.run([job]))
 
 
+def test_what_is_done_is_kept_of_a_long_job(folder: Path) -> None:
+    asked = config(folder, workers=2)
+    with WorkerPool(asked, artifact_digest(load_artifact(asked.artifact)), False) as pool:
+        pool.subject()
+        columns = (0,) * 400
+        job = Job(Question(torch.arange(300), PERPLEXITY), 400, columns, warm_up=False)
+        outcomes = pool.run([job])
+        kept = [next(outcomes) for _ in range(8)]
+        assert {column for _, column, _ in kept} == {0}
+        for worker in multiprocessing.active_children():
+            worker.kill()
+        with pytest.raises(ConfigError, match="a worker ended"):
+            list(outcomes)
+
+
 def test_workers_end_with_their_parent(folder: Path) -> None:
     script = folder / "parent.py"
     script.write_text(PARENT)
