@@ -45,7 +45,13 @@ HtmlOption = Annotated[
 
 
 def eval_command(
-    artifact: ArtifactOption = Path("clusters.st"),
+    artifact: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="Artifact of the model, clusters.st by default; repeated, auto is run as each "
+            "plans it, and all else comes from the first."
+        ),
+    ] = None,
     model: OtherModelOption = None,
     tasks: TasksOption = _TASKS,
     policies: Annotated[
@@ -95,8 +101,10 @@ def eval_command(
     as_json: JsonOption = False,
 ) -> None:
     """Measure accuracy, recall, errors, density and time of policies against dense attention."""
+    first, *others = artifact or [Path("clusters.st")]
     config = EvalConfig(
-        artifact=str(artifact),
+        artifact=str(first),
+        others=tuple(map(str, others)),
         model=model,
         tasks=listed(tasks),
         policies=POLICIES if policies == "all" else listed(policies),
@@ -112,7 +120,7 @@ def eval_command(
         cut_middle=cut_middle,
         workers=workers,
     )
-    config = replace(config, model=model_of(artifact, model))
+    config = replace(config, model=model_of(first, model))
     require_folder(out, html=html)
     require_plot(plot, measure=measure)
     from shareprefill.console import progress

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import product
+from pathlib import Path
 
 from shareprefill.config import BLOCK_SIZES, POLICIES, RuntimeConfig, Stage
 from shareprefill.errors import ConfigError
@@ -51,6 +51,8 @@ class EvalConfig(Stage):
             InfiniteBench and LongBench do; otherwise such a row is an error.
         workers: Processes, each with a model of its own on the same device, that divide the
             prompts. Of several, the times are those of a shared device.
+        others: Paths of further artifacts of the model. Policy `auto` is then run as each artifact
+            plans it, whatever the gammas; all else comes from the first.
     """
 
     artifact: str
@@ -68,6 +70,7 @@ class EvalConfig(Stage):
     bins: int = 8
     cut_middle: bool = False
     workers: int = 1
+    others: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         _require(bool(self.artifact), "artifact", self.artifact, "the path of an artifact")
@@ -76,6 +79,10 @@ class EvalConfig(Stage):
         for name in ("tasks", "policies", "lengths", "gammas"):
             values = getattr(self, name)
             _require(len(set(values)) == len(values), name, values, "a list without repetitions")
+        if self.others:
+            names = self.names
+            _require(len(set(names)) == len(names), "artifact", names, "files of different names")
+            _require("auto" in self.policies, "policies", self.policies, "auto for more artifacts")
         for length in self.lengths:
             _require(length >= 1, "lengths", length, "at least 1")
         _require(self.samples >= 1, "samples", self.samples, "at least 1")
@@ -84,6 +91,16 @@ class EvalConfig(Stage):
         _require(self.workers >= 1, "workers", self.workers, "at least 1")
         self.runtimes()
 
+    @property
+    def artifacts(self) -> tuple[str, ...]:
+        """Paths of all artifacts."""
+        return (self.artifact, *self.others)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What tells the artifacts apart: their files' names, without a suffix."""
+        return tuple(Path(path).stem for path in self.artifacts)
+
     def runtimes(self) -> list[RuntimeConfig]:
         """The options of every session that is compared with dense attention, in order.
 
@@ -91,6 +108,7 @@ class EvalConfig(Stage):
             ConfigError: a policy or a gamma is no such thing.
         """
         policies = [policy for policy in self.policies if policy != DENSE]
+        planned = (None,)
         return [
             RuntimeConfig.from_dict(
                 {
@@ -100,7 +118,8 @@ class EvalConfig(Stage):
                     "max_density": self.max_density,
                 }
             )
-            for policy, gamma in product(policies, self.gammas or (None,))
+            for policy in policies
+            for gamma in (planned if policy == "auto" and self.others else self.gammas or planned)
         ]
 
 

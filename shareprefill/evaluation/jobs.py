@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,17 +59,24 @@ Run = Callable[[Iterable[Job]], Iterator[Result]]
 """Runs jobs, and gives their outcomes as they become known, in any order."""
 
 
-def variants_of(config: EvalConfig, artifact: Artifact) -> list[Variant]:
-    """What a configuration compares with dense attention, in order."""
-    return [
-        Variant(
-            runtime.policy,
-            {} if runtime.gamma is None else {"gamma": runtime.gamma},
-            artifact,
-            runtime,
-        )
-        for runtime in config.runtimes()
-    ]
+def variants_of(config: EvalConfig, artifacts: Sequence[Artifact]) -> list[Variant]:
+    """What a configuration compares with dense attention, in order.
+
+    Args:
+        config: Policies and gammas.
+        artifacts: Those that it names, in its order.
+    """
+    variants = []
+    for runtime in config.runtimes():
+        settings: dict[str, Any] = {} if runtime.gamma is None else {"gamma": runtime.gamma}
+        if runtime.policy == "auto" and config.others:
+            variants += [
+                Variant(runtime.policy, {"artifact": name}, artifact, runtime)
+                for name, artifact in zip(config.names, artifacts, strict=True)
+            ]
+        else:
+            variants.append(Variant(runtime.policy, settings, artifacts[0], runtime))
+    return variants
 
 
 def ask(config: EvalConfig, tokenizer: Any, longest: int | None) -> Asked:

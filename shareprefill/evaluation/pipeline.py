@@ -27,9 +27,9 @@ def evaluate(
     trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> Evaluation:
-    """Measures an artifact's policies against dense attention on prompts that it has not seen.
+    """Measures artifacts' policies against dense attention on prompts that they have not seen.
 
-    Artifact and model are loaded once; dense attention is run once for every prompt. With `out`,
+    Artifacts and model are loaded once; dense attention is run once for every prompt. With `out`,
     every outcome is kept in a file there as soon as it is known, and used again by a later call
     that needs the same one.
 
@@ -46,49 +46,53 @@ def evaluate(
     Raises:
         ConfigError: a task is unknown, or a length beyond the model's maximum.
         DataError: a file of prompts or the folder cannot be used.
-        ArtifactError: the artifact cannot be read, or is of another model.
+        ArtifactError: an artifact cannot be read, or is of another model.
         ModelError: the model cannot be loaded.
         UnsupportedError: the model's family is not supported.
     """
     for task in config.tasks:
         check_task(task)
-    artifact = load_artifact(config.artifact)
+    artifacts = [load_artifact(path) for path in config.artifacts]
     measure = _alone if config.workers == 1 else _divided
     with output_folder(out) as folder:
         ledger = Ledger(folder, fresh=fresh)
-        cells, context = measure(config, artifact, ledger, trust_remote_code, progress)
-    return Evaluation(config, {**context, "artifact": artifact_digest(artifact)}, tuple(cells))
+        cells, context = measure(config, artifacts, ledger, trust_remote_code, progress)
+    first, *others = map(artifact_digest, artifacts)
+    context["artifact"] = first
+    if others:
+        context["others"] = others
+    return Evaluation(config, context, tuple(cells))
 
 
 def _alone(
     config: EvalConfig,
-    artifact: Artifact,
+    artifacts: list[Artifact],
     ledger: Ledger,
     trust_remote_code: bool,
     progress: Progress | None,
 ) -> tuple[list[Cell], dict[str, Any]]:
-    name = config.model or artifact.model
+    name = config.model or artifacts[0].model
     bench = Bench.load(name, config, trust_remote_code=trust_remote_code)
-    cells = bench.measure(variants_of(config, artifact), ledger, progress)
-    return cells, bench.subject.context
+    cells = bench.measure(variants_of(config, artifacts), ledger, progress)
+    return cells, {**bench.subject.context}
 
 
 def _divided(
     config: EvalConfig,
-    artifact: Artifact,
+    artifacts: list[Artifact],
     ledger: Ledger,
     trust_remote_code: bool,
     progress: Progress | None,
 ) -> tuple[list[Cell], dict[str, Any]]:
-    name = config.model or artifact.model
+    name = config.model or artifacts[0].model
     tokenizer = load_tokenizer(name, trust_remote_code=trust_remote_code)
-    with WorkerPool(config, artifact_digest(artifact), trust_remote_code) as pool:
+    with WorkerPool(config, [*map(artifact_digest, artifacts)], trust_remote_code) as pool:
         # The prompts are made while the workers load their models.
         asked = ask(config, tokenizer, None)
         subject = pool.subject()
         for length in config.lengths:
             check_length(length, subject.longest)
-        variants = variants_of(config, artifact)
+        variants = variants_of(config, artifacts)
         cells = measure_all(subject, asked, variants, config, ledger, pool.run, progress)
     return cells, {**subject.context, "workers": config.workers}
 

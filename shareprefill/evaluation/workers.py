@@ -10,7 +10,7 @@ import functools
 import multiprocessing
 import os
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -31,8 +31,8 @@ from shareprefill.evaluation.questions import Question
 # Outcomes of a prompt that a worker gives back at once.
 _PIECE = 8
 
-_Setting = tuple[EvalConfig, str, bool]
-"""Configuration, the artifact's digest, and whether the repository's code is run."""
+_Setting = tuple[EvalConfig, tuple[str, ...], bool]
+"""Configuration, the artifacts' digests, and whether the repository's code is run."""
 
 
 class WorkerPool:
@@ -41,13 +41,13 @@ class WorkerPool:
     They begin to load their models at once.
 
     Args:
-        config: Artifact, model and number of workers.
-        digest: Of the artifact that they must find.
+        config: Artifacts, model and number of workers.
+        digests: Of the artifacts that they must find.
         trust_remote_code: Run the model repository's own code.
     """
 
-    def __init__(self, config: EvalConfig, digest: str, trust_remote_code: bool) -> None:
-        self._setting = (config, digest, trust_remote_code)
+    def __init__(self, config: EvalConfig, digests: Sequence[str], trust_remote_code: bool) -> None:
+        self._setting = (config, tuple(digests), trust_remote_code)
         threads = max(1, torch.get_num_threads() // config.workers)
         # A forked process could not use CUDA where this one has.
         self._pool = ProcessPoolExecutor(
@@ -162,10 +162,11 @@ def _outcomes(
 @functools.cache
 def _loaded(setting: _Setting) -> tuple[Bench, list[Variant]]:
     """A worker's model, and what it measures."""
-    config, digest, trust_remote_code = setting
-    artifact = load_artifact(config.artifact)
-    if artifact_digest(artifact) != digest:
-        raise ArtifactError(f"{config.artifact} changed while the workers began: run it again")
-    name = config.model or artifact.model
+    config, digests, trust_remote_code = setting
+    artifacts = [load_artifact(path) for path in config.artifacts]
+    for path, artifact, digest in zip(config.artifacts, artifacts, digests, strict=True):
+        if artifact_digest(artifact) != digest:
+            raise ArtifactError(f"{path} changed while the workers began: run it again")
+    name = config.model or artifacts[0].model
     bench = Bench.load(name, config, trust_remote_code=trust_remote_code)
-    return bench, variants_of(config, artifact)
+    return bench, variants_of(config, artifacts)

@@ -80,6 +80,35 @@ def test_a_cell_for_every_task_policy_and_gamma(evaluation: Evaluation) -> None:
     assert evaluation.context["device"] == "CPU"
 
 
+def test_artifacts_are_compared_as_they_plan(folder: Path, tmp_path: Path) -> None:
+    kinds = [Policy.SAMPLED] * 4
+    model = load_model(str(folder / "model"))
+    for name, gamma in (("few", 0.5), ("many", 0.95)):
+        planned = tiny_artifact(model, [kinds] * 3)
+        planned = replace(planned, gamma=torch.full_like(planned.gamma, gamma))
+        save_artifact(planned, tmp_path / f"{name}.st")
+    others = tuple(str(tmp_path / f"{name}.st") for name in ("few", "many"))
+    asked = config(folder, policies=("sampled", "auto"), gammas=(0.5, 0.95), others=others)
+    found = evaluate(asked)
+    labels = ["sampled, gamma 0.5", "sampled, gamma 0.95"]
+    labels += [f"auto, artifact {name}" for name in ("clusters", "few", "many")]
+    assert [cell.label for cell in found.cells] == ["dense", *labels]
+    few, many = found.cells[-2:]
+    for planned, alike in zip((few, many), found.cells[1:3], strict=True):
+        assert planned.recall == alike.recall
+        assert planned.density == alike.density
+    assert Evaluation.from_dict(json.loads(found.to_json())) == found
+    assert len(found.context["others"]) == 2
+    # Of another model, or two that could not be told apart.
+    save_artifact(tiny_artifact(tiny_llama(seed=1)), tmp_path / "other.st")
+    with pytest.raises(ArtifactError):
+        evaluate(replace(asked, others=(str(tmp_path / "other.st"),)))
+    with pytest.raises(ConfigError, match="files of different names"):
+        replace(asked, others=(others[0], others[0]))
+    with pytest.raises(ConfigError, match="auto for more artifacts"):
+        replace(asked, policies=("sampled",))
+
+
 def test_dense_attention_has_no_error(evaluation: Evaluation) -> None:
     dense = evaluation.cell("perplexity", LENGTH, "dense")
     assert dense.difference is None

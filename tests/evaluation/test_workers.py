@@ -37,7 +37,7 @@ from shareprefill.evaluation.jobs import artifact_digest
 from shareprefill.evaluation.workers import WorkerPool
 if __name__ == "__main__":
     asked = EvalConfig(artifact=str(Path(sys.argv[1]) / "clusters.st"), workers=2)
-    with WorkerPool(asked, artifact_digest(load_artifact(asked.artifact)), False) as pool:
+    with WorkerPool(asked, [artifact_digest(load_artifact(asked.artifact))], False) as pool:
         pool.subject()
         print("ready", flush=True)
         time.sleep(300)
@@ -104,6 +104,19 @@ def test_two_workers_find_what_one_process_does(folder: Path, tmp_path: Path) ->
     assert told[0] == (0, 18)
 
 
+@pytest.mark.usefixtures("one_thread")
+def test_workers_compare_artifacts(folder: Path, tmp_path: Path) -> None:
+    plain = load_artifact(folder / "clusters.st")
+    save_artifact(replace(plain, gamma=plain.gamma * 0.9), tmp_path / "less.st")
+    others = (str(tmp_path / "less.st"),)
+    one, two = (
+        evaluate(config(folder, tasks=("perplexity",), others=others, workers=workers))
+        for workers in (1, 2)
+    )
+    assert untimed(two.cells) == untimed(one.cells)
+    assert two.context["others"] == [artifact_digest(load_artifact(others[0]))]
+
+
 def test_what_workers_cannot_do_is_told_in_words(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="length = 5000 is beyond the model's maximum of 4096"):
         evaluate(config(folder, workers=2, lengths=(5000,)))
@@ -112,7 +125,7 @@ def test_what_workers_cannot_do_is_told_in_words(folder: Path, tmp_path: Path) -
     with pytest.raises(ArtifactError):
         evaluate(replace(other, model=str(folder / "model")))
     with (
-        WorkerPool(config(folder, workers=2), "another digest", False) as pool,
+        WorkerPool(config(folder, workers=2), ["another digest"], False) as pool,
         pytest.raises(ArtifactError, match="changed while the workers began"),
     ):
         pool.subject()
@@ -120,7 +133,7 @@ def test_what_workers_cannot_do_is_told_in_words(folder: Path, tmp_path: Path) -
 
 def test_a_killed_worker_is_told_of(folder: Path) -> None:
     asked = config(folder, workers=2)
-    with WorkerPool(asked, artifact_digest(load_artifact(asked.artifact)), False) as pool:
+    with WorkerPool(asked, [artifact_digest(load_artifact(asked.artifact))], False) as pool:
         pool.subject()
         for worker in multiprocessing.active_children():
             worker.kill()
@@ -131,7 +144,7 @@ def test_a_killed_worker_is_told_of(folder: Path) -> None:
 
 def test_what_is_done_is_kept_of_a_long_job(folder: Path) -> None:
     asked = config(folder, workers=2)
-    with WorkerPool(asked, artifact_digest(load_artifact(asked.artifact)), False) as pool:
+    with WorkerPool(asked, [artifact_digest(load_artifact(asked.artifact))], False) as pool:
         pool.subject()
         columns = (0,) * 400
         job = Job(Question(torch.arange(300), PERPLEXITY), 400, columns, warm_up=False)
