@@ -4,7 +4,7 @@
     python benchmarks/measure_all.py --list
     python benchmarks/measure_all.py --only kernels layer --out measured --commit 0123abc
 
-In three phases: the GPU tests and an artifact; what stands on their compiled kernels and on it
+In three phases: the GPU tests and artifacts; what stands on their compiled kernels and on these
 (memcheck of each file of GPU tests, `sp eval`, what a session does); what is timed, one step a GPU
 at a time. Every step has a log, `NAME.log`, and a limit in seconds after which
 it is ended. A step that stands on one that failed does not run. What cannot run (no
@@ -30,6 +30,14 @@ from provenance import ROOT, current_commit
 
 PYTHON = sys.executable
 PHASES = FIRST, THEN, TIMED = range(3)
+# The options of the artifacts that are made, by the names of their files.
+CLUSTERED = {
+    "clusters": (),
+    "budget14": ("--budget", ".14"),
+    "budget20": ("--budget", ".20"),
+    "budget30": ("--budget", ".30"),
+    "recall88": ("--target-recall", ".88"),
+}
 TASKS = "retr_kv,retr_passkey,retr_number,math_find,code_run,variable_tracking,perplexity"
 
 
@@ -57,8 +65,9 @@ class Step:
 def steps_of(args: argparse.Namespace) -> list[Step]:
     """All measurements, in the order in which they start."""
     out, model, commit = args.out, args.model, ("--commit", args.commit)
-    artifact = args.artifact or out / "clusters.st"
-    of_model = ("--model", model, "--artifact", str(artifact))
+    artifacts = args.artifact or [out / f"{name}.st" for name in CLUSTERED]
+    of_model = ("--model", model, "--artifact", str(artifacts[0]))
+    of_all = (*of_model, *(word for other in artifacts[1:] for word in ("--artifact", str(other))))
     tests = (PYTHON, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider")
     workers = str(args.workers)
 
@@ -77,15 +86,19 @@ def steps_of(args: argparse.Namespace) -> list[Step]:
         *("calibrate", "--model", model, "--data", "mixture", "--samples", "12"),
         *("--length", "8192", "--dtype", "float32", "--out", str(out / "calibration")),
     )
-    clustered = sp("cluster", str(out / "calibration"), "--out", str(out / "clusters.st"))
+    clustered = [
+        sp("cluster", str(out / "calibration"), *options, "--out", str(out / f"{name}.st"))
+        for name, options in CLUSTERED.items()
+    ]
     evaluated = sp(
-        *("eval", *of_model, "--tasks", TASKS, "--policies", "all", "--lengths", "8192,16384"),
-        *("--gamma", ".8", "--gamma", ".9", "--gamma", ".96", "--max-density", "1"),
+        *("eval", *of_all, "--tasks", TASKS, "--policies", "all", "--lengths", "8192,16384"),
+        *("--gamma", ".7", "--gamma", ".8", "--gamma", ".9", "--gamma", ".96"),
+        *("--max-density", "1"),
         *("--samples", str(args.samples), "--workers", workers, "--out", str(out / "eval")),
         *("--plot", str(out / "frontier.svg"), "--markdown", str(out / "eval.md")),
     )
     answered = sp(
-        *("eval", *of_model, "--tasks", "retr_kv,needle,perplexity", "--policies", "auto,share"),
+        *("eval", *of_all, "--tasks", "retr_kv,needle,perplexity", "--policies", "auto,share"),
         *("--lengths", "8192,16384", "--samples", "40", "--workers", workers),
         *("--out", str(out / "answers"), "--markdown", str(out / "answers.md")),
     )
@@ -100,13 +113,13 @@ def steps_of(args: argparse.Namespace) -> list[Step]:
     few = script(*layer, "--plans", "mixed", "shared", *files("layer", *written))
     million = script(*layer, "--tokens", "1048576", "--plans", "shared", "--impl", "auto")
     runtime = script("check_runtime.py", *of_model, "--length", "8192", *files("runtime", "json"))
-    artifacts = ("artifact",)
+    made = ("artifact",)
     return [
         Step("tests", ((*tests, "-n", workers, "tests"),), 400, phase=FIRST),
-        Step("artifact", (calibrated, clustered), 400, phase=FIRST),
-        Step("eval", (evaluated,), 500, phase=THEN, after=artifacts),
-        Step("answers", (answered,), 400, phase=THEN, after=artifacts),
-        Step("runtime", (runtime,), 200, phase=THEN, after=artifacts),
+        Step("artifact", (calibrated, *clustered), 400, phase=FIRST),
+        Step("eval", (evaluated,), 500, phase=THEN, after=made),
+        Step("answers", (answered,), 400, phase=THEN, after=made),
+        Step("runtime", (runtime,), 200, phase=THEN, after=made),
         *(
             Step(f"memcheck-{file.stem}", ((*_memcheck(), *tests, str(file)),), 500, phase=THEN)
             for file in _gpu_tests()
@@ -120,7 +133,7 @@ def steps_of(args: argparse.Namespace) -> list[Step]:
         Step("bench", (sp("bench", "--lengths", "8K,32K,128K"),), 300),
         Step("bench-512k", (sp("bench", "--lengths", "512K", "--layers", "2"),), 200),
         Step("bench-1m", (sp("bench", "--lengths", "1M", "--layers", "1"),), 200),
-        Step("one-process", (script(*parallel, "--out", str(shared)),), 120, after=artifacts),
+        Step("one-process", (script(*parallel, "--out", str(shared)),), 120, after=made),
         Step("two-processes", (divided,), 120, gpus=2, after=("one-process",)),
     ]
 
@@ -230,7 +243,7 @@ def _outcome(step: Step, gpus: list[int], log: Path) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", default="sp-tiny", help="for what needs a trained model")
-    parser.add_argument("--artifact", type=Path, help="of the model; by default one is made")
+    parser.add_argument("--artifact", type=Path, nargs="+", help="by default some are made")
     parser.add_argument("--out", type=Path, default=Path("measured"))
     parser.add_argument("--only", nargs="+", metavar="STEP")
     parser.add_argument("--skip", nargs="+", metavar="STEP", default=[])
