@@ -6,10 +6,10 @@
 
 In three phases: the GPU tests and artifacts; what stands on their compiled kernels and on these
 (memcheck of each file of GPU tests, `sp eval`, what a session does); what is timed, one step a GPU
-at a time. Every step has a log, `NAME.log`, and a limit in seconds after which
-it is ended. A step that stands on one that failed does not run. What cannot run (no
-compute-sanitizer, one GPU for a step of two) fails, and says so. Ends with a table, and exit status
-1 where a step failed or did not run. The tests are divided by pytest-xdist, which has to be there.
+at a time. Every step has a log, `NAME.log`, and a limit in seconds after which it is ended. A step
+that stands on one that failed does not run. What cannot run (no compute-sanitizer, one GPU for a
+step of two) fails, and says so. Ends with a table, and exit status 1 where a step failed or did not
+run. The tests are divided by pytest-xdist, which has to be there.
 """
 
 from __future__ import annotations
@@ -164,16 +164,11 @@ class Machine:
         self._steps, waiting, threads = steps, list(steps), []
         with self._changed:
             while waiting:
-                started = None
-                for step in waiting:
-                    gpus = self._free(step, slots)
-                    if gpus is not None:
-                        started = (step, gpus)
-                        break
-                if started is None:
+                places = ((step, self._free(step, slots)) for step in waiting)
+                step, gpus = next(((s, g) for s, g in places if g is not None), (None, None))
+                if step is None or gpus is None:
                     self._changed.wait()
                     continue
-                step, gpus = started
                 waiting.remove(step)
                 self._running.update(gpus)
                 threads.append(threading.Thread(target=self._run, args=(step, gpus)))
@@ -212,7 +207,9 @@ class Machine:
 
 def _outcome(step: Step, gpus: list[int], log: Path) -> str:
     """Runs a step's commands; "ok", or what went wrong."""
-    visible = ",".join(map(str, gpus))
+    # Of the GPUs that this process sees, which need not be all.
+    seen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    visible = ",".join(seen.split(",")[gpu] if seen else str(gpu) for gpu in gpus)
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": visible, "PYTHONUNBUFFERED": "1"}
     deadline = time.monotonic() + step.limit_s
     with log.open("w") as stream:

@@ -77,20 +77,23 @@ def cluster(folder: Path, config: ClusterConfig) -> tuple[Artifact, list[Cluster
         raise ConfigError(f"k = {config.k} is larger than the number of heads ({heads})")
     linkage = build_linkage(distances, config.linkage)
     layers = torch.arange(len(store.layers)).repeat_interleave(heads // len(store.layers))
+    counts = candidate_counts(heads) if config.k is None else [config.k]
+    labels = {k: cut(linkage, k) for k in counts}
+    likeness = {k: silhouette(distances, labels[k]) for k in counts}
     plans: dict[int, _Plan] = {}
     for pivot_rows in _pivot_rows(store, config):
         evidence = Evidence(store, training.split.held_out, pivot_rows)
-        for k in candidate_counts(heads) if config.k is None else [config.k]:
-            labels = cut(linkage, k)
-            choices = choose(labels, layers, evidence, config)
+        for k in counts:
+            choices = choose(labels[k], layers, evidence, config)
             merit = _merit(choices, config)
             if k not in plans or merit < plans[k].merit:
-                plans[k] = _Plan(merit, evidence, choices, labels, silhouette(distances, labels))
+                plans[k] = _Plan(merit, evidence, choices, likeness[k])
     taken = _best(plans)
-    trials = [plans[k].summary(k, is_best=k == taken) for k in sorted(plans)]
-    evidence, choices, labels = plans[taken].evidence, plans[taken].choices, plans[taken].labels
-    artifact = _artifact(store, training, config, evidence, choices, labels, agreed)
-    return artifact, trials
+    best = plans[taken]
+    artifact = _artifact(
+        store, training, config, best.evidence, best.choices, labels[taken], agreed
+    )
+    return artifact, [plans[k].summary(k, is_best=k == taken) for k in counts]
 
 
 @dataclass(frozen=True)
@@ -100,7 +103,6 @@ class _Plan:
     merit: float
     evidence: Evidence
     choices: list[Choice]
-    labels: Tensor
     silhouette: float
 
     def summary(self, k: int, *, is_best: bool) -> Clustering:

@@ -107,8 +107,6 @@ class EvalConfig(Stage):
         Raises:
             ConfigError: a policy or a gamma is no such thing.
         """
-        policies = [policy for policy in self.policies if policy != DENSE]
-        planned = (None,)
         return [
             RuntimeConfig.from_dict(
                 {
@@ -118,9 +116,14 @@ class EvalConfig(Stage):
                     "max_density": self.max_density,
                 }
             )
-            for policy in policies
-            for gamma in (planned if policy == "auto" and self.others else self.gammas or planned)
+            for policy in self.policies
+            if policy != DENSE
+            for gamma in self._gammas_of(policy)
         ]
+
+    def _gammas_of(self, policy: str) -> tuple[float | None, ...]:
+        is_planned = policy == "auto" and self.others
+        return (None,) if is_planned or not self.gammas else self.gammas
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -68,13 +68,13 @@ def variants_of(config: EvalConfig, artifacts: Sequence[Artifact]) -> list[Varia
     """
     variants = []
     for runtime in config.runtimes():
-        settings: dict[str, Any] = {} if runtime.gamma is None else {"gamma": runtime.gamma}
         if runtime.policy == "auto" and config.others:
             variants += [
                 Variant(runtime.policy, {"artifact": name}, artifact, runtime)
                 for name, artifact in zip(config.names, artifacts, strict=True)
             ]
         else:
+            settings = {} if runtime.gamma is None else {"gamma": runtime.gamma}
             variants.append(Variant(runtime.policy, settings, artifacts[0], runtime))
     return variants
 

@@ -29,9 +29,9 @@ def evaluate(
 ) -> Evaluation:
     """Measures artifacts' policies against dense attention on prompts that they have not seen.
 
-    Artifacts and model are loaded once; dense attention is run once for every prompt. With `out`,
-    every outcome is kept in a file there as soon as it is known, and used again by a later call
-    that needs the same one.
+    Artifacts and model are loaded once; dense attention is run once for every prompt (with several
+    workers: for every few outcomes). With `out`, every outcome is kept in a file there as soon as
+    it comes, and used again by a later call that needs the same one.
 
     Args:
         config: Tasks, lengths, policies and gammas.
@@ -58,10 +58,8 @@ def evaluate(
         ledger = Ledger(folder, fresh=fresh)
         cells, context = measure(config, artifacts, ledger, trust_remote_code, progress)
     first, *others = map(artifact_digest, artifacts)
-    context["artifact"] = first
-    if others:
-        context["others"] = others
-    return Evaluation(config, context, tuple(cells))
+    digests = {"artifact": first, "others": others} if others else {"artifact": first}
+    return Evaluation(config, {**context, **digests}, tuple(cells))
 
 
 def _alone(
@@ -74,7 +72,7 @@ def _alone(
     name = config.model or artifacts[0].model
     bench = Bench.load(name, config, trust_remote_code=trust_remote_code)
     cells = bench.measure(variants_of(config, artifacts), ledger, progress)
-    return cells, {**bench.subject.context}
+    return cells, bench.subject.context
 
 
 def _divided(
