@@ -99,7 +99,7 @@ def steps_of(args: argparse.Namespace) -> list[Step]:
     )
     answered = sp(
         *("eval", *of_all, "--tasks", "retr_kv,needle,perplexity", "--policies", "auto,share"),
-        *("--lengths", "8192,16384", "--samples", "40", "--workers", workers),
+        *("--lengths", "16384", "--samples", "120", "--no-measure", "--workers", workers),
         *("--out", str(out / "answers"), "--markdown", str(out / "answers.md")),
     )
     parallel = ("check_parallel.py", *of_model)

@@ -11,7 +11,7 @@ from shareprefill.runtime.ops.selection import js_distances, select_blocks, vert
 from shareprefill.runtime.orders import LayerOrders
 from shareprefill.runtime.plan import RuntimePlan
 from shareprefill.runtime.policies.base import LayerInputs
-from shareprefill.runtime.policies.vertical_slash import profiles
+from shareprefill.runtime.policies.vertical_slash import profile_work, profiles
 from shareprefill.runtime.records import Choice, Decision
 from shareprefill.runtime.state import ForwardState
 
@@ -76,8 +76,7 @@ def choose_online(
     pattern = torch.where(is_pivot, -1, pattern)
     decision = Decision(
         codes=torch.where(is_pivot, int(Policy.PIVOT), int(Policy.VERTICAL_SLASH)),
-        # The last rows read all keys, twice as many as a row does on average.
-        works=(min(1.0, geometry.block_size / geometry.n_query),),
+        works=(profile_work(inputs),),
         distances=torch.where(candidates, distances, torch.nan),
     )
     return out, Choice(bitmap, pattern, decision)

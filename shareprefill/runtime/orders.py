@@ -36,13 +36,11 @@ class Choosing(Group):
     Attributes:
         code: Number of the policy.
         slots: Where their patterns are among the layer's candidates.
-        places: The same as numbers, int64 `[S]`.
         asked: Where they are in `LayerOrders.if_failed`: a head, or -1 where none need choose.
     """
 
     code: int
     slots: slice
-    places: Tensor
     asked: slice
 
 
@@ -303,8 +301,7 @@ class _Layer:
         self.asked += chosen
         group = self._group(chosen)
         slots, asked = slice(first, first + len(chosen)), slice(start, start + len(chosen))
-        places = self._integers(range(slots.start, slots.stop))
-        return [Choosing(group.index, group.gamma, int(code), slots, places, asked)]
+        return [Choosing(group.index, group.gamma, int(code), slots, asked)]
 
     def _group(self, chosen: Sequence[int]) -> Group:
         plans = [self.heads[h] for h in chosen]

@@ -26,7 +26,7 @@ from shareprefill.runtime.policies.base import LayerInputs
 from shareprefill.runtime.policies.estimating import Placing
 from shareprefill.runtime.policies.sampled import sampled_maps, sampling_work
 from shareprefill.runtime.policies.smoothed import smoothed_maps
-from shareprefill.runtime.policies.vertical_slash import profiles
+from shareprefill.runtime.policies.vertical_slash import profile_work, profiles
 from shareprefill.runtime.records import Choice, Decision
 from shareprefill.runtime.state import ForwardState, Geometry
 
@@ -75,10 +75,7 @@ class PlannedChoice:
         taken = None
         if lines is not None:
             taken = self._place_lines(lines, asked[lines.asked])
-            # The last rows read all keys, twice as many as a row does on average.
-            works.append(
-                min(self.geometry.block_size, self.geometry.n_query) / self.geometry.n_query
-            )
+            works.append(profile_work(inputs))
             if self.plan.guarded:
                 assert sampled is not None
                 if covered is None:
@@ -92,7 +89,8 @@ class PlannedChoice:
             if self.plan.guarded and lines is not None:
                 refused = places[: len(lines)]
         if lines is not None and taken is not None:
-            self._instead.append((lines.slots, torch.where(taken, lines.places, refused)))
+            places = torch.where(taken, self._numbers_of(lines), refused)
+            self._instead.append((lines.slots, places))
         decision = Decision(
             asked=asked,
             works=tuple(works),
@@ -186,9 +184,13 @@ class PlannedChoice:
 
     def _read_if(self, sound: Tensor, group: Choosing) -> Tensor:
         """Lets heads read their own patterns where those are sound, and every block elsewhere."""
-        places = torch.where(sound, group.places, self.orders.everything)
+        places = torch.where(sound, self._numbers_of(group), self.orders.everything)
         self._instead.append((group.slots, places))
         return places
+
+    def _numbers_of(self, group: Choosing) -> Tensor:
+        """The numbers of a group's candidates, int64 `[S]`."""
+        return self.orders.identity[group.slots]
 
     def _read(self, pattern: Tensor) -> Tensor:
         """What heads read in the end."""
