@@ -15,11 +15,28 @@ IMPLS = ["reference", pytest.param("triton", marks=pytest.mark.interpreter)]
 SHAPES = [(1, 1, 16), (64, 64, 16), (100, 120, 32), (50, 113, 16), (7, 700, 128), (40, 5000, 16)]
 LONG = (1160, 1200, 16)  # more rows and columns than a tile has
 GPU_SHAPES = [(8229, 8229, 128), (777, 131_072, 128), (40_000, 40_000, 32), (131_072, 131_072, 128)]
+TRITON, STRIPS = "triton", "triton, strip by strip"
 WEIGHTS = LineWeights(
     own=0.2, beside=0.15, along=0.05, beside2=0.04, along2=0.03, column=0.1, diagonal=0.4
 )
 # Blocks whose masses differ by less may be equal to a threshold: a step of its last bit.
 STEP = 2.0**-13
+
+
+@pytest.fixture(
+    params=[
+        "reference",
+        *(pytest.param(n, marks=pytest.mark.interpreter) for n in (TRITON, STRIPS)),
+    ]
+)
+def search(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The `impl` of `head_blocks`, whose Triton kernels for large maps search small ones, too."""
+    if request.param != STRIPS:
+        return request.param
+    from shareprefill.runtime.ops.selection import triton
+
+    monkeypatch.setattr(triton, "LARGE_MAP", 1)
+    return TRITON
 
 
 @pytest.fixture
@@ -49,20 +66,25 @@ def assert_is_a_threshold(maps: torch.Tensor, gamma: list[float], chosen: torch.
 
 
 @pytest.mark.usefixtures("poisoned")
-@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("shape", [*SHAPES, LONG], ids=str)
-def test_blocks_are_the_smallest_cover_of_a_map(shape: Shape, impl: str) -> None:
+def test_blocks_are_the_smallest_cover_of_a_map(shape: Shape, search: str) -> None:
     maps = random_maps(4, shape)
     gamma = [0.9, 0.3, 0.999, 1.0]
-    chosen, sound = head_blocks(maps, torch.tensor(gamma), **geometry(shape), impl=impl)
+    chosen, sound = head_blocks(maps, torch.tensor(gamma), **geometry(shape), impl=search)
     assert_is_a_threshold(maps, gamma, chosen)
     assert sound.all()
 
 
 @pytest.mark.interpreter
 @pytest.mark.parametrize("shape", [*SHAPES, LONG], ids=str)
-def test_triton_takes_what_the_reference_takes(shape: Shape) -> None:
+@pytest.mark.parametrize("is_large", [False, True])
+def test_triton_takes_what_the_reference_takes(
+    shape: Shape, is_large: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Exact sums, so exactly the same; several patterns of a map, and none of another."""
+    from shareprefill.runtime.ops.selection import triton
+
+    monkeypatch.setattr(triton, "LARGE_MAP", 1 if is_large else 2**40)
     maps = random_maps(3, shape, 1024)
     maps[2] = 0.0
     gamma = torch.tensor([0.5, 0.95, 0.95, 1.0, 0.5, 0.7])
@@ -76,11 +98,10 @@ def test_triton_takes_what_the_reference_takes(shape: Shape) -> None:
     assert sound.all()
 
 
-@pytest.mark.parametrize("impl", IMPLS)
-def test_only_what_is_always_read_of_maps_without_mass(impl: str) -> None:
+def test_only_what_is_always_read_of_maps_without_mass(search: str) -> None:
     shape = (50, 113, 16)
     index = torch.tensor([0, -1])
-    options = geometry(shape) | {"sink_blocks": 1, "local_blocks": 2, "impl": impl}
+    options = geometry(shape) | {"sink_blocks": 1, "local_blocks": 2, "impl": search}
     for maps in (torch.zeros(1, 4, 8), torch.zeros(0, 4, 8)):
         some = index if len(maps) else index[1:]
         chosen, sound = head_blocks(maps, torch.full(some.shape, 0.9), some, **options)
@@ -97,9 +118,8 @@ def test_only_what_is_always_read_of_maps_without_mass(impl: str) -> None:
         assert sound.all()
 
 
-@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf], ids=str)
-def test_a_map_that_is_no_number_takes_every_causal_block(bad: float, impl: str) -> None:
+def test_a_map_that_is_no_number_takes_every_causal_block(bad: float, search: str) -> None:
     shape = (50, 113, 16)
     maps = random_maps(3, shape)
     whole = maps.clone()
@@ -108,7 +128,7 @@ def test_a_map_that_is_no_number_takes_every_causal_block(bad: float, impl: str)
     # Outside the causal blocks nothing is looked at.
     maps[2, 0, 7] = bad
     gamma = torch.tensor([0.5, 0.9, 0.8])
-    chosen, sound = head_blocks(maps, gamma, **geometry(shape), impl=impl)
+    chosen, sound = head_blocks(maps, gamma, **geometry(shape), impl=search)
     assert sound.tolist() == [True, False, True]
     assert torch.equal(chosen[1], causal)
     for place in (0, 2):
@@ -117,11 +137,10 @@ def test_a_map_that_is_no_number_takes_every_causal_block(bad: float, impl: str)
         assert torch.equal(chosen[place], wanted[0])
 
 
-@pytest.mark.parametrize("impl", IMPLS)
-def test_masses_of_any_scale(impl: str) -> None:
+def test_masses_of_any_scale(search: str) -> None:
     """Equal blocks go together, and what is 2^40 below the largest is not told apart."""
     maps = torch.tensor([[[0.5, 0.0, 0.0], [0.5, 0.25, 0.0], [0.25, 0.25, 1e-30]]])
-    sizes = {"n_query": 12, "n_key": 12, "block_size": 4, "impl": impl}
+    sizes = {"n_query": 12, "n_key": 12, "block_size": 4, "impl": search}
     for scale in (1.0, 1e-30, 1e30):
         for gamma, count in ((0.1, 2), (0.6, 5), (0.999, 5), (1.0, 6)):
             found, _ = head_blocks(maps * scale, torch.tensor([gamma]), **sizes)
@@ -129,14 +148,13 @@ def test_masses_of_any_scale(impl: str) -> None:
             assert int(found.sum()) == min(count, int((maps * scale > 0).sum()))
 
 
-@pytest.mark.parametrize("impl", IMPLS)
-def test_a_threshold_has_fourteen_bits_after_the_point(impl: str) -> None:
+def test_a_threshold_has_fourteen_bits_after_the_point(search: str) -> None:
     """Of masses half a step apart, two at a time are taken, and no more than are needed."""
     maps = (1 + torch.arange(64) * 2.0**-15).view(1, 1, 64)
     needed = torch.arange(1, 64)
     gamma = maps.flatten().flip(0).cumsum(0)[needed - 1] / maps.sum()
     index = torch.zeros(63, dtype=torch.int64)
-    sizes = {"n_query": 1, "n_key": 64, "block_size": 1, "impl": impl}
+    sizes = {"n_query": 1, "n_key": 64, "block_size": 1, "impl": search}
     chosen, _ = head_blocks(maps, gamma, index, **sizes)
     assert torch.equal(chosen.sum((1, 2)), (needed + 1) // 2 * 2)
     assert torch.equal(chosen.flatten(1), torch.arange(64) >= 64 - chosen.sum(-1))

@@ -20,6 +20,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 from shareprefill.runtime.ops.pooled_attention import kernel as pooled, triton as pooling
 from shareprefill.runtime.ops.selection import cover, lines, lists, measures, threshold
+from shareprefill.runtime.ops.selection import threshold_strips
 from shareprefill.runtime.ops.selection import triton as selection
 from shareprefill.runtime.ops.vertical_slash import kernel as profiles, triton as profiling
 
@@ -94,6 +95,13 @@ for indexed in (False, True):
     result[f"head {indexed}"] = build(
         threshold.head_kernel, constants_of(options), bits, **launch(options)
     )
+    numbers = {**bits, **dict.fromkeys(["p_peaks", "p_before", "p_after"], "*i32")}
+    for name, is_first in (("total", False), ("narrow", True), ("narrow", False), ("mark", False)):
+        kernel = getattr(threshold_strips, name + "_kernel")
+        options = selection.STRIP_OPTIONS | {"HAS_INDEX": indexed, "IS_FIRST": is_first}
+        taken = {n: v for n, v in options.items() if n in kernel.arg_names}
+        built = build(kernel, taken, numbers, num_warps=options["num_warps"])
+        result[f"{name} {indexed} {is_first}"] = built
 fp32 = {"p_out": "*fp32"}
 for name, kernel, options in (
     ("lines", lines.lines_kernel, selection.SUM_OPTIONS),

@@ -3,8 +3,7 @@
 Positive float32 numbers are ordered as their bits are. The threshold is a number of few mantissa
 bits, found by a search over its bits: each pass over the map sums the mass at or above three
 candidates. One program serves one pattern, so that a search needs no other program and one launch
-is enough: the maps of a long prompt take more time than launches, but there is one for each head,
-and they fill the GPU side by side.
+is enough; `threshold_strips.py` divides the maps of long prompts.
 """
 
 # Triton's language is typed by its compiler, which knows constexpr, program-wide scalars and tiles.
@@ -24,7 +23,7 @@ def last_blocks(o_q, n_k, reach):
 
 
 @triton.jit
-def _load_masses(p_rows, i_row, i_column, n_q, n_k, reach, ROWS: tl.constexpr, CHUNK: tl.constexpr):
+def load_masses(p_rows, i_row, i_column, n_q, n_k, reach, ROWS: tl.constexpr, CHUNK: tl.constexpr):
     """The causal masses of a tile from row `i_row`, at `p_rows`, on; zeros elsewhere."""
     o_m = i_row + tl.arange(0, ROWS)
     o_n = i_column + tl.arange(0, CHUNK)
@@ -35,17 +34,26 @@ def _load_masses(p_rows, i_row, i_column, n_q, n_k, reach, ROWS: tl.constexpr, C
 
 
 @triton.jit
-def _sum_map(p_map, n_q, n_k, reach, ROWS: tl.constexpr, CHUNK: tl.constexpr, UNROLL: tl.constexpr):
-    """The sum of all masses, and the bits of the largest."""
-    p_rows = p_map
+def sum_rows(
+    p_map,
+    i_row,
+    i_end,
+    n_k,
+    reach,
+    ROWS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    UNROLL: tl.constexpr,
+):
+    """Of rows `i_row .. i_end - 1` the sum of all masses, and the bits of the largest."""
+    p_rows = p_map + i_row * n_k
     b_sum = tl.zeros([ROWS, CHUNK], dtype=tl.float32)
     b_peak = tl.zeros([ROWS, CHUNK], dtype=tl.int32)
-    for i_row in range(0, n_q, ROWS):
-        i_last = last_blocks(tl.minimum(i_row + ROWS, n_q) - 1, n_k, reach)
+    for i_strip in range(i_row, i_end, ROWS):
+        i_last = last_blocks(tl.minimum(i_strip + ROWS, i_end) - 1, n_k, reach)
         for i_column in range(0, i_last + 1, CHUNK * UNROLL):
             for i_tile in tl.static_range(UNROLL):
                 i_start = i_column + i_tile * CHUNK
-                b_mass = _load_masses(p_rows, i_row, i_start, n_q, n_k, reach, ROWS, CHUNK)
+                b_mass = load_masses(p_rows, i_strip, i_start, i_end, n_k, reach, ROWS, CHUNK)
                 b_sum += b_mass
                 b_peak = tl.maximum(b_peak, b_mass.to(tl.int32, bitcast=True))
         p_rows += ROWS * n_k
@@ -75,13 +83,54 @@ def _sum_above(
         for i_column in range(0, i_last + 1, CHUNK * UNROLL):
             for i_tile in tl.static_range(UNROLL):
                 i_start = i_column + i_tile * CHUNK
-                b_mass = _load_masses(p_rows, i_row, i_start, n_q, n_k, reach, ROWS, CHUNK)
+                b_mass = load_masses(p_rows, i_row, i_start, n_q, n_k, reach, ROWS, CHUNK)
                 b_bits = b_mass.to(tl.int32, bitcast=True)
                 b_one += tl.where(b_bits >= i_one, b_mass, 0.0)
                 b_two += tl.where(b_bits >= i_two, b_mass, 0.0)
                 b_three += tl.where(b_bits >= i_three, b_mass, 0.0)
         p_rows += ROWS * n_k
     return tl.sum(b_one), tl.sum(b_two), tl.sum(b_three)
+
+
+@triton.jit
+def least_bits(i_low, is_sound, SHIFT: tl.constexpr):
+    """The bits of the least mass that is taken, where `i_low` is the threshold.
+
+    Blocks without mass are below every threshold; all blocks are taken where sums are no numbers.
+    """
+    return tl.where(is_sound, tl.maximum(i_low << SHIFT, 1), -(2**31))
+
+
+@triton.jit
+def mark_rows(
+    p_map,
+    p_out,
+    i_least,
+    i_row,
+    n_read,
+    n_q,
+    n_k,
+    first,
+    reach,
+    n_sink,
+    n_local,
+    ROWS: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """`ROWS` rows of a pattern from `i_row` on, all columns; of the map `n_read` rows are read."""
+    o_m = i_row + tl.arange(0, ROWS)
+    b_first = (o_m + first)[:, None]
+    b_last = last_blocks(o_m, n_k, reach)[:, None]
+    p_rows = p_map + i_row * n_k
+    for i_column in range(0, n_k, CHUNK):
+        o_n = (i_column + tl.arange(0, CHUNK))[None, :]
+        b_mass = load_masses(p_rows, i_row, i_column, n_read, n_k, reach, ROWS, CHUNK)
+        m_taken = b_mass.to(tl.int32, bitcast=True) >= i_least
+        m_taken = m_taken | (o_n < n_sink) | ((o_n > b_first - n_local) & (n_local > 0))
+        m_taken = m_taken & (o_n <= b_last)
+        p_tile = p_out + (o_m * n_k)[:, None] + o_n
+        m_tile = (o_m < n_q)[:, None] & (o_n < n_k)
+        tl.store(p_tile, m_taken.to(p_out.dtype.element_ty), mask=m_tile)
 
 
 @triton.jit(do_not_specialize=["n_q", "n_k", "first", "reach", "n_sink", "n_local"])
@@ -123,7 +172,7 @@ def head_kernel(
     p_map = p_maps + i_map * n_q * n_k
     gamma = tl.load(p_gamma + i_pattern)
 
-    total, i_peak = _sum_map(p_map, n_read, n_k, reach, ROWS, CHUNK, UNROLL)
+    total, i_peak = sum_rows(p_map, 0, n_read, n_k, reach, ROWS, CHUNK, UNROLL)
     is_sound = tl.abs(total) < float("inf")
     wanted = gamma * total * (1.0 - ROUNDING)
     i_high = i_peak >> SHIFT
@@ -159,23 +208,22 @@ def head_kernel(
         else:
             i_high = i_one - 1
 
-    # Blocks without mass are below every threshold; all blocks are taken where sums are no numbers.
-    i_least = tl.where(is_sound, tl.maximum(i_low << SHIFT, 1), -(2**31))
+    i_least = least_bits(i_low, is_sound, SHIFT)
     tl.store(p_sound + i_pattern, is_sound.to(tl.int8))
-    p_rows = p_map
     p_out += i_pattern * n_q * n_k
     for i_row in range(0, n_q, ROWS):
-        o_m = i_row + tl.arange(0, ROWS)
-        b_first = (o_m + first)[:, None]
-        b_last = last_blocks(o_m, n_k, reach)[:, None]
-        for i_column in range(0, n_k, CHUNK):
-            o_n = (i_column + tl.arange(0, CHUNK))[None, :]
-            b_mass = _load_masses(p_rows, i_row, i_column, n_read, n_k, reach, ROWS, CHUNK)
-            m_taken = b_mass.to(tl.int32, bitcast=True) >= i_least
-            m_taken = m_taken | (o_n < n_sink) | ((o_n > b_first - n_local) & (n_local > 0))
-            m_taken = m_taken & (o_n <= b_last)
-            p_tile = p_out + (tl.arange(0, ROWS) * n_k)[:, None] + o_n
-            m_tile = (o_m < n_q)[:, None] & (o_n < n_k)
-            tl.store(p_tile, m_taken.to(p_out.dtype.element_ty), mask=m_tile)
-        p_rows += ROWS * n_k
-        p_out += ROWS * n_k
+        mark_rows(
+            p_map,
+            p_out,
+            i_least,
+            i_row,
+            n_read,
+            n_q,
+            n_k,
+            first,
+            reach,
+            n_sink,
+            n_local,
+            ROWS,
+            CHUNK,
+        )

@@ -19,6 +19,11 @@ from shareprefill.runtime.ops.selection.lists import count_kernel, offsets_kerne
 from shareprefill.runtime.ops.selection.measures import covered_kernel, js_kernel
 from shareprefill.runtime.ops.selection.reference import ROUNDING, SHIFT, SPAN
 from shareprefill.runtime.ops.selection.threshold import head_kernel
+from shareprefill.runtime.ops.selection.threshold_strips import (
+    mark_kernel,
+    narrow_kernel,
+    total_kernel,
+)
 from shareprefill.runtime.ops.selection.weights import LineWeights
 
 # Entries of a row that a program holds at a time. Fixed, so that no length compiles a kernel anew.
@@ -32,6 +37,12 @@ MEASURE_ENTRIES = 2**16
 # without which one program alone does not use its share of the L2 cache's bandwidth. Larger tiles
 # of as many warps spill registers.
 HEAD_ROWS, HEAD_CHUNK, HEAD_UNROLL = 64, 64, 2
+# Maps of so many entries, those of 64K tokens, are searched by a program for every strip of rows,
+# in more launches. A launch sums at or above so many thresholds; so many strips are added up at a
+# time.
+LARGE_MAP = 2**18
+STRIP_ROWS, STRIP_CHUNK = 16, 256
+CANDIDATES, STRIPS = 8, 128
 # Tiles of the sums over lines and of the smoothed maps.
 LINE_ROWS, LINES = 32, 64
 SMOOTH_ROWS, SMOOTH_CHUNK = 8, 128
@@ -50,10 +61,24 @@ HEAD_OPTIONS: dict[str, Any] = {
     "UNROLL": HEAD_UNROLL,
     "num_warps": 16,
 }
+STRIP_OPTIONS: dict[str, Any] = HEAD_OPTIONS | {
+    "ROWS": STRIP_ROWS,
+    "CHUNK": STRIP_CHUNK,
+    "CANDIDATES": CANDIDATES,
+    "STRIPS": STRIPS,
+}
 SUM_OPTIONS: dict[str, Any] = {"ROWS": LINE_ROWS, "LINES": LINES, "num_warps": 4}
 SMOOTH_OPTIONS: dict[str, Any] = {"ROWS": SMOOTH_ROWS, "CHUNK": SMOOTH_CHUNK, "num_warps": 4}
 LIST_OPTIONS: dict[str, Any] = {"CHUNK": LIST_CHUNK, "num_warps": 1}
 OFFSET_OPTIONS: dict[str, Any] = {"PATTERNS": OFFSET_PATTERNS, "ROWS": OFFSET_ROWS, "num_warps": 4}
+
+
+def _count_steps(width: int) -> int:
+    """Launches until `CANDIDATES` thresholds a launch leave one of `width + 1`."""
+    return 0 if width <= 0 else 1 + _count_steps(triton.cdiv(width, CANDIDATES) - 1)
+
+
+N_STEPS = _count_steps(SPAN)
 
 
 def select_blocks(
@@ -99,28 +124,80 @@ def head_blocks(
     local_blocks: int,
     out: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """One launch; arguments as in the operator of this name."""
+    """One launch, or for large maps nine; arguments as in the operator of this name."""
     maps, gamma = maps.contiguous(), gamma.contiguous()
     n_patterns, (n_q, n_k) = len(gamma), maps.shape[1:]
     chosen = _pattern((n_patterns, n_q, n_k), maps, out)
     sound = torch.empty(n_patterns, dtype=torch.bool, device=maps.device)
-    options: dict[str, Any] = HEAD_OPTIONS | {"HAS_INDEX": index is not None}
+    has_index: dict[str, Any] = {"HAS_INDEX": index is not None}
+    inputs = (maps, gamma, gamma if index is None else index.contiguous())
+    results = (chosen.view(torch.uint8), sound.view(torch.uint8))
+    reach, always = _reach(n_query, n_key, block_size), (sink_blocks, local_blocks)
     if n_patterns:
         with device_of(maps):
-            head_kernel[(n_patterns,)](
-                maps,
-                gamma,
-                gamma if index is None else index.contiguous(),
-                chosen.view(torch.uint8),
-                sound.view(torch.uint8),
-                n_q,
-                n_k,
-                *_reach(n_query, n_key, block_size),
-                sink_blocks,
-                local_blocks,
-                **options,
-            )
+            if n_q * n_k >= LARGE_MAP:
+                _search_in_strips(inputs, results, reach, always, STRIP_OPTIONS | has_index)
+            else:
+                head_kernel[(n_patterns,)](
+                    *(*inputs, *results, n_q, n_k, *reach, *always),
+                    **(HEAD_OPTIONS | has_index),
+                )
     return chosen, sound
+
+
+def _search_in_strips(
+    inputs: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    results: tuple[torch.Tensor, torch.Tensor],
+    reach: tuple[int, int],
+    always: tuple[int, int],
+    options: dict[str, Any],
+) -> None:
+    """What `head_kernel` does, by a program for every strip of rows, in a launch for every step."""
+    maps, gamma, index = inputs
+    n_patterns, (n_q, n_k) = len(gamma), maps.shape[1:]
+    n_strips = triton.cdiv(n_q, STRIP_ROWS)
+    sizes, grid = (n_q, n_k, reach[1], n_strips), (n_strips, n_patterns)
+    totals = maps.new_empty((n_patterns, n_strips))
+    peaks = torch.empty_like(totals, dtype=torch.int32)
+    # A step reads what the one before it has written.
+    sums = maps.new_empty((2, n_patterns, CANDIDATES, n_strips))
+    intervals = torch.empty((2, n_patterns, 2), dtype=torch.int32, device=maps.device)
+    total_kernel[grid](maps, index, totals, peaks, *sizes, **_taken(total_kernel, options))
+    new = 0
+    for step in range(N_STEPS):
+        old, new = new, 1 - new
+        is_first: dict[str, Any] = {"IS_FIRST": step == 0}
+        narrow_kernel[grid](
+            *inputs,
+            totals,
+            peaks,
+            intervals[old],
+            intervals[new],
+            sums[old],
+            sums[new],
+            *sizes,
+            **(options | is_first),
+        )
+    mark_kernel[grid](
+        *inputs,
+        totals,
+        peaks,
+        intervals[new],
+        sums[new],
+        *results,
+        n_q,
+        n_k,
+        *reach,
+        n_strips,
+        *always,
+        **_taken(mark_kernel, options),
+    )
+
+
+def _taken(kernel: triton.JITFunction, options: dict[str, Any]) -> dict[str, Any]:
+    """The options that a kernel takes."""
+    known = {*kernel.arg_names, "num_warps"}
+    return {name: value for name, value in options.items() if name in known}
 
 
 def vertical_slash_blocks(
