@@ -58,24 +58,14 @@ def padded_head_dim(head_dim: int) -> int:
     return 64 if head_dim <= 64 else 128
 
 
-def describe_tiles(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> list[Any]:
-    """TMA descriptors of tensors that `refusal` lets pass: half tiles of queries, tiles of others.
-
-    Args:
-        query: `[H, Nq, D]`.
-        key: `[G, Nk, D]`.
-        value: `[G, Nk, D]`.
-    """
-    descriptors = []
-    for tensor, rows in ((query, BLOCK // 2), (key, BLOCK), (value, BLOCK)):
-        shape = tensor.shape
-        kind, fields = _described(rows, padded_head_dim(shape[2]), tensor.dtype)
-        # A descriptor's own checks, which `refusal` has made, take longer than all the rest.
-        descriptor = object.__new__(kind)
-        strides = tile_strides(tensor)
-        descriptor.__dict__.update(fields, base=tensor, shape=list(shape), strides=strides)
-        descriptors.append(descriptor)
-    return descriptors
+def describe_tiles(tensor: torch.Tensor, rows: int) -> Any:
+    """A TMA descriptor of tiles of `rows` rows of `[H, N, D]`, which `refusal` lets pass."""
+    shape = tensor.shape
+    kind, fields = _described(rows, padded_head_dim(shape[2]), tensor.dtype)
+    # A descriptor's own checks, which `refusal` has made, take longer than all the rest.
+    descriptor = object.__new__(kind)
+    descriptor.__dict__.update(fields, base=tensor, shape=list(shape), strides=tile_strides(tensor))
+    return descriptor
 
 
 @lru_cache(maxsize=64)

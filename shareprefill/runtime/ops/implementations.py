@@ -11,13 +11,10 @@ from shareprefill.runtime.ops.inputs import require_triton
 
 ATTENTION = ("reference", "blockwise", "triton", "gluon", "fa4")
 
-# Faster than Triton's, by the first number of the compute capability: from how many keys on, and
-# which, the fastest first. From one run of benchmarks/bench_kernels.py on an H100
-# (docs/performance.md); a GPU without an entry was not measured and gets Triton's. Short calls end
-# before FlashAttention-4's host code has started the next one.
-_FASTER: dict[int, tuple[tuple[int, tuple[str, ...]], ...]] = {
-    9: ((16384, ("fa4", "gluon")), (0, ("gluon",))),
-}
+# Faster than Triton's, by the first number of the compute capability, the fastest first. From one
+# run of benchmarks/bench_kernels.py on an H100 (docs/performance.md); a GPU without an entry was
+# not measured and gets Triton's.
+_FASTER: dict[int, tuple[str, ...]] = {9: ("gluon", "fa4")}
 _NAMES = {
     "fa4": "FlashAttention-4",
     "gluon": "our Hopper kernel",
@@ -53,7 +50,7 @@ def select_attention(
         UnsupportedError: the requested implementation does not take the call.
     """
     if impl == "auto":
-        for name in _faster(query.device, key.shape[1]):
+        for name in _faster(query.device):
             if _refusal(name, query, key, value, block_size) is None:
                 return name
         return "triton" if query.device.type == "cuda" else "blockwise"
@@ -71,7 +68,7 @@ def has_fast_kernel(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, block_size: int
 ) -> bool:
     """Whether "auto" takes a kernel about as fast as the best dense one, block for block."""
-    names = _faster(query.device, key.shape[1])
+    names = _faster(query.device)
     return any(_refusal(name, query, key, value, block_size) is None for name in names)
 
 
@@ -103,37 +100,30 @@ def describe(device: torch.device | str) -> list[Choice]:
             Choice(operator, name, "the version for this device")
             for operator, name in others.items()
         ]
-    choices = [*_describe_attention(device), _describe_pooled(device)]
+    choices = [_describe_attention(device), _describe_pooled(device)]
     return choices + [
         Choice(operator, "triton", "the version for every GPU")
         for operator in ("selection", "vertical_slash_profile")
     ]
 
 
-def _describe_attention(device: torch.device) -> list[Choice]:
-    """One choice for each range of lengths that has one of its own."""
-    ranges = _FASTER.get(_generation(device), ((0, ()),))
-    choices: list[Choice] = []
-    for least, names in ranges:
-        refusals = [(name, unavailable(name, device)) for name in names]
-        refusals.append(("triton", None))
-        chosen = next(place for place, (_, refusal) in enumerate(refusals) if refusal is None)
-        name = refusals[chosen][0]
-        why = f"{_NAMES[name]}, of those that run here the fastest on this GPU generation"
-        if not names:
-            why = f"{_NAMES[name]}; nothing was measured on this GPU generation"
-        where = f"from {least} keys on" if least else "for fewer keys" if len(ranges) > 1 else ""
-        missed = [f"{other} would be faster, but {refusal}" for other, refusal in refusals[:chosen]]
-        reason = "; ".join(filter(None, [why, where, *missed]))
-        choices.append(Choice("block_sparse_attention", name, reason))
-    return choices
+def _describe_attention(device: torch.device) -> Choice:
+    names = _faster(device)
+    refusals = {name: unavailable(name, device) for name in names}
+    chosen = next((name for name in names if refusals[name] is None), "triton")
+    why = f"{_NAMES[chosen]}, of those that run here the fastest on this GPU generation"
+    if not names:
+        why = f"{_NAMES[chosen]}; nothing was measured on this GPU generation"
+    before = names[: names.index(chosen)] if chosen in names else names
+    missed = [f"{name} would be faster, but {refusals[name]}" for name in before]
+    return Choice("block_sparse_attention", chosen, "; ".join([why, *missed]))
 
 
 def _describe_pooled(device: torch.device) -> Choice:
     missing = unavailable("gluon", device)
     if missing is None:
-        return Choice("pooled_attention", "gluon", "for maps with an output; triton for maps alone")
-    return Choice("pooled_attention", "triton", f"gluon, for maps with an output, {missing}")
+        return Choice("pooled_attention", "gluon", "our Hopper kernels; triton with a soft-cap")
+    return Choice("pooled_attention", "triton", f"gluon would be faster, but {missing}")
 
 
 def unavailable(name: str, device: torch.device) -> str | None:
@@ -145,11 +135,8 @@ def unavailable(name: str, device: torch.device) -> str | None:
     return None if reason is None else reason(device)
 
 
-def _faster(device: torch.device, n_keys: int) -> tuple[str, ...]:
-    if device.type != "cuda":
-        return ()
-    ranges = _FASTER.get(_generation(device), ())
-    return next((names for least, names in ranges if n_keys >= least), ())
+def _faster(device: torch.device) -> tuple[str, ...]:
+    return _FASTER.get(_generation(device), ()) if device.type == "cuda" else ()
 
 
 def _generation(device: torch.device) -> int:

@@ -35,17 +35,24 @@ from triton.experimental.gluon._runtime import GluonASTSource
 from shareprefill.runtime.ops.block_sparse_attention import gluon_hopper as sparse
 from shareprefill.runtime.ops.block_sparse_attention.gluon_kernel import block_sparse_hopper_kernel
 from shareprefill.runtime.ops.pooled_attention import gluon_hopper as pooled
+from shareprefill.runtime.ops.pooled_attention import triton as pooling
 from shareprefill.runtime.ops.pooled_attention.gluon_kernel import pooled_hopper_kernel
+from shareprefill.runtime.ops.pooled_attention.gluon_mass import mass_hopper_kernel
+from shareprefill.runtime.ops.tiles import Tiles
 
-ALIGNED = ("p_out", "p_maps", "p_mass", "stride_oh", "stride_on")
+ALIGNED = (
+    "p_out", "p_maps", "p_mass", "p_peaks", "p_q", "stride_oh", "stride_on", "stride_qh",
+    "stride_qn",
+)
 
 def build(kernel, constants, dtype, **options):
     layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=3)
     tile = f"tensordesc<{dtype}[1, %d, {constants['BLOCK_D']}],{layout!r}>"
     types = {
         "q_desc": tile % 64, "k_desc": tile % 128, "v_desc": tile % 128, "p_out": "*" + dtype,
+        "p_q": "*" + dtype, "p_rows": "*i64",
         "p_sinks": "*" + dtype, "scale_log2": "fp32", "softcap_log2": "fp32", "p_heads": "*i64",
-        **dict.fromkeys(["p_lse", "p_maps", "p_mass"], "*fp32"),
+        **dict.fromkeys(["p_lse", "p_maps", "p_mass", "p_peaks"], "*fp32"),
         **dict.fromkeys(["p_offsets", "p_indices", "p_pattern", "p_next"], "*i32"),
     }
     names = kernel.arg_names
@@ -69,6 +76,11 @@ for dim, dtype in ((128, "bf16"), (64, "fp16")):
     )
     constants = pooled.kernel_constants(dim, has_heads=dim == 64, has_sinks=dim == 64)
     built[f"pooled {dtype} {dim}"] = build(pooled_hopper_kernel, constants, dtype, num_warps=4)
+    constants = pooling.mass_constants(
+        dim, 4, 8, 128, Tiles(128, 64, 8, 2), None, has_rows=True, has_heads=dim == 64
+    )
+    constants = pooled.mass_constants(constants)
+    built[f"mass {dtype} {dim}"] = build(mass_hopper_kernel, constants, dtype, num_warps=4)
 print(json.dumps(built))
 """
 
@@ -92,7 +104,7 @@ def test_compiles_for_hopper_without_a_gpu(tmp_path: Path) -> None:
         for instruction in ("wgmma.mma_async", "cp.async.bulk.tensor", "setmaxnreg"):
             assert instruction in built["ptx"], kind
     reports = run.stdout + run.stderr
-    assert reports.count("spill stores") == 4
+    assert reports.count("spill stores") == 6
     # ptxas says so where it lets no two products be under way at one time.
     assert "serialized" not in reports
 
@@ -137,8 +149,8 @@ def test_descriptors_are_those_that_triton_makes() -> None:
     key = torch.zeros(700, 2, 96, dtype=torch.float16).transpose(0, 1)
     value = torch.zeros(2, 1, 64, dtype=torch.bfloat16)
     for columns, tensors in ((128, (query, key, key)), (64, (value, value, value))):
-        made = hopper.describe_tiles(*tensors)
-        for descriptor, tensor, rows in zip(made, tensors, (64, 128, 128), strict=True):
+        for tensor, rows in zip(tensors, (64, 128, 128), strict=True):
+            descriptor = hopper.describe_tiles(tensor, rows)
             strides = hopper.tile_strides(tensor)
             own = TensorDescriptor(
                 tensor, list(tensor.shape), strides, [1, rows, columns], descriptor.layout

@@ -17,9 +17,8 @@ from shareprefill.runtime.ops.implementations import describe, has_fast_kernel, 
 CUDA = torch.device("cuda")
 
 
-def on_a_gpu(n_keys: int) -> torch.Tensor:
-    """What the choice looks at of a tensor on a GPU."""
-    return cast("torch.Tensor", SimpleNamespace(device=CUDA, shape=(2, n_keys, 64)))
+# What the choice looks at of a tensor on a GPU.
+ON_A_GPU = cast("torch.Tensor", SimpleNamespace(device=CUDA, shape=(2, 8192, 64)))
 
 
 def use(monkeypatch: pytest.MonkeyPatch, generation: int, refusals: dict[str, str | None]) -> None:
@@ -29,33 +28,31 @@ def use(monkeypatch: pytest.MonkeyPatch, generation: int, refusals: dict[str, st
         monkeypatch.setattr(implementations, name, lambda impl, *_: refusals.get(impl))
 
 
-def choose(n_keys: int) -> str:
-    tensor = on_a_gpu(n_keys)
-    return select_attention("auto", tensor, tensor, tensor, 128)
+def choose() -> str:
+    return select_attention("auto", ON_A_GPU, ON_A_GPU, ON_A_GPU, 128)
 
 
 def test_the_fastest_that_takes_a_call_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
-    least, names = implementations._FASTER[9][0]
+    names = implementations._FASTER[9]
     use(monkeypatch, 9, {"gluon": None, "fa4": None})
-    assert choose(least) == names[0]
-    assert choose(least - 1) == implementations._FASTER[9][1][1][0]
+    assert choose() == names[0]
     use(monkeypatch, 9, {"gluon": None, "fa4": None} | {names[0]: "not here"})
-    assert choose(least) == names[1]
+    assert choose() == names[1]
     use(monkeypatch, 9, {"gluon": "not here", "fa4": "nor here"})
-    assert choose(least) == "triton"
+    assert choose() == "triton"
     use(monkeypatch, 8, {"gluon": None, "fa4": None})
-    assert choose(least) == "triton"
+    assert choose() == "triton"
 
 
 def test_what_is_as_fast_as_dense_attention(monkeypatch: pytest.MonkeyPatch) -> None:
-    tensor = on_a_gpu(8192)
     for generation, refusals, fast in (
         (9, {"gluon": None}, True),
-        (9, {"gluon": "not here"}, False),
+        (9, {"gluon": "not here", "fa4": None}, True),
+        (9, {"gluon": "not here", "fa4": "nor here"}, False),
         (8, {"gluon": None}, False),
     ):
         use(monkeypatch, generation, refusals)
-        assert has_fast_kernel(tensor, tensor, tensor, 128) is fast
+        assert has_fast_kernel(ON_A_GPU, ON_A_GPU, ON_A_GPU, 128) is fast
     key = torch.zeros(2, 8192, 64)
     assert not has_fast_kernel(key, key, key, 128)
 
@@ -77,18 +74,20 @@ def test_a_cpu_is_described_without_a_gpu() -> None:
 
 
 def test_a_description_names_what_is_missed(monkeypatch: pytest.MonkeyPatch) -> None:
-    use(monkeypatch, 9, {"gluon": None, "fa4": "needs flash-attn-4"})
-    found = [c for c in describe("cuda") if c.operator == "block_sparse_attention"]
-    assert [choice.implementation for choice in found] == ["gluon", "gluon"]
-    least = implementations._FASTER[9][0][0]
-    assert f"from {least} keys on; fa4 would be faster, but needs flash" in found[0].reason
-    assert found[1].reason.endswith("for fewer keys")
+    use(monkeypatch, 9, {"gluon": "not here", "fa4": None})
+    attention = describe("cuda")[0]
+    assert attention.implementation == "fa4"
+    assert attention.reason.endswith("gluon would be faster, but not here")
+    use(monkeypatch, 9, {"gluon": None, "fa4": None})
+    attention = describe("cuda")[0]
+    assert attention.implementation == "gluon"
+    assert "would be faster" not in attention.reason
     pooled = next(c for c in describe("cuda") if c.operator == "pooled_attention")
     assert pooled.implementation == "gluon"
     use(monkeypatch, 8, {"gluon": "needs a Hopper GPU"})
-    found = [c for c in describe("cuda") if c.operator == "block_sparse_attention"]
-    assert [choice.implementation for choice in found] == ["triton"]
-    assert "nothing was measured" in found[0].reason
+    attention = describe("cuda")[0]
+    assert attention.implementation == "triton"
+    assert "nothing was measured" in attention.reason
     pooled = next(c for c in describe("cuda") if c.operator == "pooled_attention")
     assert pooled == ("pooled_attention", "triton", pooled.reason)
     assert "needs a Hopper GPU" in pooled.reason
@@ -96,8 +95,5 @@ def test_a_description_names_what_is_missed(monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.gpu
 def test_the_description_is_what_happens() -> None:
-    found = [c for c in describe("cuda") if c.operator == "block_sparse_attention"]
-    for choice, n_keys in zip(found, (2**20, 1) if len(found) > 1 else (1,), strict=True):
-        key = torch.empty((1, n_keys, 128), dtype=torch.bfloat16, device="cuda")
-        chosen = select_attention("auto", key[:, -1:], key, key, 128)
-        assert chosen == choice.implementation
+    key = torch.empty((1, 8192, 128), dtype=torch.bfloat16, device="cuda")
+    assert select_attention("auto", key, key, key, 128) == describe("cuda")[0].implementation

@@ -71,13 +71,12 @@ def attend(
         has_softcap=softcap is not None,
         has_sinks=sinks is not None,
     )
-    q_desc, k_desc, v_desc = hopper.describe_tiles(query, key, value)
     log2e = 1.0 / math.log(2.0)
     with device_of(query):
         block_sparse_hopper_kernel[(min(lists.n_q * n_heads, multiprocessors(query.device)),)](
-            q_desc,
-            k_desc,
-            v_desc,
+            hopper.describe_tiles(query, hopper.BLOCK // 2),
+            hopper.describe_tiles(key, hopper.BLOCK),
+            hopper.describe_tiles(value, hopper.BLOCK),
             out,
             out if lse is None else lse,
             out if sinks is None else sinks,

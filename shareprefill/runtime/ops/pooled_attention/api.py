@@ -57,7 +57,7 @@ def pooled_attention(
             output; the map is of the attention that goes to keys, so its rows still sum to 1 and
             do not depend on sinks.
         impl: "auto" (on CUDA "gluon" where it can compute this, else "triton"; elsewhere
-            "blockwise"), "reference", "blockwise", "triton", or "gluon": Hopper GPUs, with a value,
+            "blockwise"), "reference", "blockwise", "triton", or "gluon": Hopper GPUs,
             blocks of 128, half precision, head dims 64, 96 and 128, no soft-cap.
 
     Returns:
@@ -84,14 +84,15 @@ def pooled_attention(
     if impl == "gluon" or (is_free and impl == "triton"):
         missing = gluon_hopper.refusal(query, key, value, block_size, softcap)
         if missing is None:
-            assert value is not None
-            return gluon_hopper.pool(query, key, value, block_size, scale, heads, sinks)
-        if impl == "gluon":
+            impl = "gluon"
+        elif impl == "gluon":
             raise UnsupportedError(f"impl='gluon' {missing}; or use impl='auto'")
     if impl == "reference":
         pool = reference.pool
     elif impl == "blockwise":
         pool = blockwise.pool
+    elif impl == "gluon":
+        pool = gluon_hopper.pool
     else:
         from shareprefill.runtime.ops.pooled_attention import triton
 

@@ -13,10 +13,12 @@ import torch
 from shareprefill.runtime.ops import hopper
 from shareprefill.runtime.ops.blocks import count_blocks
 from shareprefill.runtime.ops.devices import device_of
+from shareprefill.runtime.ops.pooled_attention.work import Attended, Division, Masses
 from shareprefill.runtime.ops.tiles import multiprocessors
 
 # Keys and values of heads that run at one time should stay in the 50 MB of L2.
 L2_BYTES = 32 * 2**20
+DIVISION = Division(programs=1, least=8, most=256)
 
 
 def kernel_constants(head_dim: int, *, has_heads: bool, has_sinks: bool) -> dict[str, Any]:
@@ -32,6 +34,17 @@ def kernel_constants(head_dim: int, *, has_heads: bool, has_sinks: bool) -> dict
     }
 
 
+def mass_constants(constants: dict[str, Any]) -> dict[str, Any]:
+    """Compile-time arguments of `mass_hopper_kernel`, from those of `mass_kernel`."""
+    shared = ("SHARED", "PACKED", "ROWS", "PARTS", "SEGMENTS", "HEAD_DIM", "BLOCK_M")
+    block_d = hopper.padded_head_dim(constants["HEAD_DIM"])
+    return {name: constants[name] for name in (*shared, "HAS_ROWS", "HAS_HEADS")} | {
+        "BLOCK_D": block_d,
+        "BLOCK": hopper.BLOCK,
+        "STAGES": 512 // block_d,
+    }
+
+
 def refusal(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -40,14 +53,59 @@ def refusal(
     softcap: float | None,
 ) -> str | None:
     """Why `pool` does not take a call; None where it does."""
-    if value is None:
-        return "computes maps with an output; without value there is impl='triton'"
     if softcap is not None:
         return "has no soft-cap"
-    return hopper.refusal(query, key, value, block_size)
+    return hopper.refusal(query, key, key if value is None else value, block_size)
 
 
 def pool(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor | None,
+    rows: torch.Tensor | None,
+    block_size: int,
+    scale: float,
+    heads: torch.Tensor | None,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+) -> tuple[torch.Tensor | None, torch.Tensor]:
+    """Output and maps of all rows in one launch, or maps of chosen rows in two.
+
+    Arguments as in `pooled_attention`, for calls that `refusal` lets pass.
+    """
+    assert softcap is None
+    heads = None if heads is None else heads.contiguous()
+    with device_of(query):
+        if value is not None:
+            return _pool_all(query, key, value, block_size, scale, heads, sinks)
+        from shareprefill.runtime.ops.pooled_attention.triton import pool_maps
+
+        rows = None if rows is None else rows.contiguous()
+        attended = Attended(query, key, rows, heads, block_size, scale, None)
+        return None, pool_maps(attended, _launch_masses, DIVISION)
+
+
+def _launch_masses(attended: Attended, masses: Masses) -> None:
+    """Starts `mass_hopper_kernel`."""
+    from shareprefill.runtime.ops.pooled_attention.gluon_mass import mass_hopper_kernel
+
+    query = attended.query
+    mass_hopper_kernel[(masses.n_programs,)](
+        query,
+        hopper.describe_tiles(attended.key, hopper.BLOCK),
+        masses.mass,
+        masses.peaks,
+        *masses.chosen,
+        query.stride(0),
+        query.stride(1),
+        *masses.sizes,
+        attended.logit_factors()[0],
+        **mass_constants(masses.constants),
+        num_warps=4,
+    )
+
+
+def _pool_all(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -56,7 +114,7 @@ def pool(
     heads: torch.Tensor | None,
     sinks: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output and maps of all rows in one launch; arguments as in `pooled_attention`."""
+    """Output and maps of all rows."""
     from shareprefill.runtime.ops.pooled_attention.gluon_kernel import pooled_hopper_kernel
 
     n_heads, n_q_tokens, head_dim = query.shape
@@ -70,26 +128,27 @@ def pool(
     programs = min(n_q * n_slots, multiprocessors(query.device))
     mass = query.new_empty(programs * n_k * block_size, dtype=torch.float32)
     unused = maps  # stands in for tensors that the kernel does not touch
-    with device_of(query):
-        pooled_hopper_kernel[(programs,)](
-            *hopper.describe_tiles(query, key, value),
-            out,
-            maps,
-            mass,
-            unused if heads is None else heads.contiguous(),
-            unused if sinks is None else sinks,
-            hopper.draw_counter(query.device),
-            out.stride(0),
-            out.stride(1),
-            n_slots,
-            n_heads // len(key),
-            hopper.heads_at_once(key, n_heads, L2_BYTES),
-            n_q,
-            n_k,
-            n_q_tokens,
-            n_k_tokens,
-            scale / math.log(2.0),
-            **kernel_constants(head_dim, has_heads=heads is not None, has_sinks=sinks is not None),
-            num_warps=4,
-        )
+    pooled_hopper_kernel[(programs,)](
+        hopper.describe_tiles(query, hopper.BLOCK // 2),
+        hopper.describe_tiles(key, hopper.BLOCK),
+        hopper.describe_tiles(value, hopper.BLOCK),
+        out,
+        maps,
+        mass,
+        unused if heads is None else heads,
+        unused if sinks is None else sinks,
+        hopper.draw_counter(query.device),
+        out.stride(0),
+        out.stride(1),
+        n_slots,
+        n_heads // len(key),
+        hopper.heads_at_once(key, n_heads, L2_BYTES),
+        n_q,
+        n_k,
+        n_q_tokens,
+        n_k_tokens,
+        scale / math.log(2.0),
+        **kernel_constants(head_dim, has_heads=heads is not None, has_sinks=sinks is not None),
+        num_warps=4,
+    )
     return out, maps

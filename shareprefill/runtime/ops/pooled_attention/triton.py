@@ -1,22 +1,24 @@
 """Launches of the Triton kernels of pooled attention."""
 
+# The checker does not know how many sizes a launch gets.
+# pyright: reportCallIssue=false
+
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
 import torch
 import triton
 
-from shareprefill.runtime.ops.blocks import count_blocks
 from shareprefill.runtime.ops.devices import device_of
 from shareprefill.runtime.ops.pooled_attention.kernel import (
     mass_kernel,
     means_kernel,
     pooled_kernel,
 )
+from shareprefill.runtime.ops.pooled_attention.work import Attended, Division, Masses
 from shareprefill.runtime.ops.tiles import (
     Tiles,
     check_tile_block_size,
@@ -33,54 +35,9 @@ PROGRAMS_PER_PROCESSOR = 2
 PRIVATE_BYTES = 2**30
 WAVE_BYTES = 2**28
 MEANS_OPTIONS: dict[str, Any] = {"num_warps": 4}
-# Key runs of one program without an output: few enough that all processors are busy to the end,
-# enough to make up for the start of a program.
-LEAST_UNITS, MOST_UNITS = 8, 64
-PROGRAMS_PER_SLOT = 16
+DIVISION = Division(programs=PROGRAMS_PER_PROCESSOR, least=8, most=64)
 # Programs whose maxima and sums are put together at a time.
 SPLITS = 32
-
-
-@dataclass(frozen=True)
-class Attended:
-    """What is computed of which rows; arguments as in `pooled_attention`."""
-
-    query: torch.Tensor
-    key: torch.Tensor
-    rows: torch.Tensor | None
-    heads: torch.Tensor | None
-    block_size: int
-    scale: float
-    softcap: float | None
-
-    @property
-    def shared(self) -> int:
-        """Query heads of a KV head."""
-        return self.query.shape[0] // self.key.shape[0]
-
-    @property
-    def n_slots(self) -> int:
-        """Heads to compute."""
-        return self.query.shape[0] if self.heads is None else len(self.heads)
-
-    @property
-    def n_members(self) -> int:
-        """Rows of a map."""
-        if self.rows is None:
-            return count_blocks(self.query.shape[1], self.block_size)
-        return len(self.rows)
-
-    @property
-    def n_k(self) -> int:
-        """Key blocks."""
-        return count_blocks(self.key.shape[1], self.block_size)
-
-    def logit_factors(self) -> tuple[float, float]:
-        """Factor of the products and of the capped logits, in units of log2."""
-        log2e = 1.0 / math.log(2.0)
-        if self.softcap is None:
-            return self.scale * log2e, 0.0
-        return 2.0 * log2e * self.scale / self.softcap, self.softcap * log2e
 
 
 def row_tiling(rows: int, block_m: int) -> tuple[int, int]:
@@ -268,7 +225,7 @@ def pool(
     attended = Attended(query, key, rows, heads, block_size, scale, softcap)
     with device_of(query):
         if value is None:
-            return None, _pool_maps(attended)
+            return None, pool_maps(attended, _launch_masses, DIVISION)
         return _pool_all(attended, value, sinks)
 
 
@@ -334,8 +291,16 @@ def _pool_all(
     return out, maps.sum(2) if parts > 1 else maps[:, :, 0]
 
 
-def _pool_maps(attended: Attended) -> torch.Tensor:
-    """Maps alone, of all or of chosen rows, in waves of tiles whose masses fit in `WAVE_BYTES`."""
+def pool_maps(
+    attended: Attended, launch: Callable[[Attended, Masses], None], division: Division
+) -> torch.Tensor:
+    """Maps alone, of all or of chosen rows, in waves of tiles whose masses fit in `WAVE_BYTES`.
+
+    Args:
+        attended: What is computed.
+        launch: Starts the kernel of the masses.
+        division: How its programs share the keys.
+    """
     query, key, rows, heads = attended.query, attended.key, attended.rows, attended.heads
     tiles, constants, mean_constants = _mass_settings(
         device_capability(query.device),
@@ -356,40 +321,20 @@ def _pool_maps(attended: Attended) -> torch.Tensor:
     n_tiles = triton.cdiv(n_members * packed, segments) * parts
     n_units = n_k * (attended.block_size // mean_constants["UNIT"])
     wave = max(1, min(n_tiles, WAVE_BYTES // (4 * n_units * tiles.block_m * n_heads_z)))
-    split_units = _split_units(wave * n_heads_z * n_units, query.device)
+    split_units = division.units(wave * n_heads_z * n_units, query.device)
     n_splits = triton.cdiv(n_units, split_units)
     places = wave * n_heads_z
     mass = query.new_empty(places * n_units * tiles.block_m, dtype=torch.float32)
     peaks = query.new_empty(places * n_splits * 2 * tiles.block_m, dtype=torch.float32)
     unused = maps  # stands in for tensors that the kernels do not touch
     chosen = (unused if rows is None else rows, unused if heads is None else heads)
-    factors, launch_options = attended.logit_factors(), tiles.launch_options()
     for end in range(n_tiles, 0, -wave):
         start = max(0, end - wave)
         n_wave = end - start
-        mass_kernel[(n_wave * n_splits * n_heads_z,)](
-            query,
-            key,
-            mass,
-            peaks,
-            *chosen,
-            query.stride(0),
-            query.stride(1),
-            key.stride(0),
-            key.stride(1),
-            n_members,
-            n_heads_z,
-            start,
-            n_wave,
-            n_units,
-            n_splits,
-            split_units,
-            query.shape[1],
-            key.shape[1],
-            *factors,
-            **constants,
-            **launch_options,
-        )
+        tokens = (query.shape[1], key.shape[1])
+        sizes = (n_members, n_heads_z, start, n_wave, n_units, n_splits, split_units, *tokens)
+        n_programs = n_wave * n_splits * n_heads_z
+        launch(attended, Masses(mass, peaks, chosen, n_programs, sizes, constants))
         means_kernel[(n_wave * n_heads_z * segments,)](
             mass,
             peaks,
@@ -410,8 +355,22 @@ def _pool_maps(attended: Attended) -> torch.Tensor:
     return maps.sum(2) if parts > 1 else maps
 
 
-def _split_units(work: int, device: torch.device) -> int:
-    """Key runs of a program, for `work` runs of which the causal half is computed."""
-    slots = PROGRAMS_PER_PROCESSOR * multiprocessors(device)
-    wanted = work // (2 * slots * PROGRAMS_PER_SLOT)
-    return max(LEAST_UNITS, min(MOST_UNITS, wanted))
+def _launch_masses(attended: Attended, masses: Masses) -> None:
+    """Starts `mass_kernel`."""
+    query, key = attended.query, attended.key
+    tiles = mass_tiles(query.shape[2], query.dtype, device_capability(query.device))
+    mass_kernel[(masses.n_programs,)](
+        query,
+        key,
+        masses.mass,
+        masses.peaks,
+        *masses.chosen,
+        query.stride(0),
+        query.stride(1),
+        key.stride(0),
+        key.stride(1),
+        *masses.sizes,
+        *attended.logit_factors(),
+        **masses.constants,
+        **tiles.launch_options(),
+    )
