@@ -49,9 +49,10 @@ IMPLEMENTATION = "shareprefill"
 _DENSE_ROWS = 1024
 
 
-@dataclass(frozen=True)
+# Not frozen: that would take a microsecond more to make, at every layer of every decode step.
+@dataclass(slots=True, eq=False)
 class AttentionCall:
-    """One call of a layer's attention, as transformers makes it.
+    """One call of a layer's attention, as transformers makes it; it is not to be changed.
 
     Attributes:
         module: The attention module.
@@ -260,13 +261,15 @@ def _has_lower_right_kernel(query: Tensor, key: Tensor, value: Tensor) -> bool:
 def _sdpa(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scale: float
 ) -> Tensor:
-    causal = causal and query.shape[2] > 1
-    if query.shape[1] == key.shape[1]:
-        return F.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, is_causal=causal, scale=scale
-        )
+    _, heads, rows, _ = query.shape
     return F.scaled_dot_product_attention(
-        query, key, value, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=True
+        query,
+        key,
+        value,
+        attn_mask=mask,
+        is_causal=causal and rows > 1,
+        scale=scale,
+        enable_gqa=heads != key.shape[1],
     )
 
 
