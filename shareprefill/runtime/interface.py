@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from shareprefill.errors import UnsupportedError
-from shareprefill.runtime.dense import causal_attention, sdpa
+from shareprefill.runtime.dense import causal_attention, sdpa, whole_attention
 from shareprefill.runtime.masks import (
     FactMask,
     MaskFacts,
@@ -126,9 +126,11 @@ class Handler(Protocol):
 
 
 def dense_attention(call: AttentionCall) -> Tensor:
-    """The layer's own attention, exactly as its mask says, through SDPA.
+    """The layer's own attention, exactly as its mask says.
 
-    What is no plain attention (soft-capping, sinks) runs with the model's own function.
+    It runs through SDPA, or where that is faster through lists of all causal blocks, whose results
+    differ in their last bits. What is no plain attention (soft-capping, sinks) runs with the
+    model's own function.
 
     Args:
         call: The layer's inputs.
@@ -143,7 +145,7 @@ def dense_attention(call: AttentionCall) -> Tensor:
         return sdpa(call.query, call.key, call.value, call.mask, call.mask is None, call.scale)
     whole = call.query.shape[2] == call.key.shape[2] and facts.padding is None
     if whole and facts.window is None and facts.packed is None:
-        return sdpa(call.query, call.key, call.value, None, True, call.scale)
+        return whole_attention(call.query, call.key, call.value, call.scale)
     sequences = call.sequences()
     if sequences is None:
         rows, keys = slice(0, call.query.shape[2]), slice(0, call.key.shape[2])
