@@ -43,6 +43,7 @@ from shareprefill.bench.shapes import build_shape
 from shareprefill.bench.synthetic import synthetic_artifact
 from shareprefill.config import RuntimeConfig
 from shareprefill.runtime import interface
+from shareprefill.runtime.dense import causal_attention
 from shareprefill.runtime.masks import FactMask, MaskFacts
 from shareprefill.runtime.ops.block_sparse_attention import block_sparse_attention
 from shareprefill.runtime.orders import Orders
@@ -218,9 +219,7 @@ def density_crossover(tokens: int, device: str) -> dict[str, Any]:
         torch.randn(heads, tokens, DIM, device=device, dtype=kind) for heads in (HEADS, 8, 8)
     )
     scale = DIM**-0.5
-    dense = measure(
-        lambda: interface.causal_attention(query, key, value, scale=scale), device
-    ).median
+    dense = measure(lambda: causal_attention(query, key, value, scale=scale), device).median
     out = torch.empty_like(query)
     ratios: dict[float, float] = {}
     for wanted in (0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0):

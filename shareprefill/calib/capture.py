@@ -74,8 +74,8 @@ def capture(
 ) -> PromptMaps:
     """Runs one prompt through the model and records every full-attention layer's block maps.
 
-    The model's output is its own (SDPA), and its attention implementation is restored. No N x N
-    tensor is made: memory grows with the blocks, `[H, n, n]` a layer.
+    The model's output is that of dense attention, and its attention implementation is restored. No
+    N x N tensor is made: memory grows with the blocks, `[H, n, n]` a layer.
 
     Args:
         model: A transformers decoder, in eval mode.

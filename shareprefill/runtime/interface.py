@@ -16,11 +16,10 @@ from typing import Any, Protocol, cast
 from weakref import WeakKeyDictionary
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.backends.cuda import SDPAParams, can_use_flash_attention
 
 from shareprefill.errors import UnsupportedError
+from shareprefill.runtime.dense import causal_attention, sdpa, whole_attention
 from shareprefill.runtime.masks import (
     FactMask,
     MaskFacts,
@@ -29,11 +28,6 @@ from shareprefill.runtime.masks import (
     lost_facts,
     mask_facts,
 )
-from shareprefill.runtime.ops import hopper
-from shareprefill.runtime.ops.block_sparse_attention import block_sparse_attention
-from shareprefill.runtime.ops.blocks import causal_lists, count_blocks
-from shareprefill.runtime.ops.implementations import has_fast_kernel
-from shareprefill.runtime.ops.tiles import multiprocessors
 from shareprefill.runtime.own_attention import (
     Extras,
     is_causal,
@@ -45,13 +39,11 @@ from shareprefill.runtime.own_attention import (
 
 IMPLEMENTATION = "shareprefill"
 
-# Rows of a masked dense attention computed at once: bounds the mask at this many rows of all keys.
-_DENSE_ROWS = 1024
 
-
-@dataclass(frozen=True)
+# Not frozen: that would take a microsecond more to make, at every layer of every decode step.
+@dataclass(slots=True, eq=False)
 class AttentionCall:
-    """One call of a layer's attention, as transformers makes it.
+    """One call of a layer's attention, as transformers makes it; it is not to be changed.
 
     Attributes:
         module: The attention module.
@@ -134,9 +126,11 @@ class Handler(Protocol):
 
 
 def dense_attention(call: AttentionCall) -> Tensor:
-    """The layer's own attention, exactly as its mask says, through SDPA.
+    """The layer's own attention, exactly as its mask says.
 
-    What is no plain attention (soft-capping, sinks) runs with the model's own function.
+    It runs through SDPA, or where that is faster through lists of all causal blocks, whose results
+    differ in their last bits. What is no plain attention (soft-capping, sinks) runs with the
+    model's own function.
 
     Args:
         call: The layer's inputs.
@@ -148,15 +142,15 @@ def dense_attention(call: AttentionCall) -> Tensor:
         return _own_dense(call)
     facts = call.facts
     if facts is None:
-        return _sdpa(call.query, call.key, call.value, call.mask, call.mask is None, call.scale)
+        return sdpa(call.query, call.key, call.value, call.mask, call.mask is None, call.scale)
     whole = call.query.shape[2] == call.key.shape[2] and facts.padding is None
     if whole and facts.window is None and facts.packed is None:
-        return _sdpa(call.query, call.key, call.value, None, True, call.scale)
+        return whole_attention(call.query, call.key, call.value, call.scale)
     sequences = call.sequences()
     if sequences is None:
         rows, keys = slice(0, call.query.shape[2]), slice(0, call.key.shape[2])
         mask = bool_mask(facts, call.query.shape[0], rows, keys, call.query.device)
-        return _sdpa(call.query, call.key, call.value, mask, False, call.scale)
+        return sdpa(call.query, call.key, call.value, mask, False, call.scale)
     return by_sequence(
         call,
         sequences,
@@ -187,87 +181,6 @@ def by_sequence(
     for sequence in sequences:
         out[sequence.row, :, sequence.query] = attend(sequence)
     return out
-
-
-def causal_attention(
-    query: Tensor, key: Tensor, value: Tensor, *, scale: float, window: int | None = None
-) -> Tensor:
-    """Dense causal attention of one sequence whose last query row is its last key.
-
-    Args:
-        query: `[H, Nq, D]`.
-        key: `[G, Nk, D]`, Nk >= Nq.
-        value: `[G, Nk, Dv]`.
-        scale: Factor on the logits.
-        window: Keys that a query sees, itself among them; None for all.
-
-    Returns:
-        `[H, Nq, Dv]`.
-    """
-    n_query, n_key = query.shape[1], key.shape[1]
-    if n_query == n_key and window is None:
-        return _sdpa(query[None], key[None], value[None], None, True, scale)[0]
-    if window is None and _is_faster_in_blocks(query, key, value):
-        lists = causal_lists(n_query, n_key - n_query, hopper.BLOCK, len(query), query.device)
-        # Tokens first, as the model reads it.
-        out = query.new_empty((n_query, len(query), value.shape[2])).transpose(0, 1)
-        return block_sparse_attention(query, key, value, lists, scale=scale, out=out)
-    if window is None and _has_lower_right_kernel(query, key, value):
-        # It imports torch's compiler: seconds, at the first call instead of at every start.
-        from torch.nn.attention.bias import causal_lower_right
-
-        bias = causal_lower_right(n_query, n_key)
-        return F.scaled_dot_product_attention(
-            query[None], key[None], value[None], attn_mask=bias, scale=scale, enable_gqa=True
-        )[0]
-    pieces = []
-    for start in range(0, n_query, _DENSE_ROWS):
-        rows = torch.arange(start, min(start + _DENSE_ROWS, n_query), device=query.device)
-        positions = rows + (n_key - n_query)
-        low = 0 if window is None else max(0, start + n_key - n_query - window + 1)
-        high = int(n_key - n_query + start + len(rows))
-        columns = torch.arange(low, high, device=query.device)
-        mask = columns[None, :] <= positions[:, None]
-        if window is not None:
-            mask &= columns[None, :] > positions[:, None] - window
-        piece = query[None, :, start : start + len(rows)]
-        pieces.append(
-            _sdpa(piece, key[None, :, low:high], value[None, :, low:high], mask, False, scale)[0]
-        )
-    return torch.cat(pieces, dim=1)
-
-
-def _is_faster_in_blocks(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    """Whether lists of all causal blocks take less time than SDPA does for fewer rows than keys.
-
-    SDPA has FlashAttention-2 for them (docs/performance.md), which divides the keys among programs
-    where query tiles are too few for a GPU.
-    """
-    if not has_fast_kernel(query, key, value, hopper.BLOCK):
-        return False
-    tiles = len(query) * count_blocks(query.shape[1], hopper.BLOCK)
-    return tiles >= multiprocessors(query.device)
-
-
-def _has_lower_right_kernel(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    """Whether a GPU's flash kernel takes fewer queries than keys, aligned at the end."""
-    if query.device.type != "cuda" or query.shape[-1] != value.shape[-1]:
-        return False
-    parts = (query[None], key[None], value[None])
-    return can_use_flash_attention(SDPAParams(*parts, None, 0.0, False, True))
-
-
-def _sdpa(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scale: float
-) -> Tensor:
-    causal = causal and query.shape[2] > 1
-    if query.shape[1] == key.shape[1]:
-        return F.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, is_causal=causal, scale=scale
-        )
-    return F.scaled_dot_product_attention(
-        query, key, value, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=True
-    )
 
 
 def _own_dense(call: AttentionCall) -> Tensor:

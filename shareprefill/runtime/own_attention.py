@@ -78,12 +78,12 @@ def own_reason(module: nn.Module, options: Mapping[str, Any]) -> str | None:
         UnsupportedError: it needs the model's own function, and there is none that knows all of
             the call's options.
     """
-    active = active_options(options)
-    reasons = [_WORDS.get(name, f"the option {name!r}") for name in sorted(active)]
-    if not is_causal(module, options):
-        reasons.append("attention that is not causal")
-    if not reasons:
+    active, causal = active_options(options), is_causal(module, options)
+    if causal and not active:
         return None
+    reasons = [_WORDS.get(name, f"the option {name!r}") for name in sorted(active)]
+    if not causal:
+        reasons.append("attention that is not causal")
     reason = " and ".join(reasons)
     function = _own_function(module)
     unknown = [name for name in sorted(active) if function and not _knows(function, name)]

@@ -98,14 +98,6 @@ class SessionReport:
     layers: tuple[LayerReport, ...]
 
 
-@dataclass(frozen=True)
-class _Dense:
-    """A prefill of one layer that ran dense: `blocks` causal blocks a head."""
-
-    layer: int
-    blocks: int
-
-
 class Session:
     """Runs a model's prefills sparse while it is entered; see `share_prefill`."""
 
@@ -127,7 +119,8 @@ class Session:
         self._pass = _Pass()
         self._lock = threading.Lock()
         self._records: list[LayerRecord] = []
-        self._dense: list[_Dense] = []
+        # Prefills that ran dense, by layer, query rows and keys.
+        self._dense: Counter[tuple[int, int, int]] = Counter()
         self._contexts: list[AbstractContextManager[None]] = []
 
     def __enter__(self) -> Self:
@@ -154,7 +147,7 @@ class Session:
     def report(self) -> SessionReport:
         """What was done since the session began or was last reset."""
         with self._lock:
-            records, dense = list(self._records), list(self._dense)
+            records, dense = list(self._records), self._dense.copy()
         records = on_host(records, self.orders)
         totals = [
             _Totals(self.plan, n, [r for r in records if r.layer == n])
@@ -163,13 +156,16 @@ class Session:
         heads = len(self.orders.heads)
         computed = sum(t.blocks.sum().item() for t in totals)
         causal = sum(r.causal * heads for r in records)
-        skipped_nothing = sum(d.blocks * heads for d in dense)
+        skipped_nothing = sum(
+            count * heads * count_causal_blocks(n_query, n_key - n_query, self.plan.block_size)
+            for (_, n_query, n_key), count in dense.items()
+        )
         taken = sum((t.taken for t in totals), Counter[str]())
         work = sum(t.work for t in totals)
-        first = min({r.layer for r in records} | {d.layer for d in dense}, default=0)
+        first = min({r.layer for r in records} | {layer for layer, _, _ in dense}, default=0)
         return SessionReport(
             prefills=sum(r.layer == first for r in records),
-            dense_prefills=sum(d.layer == first for d in dense),
+            dense_prefills=sum(n for (layer, _, _), n in dense.items() if layer == first),
             density=_ratio(computed + skipped_nothing, causal + skipped_nothing),
             selection_work=_ratio(work, causal + skipped_nothing),
             policies=dict(sorted(taken.items())),
@@ -184,11 +180,11 @@ class Session:
     def _attend(self, call: AttentionCall) -> Tensor:
         n_query, n_key = call.query.shape[2], call.key.shape[2]
         device = call.query.device
+        sequences, sparse = None, []
         # No sequence is longer than the call: short ones need not be found.
-        sequences = None
-        if call.is_shareable and self._is_worth_it(n_query, n_key, device):
+        if self._is_worth_it(n_query, n_key, device) and call.is_shareable:
             sequences = call.sequences()
-        sparse = [s for s in sequences or () if self._is_worth_it(*s.lengths, device)]
+            sparse = [s for s in sequences or () if self._is_worth_it(*s.lengths, device)]
         if sequences is None or not sparse:
             if n_query > 1:
                 self._book_dense(call.layer, n_query, n_key)
@@ -244,9 +240,8 @@ class Session:
         return state
 
     def _book_dense(self, layer: int, n_query: int, n_key: int) -> None:
-        blocks = count_causal_blocks(n_query, n_key - n_query, self.plan.block_size)
         with self._lock:
-            self._dense.append(_Dense(layer, blocks))
+            self._dense[layer, n_query, n_key] += 1
 
 
 _States = dict[tuple[int, int], ForwardState]

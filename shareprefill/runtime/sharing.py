@@ -13,7 +13,7 @@ from torch import Tensor
 
 from shareprefill.errors import DataError
 from shareprefill.runtime.crossover import crossover
-from shareprefill.runtime.interface import causal_attention
+from shareprefill.runtime.dense import causal_attention
 from shareprefill.runtime.online import choose_online
 from shareprefill.runtime.ops.block_sparse_attention import block_sparse_attention
 from shareprefill.runtime.ops.blocks import BlockLists

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -84,6 +85,21 @@ def test_report_counts_what_was_done(model: Any) -> None:
     assert all(0.5 < r <= 1 for layer in report.layers for r in layer.recall or ())
     assert report.thresholds == {"gamma": 0.6, "slack": None, "delta": 0.3}
     assert session.report().prefills == 0
+
+
+@torch.no_grad()
+def test_report_weighs_every_dense_prefill(model: Any) -> None:
+    config = replace(SPARSE, min_tokens=100)
+    with share_prefill(model, tiny_artifact(model, POLICIES), config) as session:
+        model(input_ids=token_ids(1, 160))
+        sparse = session.report().density
+        for tokens in (40, 90, 40):
+            model(input_ids=token_ids(1, tokens))
+    report = session.report()
+    assert (report.prefills, report.dense_prefills) == (1, 3)
+    # 10, 3, 6 and 3 rows of blocks have 55, 6, 21 and 6 causal ones.
+    assert sparse < 0.99
+    assert report.density == pytest.approx((55 * sparse + 6 + 21 + 6) / 88)
 
 
 def test_short_prompts_and_decode_steps_run_dense(model: Any) -> None:

@@ -366,6 +366,18 @@ def test_a_layer_of_dense_heads_is_one_call_of_sdpa(
     torch.testing.assert_close(found, dense(inputs), rtol=1e-4, atol=1e-4)
 
 
+def test_a_layer_of_dense_heads_may_be_one_launch_of_lists(
+    model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs = tensors(130, 130)
+    monkeypatch.setattr(sharing, "block_sparse_attention", None)
+    monkeypatch.setattr("shareprefill.runtime.dense._is_faster_in_blocks", lambda *_: True)
+    monkeypatch.setattr("shareprefill.runtime.dense.sdpa", None)
+    found, _, _ = run(model, [[D] * 4] * 2, inputs)
+    torch.testing.assert_close(found, dense(inputs), rtol=1e-4, atol=1e-4)
+    assert found.transpose(0, 1).is_contiguous()
+
+
 @pytest.mark.parametrize("row", [[P, S, R, V], [D] * 4])
 def test_no_n_by_n_tensor_is_made(model: Any, row: list[Policy]) -> None:
     tokens = 3000
