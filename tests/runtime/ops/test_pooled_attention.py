@@ -244,9 +244,10 @@ def test_softcap_and_sinks(heads: list[int] | None, impl: str) -> None:
 @pytest.mark.interpreter
 def test_triton_splits_keys_and_rows_over_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     from shareprefill.runtime.ops.pooled_attention import triton
+    from shareprefill.runtime.ops.pooled_attention.work import Division
 
     query, key, _ = inputs((2, 1, 100, 111, 16, 16, 16), torch.float32)
-    monkeypatch.setattr(triton, "LEAST_UNITS", 2)
+    monkeypatch.setattr(triton, "DIVISION", Division(programs=1, least=2, most=2))
     monkeypatch.setattr(triton, "SPLITS", 2)
     triton._mass_settings.cache_clear()
     monkeypatch.setattr(triton, "WAVE_BYTES", 1)
