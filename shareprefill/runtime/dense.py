@@ -17,10 +17,11 @@ from shareprefill.runtime.ops.tiles import multiprocessors
 _DENSE_ROWS = 1024
 
 # From where on lists of all causal blocks take less time than SDPA does for whole sequences: one
-# H100, 32 / 8 heads, D=128, commit f959e80: .138 ms against .162 at 3072 tokens, .103 against .084
-# at 2048, where they wait for the host. What a launch costs there is the same for fewer or smaller
-# heads: they need as much work as was measured, D times the causal blocks of all heads.
-_WHOLE_TOKENS = 3072
+# H100, 32 / 8 heads, D=128, commit 30d13c9: .227 ms a layer against .262 at 4096 tokens, .185
+# against .163 at 3072, where they wait for the host. What a launch costs there is the same for
+# fewer or smaller heads: they need as much work as was measured, D times the causal blocks of all
+# heads.
+_WHOLE_TOKENS = 4096
 _WHOLE_WORK = 128 * 32 * count_causal_blocks(_WHOLE_TOKENS, 0, hopper.BLOCK)
 
 

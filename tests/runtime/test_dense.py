@@ -51,14 +51,14 @@ def test_few_query_tiles_stay_with_sdpa(
     ("heads", "tokens", "dim", "faster"),
     [
         (32, 1, 128, False),
-        (32, 3071, 128, False),
-        (32, 3072, 128, True),
-        (64, 3071, 128, False),
-        # As much work as 32 heads of 3072 tokens, D=128.
-        (32, 3072, 64, False),
-        (32, 4480, 64, True),
-        (8, 6144, 128, False),
-        (8, 6145, 128, True),
+        (32, 4095, 128, False),
+        (32, 4096, 128, True),
+        (64, 4095, 128, False),
+        # As much work as 32 heads of 4096 tokens, D=128.
+        (32, 5760, 64, False),
+        (32, 5761, 64, True),
+        (8, 8192, 128, False),
+        (8, 8193, 128, True),
     ],
 )
 def test_short_prompts_stay_with_sdpa(
@@ -75,10 +75,10 @@ def test_the_kernel_is_asked_about_one_sequence_in_blocks_of_its_size(
 ) -> None:
     asked: list[Any] = []
     monkeypatch.setattr(dense, "has_fast_kernel", lambda *call: bool(asked.append(call)))
-    dense._is_faster_in_blocks(*sizes(32, 4000, 4000, 128))
+    dense._is_faster_in_blocks(*sizes(32, 5000, 5000, 128))
     ((query, key, value, block_size),) = asked
-    assert query.shape == (32, 4000, 128)
-    assert key.shape == value.shape == (8, 4000, 128)
+    assert query.shape == (32, 5000, 128)
+    assert key.shape == value.shape == (8, 5000, 128)
     assert block_size == 128
 
 
@@ -176,7 +176,7 @@ def test_chunks_on_a_gpu(
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("tokens", "dim"), [(3137, 128), (3521, 96), (4481, 64), (3000, 128)])
+@pytest.mark.parametrize(("tokens", "dim"), [(4129, 128), (4737, 96), (5793, 64), (4000, 128)])
 def test_whole_prompts_on_a_gpu(
     tokens: int, dim: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -199,7 +199,7 @@ def test_whole_prompts_on_a_gpu(
     for _ in range(2):
         launches.clear()
         found = dense_attention(call)
-        in_blocks = tokens > 3072 and hopper.unavailable(query.device) is None
+        in_blocks = tokens >= 4096 and hopper.unavailable(query.device) is None
         assert len(launches) == 2 * in_blocks
         assert found.transpose(1, 2).is_contiguous() or not in_blocks
         for row in range(2):
