@@ -412,6 +412,30 @@ def test_compiled_versions_equal_the_reference(shape: tuple[int, int, int]) -> N
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("has_index", [False, True])
+def test_long_prompts_compile_nothing_anew(
+    has_index: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import triton
+
+    def choose(n_tokens: int, n_patterns: int) -> None:
+        shape = (n_tokens, n_tokens, 128)
+        maps = torch.rand(n_patterns, n_tokens // 128, n_tokens // 128, device="cuda")
+        gamma = torch.full((n_patterns,), 0.5, device="cuda")
+        index = torch.arange(n_patterns, device="cuda") if has_index else None
+        head_blocks(maps, gamma, index, **geometry(shape))
+
+    choose(2048, 2)
+    compiled = []
+    monkeypatch.setattr(
+        triton.knobs.runtime, "jit_post_compile_hook", lambda **call: compiled.append(call)
+    )
+    for n_tokens, n_patterns in ((4096, 1), (65536, 1), (65536 + 128, 3), (131072, 2)):
+        choose(n_tokens, n_patterns)
+    assert not compiled
+
+
+@pytest.mark.gpu
 def test_a_graph_of_all_functions_can_be_captured() -> None:
     shape = (4000, 4100, 128)
     maps = random_maps(4, shape, device="cuda")

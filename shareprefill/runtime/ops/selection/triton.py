@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -138,11 +139,26 @@ def head_blocks(
             if n_q * n_k >= LARGE_MAP:
                 _search_in_strips(inputs, results, reach, always, STRIP_OPTIONS | has_index)
             else:
+                if maps.is_cuda:
+                    _compile_strips(maps.device, index is not None)
                 head_kernel[(n_patterns,)](
                     *(*inputs, *results, n_q, n_k, *reach, *always),
                     **(HEAD_OPTIONS | has_index),
                 )
     return chosen, sound
+
+
+@lru_cache(maxsize=64)
+def _compile_strips(device: torch.device, has_index: bool) -> None:
+    """Searches a map of one entry: the first long prompt then finds its kernels compiled."""
+    maps, gamma = torch.ones((1, 1, 1), device=device), torch.ones(1, device=device)
+    index = torch.zeros(1, dtype=torch.int64, device=device) if has_index else gamma
+    results = (
+        torch.empty_like(maps, dtype=torch.uint8),
+        torch.empty(1, dtype=torch.uint8, device=device),
+    )
+    options = STRIP_OPTIONS | {"HAS_INDEX": has_index}
+    _search_in_strips((maps, gamma, index), results, _reach(1, 1, 16), (0, 0), options)
 
 
 def _search_in_strips(
@@ -161,7 +177,10 @@ def _search_in_strips(
     peaks = torch.empty_like(totals, dtype=torch.int32)
     # A step reads what the one before it has written.
     sums = maps.new_empty((2, n_patterns, CANDIDATES, n_strips))
-    intervals = torch.empty((2, n_patterns, 2), dtype=torch.int32, device=maps.device)
+    # Both begin at 16 bytes: Triton compiles kernels anew for other addresses.
+    intervals = [
+        torch.empty((n_patterns, 2), dtype=torch.int32, device=maps.device) for _ in range(2)
+    ]
     total_kernel[grid](maps, index, totals, peaks, *sizes, **_taken(total_kernel, options))
     new = 0
     for step in range(N_STEPS):
