@@ -147,7 +147,7 @@ def _gpu_tests() -> list[Path]:
 def _memcheck() -> tuple[str, ...]:
     checker = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     # A test lets an allocation fail on purpose.
-    return (checker, "--report-api-errors", "no", "--error-exitcode", "9", "--tool", "memcheck")
+    return (checker, "--tool", "memcheck", "--report-api-errors", "no", "--error-exitcode", "9")
 
 
 class Machine:

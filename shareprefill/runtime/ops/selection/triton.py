@@ -139,7 +139,7 @@ def head_blocks(
             if n_q * n_k >= LARGE_MAP:
                 _search_in_strips(inputs, results, reach, always, STRIP_OPTIONS | has_index)
             else:
-                if maps.is_cuda:
+                if maps.is_cuda:  # the interpreter compiles nothing
                     _compile_strips(maps.device, index is not None)
                 head_kernel[(n_patterns,)](
                     *(*inputs, *results, n_q, n_k, *reach, *always),
@@ -158,7 +158,7 @@ def _compile_strips(device: torch.device, has_index: bool) -> None:
         torch.empty(1, dtype=torch.uint8, device=device),
     )
     options = STRIP_OPTIONS | {"HAS_INDEX": has_index}
-    _search_in_strips((maps, gamma, index), results, _reach(1, 1, 16), (0, 0), options)
+    _search_in_strips((maps, gamma, index), results, (0, 0), (0, 0), options)
 
 
 def _search_in_strips(
