@@ -17,8 +17,8 @@ class Crossover:
 
     Attributes:
         tokens: Keys below which a prefill runs dense by itself.
-        density: Computed blocks over causal blocks above which a head's dense attention takes less
-            time than its pattern.
+        density: Computed blocks over causal blocks above which a head is computed densely: its
+            pattern takes more time, or so little less that it is not worth what it loses.
         source: What it was measured on.
         is_measured: Whether that is this kind of device.
     """
@@ -34,8 +34,12 @@ class Crossover:
 _CPU = Crossover(5120, 0.6, "2 CPU cores, sp-ref and sp-tiny, end to end")
 # Choosing patterns takes 2.3 to 2.8 ms of host time a layer, dense attention 2.0 ms at 12K tokens
 # and 3.4 at 16K. Between the linear layers of a model of 8B, which hide that time, sharing gains
-# from 6K on; other models have smaller ones. A block takes about as long as in dense attention.
-_HOPPER = Crossover(16384, 0.95, "one H100, a layer of 32 heads, D=128, commit 30d13c9")
+# from 6K on; other models have smaller ones. A block takes about as long as in dense attention,
+# but with 0.95 for 0.7 sp-ref's artifact of most sharing heads loses 6.7 points of retr_kv for .010
+# of density (docs/findings.md).
+_HOPPER = Crossover(
+    16384, 0.7, "one H100: a layer of 32 heads, D=128 (30d13c9), and sp-ref's answers (5e089ea)"
+)
 # By the first number of the compute capability.
 _GPUS = {9: _HOPPER}
 
