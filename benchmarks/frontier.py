@@ -26,8 +26,7 @@ import json
 import math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,6 +36,7 @@ from shareprefill.calib.tasks import generate
 from shareprefill.clustering.distances import gamma_patterns, jaccard_distances
 from shareprefill.clustering.hierarchy import build_linkage, cut
 from shareprefill.models import load_model, load_tokenizer
+from shareprefill.runtime.geometry import Geometry
 from shareprefill.runtime.interface import AttentionCall, attached, dense_attention
 from shareprefill.runtime.ops.block_sparse_attention import block_sparse_attention
 from shareprefill.runtime.ops.blocks import BlockLists
@@ -49,7 +49,6 @@ from shareprefill.runtime.policies.oracle import Oracle
 from shareprefill.runtime.policies.sampled import sampled_maps, sampling_work
 from shareprefill.runtime.policies.smoothed import Level
 from shareprefill.runtime.policies.streaming import Streaming
-from shareprefill.runtime.state import Geometry
 
 TASKS = (
     *("retr_kv", "retr_passkey", "retr_number", "math_find", "code_run", "variable_tracking"),
@@ -206,8 +205,14 @@ class Probe:
 def layer_inputs(call: AttentionCall, block_size: int) -> LayerInputs:
     """A call's tensors as a policy sees them."""
     query, key = call.query[0], call.key[0]
-    rules = SimpleNamespace(block_size=block_size, sink_blocks=1, local_blocks=2)
-    geometry = Geometry(query.shape[1], key.shape[1], cast(Any, rules), query.device)
+    geometry = Geometry(
+        query.shape[1],
+        key.shape[1],
+        query.device,
+        block_size=block_size,
+        sink_blocks=1,
+        local_blocks=2,
+    )
     return LayerInputs(query, key, call.scale, geometry)
 
 

@@ -20,7 +20,7 @@ from shareprefill.runtime.plan import HeadPlan, RuntimePlan
 from shareprefill.runtime.policies import POLICIES
 from shareprefill.runtime.policies.base import LayerInputs
 from shareprefill.runtime.sharing import LayerPass
-from shareprefill.runtime.state import ForwardState, Geometry
+from shareprefill.runtime.state import ForwardState
 
 HEADS, KV_HEADS, DIM, BLOCK = 32, 8, 128, 128
 HOT_TOKENS, STRENGTH = 32, 11.0
@@ -224,7 +224,7 @@ class Structured:
     def layer(self, plan: RuntimePlan) -> Callable[[], LayerPass]:
         """Makes a layer's pass, after the geometry of the forward pass is made."""
         orders = Orders(plan)
-        geometry = Geometry(self.tokens, self.tokens, plan, self.query.device)
+        geometry = plan.geometry(self.tokens, self.tokens, self.query.device)
         inputs = LayerInputs(self.query, self.key, DIM**-0.5, geometry)
         return lambda: LayerPass(plan, 0, ForwardState(geometry, orders), inputs, self.value)
 

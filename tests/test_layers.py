@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -79,6 +80,37 @@ def test_the_runtime_needs_no_offline_library(path: Path) -> None:
 def test_operators_are_a_leaf(path: Path) -> None:
     ours = {n for n in imports_of(path) if n.startswith("shareprefill.")}
     assert all(n.startswith(("shareprefill.runtime.ops", "shareprefill.errors")) for n in ours)
+
+
+def module_of(path: Path) -> str:
+    parts = ("shareprefill", *path.relative_to(PACKAGE).with_suffix("").parts)
+    return ".".join(parts).removesuffix(".__init__")
+
+
+def import_graph() -> dict[str, set[str]]:
+    """Module -> the modules of the package that it names in any import, also in functions."""
+    names = {module_of(path) for path in FILES}
+    graph: dict[str, set[str]] = {}
+    for path in FILES:
+        used = set()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                used |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                # `from package import module` uses the module, not the package.
+                members = {f"{node.module}.{alias.name}" for alias in node.names}
+                used |= {node.module or ""} if members - names else members
+                used |= members
+        graph[module_of(path)] = (used & names) - {module_of(path)}
+    return graph
+
+
+def test_no_imports_form_a_circle() -> None:
+    """A file can be read after the files that it uses."""
+    try:
+        TopologicalSorter(import_graph()).prepare()
+    except CycleError as error:
+        pytest.fail(" -> ".join(error.args[1]))
 
 
 @pytest.mark.parametrize(

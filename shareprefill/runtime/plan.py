@@ -6,8 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
+import torch
+
 from shareprefill.artifact import Artifact, Policy
 from shareprefill.config import RuntimeConfig
+from shareprefill.runtime.geometry import Geometry
 from shareprefill.runtime.policies import POLICIES
 from shareprefill.runtime.policies.base import SelectionPolicy
 
@@ -92,6 +95,17 @@ class RuntimePlan:
     local_blocks: int
     max_density: float | None
     refuse_nonfinite: bool
+
+    def geometry(self, n_query: int, n_key: int, device: torch.device) -> Geometry:
+        """The blocks of `n_query` queries at the end of `n_key` keys, as this plan cuts them."""
+        return Geometry(
+            n_query,
+            n_key,
+            device,
+            block_size=self.block_size,
+            sink_blocks=self.sink_blocks,
+            local_blocks=self.local_blocks,
+        )
 
 
 def make_plan(artifact: Artifact, config: RuntimeConfig) -> RuntimePlan:

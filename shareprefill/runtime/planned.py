@@ -13,6 +13,7 @@ import math
 import torch
 from torch import Tensor
 
+from shareprefill.runtime.geometry import Geometry
 from shareprefill.runtime.ops.pooled_attention import pooled_attention
 from shareprefill.runtime.ops.selection import (
     covered_mass,
@@ -28,7 +29,7 @@ from shareprefill.runtime.policies.sampled import sampled_maps, sampling_work
 from shareprefill.runtime.policies.smoothed import smoothed_maps
 from shareprefill.runtime.policies.vertical_slash import profile_work, profiles
 from shareprefill.runtime.records import Choice, Decision
-from shareprefill.runtime.state import ForwardState, Geometry
+from shareprefill.runtime.state import ForwardState
 
 
 class PlannedChoice:

@@ -35,7 +35,7 @@ from shareprefill.runtime.plan import RuntimePlan, make_plan
 from shareprefill.runtime.policies.base import LayerInputs
 from shareprefill.runtime.records import LayerRecord, on_host
 from shareprefill.runtime.sharing import LayerPass
-from shareprefill.runtime.state import ForwardState, Geometry
+from shareprefill.runtime.state import ForwardState
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -232,7 +232,7 @@ class Session:
                     "were expected: use tensor parallelism that divides every attention layer by "
                     "its heads, or none"
                 )
-            geometry = Geometry(query.shape[1], key.shape[1], self.plan, query.device)
+            geometry = self.plan.geometry(query.shape[1], key.shape[1], query.device)
             state = ForwardState(geometry, self.orders, self.shard)
         elif state.geometry.device != query.device:
             state = _moved(state, self.plan, query.device)
@@ -271,10 +271,7 @@ class _Pass(threading.local):
 
 def _moved(state: ForwardState, plan: RuntimePlan, device: torch.device) -> ForwardState:
     """A state on another device: with a device_map, layers are on several."""
-    old = state.geometry
-    moved = ForwardState(
-        Geometry(old.n_query, old.n_key, plan, device), state.orders, state.exchange
-    )
+    moved = ForwardState(state.geometry.to(device), state.orders, state.exchange)
     if plan.online:
         moved.maps, moved.elected = state.maps.to(device), state.elected.to(device)
     else:

@@ -1,100 +1,16 @@
-"""What the layers of one forward pass of one sequence share: its geometry and its pivots."""
+"""What the layers of one forward pass of one sequence share: its pivots."""
 
 from __future__ import annotations
 
 from functools import cached_property
-from typing import Protocol, TypedDict
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from shareprefill.runtime.ops.blocks import causal_blocks, count_blocks, count_causal_blocks
-from shareprefill.runtime.ops.pooled_attention import sample_rows
+from shareprefill.runtime.geometry import Geometry
 from shareprefill.runtime.ops.selection import head_blocks
 from shareprefill.runtime.orders import LayerOrders, Orders
-from shareprefill.runtime.patterns import always_blocks
-from shareprefill.runtime.plan import RuntimePlan
-
-
-class Sizes(TypedDict):
-    """Tokens, and those of a block, as the operators of selection name them."""
-
-    n_query: int
-    n_key: int
-    block_size: int
-
-
-class Reads(Sizes):
-    """The same with the blocks that are always read."""
-
-    sink_blocks: int
-    local_blocks: int
-
-
-class Geometry:
-    """Blocks and rows of `n_query` queries at the end of `n_key` keys; made once, used by layers.
-
-    Args:
-        n_query: Query rows, in tokens.
-        n_key: Keys, in tokens; query row i is at position n_key - n_query + i.
-        plan: Block size, and the blocks that are always read.
-        device: Where tensors are made.
-
-    Attributes:
-        sizes: The sizes, as keyword arguments of an operator of selection.
-        reads: The same with the blocks that are always read.
-    """
-
-    def __init__(self, n_query: int, n_key: int, plan: RuntimePlan, device: torch.device) -> None:
-        self.n_query, self.n_key, self.device = n_query, n_key, device
-        self.block_size = plan.block_size
-        self._rows: dict[int, Tensor] = {}
-        self.sizes = Sizes(n_query=n_query, n_key=n_key, block_size=plan.block_size)
-        self.reads = Reads(
-            **self.sizes, sink_blocks=plan.sink_blocks, local_blocks=plan.local_blocks
-        )
-
-    @cached_property
-    def causal(self) -> Tensor:
-        """Causal blocks, bool `[n_q, n_k]`."""
-        offset = self.n_key - self.n_query
-        return causal_blocks(self.n_query, offset, self.block_size, device=self.device)
-
-    @cached_property
-    def causal_count(self) -> int:
-        """Number of causal blocks."""
-        return count_causal_blocks(self.n_query, self.n_key - self.n_query, self.block_size)
-
-    @cached_property
-    def always(self) -> Tensor:
-        """Blocks that every pattern reads, bool `[n_q, n_k]`."""
-        return always_blocks(
-            self.n_query,
-            self.n_key,
-            self.block_size,
-            sink=self.reads["sink_blocks"],
-            local=self.reads["local_blocks"],
-            device=self.device,
-        )
-
-    @cached_property
-    def shape(self) -> tuple[int, int]:
-        """Query blocks and key blocks."""
-        return count_blocks(self.n_query, self.block_size), count_blocks(
-            self.n_key, self.block_size
-        )
-
-    @cached_property
-    def uniform(self) -> Tensor:
-        """The even distribution over the last query block's key blocks, float32 `[1, 1, n_k]`."""
-        n_k = self.shape[1]
-        return torch.full((1, 1, n_k), 1 / n_k, device=self.device)
-
-    def rows(self, r: int) -> Tensor:
-        """`r` evenly spaced query rows of every block, int64 `[n_q, r]`."""
-        if r not in self._rows:
-            self._rows[r] = sample_rows(self.n_query, self.block_size, r, self.device)
-        return self._rows[r]
 
 
 class Exchange(Protocol):

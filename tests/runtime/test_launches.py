@@ -10,7 +10,7 @@ from shareprefill.runtime.orders import Orders
 from shareprefill.runtime.plan import HeadPlan, RuntimePlan
 from shareprefill.runtime.policies.base import LayerInputs
 from shareprefill.runtime.sharing import LayerPass
-from shareprefill.runtime.state import ForwardState, Geometry
+from shareprefill.runtime.state import ForwardState
 from tests.support.launches import counted_launches
 from tests.support.plans import D, M, P, R, S, V, layer_plan
 
@@ -50,7 +50,7 @@ def test_a_planned_layer_takes_few_launches(
 ) -> None:
     plan = plan_of(policies, fallback=fallback, guarded=guarded)
     orders = Orders(plan)
-    geometry = Geometry(80, 80, plan, torch.device("cpu"))
+    geometry = plan.geometry(80, 80, torch.device("cpu"))
     query, key, value = torch.randn(8, 80, 16), torch.randn(2, 80, 16), torch.randn(2, 80, 16)
     # Capped, as a CPU lets SDPA compute dense heads of plain logits.
     inputs = LayerInputs(query, key, 0.25, geometry, softcap=30.0)

@@ -11,7 +11,7 @@ from shareprefill.runtime.plan import make_plan
 from shareprefill.runtime.policies.base import LayerInputs
 from shareprefill.runtime.records import LayerRecord, on_host
 from shareprefill.runtime.sharing import LayerPass
-from shareprefill.runtime.state import ForwardState, Geometry
+from shareprefill.runtime.state import ForwardState
 from tests.support.plans import D, M, P, R, S, V
 from tests.support.tiny import tiny_artifact, tiny_llama
 
@@ -29,7 +29,7 @@ def records(model: Any, config: RuntimeConfig) -> tuple[list[LayerRecord], Order
     orders = Orders(plan)
     found = []
     for tokens in (120, 200):
-        state = ForwardState(Geometry(tokens, tokens, plan, torch.device("cpu")), orders)
+        state = ForwardState(plan.geometry(tokens, tokens, torch.device("cpu")), orders)
         for layer in range(3):
             query, key = torch.randn(4, tokens, 16), torch.randn(2, tokens, 16)
             inputs = LayerInputs(query, key, 0.25, state.geometry)

@@ -22,7 +22,7 @@ from shareprefill.runtime.policies.base import LayerInputs
 from shareprefill.runtime.policies.smoothed import Smoothed, smooth
 from shareprefill.runtime.session import _moved
 from shareprefill.runtime.sharing import LayerPass
-from shareprefill.runtime.state import ForwardState, Geometry
+from shareprefill.runtime.state import ForwardState
 from tests.support.allocation import LargestTensor
 from tests.support.plans import D, M, P, R, S, V
 from tests.support.tiny import BLOCK, tiny_artifact, tiny_llama
@@ -75,7 +75,7 @@ def pass_of(
 
 def state_of(plan: RuntimePlan, inputs: dict[str, torch.Tensor]) -> ForwardState:
     sizes = (inputs["query"].shape[1], inputs["key"].shape[1])
-    return ForwardState(Geometry(*sizes, plan, torch.device("cpu")), Orders(plan))
+    return ForwardState(plan.geometry(*sizes, torch.device("cpu")), Orders(plan))
 
 
 def kept(layer_pass: LayerPass, head: int) -> torch.Tensor:

@@ -18,7 +18,7 @@ from shareprefill.runtime.orders import Orders
 from shareprefill.runtime.plan import HeadPlan, RuntimePlan
 from shareprefill.runtime.policies.base import LayerInputs
 from shareprefill.runtime.sharing import LayerPass
-from shareprefill.runtime.state import ForwardState, Geometry
+from shareprefill.runtime.state import ForwardState
 from tests.support.plans import D, M, P, R, S, V, layer_plan
 
 pytestmark = pytest.mark.gpu
@@ -63,7 +63,7 @@ def tensors(n_query: int, n_key: int, dtype: torch.dtype) -> tuple[torch.Tensor,
 
 
 def run(plan: RuntimePlan, orders: Orders, query: torch.Tensor, key: torch.Tensor, value):
-    geometry = Geometry(query.shape[1], key.shape[1], plan, query.device)
+    geometry = plan.geometry(query.shape[1], key.shape[1], query.device)
     inputs = LayerInputs(query, key, DIM**-0.5, geometry)
     return LayerPass(plan, 0, ForwardState(geometry, orders), inputs, value).run()
 

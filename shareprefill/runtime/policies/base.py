@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from shareprefill.runtime.state import Geometry
+from shareprefill.runtime.geometry import Geometry
 
 
 @dataclass(frozen=True)

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
+from shareprefill.runtime.geometry import Geometry
 from shareprefill.runtime.ops.selection import head_blocks
 from shareprefill.runtime.ops.selection.reference import blocks_above_threshold
-
-if TYPE_CHECKING:
-    from shareprefill.runtime.state import Geometry
 
 
 def head_pattern(maps: Tensor, gamma: Tensor) -> Tensor:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
 
+from shareprefill.runtime.geometry import Geometry
 from shareprefill.runtime.policies import POLICIES, LayerInputs
-from shareprefill.runtime.state import Geometry
 from tests.support.allocation import LargestTensor
 
 BLOCK = 16
@@ -25,8 +24,9 @@ def layer(
     query, key = torch.randn(heads, n_query, 16), torch.randn(2, n_key, 16)
     query[..., 0] += 4
     key[:, 20:24, 0] += 4
-    rules = SimpleNamespace(block_size=block, sink_blocks=1, local_blocks=2)
-    geometry = Geometry(n_query, n_key, cast(Any, rules), torch.device("cpu"))
+    geometry = Geometry(
+        n_query, n_key, torch.device("cpu"), block_size=block, sink_blocks=1, local_blocks=2
+    )
     return LayerInputs(query, key, 0.25, geometry, **options)
 
 
@@ -78,8 +78,9 @@ def test_a_head_that_needs_no_pattern_disturbs_no_other(name: str) -> None:
 @pytest.mark.parametrize("name", ROW_LOCAL)
 def test_a_chunk_chooses_like_the_rows_of_the_whole(name: str) -> None:
     inputs = layer(96, 96)
-    rules = SimpleNamespace(block_size=BLOCK, sink_blocks=1, local_blocks=2)
-    geometry = Geometry(48, 96, cast(Any, rules), torch.device("cpu"))
+    geometry = Geometry(
+        48, 96, torch.device("cpu"), block_size=BLOCK, sink_blocks=1, local_blocks=2
+    )
     chunk = LayerInputs(inputs.query[:, 48:], inputs.key, 0.25, geometry)
     whole = patterns(name, inputs, [0, 1, 2, 3])
     assert torch.equal(patterns(name, chunk, [0, 1, 2, 3]), whole[:, 3:])
@@ -132,9 +133,8 @@ def test_no_tensor_of_all_pairs_of_tokens_is_made(name: str) -> None:
 @pytest.mark.parametrize("n_query", [500, 192])
 def test_a_gpu_chooses_alike_and_is_not_waited_for(name: str, n_query: int) -> None:
     inputs = layer(n_query, 500, block=64)
-    rules = SimpleNamespace(block_size=64, sink_blocks=1, local_blocks=2)
     device = torch.device("cuda")
-    geometry = Geometry(n_query, 500, cast(Any, rules), device)
+    geometry = Geometry(n_query, 500, device, block_size=64, sink_blocks=1, local_blocks=2)
     there = LayerInputs(inputs.query.to(device), inputs.key.to(device), 0.25, geometry)
     heads, gamma = torch.tensor([3, 0, 2]), torch.tensor([0.5, 0.7, 0.9])
     policy = POLICIES[name]()

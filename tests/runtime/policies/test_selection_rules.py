@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from types import SimpleNamespace
-from typing import Any, cast
 
 import pytest
 import torch
 from torch import Tensor
 
 from shareprefill.errors import ConfigError
+from shareprefill.runtime.geometry import Geometry
 from shareprefill.runtime.ops.block_sparse_attention import block_sparse_attention
 from shareprefill.runtime.ops.blocks import BlockLists
 from shareprefill.runtime.patterns import cumulative_pattern
@@ -23,16 +22,19 @@ from shareprefill.runtime.policies.flex import Flex
 from shareprefill.runtime.policies.pooled import Pooled
 from shareprefill.runtime.policies.sampled import sampled_maps
 from shareprefill.runtime.policies.smoothed import Level, smooth
-from shareprefill.runtime.state import Geometry
 
 BLOCK = 4
 ZERO = torch.tensor([0])
 
 
 def layer(query: Tensor, key: Tensor, scale: float = 1.0, block: int = BLOCK) -> LayerInputs:
-    rules = SimpleNamespace(block_size=block, sink_blocks=1, local_blocks=1)
     sizes = (query.shape[1], key.shape[1])
-    return LayerInputs(query, key, scale, Geometry(*sizes, cast(Any, rules), torch.device("cpu")))
+    return LayerInputs(
+        query,
+        key,
+        scale,
+        Geometry(*sizes, torch.device("cpu"), block_size=block, sink_blocks=1, local_blocks=1),
+    )
 
 
 def random_layer(n_query: int, n_key: int, heads: int = 1) -> LayerInputs:
