@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Literal
 
 from shareprefill.errors import DataError
 
@@ -42,6 +43,14 @@ def printable(value: object, limit: int = 200) -> str:
     if not text.isprintable():
         text = ascii(text)[1:-1]
     return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def kind_of(path: str | Path) -> Literal["file", "folder"] | None:
+    """What is at `path`; None where nothing is, or where no file could have such a name."""
+    # Not `Path.exists`: it raises where a name is too long.
+    if not os.path.exists(path):
+        return None
+    return "folder" if os.path.isdir(path) else "file"
 
 
 def atomic_write_bytes(path: str | Path, data: bytes) -> None:

@@ -16,15 +16,16 @@ PACKAGE = Path(__file__).parents[1] / "shareprefill"
 COMMON = {"errors", "config", "files", "container", "models", "artifact", "__init__"}
 EVERY_STAGE = {
     *("runtime", "calib", "autoencoder", "clustering", "evaluation"),
-    *("diagnosis", "report", "audit", "regeneration", "bench", "hub"),
+    *("data", "diagnosis", "report", "audit", "regeneration", "bench", "hub"),
 }
 ALLOWED = {
     "runtime": set(),
-    "calib": {"runtime"},
+    "data": set(),
+    "calib": {"data", "runtime"},
     "autoencoder": {"calib", "runtime"},
     "clustering": {"autoencoder", "calib", "runtime"},
     "diagnosis": {"runtime"},
-    "evaluation": {"clustering", "autoencoder", "calib", "runtime", "report"},
+    "evaluation": {"clustering", "autoencoder", "calib", "data", "runtime", "report"},
     "report": set(),
     "audit": {"clustering", "autoencoder", "calib", "runtime", "report"},
     "regeneration": {"evaluation", "clustering", "autoencoder", "calib", "runtime", "report"},

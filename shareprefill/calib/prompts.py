@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import random
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,12 +14,12 @@ from torch import Tensor
 
 from shareprefill.calib.tasks import TASKS, generate
 from shareprefill.config import CalibrateConfig
+from shareprefill.data.sources import HUB, TEXT_FILES, Span, read_rows, reread
 from shareprefill.errors import ConfigError, DataError
+from shareprefill.files import kind_of, printable
 
 MIXTURE = "mixture"
 TEXT = "text"
-HUB = "hub:"
-FILE_TYPES = (".jsonl", ".json", ".txt")
 
 # Columns that hold a prompt, by preference: ours and RULER's, InfiniteBench's, LongBench's.
 _COLUMNS = ("prompt", "input", "text", "content", "context")
@@ -89,13 +87,13 @@ def _open(data: str, config: CalibrateConfig, tokenizer: Any) -> Iterator[Prompt
         return _generated((data,), config, tokenizer)
     if data.startswith(HUB):
         return _from_texts(data, _hub_texts(data, config), config, tokenizer)
-    path = Path(data)
-    if not path.exists():
+    if kind_of(data) is None:
         raise ConfigError(
-            f"data set {data!r} is not known: give one of {', '.join((*TASKS, TEXT, MIXTURE))}, "
-            "a .jsonl, .json or .txt file, a folder of them, or hub:<dataset>:<config>:<split>"
+            f"data set {printable(data)!r} is not known: give one of "
+            f"{', '.join((*TASKS, TEXT, MIXTURE))}, a .jsonl, .json or .txt file, a folder of "
+            "them, or hub:<dataset>:<config>:<split>"
         )
-    return _from_files(path, config, tokenizer)
+    return _from_files(data, config, tokenizer)
 
 
 def _generated(tasks: tuple[str, ...], config: CalibrateConfig, tokenizer: Any) -> Iterator[Prompt]:
@@ -109,21 +107,32 @@ def _generated(tasks: tuple[str, ...], config: CalibrateConfig, tokenizer: Any) 
         number += 1
 
 
-def _from_files(path: Path, config: CalibrateConfig, tokenizer: Any) -> Iterator[Prompt]:
-    files = [path]
-    if path.is_dir():
-        files = sorted(p for p in path.rglob("*") if p.suffix in FILE_TYPES and p.is_file())
-    if not files or any(p.suffix not in FILE_TYPES for p in files):
-        raise DataError(f"{path} holds no .jsonl, .json or .txt file; give one of these")
-    texts = [text for file in files for text in _file_texts(file, config)]
-    random.Random(config.seed).shuffle(texts)
-    return _from_texts(str(path), iter(texts), config, tokenizer)
+def _from_files(address: str, config: CalibrateConfig, tokenizer: Any) -> Iterator[Prompt]:
+    # Every row is read once, so that a damaged one is known now; the places alone are kept.
+    places: list[Span | str] = []
+    usable: dict[str, bool] = {}
+    # A long text is several prompts of about the length, at four characters a token.
+    for row in read_rows(address, TEXT_FILES, text_size=4 * config.length):
+        text = _row_text(row.values)
+        usable[row.source] = text is not None or usable.get(row.source, False)
+        if text is not None:
+            places.append(row.span or text)
+    for source in (source for source, is_usable in usable.items() if not is_usable):
+        raise DataError(
+            f"{source} has no usable rows: a row is a string, or an object with one of the fields "
+            f"{', '.join(_COLUMNS)}"
+        )
+    random.Random(config.seed).shuffle(places)
+    texts = (place if isinstance(place, str) else _row_text(reread(place)) for place in places)
+    return _from_texts(address, texts, config, tokenizer)
 
 
 def _from_texts(
-    source: str, texts: Iterator[str], config: CalibrateConfig, tokenizer: Any
+    source: str, texts: Iterator[str | None], config: CalibrateConfig, tokenizer: Any
 ) -> Iterator[Prompt]:
     for text in texts:
+        if text is None:
+            continue
         ids = _encode(text, tokenizer)
         if len(ids) > config.length:
             # The instruction stands at the beginning, the question at the end: cut the middle.
@@ -131,40 +140,6 @@ def _from_texts(
             ids = torch.cat([ids[:head], ids[len(ids) - (config.length - head) :]])
         if len(ids) >= _least(config):
             yield Prompt(source, ids)
-
-
-def _file_texts(file: Path, config: CalibrateConfig) -> list[str]:
-    try:
-        content = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{file} cannot be read as UTF-8 text: {error}") from error
-    if file.suffix == ".txt":
-        return list(_pieces(content, config))
-    try:
-        if file.suffix == ".jsonl":
-            rows = [json.loads(line) for line in content.splitlines() if line.strip()]
-        else:
-            rows = json.loads(content)
-    except ValueError as error:
-        raise DataError(f"{file} is not valid JSON: {error}") from error
-    if isinstance(rows, dict):
-        rows = rows.get("data", [rows])
-    if not isinstance(rows, list):
-        raise DataError(f"{file} must hold a list of rows, got a {type(rows).__name__}")
-    texts = [text for row in rows if (text := _row_text(row)) is not None]
-    if not texts:
-        raise DataError(
-            f"{file} has no usable rows: a row is a string, or an object with one of the fields "
-            f"{', '.join(_COLUMNS)}"
-        )
-    return texts
-
-
-def _pieces(content: str, config: CalibrateConfig) -> Iterator[str]:
-    """A long text in pieces of about `config.length` tokens, at four characters a token."""
-    size = config.length * 4
-    for start in range(0, len(content), size):
-        yield content[start : start + size]
 
 
 def _row_text(row: Any) -> str | None:
@@ -181,28 +156,9 @@ def _row_text(row: Any) -> str | None:
     return None
 
 
-def _hub_texts(address: str, config: CalibrateConfig) -> Iterator[str]:
-    parts = address.removeprefix(HUB).split(":")
-    if len(parts) != 3 or not parts[0] or not parts[2]:
-        raise ConfigError(
-            f"{address!r} is no hub address: write hub:<dataset>:<config>:<split>, with an empty "
-            "config for the default one"
-        )
-    from datasets import load_dataset
-    from datasets.exceptions import DatasetsError
-
-    name, subset, split = parts
-    try:
-        rows = load_dataset(name, subset or None, split=split, streaming=True)
-    except (DatasetsError, OSError, ValueError) as error:
-        raise DataError(f"{address} cannot be opened: {_first_line(error)}") from error
-    for row in islice(rows, config.samples * _HUB_ROWS_PER_SAMPLE):
-        if (text := _row_text(row)) is not None:
-            yield text
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
+def _hub_texts(address: str, config: CalibrateConfig) -> Iterator[str | None]:
+    for row in islice(read_rows(address), config.samples * _HUB_ROWS_PER_SAMPLE):
+        yield _row_text(row.values)
 
 
 def _encode(text: str, tokenizer: Any) -> Tensor:

@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from shareprefill.data.sources import Row, read_objects
 from shareprefill.errors import ConfigError, DataError
-from shareprefill.evaluation.rows import Row, read_rows
 from shareprefill.evaluation.scores import Reference
 
 Render = Callable[[Row], str]
@@ -50,14 +50,14 @@ def benchmark_rows(benchmark: str, address: str) -> Iterator[BenchmarkRow]:
 
     Args:
         benchmark: One of `BENCHMARKS`.
-        address: As for `rows.read_rows`.
+        address: As for `data.sources.read_rows`.
 
     Raises:
         ConfigError: the address or the subset is not known.
         DataError: a row lacks a field.
     """
     read = BENCHMARKS[benchmark]
-    for row in read_rows(address):
+    for row in read_objects(address):
         yield read(row)
 
 

@@ -14,22 +14,25 @@ import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from shareprefill.calib.tasks import NIAH_TASKS, TASKS, generate
+from shareprefill.data.sources import HUB, read_texts
 from shareprefill.errors import ConfigError, DataError
 from shareprefill.evaluation.benchmarks import BENCHMARKS, benchmark_rows
 from shareprefill.evaluation.config import EvalConfig
 from shareprefill.evaluation.results import PERPLEXITY
-from shareprefill.evaluation.rows import read_texts
 from shareprefill.evaluation.scores import SCORES, Reference
+from shareprefill.files import kind_of, printable
 
 GENERATED: tuple[str, ...] = (*TASKS, *NIAH_TASKS)
 """Generated tasks."""
+
+# Characters of a .txt file that are tokenised at once, at least.
+_TEXT_SIZE = 1 << 22
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,7 +87,9 @@ def make_questions(
     if kind == PERPLEXITY and not address:
         texts = _shipped_text(length, config, tokenizer)
     elif kind == PERPLEXITY:
-        texts = _pieces(read_texts(address), length, tokenizer)
+        # A text is tokenised as a whole: no longer than what leaves many pieces.
+        texts = read_texts(address, max(_TEXT_SIZE, 32 * length))
+        texts = _pieces(texts, length, tokenizer)
     else:
         return _rows(kind, address, length, config, tokenizer)
     found = [Question(ids, PERPLEXITY) for ids in islice(texts, config.samples)]
@@ -127,8 +132,10 @@ def check_task(task: str) -> None:
             f"task {task!r} is not known: it must be one of {', '.join(GENERATED)}, {PERPLEXITY}, "
             f"or {benchmarks} (a file, a folder, or hub:<dataset>:<config>:<split>)"
         )
-    if not address.startswith("hub:") and not Path(address).exists():
-        raise ConfigError(f"task {task!r} cannot be read: there is no {address}")
+    if not address.startswith(HUB) and kind_of(address) is None:
+        raise ConfigError(
+            f"task {printable(task)!r} cannot be read: there is no {printable(address)}"
+        )
 
 
 def _seed(seed: int, number: int) -> int:

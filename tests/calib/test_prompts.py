@@ -74,6 +74,17 @@ def test_long_rows_lose_their_middle(tmp_path: Path, tokenizer: Any) -> None:
     assert text.endswith("last")
 
 
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json"])
+def test_rows_of_other_writers(tmp_path: Path, tokenizer: Any, name: str) -> None:
+    texts = [f"{n}\u2028{TEXT}\x85{TEXT}" for n in range(3)] + [f"3 {TEXT} \ud83d {TEXT}"]
+    rows = [json.dumps({"text": text}, ensure_ascii=text[0] == "3") for text in texts]
+    content = "\n".join(rows) if name.endswith("l") else f"[{','.join(rows)}]"
+    (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + content.encode())
+    prompts = make_prompts(config(str(tmp_path / name), length=2048), tokenizer)
+    whole = {tokenizer.decode(p.input_ids, skip_special_tokens=True)[:1] for p in prompts}
+    assert whole == {"0", "1", "2", "3"}
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -89,7 +100,8 @@ def test_unusable_files(
 ) -> None:
     path = tmp_path / name
     path.write_text(content)
-    with pytest.raises(DataError, match=message):
+    error = ConfigError if name == "rows.csv" else DataError
+    with pytest.raises(error, match=message):
         make_prompts(config(str(path)), tokenizer)
 
 

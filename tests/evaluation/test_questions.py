@@ -143,7 +143,7 @@ def test_a_data_set_through_the_hubs_library(tokenizer, tmp_path: Path) -> None:
     first, second = ask(tokenizer, f"infinitebench:hub:{tmp_path / 'data'}::passkey")
     assert first.score("71432") == 1
     assert second.score("5") == 1
-    with pytest.raises(DataError, match="cannot be read"):
+    with pytest.raises(DataError, match="cannot be opened"):
         ask(tokenizer, f"infinitebench:hub:{tmp_path / 'data'}::kv_retrieval")
     with pytest.raises(ConfigError, match="no hub address"):
         ask(tokenizer, "infinitebench:hub:nothing")
