@@ -7,13 +7,13 @@ with lm-evaluation-harness under `evaluation.harness`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from shareprefill.data.sources import Row, read_objects
 from shareprefill.errors import ConfigError, DataError
-from shareprefill.evaluation.scores import Reference
+from shareprefill.evaluation.scores import Reference, read_reference
 
 Render = Callable[[Row], str]
 
@@ -64,21 +64,29 @@ def benchmark_rows(benchmark: str, address: str) -> Iterator[BenchmarkRow]:
 def _ruler(row: Row) -> BenchmarkRow:
     subset = _subset(row, _RULER)
     # RULER's own files and their copies on the hub name the answers differently.
-    answers = _answers(row, "outputs", "answer")
-    return BenchmarkRow(subset.render(row), subset.metric, Reference(answers), subset.new_tokens)
+    return _ready(row, subset, _label(row, "outputs", "answer"))
 
 
 def _infinitebench(row: Row) -> BenchmarkRow:
     subset = _subset(row, _INFINITEBENCH)
-    answers = _answers(row, "answer")
-    reference = Reference(answers, options=_strings(row, "options"))
-    return BenchmarkRow(subset.render(row), subset.metric, reference, subset.new_tokens)
+    return _ready(row, subset, _label(row, "answer"), options=row.values.get("options"))
 
 
 def _longbench(row: Row) -> BenchmarkRow:
     subset = _subset(row, _LONGBENCH)
-    reference = Reference(_answers(row, "answers"), classes=_strings(row, "all_classes"))
-    return BenchmarkRow(subset.render(row), subset.metric, reference, subset.new_tokens)
+    return _ready(row, subset, _label(row, "answers"), classes=row.values.get("all_classes"))
+
+
+def _ready(row: Row, subset: _Subset, labels: Any, **lists: Any) -> BenchmarkRow:
+    """The row with its labels read and checked, before anything is generated for it."""
+    prompt = subset.render(row)
+    try:
+        reference = read_reference(subset.metric, labels, **lists)
+    except DataError as error:
+        raise DataError(f"{row.place} cannot be scored: {error}") from None
+    except RecursionError:
+        raise DataError(f"{row.place} cannot be scored: its label is nested too deeply") from None
+    return BenchmarkRow(prompt, subset.metric, reference, subset.new_tokens)
 
 
 BENCHMARKS: dict[str, Callable[[Row], BenchmarkRow]] = {
@@ -189,14 +197,11 @@ def _text(row: Row, name: str) -> str:
     return value
 
 
-def _answers(row: Row, *names: str) -> tuple[str, ...]:
+def _label(row: Row, *names: str) -> Any:
+    """The first of the fields that holds anything."""
     for name in names:
-        value: Any = row.values.get(name)
-        if value is None:
-            continue
-        values = value if isinstance(value, Sequence) and not isinstance(value, str) else [value]
-        if values:
-            return tuple(str(each) for each in values)
+        if row.values.get(name) not in (None, [], ()):
+            return row.values[name]
     raise DataError(f"{row.place} has no answer in its field {' or '.join(map(repr, names))}")
 
 

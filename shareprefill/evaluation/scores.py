@@ -6,12 +6,18 @@ Written from the published definitions of RULER (Hsieh et al., 2024), InfiniteBe
 
 from __future__ import annotations
 
+import json
+import math
 import re
 import string
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
+from typing import Any
+
+from shareprefill.errors import DataError
+from shareprefill.files import printable
 
 _ARTICLES = re.compile(r"\b(?:a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -20,6 +26,10 @@ _WIDE_PUNCTUATION = re.compile(
     r"[\u2010-\u2027\u3001-\u3003\u3008-\u301f\uff00-\uff0f\uff1a-\uff20]"
 )
 _LETTERS = "ABCD"
+# Scores of numbers, and those of choices: what labels they can be right for.
+_WHOLE_NUMBERS = ("first_integer", "last_integer", "leading_integers", "count")
+_NUMBERS = ("first_number",)
+_CHOICES = ("choice", "debug_choice")
 
 
 @dataclass(frozen=True)
@@ -38,6 +48,77 @@ class Reference:
 
 
 Score = Callable[[str, Reference], float]
+
+
+def read_reference(metric: str, labels: Any, classes: Any = None, options: Any = None) -> Reference:
+    """What a row's labels say, checked against what its score needs.
+
+    Args:
+        metric: Name of the score.
+        labels: Text, a number, a list of them (lists inside it count by their members), or, where
+            the score is of numbers, such a list as JSON in a text: `[[-7]]` is -7.
+        classes: All classes of a classification, a list; None: none.
+        options: The choices of a multiple-choice question, a list; None: none.
+
+    Raises:
+        DataError: they are no such things, or no completion could score with them.
+
+    >>> read_reference("last_integer", "[[-7]]").answers
+    ('-7',)
+    """
+    answers = _texts_of(labels, "label", parse=metric in _WHOLE_NUMBERS + _NUMBERS)
+    reference = Reference(
+        tuple(_number(metric, answer) for answer in answers),
+        tuple(_texts_of(classes, "class")) if classes is not None else (),
+        tuple(_texts_of(options, "option")) if options is not None else (),
+    )
+    if not answers:
+        raise DataError("its label is an empty list")
+    if metric == "classification" and not {*answers} & {*reference.classes}:
+        raise DataError(f"its label {printable(answers[0])!r} is none of its classes")
+    if metric in _CHOICES and not _right_letters(reference):
+        raise DataError(f"its label {printable(answers[0])!r} is none of its options")
+    return reference
+
+
+def _texts_of(value: Any, what: str, *, parse: bool = False) -> list[str]:
+    """The texts and numbers of a value and of the lists in it, as texts."""
+    if isinstance(value, list | tuple):
+        return [text for each in value for text in _texts_of(each, what, parse=parse)]
+    if isinstance(value, str) and value.strip():
+        return _list_in(value, what) if parse and value.lstrip().startswith("[") else [value]
+    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+        return [str(value)]
+    shown = printable(json.dumps(value, default=str), 40)
+    raise DataError(f"its {what} {shown} is neither a text nor a finite number")
+
+
+def _list_in(text: str, what: str) -> list[str]:
+    try:
+        return _texts_of(json.loads(text), what)
+    except (ValueError, RecursionError):
+        raise DataError(f"its {what} {printable(text, 40)!r} is no list of numbers") from None
+
+
+def _number(metric: str, answer: str) -> str:
+    """The answer, as the score reads it; of scores of numbers, checked to be one."""
+    text = answer.strip()
+    if metric in _WHOLE_NUMBERS:
+        # 12.0 is 12; digits stay as they are, zeros at the beginning of a key among them.
+        text = re.sub(r"(?<=[0-9])\.0+$", "", text)
+        if re.fullmatch(r"[+-]?[0-9]{1,4000}", text, re.ASCII) is None:
+            raise DataError(f"its label {printable(answer, 40)!r} is no whole number")
+        return text.removeprefix("+")
+    if metric in _NUMBERS:
+        try:
+            if math.isfinite(float(text)):
+                return text
+        except ValueError:
+            pass
+        raise DataError(f"its label {printable(answer, 40)!r} is no finite number")
+    if metric == "paragraph" and re.search(r"[0-9]", answer) is None:
+        raise DataError(f"its label {printable(answer, 40)!r} holds no number")
+    return answer
 
 
 def exact_match(completion: str, reference: Reference) -> float:
@@ -72,20 +153,22 @@ def upper_word_match(completion: str, reference: Reference) -> float:
 
 def first_integer(completion: str, reference: Reference) -> float:
     """Whether the first run of digits is the answer (InfiniteBench PassKey and Number)."""
-    digits = re.search(r"[0-9]+", completion)
-    return float(digits is not None and digits[0] == reference.answers[0])
+    numbers = _integers(completion, reference)
+    return float(bool(numbers) and numbers[0] == reference.answers[0])
 
 
 def first_number(completion: str, reference: Reference) -> float:
     """Whether the first number equals the answer (InfiniteBench Math.Find)."""
-    number = re.search(r"[0-9]+\.[0-9]+|[0-9]+", completion)
-    return float(number is not None and float(number[0]) == float(reference.answers[0]))
+    answer = float(reference.answers[0])
+    sign = "-?" if answer < 0 else ""
+    number = re.search(rf"{sign}(?:[0-9]+\.[0-9]+|[0-9]+)", completion)
+    return float(number is not None and float(number[0]) == answer)
 
 
 def last_integer(completion: str, reference: Reference) -> float:
     """Whether the last word is the answer as an integer (InfiniteBench Code.Run)."""
     words = _words(completion, "\n.`'\":")
-    if not words or re.fullmatch(r"[+-]?[0-9]+", words[-1]) is None:
+    if not words or re.fullmatch(r"[+-]?[0-9]{1,4000}", words[-1]) is None:
         return 0.0
     return float(int(words[-1]) == int(reference.answers[0]))
 
@@ -93,8 +176,9 @@ def last_integer(completion: str, reference: Reference) -> float:
 def leading_integers(completion: str, reference: Reference) -> float:
     """Share of the numbers that are right before the first wrong one (InfiniteBench Math.Calc)."""
     right = 0
-    for found, answer in zip(re.findall(r"[0-9]+", completion), reference.answers, strict=False):
-        if int(found) != int(answer):
+    numbers = _integers(completion, reference)
+    for found, answer in zip(numbers, reference.answers, strict=False):
+        if len(found) > 4000 or int(found) != int(answer):
             break
         right += 1
     return right / len(reference.answers)
@@ -221,6 +305,12 @@ def _words(text: str, separators: str) -> list[str]:
     return text.translate(str.maketrans(dict.fromkeys(separators, " "))).split()
 
 
+def _integers(completion: str, reference: Reference) -> list[str]:
+    """The completion's runs of digits; signs count where an answer has one."""
+    sign = "-?" if any(answer.startswith("-") for answer in reference.answers) else ""
+    return re.findall(rf"{sign}[0-9]+", completion)
+
+
 def _right_letters(reference: Reference) -> tuple[str, ...]:
     """Letters of the right options; answers that are letters themselves stand for their option."""
     letters = [
@@ -263,5 +353,5 @@ def _digits(text: str) -> str:
 
 
 def _share_of_numbers(completion: str, right: str) -> float:
-    numbers = re.findall(r"[0-9]+", completion)
+    numbers = re.findall(r"-?[0-9]+" if right.startswith("-") else r"[0-9]+", completion)
     return numbers.count(right) / len(numbers) if numbers else 0.0

@@ -118,6 +118,96 @@ def test_infinitebench_rows(
 
 
 @pytest.mark.parametrize(
+    ("subset", "label", "completion"),
+    [
+        ("code_run", [[-7]], " -7"),
+        ("code_run", "[[-7]]", "-7"),
+        ("code_run", ["[-7]"], "-7"),
+        ("code_run", -7, "The return value is -7."),
+        ("code_run", [-7.0], "-7"),
+        ("code_run", "+7", "7"),
+        ("math_calc", [[1, 2, 3]], "1, 2, 3"),
+        ("math_calc", "[[1, -2, 3]]", "[1, -2, 3]"),
+        ("math_calc", ["1", 2.0, "[3]"], "1 2 3"),
+        ("math_find", [[-7]], "-7"),
+        ("math_find", 0.5, "0.5"),
+        ("math_find", "1e2", "100"),
+        ("math_find", 10**17, "100000000000000000"),
+        ("passkey", 71432, "71432"),
+        ("passkey", [["07143"]], "07143."),
+        ("number_string", "[[-7]]", "-7"),
+        ("kv_retrieval", 5, "5"),
+        ("longbook_qa_eng", [["The Fox"]], "fox"),
+        ("longbook_choice_eng", [2, "B"], "B"),
+    ],
+)
+def test_labels_in_other_forms(
+    tokenizer, tmp_path: Path, subset: str, label: Any, completion: str
+) -> None:
+    row = {"context": "LONG", "input": "ASKED", "answer": label, "options": [1, 2, 3, 4]}
+    file = write(tmp_path / f"{subset}.jsonl", row)
+    (question,) = ask(tokenizer, f"infinitebench:{file}", samples=1)
+    assert question.score(completion) == 1
+    assert question.score("8") == question.score("") == 0
+
+
+BAD_LABELS: list[Any] = [None, [], {}, {"a": 1}, True, [[]], [None], "", " ", [" "], float("nan")]
+DEEP: Any = json.loads("[" * 700 + "1" + "]" * 700)
+BAD_NUMBERS: list[Any] = ["seven", "[[seven]]", "[]", "[[true]]", [{"a": 7}], "[" * 9999, "nan"]
+NUMBERS = ("code_run", "math_find", "math_calc", "passkey", "number_string")
+
+
+@pytest.mark.parametrize(
+    ("subset", "label"),
+    [
+        *[(subset, label) for label in BAD_LABELS for subset in (*NUMBERS, "longbook_qa_eng")],
+        *[(subset, label) for label in BAD_NUMBERS for subset in NUMBERS],
+        *[(subset, 7.5) for subset in ("code_run", "math_calc", "passkey", "number_string")],
+        *[(subset, "\u0667") for subset in ("code_run", "math_calc", "passkey")],
+        *[(subset, "9" * 9000) for subset in NUMBERS],
+        *[(subset, DEEP) for subset in ("code_run", "longbook_qa_eng")],
+        ("math_find", "1e999"),
+        ("longbook_choice_eng", "E"),
+        ("longbook_choice_eng", 1),
+        ("code_debug", ["other"]),
+    ],
+)
+def test_labels_that_no_completion_could_have(
+    tokenizer, tmp_path: Path, subset: str, label: Any
+) -> None:
+    good: dict[str, Any] = {
+        "context": "LONG",
+        "input": "?",
+        "answer": "A",
+        "options": ["run", "go"],
+    }
+    if subset in NUMBERS:
+        good |= {"answer": "7"}
+    file = write(tmp_path / f"{subset}.jsonl", good, {**good, "answer": label})
+    with pytest.raises(DataError, match=r"row 1 of .*jsonl (cannot be scored: its|has no answer)"):
+        ask(tokenizer, f"infinitebench:{file}")
+
+
+@pytest.mark.parametrize(
+    ("subset", "row"),
+    [
+        ("trec", {"answers": ["yes"]}),
+        ("trec", {"answers": ["yes"], "all_classes": ["no"]}),
+        ("trec", {"answers": ["yes"], "all_classes": {"yes": 1}}),
+        ("passage_count", {"answers": ["many"]}),
+        ("passage_retrieval_en", {"answers": ["Paragraph"]}),
+        ("hotpotqa", {"answers": {"text": "yes"}}),
+    ],
+)
+def test_rows_of_longbench_that_cannot_be_scored(
+    tokenizer, tmp_path: Path, subset: str, row: dict
+) -> None:
+    file = write(tmp_path / f"{subset}.jsonl", {"context": "LONG", "input": "?", **row})
+    with pytest.raises(DataError, match="row 0 of .* cannot be scored: its "):
+        ask(tokenizer, f"longbench:{file}", samples=1)
+
+
+@pytest.mark.parametrize(
     ("subset", "metric"),
     [("hotpotqa", "token_f1"), ("gov_report_e", "rouge_l"), ("lcc", "edit_similarity")],
 )
