@@ -56,7 +56,7 @@ from timing import Call, Ceilings, measure, measure_ceilings
 from shareprefill.errors import UnsupportedError
 from shareprefill.runtime.ops.block_sparse_attention import block_sparse_attention
 from shareprefill.runtime.ops.blocks import BlockLists, causal_blocks
-from shareprefill.runtime.ops.implementations import ATTENTION
+from shareprefill.runtime.ops.dispatch import ATTENTION
 from shareprefill.runtime.ops.pooled_attention import pooled_attention, sample_rows
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}

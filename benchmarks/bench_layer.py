@@ -48,7 +48,7 @@ from shareprefill.runtime import sharing
 from shareprefill.runtime.ops.block_sparse_attention import block_sparse_attention
 from shareprefill.runtime.sharing import LayerPass
 
-IMPLS = ("auto", "triton", "gluon", "fa4")
+IMPLS = ("auto", "triton", "hopper", "fa4")
 STREAM = 8
 # A longer layer is timed few times.
 LONG_MS = 100.0

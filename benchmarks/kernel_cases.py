@@ -44,7 +44,7 @@ def structured_lists(
 
 def visible_pairs(lists: BlockLists, n_tokens: int) -> int:
     """Token pairs of the listed causal blocks, summed over heads."""
-    bitmap = lists.to_bitmap()[lists.pattern.long()].sum(0)
+    bitmap = lists.to_bitmap()[lists.head_to_list.long()].sum(0)
     size = lists.block_size
     positions = torch.arange(n_tokens, device=lists.device)
     starts = torch.arange(lists.n_k, device=lists.device) * size
@@ -58,7 +58,7 @@ def visible_pairs(lists: BlockLists, n_tokens: int) -> int:
 
 def density(lists: BlockLists, n_tokens: int) -> float:
     """Listed blocks divided by causal blocks."""
-    bitmap = lists.to_bitmap()[lists.pattern.long()]
+    bitmap = lists.to_bitmap()[lists.head_to_list.long()]
     causal = causal_blocks(n_tokens, 0, lists.block_size, device=lists.device)
     return float((bitmap & causal).sum() / (causal.sum() * len(bitmap)))
 
@@ -178,7 +178,7 @@ class FlashAttention4:
 
 def _padded(lists: BlockLists) -> tuple[torch.Tensor, torch.Tensor]:
     """Counts `[1, H, n_q]` and blocks `[1, H, n_q, n_k]`, both int32, first the listed ones."""
-    bitmap = lists.to_bitmap()[lists.pattern.long()]
+    bitmap = lists.to_bitmap()[lists.head_to_list.long()]
     # A stable sort: the listed blocks stay in ascending order.
     tiles = torch.stack(
         [head.int().argsort(dim=-1, descending=True, stable=True) for head in bitmap]

@@ -25,7 +25,7 @@ OUTPUT_AND_MAP, MAP = "output and map", "map"
 # A kernel's name, its median and its device time in milliseconds.
 Timed = tuple[str, float, float | None]
 # FlashAttention-4 behind our interface is not a kernel of our own.
-OWN = ("impl=triton", "impl=gluon", "impl=blockwise")
+OWN = ("impl=triton", "impl=hopper", "impl=blockwise")
 THROUGH = "impl=fa4"
 
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 import torch
 
 from shareprefill.artifact import Policy
+from shareprefill.runtime.ops.block_selection import covered_mass
 from shareprefill.runtime.ops.pooled_attention import pooled_attention
-from shareprefill.runtime.ops.selection import covered_mass
 from shareprefill.runtime.orders import Orders
 from shareprefill.runtime.plan import HeadPlan, RuntimePlan
 from shareprefill.runtime.policies import POLICIES

@@ -7,11 +7,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.backends.cuda import SDPAParams, can_use_flash_attention
 
-from shareprefill.runtime.ops import hopper
 from shareprefill.runtime.ops.block_sparse_attention import block_sparse_attention
 from shareprefill.runtime.ops.blocks import causal_lists, count_blocks, count_causal_blocks
-from shareprefill.runtime.ops.implementations import has_fast_kernel
-from shareprefill.runtime.ops.tiles import multiprocessors
+from shareprefill.runtime.ops.dispatch import has_fast_kernel
+from shareprefill.runtime.ops.hopper import launch
+from shareprefill.runtime.ops.triton_tiles import multiprocessors
 
 # Rows of a masked dense attention computed at once: bounds the mask at this many rows of all keys.
 _DENSE_ROWS = 1024
@@ -22,7 +22,7 @@ _DENSE_ROWS = 1024
 # fewer or smaller heads: they need as much work as was measured, D times the causal blocks of all
 # heads.
 _WHOLE_TOKENS = 4096
-_WHOLE_WORK = 128 * 32 * count_causal_blocks(_WHOLE_TOKENS, 0, hopper.BLOCK)
+_WHOLE_WORK = 128 * 32 * count_causal_blocks(_WHOLE_TOKENS, 0, launch.BLOCK)
 
 
 def whole_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
@@ -103,19 +103,19 @@ def _is_faster_in_blocks(query: Tensor, key: Tensor, value: Tensor) -> bool:
     """
     _, heads, n_query, dim = query.shape
     if n_query < key.shape[2]:
-        tiles = heads * count_blocks(n_query, hopper.BLOCK)
+        tiles = heads * count_blocks(n_query, launch.BLOCK)
         is_enough = tiles >= multiprocessors(query.device)
     elif n_query < _WHOLE_TOKENS:
         is_enough = False
     else:
-        is_enough = dim * heads * count_causal_blocks(n_query, 0, hopper.BLOCK) >= _WHOLE_WORK
-    return is_enough and has_fast_kernel(query[0], key[0], value[0], hopper.BLOCK)
+        is_enough = dim * heads * count_causal_blocks(n_query, 0, launch.BLOCK) >= _WHOLE_WORK
+    return is_enough and has_fast_kernel(query[0], key[0], value[0], launch.BLOCK)
 
 
 def _in_blocks(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     """Dense causal attention over lists of all causal blocks; shapes as above, `[B, H, Nq, Dv]`."""
     rows, heads, n_query, _ = query.shape
-    lists = causal_lists(n_query, key.shape[2] - n_query, hopper.BLOCK, heads, query.device)
+    lists = causal_lists(n_query, key.shape[2] - n_query, launch.BLOCK, heads, query.device)
     # Tokens first, as the model reads it.
     out = query.new_empty((rows, n_query, heads, value.shape[3])).transpose(1, 2)
     for row in range(rows):

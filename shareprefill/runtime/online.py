@@ -6,8 +6,12 @@ import torch
 from torch import Tensor
 
 from shareprefill.artifact import Policy
+from shareprefill.runtime.ops.block_selection import (
+    js_distances,
+    select_blocks,
+    vertical_slash_blocks,
+)
 from shareprefill.runtime.ops.pooled_attention import pooled_attention
-from shareprefill.runtime.ops.selection import js_distances, select_blocks, vertical_slash_blocks
 from shareprefill.runtime.orders import LayerOrders
 from shareprefill.runtime.plan import RuntimePlan
 from shareprefill.runtime.policies.base import LayerInputs

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from shareprefill.runtime.geometry import Geometry
-from shareprefill.runtime.ops.pooled_attention import pooled_attention
-from shareprefill.runtime.ops.selection import (
+from shareprefill.runtime.ops.block_selection import (
     covered_mass,
     js_distances,
     select_blocks,
     vertical_slash_blocks,
 )
+from shareprefill.runtime.ops.pooled_attention import pooled_attention
 from shareprefill.runtime.orders import Choosing, LayerOrders
 from shareprefill.runtime.plan import RuntimePlan
 from shareprefill.runtime.policies.base import LayerInputs

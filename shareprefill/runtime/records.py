@@ -93,7 +93,7 @@ class LayerRecord:
         labels = self.orders.labels.clone()
         for first, sound in self.decision.sound:
             labels[first : first + len(sound)].masked_fill_(~sound, int(Policy.DENSE))
-        read = self.totals.pattern
+        read = self.totals.head_to_list
         # Pivots are pivots, whatever they read.
         is_known = (read < 0) | (codes == int(Policy.PIVOT))
         return torch.where(is_known, codes, labels[read.clamp(min=0)])
@@ -104,7 +104,7 @@ class LayerRecord:
         if self.totals is None:
             return torch.full_like(self.orders.codes, self.causal)
         counts = self.totals.head_counts().long()
-        return torch.where(self.totals.pattern < 0, self.causal, counts)
+        return torch.where(self.totals.head_to_list < 0, self.causal, counts)
 
     @property
     def covered(self) -> Tensor:
@@ -163,8 +163,9 @@ class LayerRecord:
             distances=maybe(old.distances),
         )
         if totals is not None:
-            offsets, pattern = change(totals.offsets), change(totals.pattern)
-            totals = replace(totals, offsets=offsets, pattern=pattern, indices=offsets.new_empty(0))
+            offsets, heads = change(totals.offsets), change(totals.head_to_list)
+            empty = offsets.new_empty(0)
+            totals = replace(totals, offsets=offsets, head_to_list=heads, indices=empty)
         return replace(self, decision=decision, totals=totals, recall=maybe(self.recall))
 
 

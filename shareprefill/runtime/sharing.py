@@ -15,11 +15,11 @@ from shareprefill.errors import DataError
 from shareprefill.runtime.crossover import crossover
 from shareprefill.runtime.dense import causal_attention
 from shareprefill.runtime.online import choose_online
+from shareprefill.runtime.ops.block_selection import covered_mass, list_blocks
 from shareprefill.runtime.ops.block_sparse_attention import block_sparse_attention
 from shareprefill.runtime.ops.blocks import BlockLists
-from shareprefill.runtime.ops.implementations import has_fast_kernel
+from shareprefill.runtime.ops.dispatch import has_fast_kernel
 from shareprefill.runtime.ops.pooled_attention import pooled_attention
-from shareprefill.runtime.ops.selection import covered_mass, list_blocks
 from shareprefill.runtime.orders import LayerOrders
 from shareprefill.runtime.plan import RuntimePlan
 from shareprefill.runtime.planned import PlannedChoice
@@ -100,7 +100,7 @@ class LayerPass:
         """The candidate that each head reads, int64 `[H]`; -1: every causal block."""
         if self.lists is None:
             return torch.full_like(self.orders.codes, -1)
-        pattern = self.lists.pattern.long()
+        pattern = self.lists.head_to_list.long()
         return torch.where(pattern == len(self.bitmap), -1, pattern)
 
     def compute(self) -> None:
@@ -115,8 +115,8 @@ class LayerPass:
             heads = self._heads_of_sdpa(lists)
             if len(heads):
                 self._compute_dense(heads)
-                pattern = lists.pattern.index_fill(0, heads, -1)
-                lists = replace(lists, pattern=pattern)
+                left = lists.head_to_list.index_fill(0, heads, -1)
+                lists = replace(lists, head_to_list=left)
             if len(heads) == self.orders.n_heads:
                 return
         block_sparse_attention(
@@ -146,7 +146,7 @@ class LayerPass:
             return dense[:0]
         if lists.device.type == "cpu":
             # Its values may be read at no cost, and its sparse blocks cost more than dense ones.
-            return (lists.pattern == len(self.bitmap)).nonzero()[:, 0]
+            return (lists.head_to_list == len(self.bitmap)).nonzero()[:, 0]
         return dense
 
     def _compute_dense(self, heads: Tensor) -> None:

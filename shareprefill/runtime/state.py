@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from shareprefill.runtime.geometry import Geometry
-from shareprefill.runtime.ops.selection import head_blocks
+from shareprefill.runtime.ops.block_selection import head_blocks
 from shareprefill.runtime.orders import LayerOrders, Orders
 
 

@@ -105,7 +105,7 @@ def test_lists_of_others_are_the_same_blocks() -> None:
     from kernel_cases import _padded, density, structured_lists, visible_pairs
 
     lists = structured_lists(500, 32, 3, 0.4, "cpu", seed=int(torch.seed() % 1000))
-    bitmap = lists.to_bitmap()[lists.pattern.long()]
+    bitmap = lists.to_bitmap()[lists.head_to_list.long()]
     counts, tiles = _padded(lists)
     assert (counts.dtype, tiles.dtype) == (torch.int32, torch.int32)
     for head in range(3):

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from shareprefill.runtime import dense
 from shareprefill.runtime.interface import AttentionCall, attached, dense_attention
 from shareprefill.runtime.masks import FactMask, MaskFacts
-from shareprefill.runtime.ops import hopper
 from shareprefill.runtime.ops.block_sparse_attention import block_sparse_attention
+from shareprefill.runtime.ops.hopper import launch
 from tests.support.tiny import tiny_llama, token_ids
 
 CLOSE: Any = {"rtol": 1e-4, "atol": 1e-4}
@@ -170,7 +170,7 @@ def test_chunks_on_a_gpu(
     for _ in range(2):
         found = dense.causal_attention(query, key, value, scale=0.1).double()
         assert (found - exact).norm() <= 4e-3 * exact.norm()
-    in_blocks = hopper.unavailable(query.device) is None
+    in_blocks = launch.unavailable(query.device) is None
     assert len(launches) == 2 * in_blocks
 
 
@@ -199,7 +199,7 @@ def test_whole_prompts_on_a_gpu(
     for _ in range(2):
         launches.clear()
         found = dense_attention(call)
-        in_blocks = tokens >= 4096 and hopper.unavailable(query.device) is None
+        in_blocks = tokens >= 4096 and launch.unavailable(query.device) is None
         assert len(launches) == 2 * in_blocks
         assert found.transpose(1, 2).is_contiguous() or not in_blocks
         for row in range(2):

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from shareprefill.artifact import Policy
 from shareprefill.runtime import sharing
-from shareprefill.runtime.ops.implementations import has_fast_kernel
+from shareprefill.runtime.ops.dispatch import has_fast_kernel
 from shareprefill.runtime.orders import Orders
 from shareprefill.runtime.plan import HeadPlan, RuntimePlan
 from shareprefill.runtime.policies.base import LayerInputs

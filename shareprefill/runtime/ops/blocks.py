@@ -89,7 +89,8 @@ class BlockLists:
             `indices[offsets[row] : offsets[row + 1]]`.
         indices: int32 `[nnz]`, key blocks, ascending and unique in each row. It may be longer than
             `offsets[-1]`; what follows is unused.
-        pattern: int32 `[H]`, the pattern of each query head; -1: the head is not computed.
+        head_to_list: int32 `[H]`, the pattern whose lists each query head reads; -1: the
+            head is not computed.
         n_q: query blocks.
         n_k: key blocks.
         block_size: tokens in a block, of queries and of keys.
@@ -97,13 +98,13 @@ class BlockLists:
 
     offsets: torch.Tensor
     indices: torch.Tensor
-    pattern: torch.Tensor
+    head_to_list: torch.Tensor
     n_q: int
     n_k: int
     block_size: int
 
     def __post_init__(self) -> None:
-        for name in ("offsets", "indices", "pattern"):
+        for name in ("offsets", "indices", "head_to_list"):
             tensor = getattr(self, name)
             if tensor.dtype != torch.int32 or tensor.ndim != 1:
                 raise ConfigError(
@@ -140,7 +141,7 @@ class BlockLists:
     def from_bitmap(
         cls,
         bitmap: torch.Tensor,
-        pattern: torch.Tensor,
+        head_to_list: torch.Tensor,
         block_size: int,
         *,
         capacity: int | None = None,
@@ -149,7 +150,7 @@ class BlockLists:
 
         Args:
             bitmap: bool `[P, n_q, n_k]`.
-            pattern: integer `[H]`, index into P or -1, on the bitmap's device.
+            head_to_list: integer `[H]`, index into P or -1, on the bitmap's device.
             block_size: tokens in a block.
             capacity: upper bound of the number of set entries. With it a CUDA bitmap is listed
                 without waiting for the device; a bound that is too small loses blocks. None counts
@@ -177,7 +178,7 @@ class BlockLists:
             indices.scatter_(0, slots, columns.expand(n_patterns, n_q, n_k).flatten())
             offsets.clamp_(max=capacity)
             indices = indices[:capacity]
-        return cls(offsets, indices, pattern.to(torch.int32), n_q, n_k, block_size)
+        return cls(offsets, indices, head_to_list.to(torch.int32), n_q, n_k, block_size)
 
     def to_bitmap(self) -> torch.Tensor:
         """The lists as bool `[P, n_q, n_k]`."""
@@ -189,9 +190,9 @@ class BlockLists:
 
     def head_counts(self) -> torch.Tensor:
         """Listed blocks of each head's pattern, int32 `[H]`; 0 for heads that are not computed."""
-        # A pattern of -1 ends where the first one starts.
-        ends = self.offsets[(self.pattern + 1) * self.n_q]
-        return ends - self.offsets[self.pattern.clamp(min=0) * self.n_q]
+        # A head at -1 ends where the first one starts.
+        ends = self.offsets[(self.head_to_list + 1) * self.n_q]
+        return ends - self.offsets[self.head_to_list.clamp(min=0) * self.n_q]
 
     def totals(self) -> BlockLists:
         """Counts of whole patterns, each one's as of one row, without the lists: `[P + 1]` numbers.
@@ -206,7 +207,7 @@ class BlockLists:
 
         Raises:
             ConfigError: offsets fall or leave the indices, a row is not ascending, or an index or
-                a pattern is out of range.
+                a head points is out of range.
         """
         counts = self.offsets.diff()
         if int(self.offsets[0]) != 0 or bool((counts < 0).any()):
@@ -225,12 +226,12 @@ class BlockLists:
         rows = torch.repeat_interleave(torch.arange(len(counts), device=self.device), counts.long())
         if bool(((rows * self.n_k + listed).diff() <= 0).any()):
             raise ConfigError("BlockLists.indices must be ascending and unique in each row")
-        if len(self.pattern) and not (
-            int(self.pattern.min()) >= -1 and int(self.pattern.max()) < self.n_patterns
+        if len(self.head_to_list) and not (
+            int(self.head_to_list.min()) >= -1 and int(self.head_to_list.max()) < self.n_patterns
         ):
             raise ConfigError(
-                f"BlockLists.pattern must lie in -1..{self.n_patterns - 1}, "
-                f"got {int(self.pattern.min())}..{int(self.pattern.max())}"
+                f"BlockLists.head_to_list must lie in -1..{self.n_patterns - 1}, "
+                f"got {int(self.head_to_list.min())}..{int(self.head_to_list.max())}"
             )
 
 
@@ -271,9 +272,9 @@ def _make_causal_lists(
     places = torch.arange(total, dtype=torch.int32, device=device)
     # Its size is given, or the host would wait for it.
     indices = places - torch.repeat_interleave(offsets[:-1], counts, output_size=total)
-    pattern = torch.zeros(n_heads, dtype=torch.int32, device=device)
+    head_to_list = torch.zeros(n_heads, dtype=torch.int32, device=device)
     n_k = count_blocks(q_offset + n_q_tokens, block_size)
-    return BlockLists(offsets, indices, pattern, len(counts), n_k, block_size)
+    return BlockLists(offsets, indices, head_to_list, len(counts), n_k, block_size)
 
 
 @lru_cache(maxsize=4)

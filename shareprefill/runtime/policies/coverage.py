@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from shareprefill.runtime.geometry import Geometry
-from shareprefill.runtime.ops.selection import head_blocks
-from shareprefill.runtime.ops.selection.reference import blocks_above_threshold
+from shareprefill.runtime.ops.block_selection import head_blocks
+from shareprefill.runtime.ops.block_selection.reference import blocks_above_threshold
 
 
 def head_pattern(maps: Tensor, gamma: Tensor) -> Tensor:

@@ -8,8 +8,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from shareprefill.runtime.ops.selection import LineWeights, head_blocks, smooth_maps
-from shareprefill.runtime.ops.selection.reference import smooth_along_lines
+from shareprefill.runtime.ops.block_selection import LineWeights, head_blocks, smooth_maps
+from shareprefill.runtime.ops.block_selection.reference import smooth_along_lines
 from shareprefill.runtime.policies.base import LayerInputs
 from shareprefill.runtime.policies.coverage import covering_blocks
 from shareprefill.runtime.policies.estimating import Estimating, Placing

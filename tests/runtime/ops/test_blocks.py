@@ -61,7 +61,7 @@ def test_causal_lists_hold_every_causal_block(
     assert torch.equal(lists.to_bitmap(), causal[None])
     assert (lists.n_q, lists.n_k) == causal.shape
     assert lists.offsets[-1] == len(lists.indices)
-    assert lists.pattern.tolist() == [0, 0, 0]
+    assert lists.head_to_list.tolist() == [0, 0, 0]
 
 
 def test_layers_share_their_causal_lists() -> None:
@@ -97,8 +97,8 @@ def test_lists_round_trip_through_a_bitmap() -> None:
     lists.validate()
     assert torch.equal(lists.to_bitmap(), bitmap)
     assert (lists.n_patterns, lists.n_q, lists.n_k) == (3, 5, 9)
-    assert lists.pattern.tolist() == [2, -1, 0, 0]
-    assert {lists.offsets.dtype, lists.indices.dtype, lists.pattern.dtype} == {torch.int32}
+    assert lists.head_to_list.tolist() == [2, -1, 0, 0]
+    assert {lists.offsets.dtype, lists.indices.dtype, lists.head_to_list.dtype} == {torch.int32}
 
 
 def test_capacity_gives_the_same_lists() -> None:

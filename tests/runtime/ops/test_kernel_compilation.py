@@ -18,14 +18,15 @@ import json, sys
 import torch
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
-from shareprefill.runtime.ops.block_sparse_attention import fa4_kernel, kernel, triton as sparse
+from shareprefill.runtime.ops.block_sparse_attention import fa4_kernel, triton_kernel
+from shareprefill.runtime.ops.block_sparse_attention import triton as sparse
 
 dim, dtype, capability = int(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 torch_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
 generation = divmod(capability, 10)
 types = {
     "p_q": "*" + dtype, "p_k": "*" + dtype, "p_v": "*" + dtype, "p_out": "*" + dtype,
-    "p_lse": "*fp32", "p_offsets": "*i32", "p_indices": "*i32", "p_pattern": "*i32",
+    "p_lse": "*fp32", "p_offsets": "*i32", "p_indices": "*i32", "p_head_to_list": "*i32",
     "scale_log2": "fp32", "softcap_log2": "fp32", "p_sinks": "*fp32",
     "p_counts": "*i32", "p_tiles": "*i32", "p_nothing": "*i32", "p_kept": "*" + dtype,
     "p_layout": "*i32", "p_cu_q": "*i32", "p_cu_k": "*i32",
@@ -56,8 +57,8 @@ for kind, capped in (("plain", False), ("capped", True)):
         dim, dim, 4, 128, tiles, torch_dtype,
         has_lse=True, has_softcap=capped, has_sinks=capped,
     )
-    result[kind] = build(kernel.block_sparse_kernel, tiles.launch_options(), constants)
-result["packed"] = build(kernel.packed_kernel, tiles.launch_options(), constants)
+    result[kind] = build(triton_kernel.block_sparse_kernel, tiles.launch_options(), constants)
+result["packed"] = build(triton_kernel.packed_kernel, tiles.launch_options(), constants)
 around = {"BLOCK_SIZE": 256, "DIM": dim, "BLOCK_D": 1 << (dim - 1).bit_length(), "BLOCK_M": 32}
 result["prepare"] = build(
     fa4_kernel.prepare_kernel, {"num_warps": 4}, around | {"TILE": 64, "BLOCK": 256}

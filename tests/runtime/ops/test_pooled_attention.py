@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from shareprefill.errors import ConfigError, UnsupportedError
-from shareprefill.runtime.ops import hopper
+from shareprefill.runtime.ops.hopper import launch
 from shareprefill.runtime.ops.pooled_attention import blockwise, pooled_attention, sample_rows
 
 # The mass of a key block that a row does not see is zero, and its logarithm -inf.
@@ -244,7 +244,7 @@ def test_softcap_and_sinks(heads: list[int] | None, impl: str) -> None:
 @pytest.mark.interpreter
 def test_triton_splits_keys_and_rows_over_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     from shareprefill.runtime.ops.pooled_attention import triton
-    from shareprefill.runtime.ops.pooled_attention.work import Division
+    from shareprefill.runtime.ops.pooled_attention.launches import Division
 
     query, key, _ = inputs((2, 1, 100, 111, 16, 16, 16), torch.float32)
     monkeypatch.setattr(triton, "DIVISION", Division(programs=1, least=2, most=2))
@@ -322,10 +322,10 @@ def test_user_errors_say_what_came() -> None:
             pooled_attention(*arguments, block_size=16, **options)
 
 
-def test_gluon_says_what_it_lacks() -> None:
+def test_the_hopper_kernel_says_what_it_lacks() -> None:
     tensors = inputs((2, 1, 20, 30, 16, 16, 16), torch.float32)
-    with pytest.raises(UnsupportedError, match="impl='gluon' needs a Hopper GPU"):
-        pooled_attention(*tensors, block_size=16, impl="gluon")
+    with pytest.raises(UnsupportedError, match="impl='hopper' needs a Hopper GPU"):
+        pooled_attention(*tensors, block_size=16, impl="hopper")
 
 
 @pytest.mark.gpu
@@ -356,7 +356,7 @@ def test_a_graph_can_be_captured_and_skipped_heads_cost_no_wait() -> None:
 
 
 needs_hopper = pytest.mark.skipif(
-    not torch.cuda.is_available() or hopper.unavailable(torch.device("cuda")) is not None,
+    not torch.cuda.is_available() or launch.unavailable(torch.device("cuda")) is not None,
     reason="the kernel needs a Hopper GPU",
 )
 
@@ -365,13 +365,13 @@ needs_hopper = pytest.mark.skipif(
 @needs_hopper
 def test_hopper_results_do_not_depend_on_who_draws_a_tile() -> None:
     query, key, value = inputs((8, 2, 5000, 5100, 128, 128, 128), torch.bfloat16, "cuda")
-    wanted_out, wanted = pooled_attention(query, key, value, block_size=128, impl="gluon")
+    wanted_out, wanted = pooled_attention(query, key, value, block_size=128, impl="hopper")
     streams = [torch.cuda.Stream() for _ in range(3)]
     torch.cuda.synchronize()
     results = []
     for place in range(12):
         with torch.cuda.stream(streams[place % 3]):
-            results.append(pooled_attention(query, key, value, block_size=128, impl="gluon"))
+            results.append(pooled_attention(query, key, value, block_size=128, impl="hopper"))
     torch.cuda.synchronize()
     for out, maps in results:
         assert torch.equal(maps, wanted)
@@ -388,7 +388,7 @@ def test_hopper_maps_where_tiles_end(n_q: int, past: int) -> None:
     tensors = inputs((6, 2, n_q, n_q + past, 128, 128, 128), torch.bfloat16, "cuda")
     exact = [tensor.float() for tensor in tensors]
     wanted_out, wanted = pooled_attention(*exact, block_size=128, impl="reference")
-    out, maps = pooled_attention(*tensors, block_size=128, impl="gluon")
+    out, maps = pooled_attention(*tensors, block_size=128, impl="hopper")
     out_limit, map_limit = TOLERANCE[torch.bfloat16]
     assert out is not None
     torch.testing.assert_close(out.float(), wanted_out, atol=out_limit, rtol=out_limit)
@@ -405,13 +405,13 @@ def test_a_new_size_compiles_no_hopper_kernel(monkeypatch: pytest.MonkeyPatch) -
     pooled_attention(
         *inputs((4, 2, 256, 256, 128, 128, 128), torch.bfloat16, "cuda"),
         block_size=128,
-        impl="gluon",
+        impl="hopper",
     )
     hook = "jit_post_compile_hook"
     monkeypatch.setattr(triton.knobs.runtime, hook, lambda **call: compiled.append(call))
     for heads, groups, n_q, n_k in ((4, 2, 1, 1), (7, 7, 255, 1111), (16, 2, 640, 641)):
         tensors = inputs((heads, groups, n_q, n_k, 128, 128, 128), torch.bfloat16, "cuda")
-        pooled_attention(*tensors, block_size=128, impl="gluon")
+        pooled_attention(*tensors, block_size=128, impl="hopper")
     assert not compiled
 
 

@@ -10,7 +10,7 @@ import torch
 from shareprefill.errors import ConfigError
 from shareprefill.runtime.ops.block_sparse_attention import blockwise, reference
 from shareprefill.runtime.ops.blocks import BlockLists, count_blocks
-from shareprefill.runtime.ops.implementations import select_attention
+from shareprefill.runtime.ops.dispatch import select_attention
 from shareprefill.runtime.ops.inputs import (
     check_attention_inputs,
     check_sinks,
@@ -87,8 +87,8 @@ def block_sparse_attention(
             where a head's pattern is -1, as such a head's rows are left untouched.
         return_lse: also return the natural log-sum-exp of each row's logits, scaled and bounded;
             it counts the sink, so that `exp(logit - lse)` is the weight of a key.
-        impl: "auto" (the fastest that takes the call, see `ops.implementations`), or one of
-            "reference", "blockwise", "triton", "gluon" (Hopper GPUs) and "fa4"
+        impl: "auto" (the fastest that takes the call, see `ops.dispatch`), or one of
+            "reference", "blockwise", "triton", "hopper" (Hopper GPUs) and "fa4"
             (FlashAttention-4 on Hopper GPUs, from the extra `fa4`).
 
     Returns:
@@ -130,10 +130,10 @@ def _attend_function(impl: str) -> Callable[..., None]:
         from shareprefill.runtime.ops.block_sparse_attention import triton
 
         return triton.attend
-    if impl == "gluon":
-        from shareprefill.runtime.ops.block_sparse_attention import gluon_hopper
+    if impl == "hopper":
+        from shareprefill.runtime.ops.block_sparse_attention import hopper
 
-        return gluon_hopper.attend
+        return hopper.attend
     if impl == "fa4":
         from shareprefill.runtime.ops.block_sparse_attention import fa4
 
@@ -149,10 +149,10 @@ def _check_lists(query: torch.Tensor, key: torch.Tensor, lists: BlockLists) -> N
             f"lists are for {lists.n_q} x {lists.n_k} blocks of {lists.block_size} tokens, "
             f"query and key make {n_q} x {n_k}"
         )
-    if len(lists.pattern) != query.shape[0]:
+    if len(lists.head_to_list) != query.shape[0]:
         raise ConfigError(
-            f"lists.pattern must name a pattern for each of {query.shape[0]} query heads, "
-            f"got {len(lists.pattern)}"
+            f"lists.head_to_list must name a pattern for each of {query.shape[0]} query heads, "
+            f"got {len(lists.head_to_list)}"
         )
     if lists.device != query.device:
         raise ConfigError(f"lists are on {lists.device}, query is on {query.device}")
@@ -164,9 +164,9 @@ def _new_output(
     query: torch.Tensor, shape: tuple[int, int, int], lists: BlockLists
 ) -> torch.Tensor:
     if query.device.type == "cpu":
-        if bool((lists.pattern < 0).any()):
+        if bool((lists.head_to_list < 0).any()):
             raise ConfigError(
-                "lists.pattern leaves heads out (-1); give `out`, whose rows they keep"
+                "lists.head_to_list leaves heads out (-1); give `out`, whose rows they keep"
             )
         return query.new_empty(shape)
     # Reading the pattern would wait for the device: zeros keep left-out heads defined.

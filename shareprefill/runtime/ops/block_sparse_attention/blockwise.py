@@ -36,7 +36,7 @@ def attend(
     dtype = torch.promote_types(query.dtype, torch.float32)
     heads_per_group = query.shape[0] // key.shape[0]
     members: dict[tuple[int, int], list[int]] = {}
-    for head, pattern in enumerate(lists.pattern.tolist()):
+    for head, pattern in enumerate(lists.head_to_list.tolist()):
         if pattern >= 0:
             members.setdefault((head // heads_per_group, pattern), []).append(head)
     rows = _causal_rows(lists, query.shape[1], key.shape[1])

@@ -140,7 +140,7 @@ def attend(
         step.restore(out, kept)
     if lse is not None and sinks is not None:
         # It counts the sinks of heads that are left out, too.
-        lse.masked_fill_((lists.pattern < 0)[:, None], -torch.inf)
+        lse.masked_fill_((lists.head_to_list < 0)[:, None], -torch.inf)
 
 
 def _aligned(out: torch.Tensor) -> bool:
@@ -185,7 +185,7 @@ class _Step:
             prepare_kernel[(counts.numel(),)](
                 lists.offsets,
                 lists.indices,
-                lists.pattern,
+                lists.head_to_list,
                 counts,
                 nothing,
                 tiles,
@@ -210,7 +210,7 @@ class _Step:
 
         with device_of(out):
             restore_kernel[(len(out) * self.rows,)](
-                self.lists.pattern,
+                self.lists.head_to_list,
                 out,
                 kept,
                 out.stride(0),

@@ -34,7 +34,7 @@ def _copy_rows(
 def prepare_kernel(
     p_offsets,
     p_indices,
-    p_pattern,
+    p_head_to_list,
     p_counts,
     p_nothing,
     p_tiles,
@@ -70,7 +70,7 @@ def prepare_kernel(
     i_row = i_first_row + i_local
     if i_head == 0:
         tl.store(p_nothing + i_local, 0)
-    i_pattern = tl.load(p_pattern + i_head).to(tl.int64)
+    i_pattern = tl.load(p_head_to_list + i_head).to(tl.int64)
     i_end = tl.minimum((i_row + 1) * BLOCK_SIZE, n_q_tokens)
     if i_pattern < 0:
         tl.store(p_counts + i_program, 0)
@@ -110,7 +110,7 @@ def prepare_kernel(
 
 @triton.jit(do_not_specialize=["i_first_row", "n_rows", "n_q_tokens"])
 def restore_kernel(
-    p_pattern,
+    p_head_to_list,
     p_out,
     p_kept,
     stride_oh,
@@ -129,7 +129,7 @@ def restore_kernel(
     i_program = tl.program_id(0).to(tl.int64)
     i_head = i_program // n_rows
     i_local = i_program % n_rows
-    if tl.load(p_pattern + i_head) >= 0:
+    if tl.load(p_head_to_list + i_head) >= 0:
         return
     i_row = (i_first_row + i_local) * BLOCK_SIZE
     _copy_rows(

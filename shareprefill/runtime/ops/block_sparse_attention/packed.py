@@ -129,10 +129,10 @@ def _check_lists(query: torch.Tensor, lists: Sequence[BlockLists]) -> None:
                 f"all lists must have one block_size, got {lists[0].block_size} for sequence 0 "
                 f"and {each.block_size} for sequence {place}"
             )
-        if len(each.pattern) != len(query) or each.device != query.device:
+        if len(each.head_to_list) != len(query) or each.device != query.device:
             raise ConfigError(
                 f"lists of sequence {place} must name a pattern for each of {len(query)} query "
-                f"heads on {query.device}, got {len(each.pattern)} on {each.device}"
+                f"heads on {query.device}, got {len(each.head_to_list)} on {each.device}"
             )
         if query.device.type == "cpu":
             each.validate()
@@ -185,7 +185,7 @@ def _output(
     if out is None:
         if query.device.type != "cpu":
             return query.new_zeros(shape)
-        if any(bool((each.pattern < 0).any()) for each in lists):
+        if any(bool((each.head_to_list < 0).any()) for each in lists):
             raise ConfigError("a pattern leaves heads out (-1); give `out`, whose rows they keep")
         return query.new_empty(shape)
     if out.shape != shape or out.dtype != query.dtype or out.device != query.device:

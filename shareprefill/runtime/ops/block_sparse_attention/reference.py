@@ -30,7 +30,7 @@ def attend(
     """Fill `out` (and `lse`) head by head; arguments as in `block_sparse_attention`."""
     dtype = torch.promote_types(query.dtype, torch.float32)
     heads_per_group = query.shape[0] // key.shape[0]
-    for head, pattern in enumerate(lists.pattern.tolist()):
+    for head, pattern in enumerate(lists.head_to_list.tolist()):
         if pattern < 0:
             continue
         group = head // heads_per_group

@@ -11,13 +11,13 @@ from typing import Any
 import torch
 import triton
 
-from shareprefill.runtime.ops.block_sparse_attention.kernel import (
+from shareprefill.runtime.ops.block_sparse_attention.triton_kernel import (
     block_sparse_kernel,
     packed_kernel,
 )
 from shareprefill.runtime.ops.blocks import BlockLists
 from shareprefill.runtime.ops.devices import device_of
-from shareprefill.runtime.ops.tiles import (
+from shareprefill.runtime.ops.triton_tiles import (
     Tiles,
     check_tile_block_size,
     device_capability,
@@ -85,7 +85,7 @@ def attend(
             out if lse is None else lse,
             lists.offsets,
             lists.indices,
-            lists.pattern,
+            lists.head_to_list,
             out if sinks is None else sinks,
             query.stride(0),
             query.stride(1),
@@ -142,7 +142,7 @@ def attend_packed(
             out if lse is None else lse,
             offsets,
             torch.cat([each.indices for each in lists]),
-            torch.stack([each.pattern for each in lists]),
+            torch.stack([each.head_to_list for each in lists]),
             out if sinks is None else sinks,
             _layout(sizes, tiles_per_block, query.device),
             cu_seqlens_q,

@@ -15,9 +15,9 @@ from shareprefill.runtime.ops.inputs import (
     select_impl,
     unit_last_stride,
 )
-from shareprefill.runtime.ops.pooled_attention import blockwise, gluon_hopper, reference
+from shareprefill.runtime.ops.pooled_attention import blockwise, hopper, reference
 
-IMPLS = ("reference", "blockwise", "triton", "gluon")
+IMPLS = ("reference", "blockwise", "triton", "hopper")
 
 
 @torch.no_grad()
@@ -56,8 +56,8 @@ def pooled_attention(
             it is neither scaled nor capped. None: none. What goes to a sink is missing in the
             output; the map is of the attention that goes to keys, so its rows still sum to 1 and
             do not depend on sinks.
-        impl: "auto" (on CUDA "gluon" where it can compute this, else "triton"; elsewhere
-            "blockwise"), "reference", "blockwise", "triton", or "gluon": Hopper GPUs,
+        impl: "auto" (on CUDA "hopper" where it can compute this, else "triton"; elsewhere
+            "blockwise"), "reference", "blockwise", "triton", or "hopper": Hopper GPUs,
             blocks of 128, half precision, head dims 64, 96 and 128, no soft-cap.
 
     Returns:
@@ -81,18 +81,18 @@ def pooled_attention(
     query, key = unit_last_stride(query), unit_last_stride(key)
     value = None if value is None else unit_last_stride(value)
     scale = resolve_scale(scale, query.shape[2])
-    if impl == "gluon" or (is_free and impl == "triton"):
-        missing = gluon_hopper.refusal(query, key, value, block_size, softcap)
+    if impl == "hopper" or (is_free and impl == "triton"):
+        missing = hopper.refusal(query, key, value, block_size, softcap)
         if missing is None:
-            impl = "gluon"
-        elif impl == "gluon":
-            raise UnsupportedError(f"impl='gluon' {missing}; or use impl='auto'")
+            impl = "hopper"
+        elif impl == "hopper":
+            raise UnsupportedError(f"impl='hopper' {missing}; or use impl='auto'")
     if impl == "reference":
         pool = reference.pool
     elif impl == "blockwise":
         pool = blockwise.pool
-    elif impl == "gluon":
-        pool = gluon_hopper.pool
+    elif impl == "hopper":
+        pool = hopper.pool
     else:
         from shareprefill.runtime.ops.pooled_attention import triton
 

@@ -13,13 +13,13 @@ import torch
 import triton
 
 from shareprefill.runtime.ops.devices import device_of
-from shareprefill.runtime.ops.pooled_attention.kernel import (
+from shareprefill.runtime.ops.pooled_attention.launches import Attended, Division, Masses
+from shareprefill.runtime.ops.pooled_attention.triton_kernel import (
     mass_kernel,
     means_kernel,
     pooled_kernel,
 )
-from shareprefill.runtime.ops.pooled_attention.work import Attended, Division, Masses
-from shareprefill.runtime.ops.tiles import (
+from shareprefill.runtime.ops.triton_tiles import (
     Tiles,
     check_tile_block_size,
     device_capability,

@@ -11,14 +11,14 @@ import triton
 
 from shareprefill.runtime.ops.blocks import count_blocks
 from shareprefill.runtime.ops.devices import device_of
-from shareprefill.runtime.ops.tiles import (
+from shareprefill.runtime.ops.triton_tiles import (
     Tiles,
     check_tile_block_size,
     device_capability,
     map_tiles,
     padded_dim,
 )
-from shareprefill.runtime.ops.vertical_slash.kernel import profiles_kernel, sums_kernel
+from shareprefill.runtime.ops.vertical_slash.triton_kernel import profiles_kernel, sums_kernel
 
 # Key blocks of one program: few enough to keep all processors busy, enough for a pipeline.
 LEAST_BLOCKS, MOST_BLOCKS = 4, 64

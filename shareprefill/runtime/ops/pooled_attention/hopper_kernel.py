@@ -3,7 +3,7 @@
 Runs on Triton 3.6 and compiles on 3.9. The schedule of a warpgroup, which issues the next block's
 logits before the last block's product and computes the softmax meanwhile, is FlashAttention-3's
 (arXiv 2407.08608, section 3.2); as in the block-sparse kernel it runs on from tile to tile. Masses
-become means as in `kernel.py`.
+become means as in `triton_kernel.py`.
 """
 
 # Gluon is typed by its compiler, which knows constexpr, program-wide scalars and tiles.
@@ -20,7 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from shareprefill.runtime.ops.gluon import (
+from shareprefill.runtime.ops.hopper.pipeline import (
     QUERIES,
     barrier,
     free_tile,
@@ -33,7 +33,7 @@ from shareprefill.runtime.ops.gluon import (
     sum_within_threads,
     wait_tile,
 )
-from shareprefill.runtime.ops.gluon_work import (
+from shareprefill.runtime.ops.hopper.work_queue import (
     ROUNDS,
     place_work,
     produce,

@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch.nn.functional import pad
 
+from shareprefill.runtime.ops.block_selection.weights import LineWeights
 from shareprefill.runtime.ops.blocks import (
     BlockLists,
     block_diagonals,
     causal_blocks,
 )
-from shareprefill.runtime.ops.selection.weights import LineWeights
 
 # A sum of float32 values that should reach gamma exactly may miss it by rounding.
 ROUNDING = 1e-6
@@ -135,7 +135,7 @@ def covered_mass(maps: torch.Tensor, patterns: torch.Tensor, index: torch.Tensor
 
 def list_blocks(
     bitmap: torch.Tensor,
-    pattern: torch.Tensor,
+    head_to_list: torch.Tensor,
     n_query: int,
     n_key: int,
     block_size: int,
@@ -145,15 +145,15 @@ def list_blocks(
     n_patterns, offset = len(bitmap), n_key - n_query
     causal = causal_blocks(n_query, offset, block_size, device=bitmap.device)
     numbers = torch.arange(n_patterns, device=bitmap.device)
-    used = (numbers[:, None] == pattern[None, :]).any(1)
+    used = (numbers[:, None] == head_to_list[None, :]).any(1)
     bitmap = bitmap & causal & used[:, None, None]
     if max_blocks is not None:
         over = bitmap.sum((1, 2)) > max_blocks
-        too_many = (over[:, None] & (numbers[:, None] == pattern[None, :])).any(0)
-        pattern = torch.where(too_many, n_patterns, pattern)
-        dense = causal & (pattern == n_patterns).any()
+        too_many = (over[:, None] & (numbers[:, None] == head_to_list[None, :])).any(0)
+        head_to_list = torch.where(too_many, n_patterns, head_to_list)
+        dense = causal & (head_to_list == n_patterns).any()
         bitmap = torch.cat([bitmap & ~over[:, None, None], dense[None]])
-    return BlockLists.from_bitmap(bitmap, pattern, block_size)
+    return BlockLists.from_bitmap(bitmap, head_to_list, block_size)
 
 
 def smooth_maps(

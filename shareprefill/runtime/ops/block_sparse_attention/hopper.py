@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from shareprefill.runtime.ops import hopper
 from shareprefill.runtime.ops.blocks import BlockLists
 from shareprefill.runtime.ops.devices import device_of
-from shareprefill.runtime.ops.tiles import multiprocessors
+from shareprefill.runtime.ops.hopper import launch
+from shareprefill.runtime.ops.triton_tiles import multiprocessors
 
 # Keys and values of the heads that run at one time: of the 50 MB of L2, which queries and outputs
 # pass through as well.
@@ -21,18 +21,18 @@ def supports(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, block_size: int
 ) -> str | None:
     """Why `attend` does not take a call; None where it does."""
-    return hopper.refusal(query, key, value, block_size)
+    return launch.refusal(query, key, value, block_size)
 
 
 def kernel_constants(
     head_dim: int, *, has_lse: bool, has_softcap: bool = False, has_sinks: bool = False
 ) -> dict[str, Any]:
     """Compile-time arguments of `block_sparse_hopper_kernel`."""
-    block_d = hopper.padded_head_dim(head_dim)
+    block_d = launch.padded_head_dim(head_dim)
     return {
         "HEAD_DIM": head_dim,
         "BLOCK_D": block_d,
-        "BLOCK": hopper.BLOCK,
+        "BLOCK": launch.BLOCK,
         "STAGES": 256 // block_d,
         "HAS_LSE": has_lse,
         "HAS_SOFTCAP": has_softcap,
@@ -60,7 +60,7 @@ def attend(
 
     For calls that `supports` takes. Nothing is compiled for a new length or number of heads.
     """
-    from shareprefill.runtime.ops.block_sparse_attention.gluon_kernel import (
+    from shareprefill.runtime.ops.block_sparse_attention.hopper_kernel import (
         block_sparse_hopper_kernel,
     )
 
@@ -74,21 +74,21 @@ def attend(
     log2e = 1.0 / math.log(2.0)
     with device_of(query):
         block_sparse_hopper_kernel[(min(lists.n_q * n_heads, multiprocessors(query.device)),)](
-            hopper.describe_tiles(query, hopper.BLOCK // 2),
-            hopper.describe_tiles(key, hopper.BLOCK),
-            hopper.describe_tiles(value, hopper.BLOCK),
+            launch.describe_tiles(query, launch.BLOCK // 2),
+            launch.describe_tiles(key, launch.BLOCK),
+            launch.describe_tiles(value, launch.BLOCK),
             out,
             out if lse is None else lse,
             out if sinks is None else sinks,
             lists.offsets,
             lists.indices,
-            lists.pattern,
-            hopper.draw_counter(query.device),
+            lists.head_to_list,
+            launch.draw_counter(query.device),
             out.stride(0),
             out.stride(1),
             n_heads,
             n_heads // len(key),
-            hopper.heads_at_once(key, n_heads, L2_BYTES),
+            launch.heads_at_once(key, n_heads, L2_BYTES),
             lists.n_q,
             n_q_tokens,
             key.shape[1],

@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from shareprefill.runtime.ops.selection.threshold import last_blocks
+from shareprefill.runtime.ops.block_selection.kernels.head_threshold import last_blocks
 
 
 @triton.jit(do_not_specialize=["n_q", "n_k", "reach", "n_diagonals"])

@@ -3,7 +3,7 @@
 Positive float32 numbers are ordered as their bits are. The threshold is a number of few mantissa
 bits, found by a search over its bits: each pass over the map sums the mass at or above three
 candidates. One program serves one pattern, so that a search needs no other program and one launch
-is enough; `threshold_strips.py` divides the maps of long prompts.
+is enough; `head_threshold_large.py` divides the maps of long prompts.
 """
 
 # Triton's language is typed by its compiler, which knows constexpr, program-wide scalars and tiles.

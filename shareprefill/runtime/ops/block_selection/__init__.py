@@ -1,6 +1,6 @@
 """Choice of blocks from block maps: smoothing, patterns, distances, coverage and block lists."""
 
-from shareprefill.runtime.ops.selection.api import (
+from shareprefill.runtime.ops.block_selection.api import (
     covered_mass,
     head_blocks,
     js_distances,
@@ -9,7 +9,7 @@ from shareprefill.runtime.ops.selection.api import (
     smooth_maps,
     vertical_slash_blocks,
 )
-from shareprefill.runtime.ops.selection.weights import LineWeights
+from shareprefill.runtime.ops.block_selection.weights import LineWeights
 
 __all__ = [
     "LineWeights",

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from shareprefill.runtime.ops.tiles import device_capability
+from shareprefill.runtime.ops.triton_tiles import device_capability
 
 HEAD_DIMS = (64, 96, 128)
 BLOCK = 128  # query rows and keys of a tile

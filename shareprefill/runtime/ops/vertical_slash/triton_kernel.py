@@ -16,7 +16,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from shareprefill.runtime.ops.kernels import cap_logits, load_tile
+from shareprefill.runtime.ops.triton_steps import cap_logits, load_tile
 
 
 @triton.jit(

@@ -19,7 +19,7 @@ def _seen_blocks(i_q, n_query, offset, block_size):
 @triton.jit(do_not_specialize=["n_q", "n_k", "n_heads", "n_query", "offset", "block_size"])
 def count_kernel(
     p_bitmap,
-    p_pattern,
+    p_head_to_list,
     p_counts,
     n_q,
     n_k,
@@ -33,7 +33,7 @@ def count_kernel(
     """One program: causal set entries of one row of one pattern; 0 where no head points at it."""
     i_row = tl.program_id(0).to(tl.int64)
     o_h = tl.arange(0, HEADS)
-    b_pattern = tl.load(p_pattern + o_h, mask=o_h < n_heads, other=-1)
+    b_pattern = tl.load(p_head_to_list + o_h, mask=o_h < n_heads, other=-1)
     n_listed = 0
     if tl.max((b_pattern == i_row // n_q).to(tl.int32), 0) > 0:
         n_seen = _seen_blocks(i_row % n_q, n_query, offset, block_size)
@@ -59,7 +59,7 @@ def count_kernel(
 )
 def offsets_kernel(
     p_counts,
-    p_pattern,
+    p_head_to_list,
     p_offsets,
     p_listed,
     n_patterns,
@@ -82,7 +82,7 @@ def offsets_kernel(
     i_pattern = tl.program_id(0)
     o_h = tl.arange(0, HEADS)
     o_r = tl.arange(0, ROWS)
-    b_pattern = tl.load(p_pattern + o_h, mask=o_h < n_heads, other=-1).to(tl.int32)
+    b_pattern = tl.load(p_head_to_list + o_h, mask=o_h < n_heads, other=-1).to(tl.int32)
 
     # Each program adds up the patterns before its own: cheaper than one more launch.
     i_start = 0

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from shareprefill.errors import ConfigError
+from shareprefill.runtime.ops.block_selection import LineWeights, head_blocks, smooth_maps
+from shareprefill.runtime.ops.block_selection.reference import smooth_along_lines
 from shareprefill.runtime.ops.blocks import causal_blocks
-from shareprefill.runtime.ops.selection import LineWeights, head_blocks, smooth_maps
-from shareprefill.runtime.ops.selection.reference import smooth_along_lines
 from tests.support.maps import Shape, geometry, random_maps
 
 IMPLS = ["reference", pytest.param("triton", marks=pytest.mark.interpreter)]
@@ -33,7 +33,7 @@ def search(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
     """The `impl` of `head_blocks`, whose Triton kernels for large maps search small ones, too."""
     if request.param != STRIPS:
         return request.param
-    from shareprefill.runtime.ops.selection import triton
+    from shareprefill.runtime.ops.block_selection import triton
 
     monkeypatch.setattr(triton, "LARGE_MAP", 1)
     return TRITON
@@ -82,7 +82,7 @@ def test_triton_takes_what_the_reference_takes(
     shape: Shape, is_large: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Exact sums, so exactly the same; several patterns of a map, and none of another."""
-    from shareprefill.runtime.ops.selection import triton
+    from shareprefill.runtime.ops.block_selection import triton
 
     monkeypatch.setattr(triton, "LARGE_MAP", 1 if is_large else 2**40)
     maps = random_maps(3, shape, 1024)

@@ -18,22 +18,23 @@ import json, sys
 import torch
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
-from shareprefill.runtime.ops.pooled_attention import kernel as pooled, triton as pooling
-from shareprefill.runtime.ops.selection import cover, lines, lists, measures, threshold
-from shareprefill.runtime.ops.selection import threshold_strips
-from shareprefill.runtime.ops.selection import triton as selection
-from shareprefill.runtime.ops.vertical_slash import kernel as profiles, triton as profiling
+from shareprefill.runtime.ops.pooled_attention import triton_kernel as pooled, triton as pooling
+from shareprefill.runtime.ops.block_selection.kernels import cover, head_threshold, lists
+from shareprefill.runtime.ops.block_selection.kernels import head_threshold_large, measures
+from shareprefill.runtime.ops.block_selection.kernels import smoothing
+from shareprefill.runtime.ops.block_selection import triton as selection
+from shareprefill.runtime.ops.vertical_slash import triton_kernel as profiles, triton as profiling
 
 dim, dtype, capability = int(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 torch_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
 generation = divmod(capability, 10)
 TYPES = {
     **dict.fromkeys(["p_q", "p_k", "p_v", "p_out"], "*" + dtype),
-    **dict.fromkeys(["p_rows", "p_heads", "p_index", "p_pattern"], "*i64"),
+    **dict.fromkeys(["p_rows", "p_heads", "p_index", "p_head_to_list"], "*i64"),
     **dict.fromkeys(["p_counts", "p_offsets", "p_listed", "p_indices"], "*i32"),
     **dict.fromkeys(["p_bitmap", "p_patterns", "p_columns", "p_distances", "p_sound"], "*u8"),
     **dict.fromkeys(["scale_log2", "softcap_log2"], "fp32"),
-    **dict.fromkeys(lines.smooth_kernel.arg_names[7:14], "fp32"),
+    **dict.fromkeys(smoothing.smooth_kernel.arg_names[7:14], "fp32"),
 }
 
 def build(kernel, constants, pointers={}, source=ASTSource, **options):
@@ -93,19 +94,19 @@ result["covered"] = build(measures.covered_kernel, measure, **warps)
 for indexed in (False, True):
     options = selection.HEAD_OPTIONS | {"HAS_INDEX": indexed}
     result[f"head {indexed}"] = build(
-        threshold.head_kernel, constants_of(options), bits, **launch(options)
+        head_threshold.head_kernel, constants_of(options), bits, **launch(options)
     )
     numbers = {**bits, **dict.fromkeys(["p_peaks", "p_before", "p_after"], "*i32")}
     for name, is_first in (("total", False), ("narrow", True), ("narrow", False), ("mark", False)):
-        kernel = getattr(threshold_strips, name + "_kernel")
+        kernel = getattr(head_threshold_large, name + "_kernel")
         options = selection.STRIP_OPTIONS | {"HAS_INDEX": indexed, "IS_FIRST": is_first}
         taken = {n: v for n, v in options.items() if n in kernel.arg_names}
         built = build(kernel, taken, numbers, num_warps=options["num_warps"])
         result[f"{name} {indexed} {is_first}"] = built
 fp32 = {"p_out": "*fp32"}
 for name, kernel, options in (
-    ("lines", lines.lines_kernel, selection.SUM_OPTIONS),
-    ("smooth", lines.smooth_kernel, selection.SMOOTH_OPTIONS),
+    ("lines", smoothing.lines_kernel, selection.SUM_OPTIONS),
+    ("smooth", smoothing.smooth_kernel, selection.SMOOTH_OPTIONS),
 ):
     result[name] = build(kernel, constants_of(options), fp32, **launch(options))
 listing = {"CHUNK": selection.LIST_CHUNK}
@@ -119,16 +120,16 @@ for bounded in (False, True):
 if generation == (9, 0) and dtype != "fp32" and dim <= 128:
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon._runtime import GluonASTSource
-    from shareprefill.runtime.ops.pooled_attention import gluon_hopper, gluon_kernel
+    from shareprefill.runtime.ops.pooled_attention import hopper, hopper_kernel
 
-    constants = gluon_hopper.kernel_constants(dim, has_heads=True, has_sinks=True)
+    constants = hopper.kernel_constants(dim, has_heads=True, has_sinks=True)
     layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=3)
     tile = dtype + "[1, {}, " + str(constants["BLOCK_D"]) + "]," + repr(layout)
     kinds = {name: f"tensordesc<{tile.format(128)}>" for name in ("k_desc", "v_desc")}
     kinds["q_desc"] = f"tensordesc<{tile.format(64)}>"
     kinds["p_next"] = "*i32"
     result["dot hopper"] = build(
-        gluon_kernel.pooled_hopper_kernel, constants, kinds, GluonASTSource, num_warps=4
+        hopper_kernel.pooled_hopper_kernel, constants, kinds, GluonASTSource, num_warps=4
     )
 print(json.dumps(result))
 """

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from shareprefill.runtime.ops.blocks import count_blocks
-from shareprefill.runtime.ops.tiles import multiprocessors
+from shareprefill.runtime.ops.triton_tiles import multiprocessors
 
 # Programs of a launch for each one that runs at a time: work ends evenly.
 PROGRAMS_PER_SLOT = 16

@@ -15,7 +15,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from shareprefill.runtime.ops.selection.threshold import (
+from shareprefill.runtime.ops.block_selection.kernels.head_threshold import (
     last_blocks,
     least_bits,
     load_masses,

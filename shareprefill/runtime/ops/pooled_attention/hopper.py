@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 
-from shareprefill.runtime.ops import hopper
 from shareprefill.runtime.ops.blocks import count_blocks
 from shareprefill.runtime.ops.devices import device_of
-from shareprefill.runtime.ops.pooled_attention.work import Attended, Division, Masses
-from shareprefill.runtime.ops.tiles import multiprocessors
+from shareprefill.runtime.ops.hopper import launch
+from shareprefill.runtime.ops.pooled_attention.launches import Attended, Division, Masses
+from shareprefill.runtime.ops.triton_tiles import multiprocessors
 
 # Keys and values of heads that run at one time should stay in the 50 MB of L2.
 L2_BYTES = 32 * 2**20
@@ -23,11 +23,11 @@ DIVISION = Division(programs=1, least=8, most=256)
 
 def kernel_constants(head_dim: int, *, has_heads: bool, has_sinks: bool) -> dict[str, Any]:
     """Compile-time arguments of `pooled_hopper_kernel`."""
-    block_d = hopper.padded_head_dim(head_dim)
+    block_d = launch.padded_head_dim(head_dim)
     return {
         "HEAD_DIM": head_dim,
         "BLOCK_D": block_d,
-        "BLOCK": hopper.BLOCK,
+        "BLOCK": launch.BLOCK,
         "STAGES": 256 // block_d,
         "HAS_HEADS": has_heads,
         "HAS_SINKS": has_sinks,
@@ -37,10 +37,10 @@ def kernel_constants(head_dim: int, *, has_heads: bool, has_sinks: bool) -> dict
 def mass_constants(constants: dict[str, Any]) -> dict[str, Any]:
     """Compile-time arguments of `mass_hopper_kernel`, from those of `mass_kernel`."""
     shared = ("SHARED", "PACKED", "ROWS", "PARTS", "SEGMENTS", "HEAD_DIM", "BLOCK_M")
-    block_d = hopper.padded_head_dim(constants["HEAD_DIM"])
+    block_d = launch.padded_head_dim(constants["HEAD_DIM"])
     return {name: constants[name] for name in (*shared, "HAS_ROWS", "HAS_HEADS")} | {
         "BLOCK_D": block_d,
-        "BLOCK": hopper.BLOCK,
+        "BLOCK": launch.BLOCK,
         "STAGES": 512 // block_d,
     }
 
@@ -55,7 +55,7 @@ def refusal(
     """Why `pool` does not take a call; None where it does."""
     if softcap is not None:
         return "has no soft-cap"
-    return hopper.refusal(query, key, key if value is None else value, block_size)
+    return launch.refusal(query, key, key if value is None else value, block_size)
 
 
 def pool(
@@ -87,12 +87,12 @@ def pool(
 
 def _launch_masses(attended: Attended, masses: Masses) -> None:
     """Starts `mass_hopper_kernel`."""
-    from shareprefill.runtime.ops.pooled_attention.gluon_mass import mass_hopper_kernel
+    from shareprefill.runtime.ops.pooled_attention.hopper_mass_kernel import mass_hopper_kernel
 
     query = attended.query
     mass_hopper_kernel[(masses.n_programs,)](
         query,
-        hopper.describe_tiles(attended.key, hopper.BLOCK),
+        launch.describe_tiles(attended.key, launch.BLOCK),
         masses.mass,
         masses.peaks,
         *masses.chosen,
@@ -115,7 +115,7 @@ def _pool_all(
     sinks: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Output and maps of all rows."""
-    from shareprefill.runtime.ops.pooled_attention.gluon_kernel import pooled_hopper_kernel
+    from shareprefill.runtime.ops.pooled_attention.hopper_kernel import pooled_hopper_kernel
 
     n_heads, n_q_tokens, head_dim = query.shape
     n_k_tokens = key.shape[1]
@@ -129,20 +129,20 @@ def _pool_all(
     mass = query.new_empty(programs * n_k * block_size, dtype=torch.float32)
     unused = maps  # stands in for tensors that the kernel does not touch
     pooled_hopper_kernel[(programs,)](
-        hopper.describe_tiles(query, hopper.BLOCK // 2),
-        hopper.describe_tiles(key, hopper.BLOCK),
-        hopper.describe_tiles(value, hopper.BLOCK),
+        launch.describe_tiles(query, launch.BLOCK // 2),
+        launch.describe_tiles(key, launch.BLOCK),
+        launch.describe_tiles(value, launch.BLOCK),
         out,
         maps,
         mass,
         unused if heads is None else heads,
         unused if sinks is None else sinks,
-        hopper.draw_counter(query.device),
+        launch.draw_counter(query.device),
         out.stride(0),
         out.stride(1),
         n_slots,
         n_heads // len(key),
-        hopper.heads_at_once(key, n_heads, L2_BYTES),
+        launch.heads_at_once(key, n_heads, L2_BYTES),
         n_q,
         n_k,
         n_q_tokens,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from shareprefill.runtime.ops.kernels import load_tile, softmax_step
+from shareprefill.runtime.ops.triton_steps import load_tile, softmax_step
 
 
 @triton.jit
@@ -181,7 +181,7 @@ def block_sparse_kernel(
     p_lse,
     p_offsets,
     p_indices,
-    p_pattern,
+    p_head_to_list,
     p_sinks,
     stride_qh,
     stride_qn,
@@ -219,7 +219,7 @@ def block_sparse_kernel(
     i_program = tl.program_id(0).to(tl.int64)
     i_head = i_program % n_heads
     i_row = (n_tiles - 1 - i_program // n_heads) * BLOCK_M
-    i_pattern = tl.load(p_pattern + i_head).to(tl.int64)
+    i_pattern = tl.load(p_head_to_list + i_head).to(tl.int64)
     if i_pattern < 0:
         return
 
@@ -265,7 +265,7 @@ def packed_kernel(
     p_lse,
     p_offsets,
     p_indices,
-    p_pattern,
+    p_head_to_list,
     p_sinks,
     p_layout,
     p_cu_q,
@@ -315,7 +315,7 @@ def packed_kernel(
     n_q_tokens = (tl.load(p_cu_q + i_sequence + 1) - i_query).to(tl.int32)
     i_key = tl.load(p_cu_k + i_sequence).to(tl.int64)
     n_k_tokens = (tl.load(p_cu_k + i_sequence + 1) - i_key).to(tl.int32)
-    i_pattern = tl.load(p_pattern + i_sequence * n_heads + i_head).to(tl.int64)
+    i_pattern = tl.load(p_head_to_list + i_sequence * n_heads + i_head).to(tl.int64)
     if (i_pattern < 0) | (i_row >= n_q_tokens):
         return
 

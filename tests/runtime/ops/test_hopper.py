@@ -14,12 +14,12 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from shareprefill.runtime.ops import hopper
-from shareprefill.runtime.ops.block_sparse_attention import gluon_hopper, reference
+from shareprefill.runtime.ops.block_sparse_attention import hopper, reference
 from shareprefill.runtime.ops.blocks import BlockLists, causal_blocks, count_blocks
+from shareprefill.runtime.ops.hopper import launch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-REFUSAL = hopper.unavailable(torch.device(DEVICE))
+REFUSAL = launch.unavailable(torch.device(DEVICE))
 needs_hopper = pytest.mark.skipif(REFUSAL is not None, reason=f"the Hopper kernel {REFUSAL}")
 # Relative to float64; about what rounding the weights and the output costs.
 TOLERANCE = {torch.bfloat16: 3e-3, torch.float16: 4e-4}
@@ -32,13 +32,13 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import compile
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
-from shareprefill.runtime.ops.block_sparse_attention import gluon_hopper as sparse
-from shareprefill.runtime.ops.block_sparse_attention.gluon_kernel import block_sparse_hopper_kernel
-from shareprefill.runtime.ops.pooled_attention import gluon_hopper as pooled
+from shareprefill.runtime.ops.block_sparse_attention import hopper as sparse
+from shareprefill.runtime.ops.block_sparse_attention.hopper_kernel import block_sparse_hopper_kernel
+from shareprefill.runtime.ops.pooled_attention import hopper as pooled
 from shareprefill.runtime.ops.pooled_attention import triton as pooling
-from shareprefill.runtime.ops.pooled_attention.gluon_kernel import pooled_hopper_kernel
-from shareprefill.runtime.ops.pooled_attention.gluon_mass import mass_hopper_kernel
-from shareprefill.runtime.ops.tiles import Tiles
+from shareprefill.runtime.ops.pooled_attention.hopper_kernel import pooled_hopper_kernel
+from shareprefill.runtime.ops.pooled_attention.hopper_mass_kernel import mass_hopper_kernel
+from shareprefill.runtime.ops.triton_tiles import Tiles
 
 ALIGNED = (
     "p_out", "p_maps", "p_mass", "p_peaks", "p_q", "stride_oh", "stride_on", "stride_qh",
@@ -53,7 +53,7 @@ def build(kernel, constants, dtype, **options):
         "p_q": "*" + dtype, "p_rows": "*i64",
         "p_sinks": "*" + dtype, "scale_log2": "fp32", "softcap_log2": "fp32", "p_heads": "*i64",
         **dict.fromkeys(["p_lse", "p_maps", "p_mass", "p_peaks"], "*fp32"),
-        **dict.fromkeys(["p_offsets", "p_indices", "p_pattern", "p_next"], "*i32"),
+        **dict.fromkeys(["p_offsets", "p_indices", "p_head_to_list", "p_next"], "*i32"),
     }
     names = kernel.arg_names
     signature = {name: "constexpr" if name in constants else types.get(name, "i32")
@@ -112,14 +112,14 @@ def test_compiles_for_hopper_without_a_gpu(tmp_path: Path) -> None:
 class TestRefusals:
     @pytest.fixture(autouse=True)
     def on_hopper(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(hopper, "unavailable", lambda device: None)
+        monkeypatch.setattr(launch, "unavailable", lambda device: None)
 
     @staticmethod
     def refusal(
         dim: int = 128, dtype: torch.dtype = torch.float16, block_size: int = 128
     ) -> str | None:
         query, key = torch.zeros(4, 300, dim, dtype=dtype), torch.zeros(2, 300, dim, dtype=dtype)
-        return gluon_hopper.supports(query, key, key, block_size)
+        return hopper.supports(query, key, key, block_size)
 
     def test_takes_what_it_is_made_for(self) -> None:
         for dim in (64, 96, 128):
@@ -133,12 +133,12 @@ class TestRefusals:
     def test_names_rows_that_the_copy_engine_cannot_read(self) -> None:
         query = torch.zeros(2, 100, 128, dtype=torch.float16)
         key = torch.zeros(2, 100, 132, dtype=torch.float16)[:, :, :128]
-        assert "takes key in rows" in (gluon_hopper.supports(query, key, query, 128) or "")
+        assert "takes key in rows" in (hopper.supports(query, key, query, 128) or "")
         shifted = torch.zeros(2 * 100 * 128 + 4, dtype=torch.float16)[4:].view(2, 100, 128)
-        assert "takes value in rows" in (gluon_hopper.supports(query, query, shifted, 128) or "")
+        assert "takes value in rows" in (hopper.supports(query, query, shifted, 128) or "")
         # Strides of a dim of one element do not matter.
         one = torch.zeros(1, 128, dtype=torch.float16).as_strided((1, 1, 128), (3, 5, 1))
-        assert gluon_hopper.supports(one, one, one, 128) is None
+        assert hopper.supports(one, one, one, 128) is None
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="needs the triton package")
@@ -150,8 +150,8 @@ def test_descriptors_are_those_that_triton_makes() -> None:
     value = torch.zeros(2, 1, 64, dtype=torch.bfloat16)
     for columns, tensors in ((128, (query, key, key)), (64, (value, value, value))):
         for tensor, rows in zip(tensors, (64, 128, 128), strict=True):
-            descriptor = hopper.describe_tiles(tensor, rows)
-            strides = hopper.tile_strides(tensor)
+            descriptor = launch.describe_tiles(tensor, rows)
+            strides = launch.tile_strides(tensor)
             own = TensorDescriptor(
                 tensor, list(tensor.shape), strides, [1, rows, columns], descriptor.layout
             )
@@ -161,12 +161,12 @@ def test_descriptors_are_those_that_triton_makes() -> None:
 
 def test_heads_run_together_while_their_keys_fit() -> None:
     key = torch.zeros(8, 1024, 128, dtype=torch.float16)  # 512 KiB of keys and values a head
-    together = [hopper.heads_at_once(key, 32, budget << 10) for budget in (1, 512, 1100, 1 << 20)]
+    together = [launch.heads_at_once(key, 32, budget << 10) for budget in (1, 512, 1100, 1 << 20)]
     assert together == [4, 4, 8, 32]
 
 
 def test_a_cpu_is_refused() -> None:
-    assert "needs a Hopper GPU" in (hopper.unavailable(torch.device("cpu")) or "")
+    assert "needs a Hopper GPU" in (launch.unavailable(torch.device("cpu")) or "")
 
 
 def random_inputs(
@@ -196,7 +196,7 @@ def check(
 ) -> torch.Tensor:
     """Compare a call on poisoned outputs with float64, and return the output."""
     query, key, value = inputs
-    assert gluon_hopper.supports(query, key, value, lists.block_size) is None
+    assert hopper.supports(query, key, value, lists.block_size) is None
     scale = query.shape[2] ** -0.5
     out = torch.empty_like(query) if out is None else out
     lse = torch.empty(query.shape[:2], device=DEVICE) if with_lse else None
@@ -205,10 +205,10 @@ def check(
     out.fill_(torch.nan)
     if lse is not None:
         lse.fill_(torch.nan)
-    gluon_hopper.attend(query, key, value, lists, scale, out, lse, softcap, sinks)
+    hopper.attend(query, key, value, lists, scale, out, lse, softcap, sinks)
     doubles = (tensor.double() for tensor in inputs)
     reference.attend(*doubles, lists, scale, exact, exact_lse, softcap, sinks)
-    computed = lists.pattern >= 0
+    computed = lists.head_to_list >= 0
     assert out[~computed].isnan().all()
     got, want = out[computed].double(), exact[computed]
     assert (got - want).norm() <= TOLERANCE[out.dtype] * want.norm()
@@ -287,11 +287,11 @@ class TestOnHopper:
         lists = BlockLists.from_bitmap(bitmap, pattern, 128)
         out = torch.empty_like(query)
         expected = torch.empty_like(query)
-        gluon_hopper.attend(query, key, value, lists, 0.1, out, None)  # compiled before capture
+        hopper.attend(query, key, value, lists, 0.1, out, None)  # compiled before capture
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            gluon_hopper.attend(query, key, value, lists, 0.1, out, None)
+            hopper.attend(query, key, value, lists, 0.1, out, None)
         for density in (0.2, 0.7):
             chosen = bitmap & (torch.rand(bitmap.shape, device=DEVICE) < density)
             other = BlockLists.from_bitmap(chosen, pattern, 128, capacity=len(lists.indices))
@@ -299,7 +299,7 @@ class TestOnHopper:
             lists.indices.copy_(other.indices)
             out.fill_(torch.nan)
             graph.replay()
-            gluon_hopper.attend(query, key, value, other, 0.1, expected, None)
+            hopper.attend(query, key, value, other, 0.1, expected, None)
             assert torch.equal(out, expected)
 
     def test_streams_do_not_share_their_work(self) -> None:
@@ -311,7 +311,7 @@ class TestOnHopper:
         torch.cuda.synchronize()
         for place, out in enumerate(outs):
             with torch.cuda.stream(streams[place % 3]):
-                gluon_hopper.attend(*inputs, lists, 0.1, out, None)
+                hopper.attend(*inputs, lists, 0.1, out, None)
         torch.cuda.synchronize()
         for out in outs[1:]:
             assert torch.equal(out, outs[0])

@@ -14,7 +14,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
-from shareprefill.runtime.ops.gluon import QUERIES, load_tile, wait_free, wait_tile
+from shareprefill.runtime.ops.hopper.pipeline import QUERIES, load_tile, wait_free, wait_tile
 
 ROUNDS = gl.constexpr(2)  # work items between the scheduler and the others
 

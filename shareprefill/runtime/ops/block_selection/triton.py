@@ -8,24 +8,28 @@ from typing import Any
 import torch
 import triton
 
-from shareprefill.runtime.ops.blocks import BlockLists, count_causal_blocks
-from shareprefill.runtime.ops.devices import device_of
-from shareprefill.runtime.ops.selection.cover import (
+from shareprefill.runtime.ops.block_selection.kernels.cover import (
     cover_profiles_kernel,
     select_kernel,
     vertical_slash_kernel,
 )
-from shareprefill.runtime.ops.selection.lines import lines_kernel, smooth_kernel
-from shareprefill.runtime.ops.selection.lists import count_kernel, offsets_kernel, write_kernel
-from shareprefill.runtime.ops.selection.measures import covered_kernel, js_kernel
-from shareprefill.runtime.ops.selection.reference import ROUNDING, SHIFT, SPAN
-from shareprefill.runtime.ops.selection.threshold import head_kernel
-from shareprefill.runtime.ops.selection.threshold_strips import (
+from shareprefill.runtime.ops.block_selection.kernels.head_threshold import head_kernel
+from shareprefill.runtime.ops.block_selection.kernels.head_threshold_large import (
     mark_kernel,
     narrow_kernel,
     total_kernel,
 )
-from shareprefill.runtime.ops.selection.weights import LineWeights
+from shareprefill.runtime.ops.block_selection.kernels.lists import (
+    count_kernel,
+    offsets_kernel,
+    write_kernel,
+)
+from shareprefill.runtime.ops.block_selection.kernels.measures import covered_kernel, js_kernel
+from shareprefill.runtime.ops.block_selection.kernels.smoothing import lines_kernel, smooth_kernel
+from shareprefill.runtime.ops.block_selection.reference import ROUNDING, SHIFT, SPAN
+from shareprefill.runtime.ops.block_selection.weights import LineWeights
+from shareprefill.runtime.ops.blocks import BlockLists, count_causal_blocks
+from shareprefill.runtime.ops.devices import device_of
 
 # Entries of a row that a program holds at a time. Fixed, so that no length compiles a kernel anew.
 CHUNK = 256
@@ -277,16 +281,16 @@ def covered_mass(maps: torch.Tensor, patterns: torch.Tensor, index: torch.Tensor
 
 def list_blocks(
     bitmap: torch.Tensor,
-    pattern: torch.Tensor,
+    head_to_list: torch.Tensor,
     n_query: int,
     n_key: int,
     block_size: int,
     max_blocks: int | None,
 ) -> BlockLists:
     """Three launches; `max_blocks` is what `max_density` of the operator stands for."""
-    bitmap, pattern = bitmap.contiguous().view(torch.uint8), pattern.contiguous()
+    bitmap, head_to_list = bitmap.contiguous().view(torch.uint8), head_to_list.contiguous()
     n_patterns, n_q, n_k = bitmap.shape
-    n_heads, offset = len(pattern), n_key - n_query
+    n_heads, offset = len(head_to_list), n_key - n_query
     most = count_causal_blocks(n_query, offset, block_size)
     n_used = min(n_patterns, n_heads)
     capacity = n_used * most if max_blocks is None else n_used * max_blocks + most
@@ -305,7 +309,7 @@ def list_blocks(
         if n_patterns:
             count_kernel[(n_patterns * n_q,)](
                 bitmap,
-                pattern,
+                head_to_list,
                 counts,
                 n_q,
                 n_k,
@@ -315,7 +319,7 @@ def list_blocks(
             )
         offsets_kernel[(n_lists,)](
             counts,
-            pattern,
+            head_to_list,
             offsets,
             listed,
             n_patterns,

@@ -20,7 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from shareprefill.runtime.ops.gluon import (
+from shareprefill.runtime.ops.hopper.pipeline import (
     barrier,
     free_tile,
     issue_logits,
@@ -48,7 +48,7 @@ def _place_rows(
 ):
     """Head and query row of rows `o_m` of a tile, and their position among the keys, -1: none.
 
-    As `kernel.py` places them.
+    As `triton_kernel.py` places them.
     """
     i_tile, i_z, p_rows, p_heads, n_members, n_q_tokens, n_k_tokens = place
     TILE_ROWS: gl.constexpr = BLOCK_M // SEGMENTS

@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from shareprefill.errors import ConfigError
-from shareprefill.runtime.ops.blocks import BlockLists, causal_blocks, count_causal_blocks
-from shareprefill.runtime.ops.selection import (
+from shareprefill.runtime.ops.block_selection import (
     LineWeights,
     covered_mass,
     head_blocks,
@@ -17,6 +16,7 @@ from shareprefill.runtime.ops.selection import (
     smooth_maps,
     vertical_slash_blocks,
 )
+from shareprefill.runtime.ops.blocks import BlockLists, causal_blocks, count_causal_blocks
 from tests.support.maps import geometry, random_maps
 
 IMPLS = ["reference", pytest.param("triton", marks=pytest.mark.interpreter)]
@@ -190,7 +190,7 @@ def test_what_is_no_number_is_near_nothing_and_covers_nothing(impl: str) -> None
 
 @pytest.mark.interpreter
 def test_long_maps_are_measured_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    from shareprefill.runtime.ops.selection import triton
+    from shareprefill.runtime.ops.block_selection import triton
 
     shape = (300, 300, 4)
     maps, pivots = random_maps(2, shape), random_maps(2, shape)
@@ -230,7 +230,7 @@ def test_distances_and_coverage_equal_float64(shape: tuple[int, int, int], impl:
 
 
 def lists_by_hand(lists: BlockLists, head: int, n_q: int) -> list[list[int]]:
-    pattern, offsets = int(lists.pattern[head]), lists.offsets.tolist()
+    pattern, offsets = int(lists.head_to_list[head]), lists.offsets.tolist()
     rows = range(pattern * n_q, (pattern + 1) * n_q)
     return [lists.indices[offsets[row] : offsets[row + 1]].tolist() for row in rows]
 
@@ -257,12 +257,12 @@ def test_lists_hold_every_causal_block(
     counts = lists.head_counts()
     for head, number in enumerate(pattern.tolist()):
         if number < 0:
-            assert lists.pattern[head] == -1
+            assert lists.head_to_list[head] == -1
             assert counts[head] == 0
             continue
         blocks = causal if number == 4 else bitmap[number] & causal
         if most is not None and int(blocks.sum()) > most:
-            assert lists.pattern[head] == 4
+            assert lists.head_to_list[head] == 4
             blocks = causal
         wanted = [row.nonzero()[:, 0].tolist() for row in blocks]
         assert lists_by_hand(lists, head, n_q) == wanted
@@ -277,7 +277,7 @@ def test_a_pattern_over_the_bound_becomes_the_dense_list(impl: str) -> None:
     bitmap[1, :, 0] = True
     options = {"n_query": 40, "n_key": 40, "max_density": 0.5, "impl": impl}
     lists = list_blocks(bitmap, torch.tensor([1, 0]), 16, **options)
-    assert lists.pattern.tolist() == [1, 2]
+    assert lists.head_to_list.tolist() == [1, 2]
     counted = lists.totals()
     assert counted.head_counts().tolist() == [3, 6]
     assert counted.indices.untyped_storage().nbytes() == 0
@@ -294,7 +294,7 @@ def test_lists_without_patterns_or_heads(impl: str) -> None:
     none = torch.zeros(0, 3, 3, dtype=torch.bool)
     lists = list_blocks(none, torch.tensor([-1, -1]), 16, **options)
     lists.validate()
-    assert lists.pattern.tolist() == [-1, -1]
+    assert lists.head_to_list.tolist() == [-1, -1]
     assert lists.head_counts().tolist() == [0, 0]
     dense = list_blocks(none, torch.tensor([-1, 0]), 16, max_density=0.5, **options)
     dense.validate()
@@ -349,9 +349,12 @@ def test_user_errors_say_what_came() -> None:
         (lambda: js_distances(maps, maps, index + 1), "index must lie below 2, got 2"),
         (lambda: js_distances(maps, maps, index.int()), r"index must be torch.int64 \[2\]"),
         (lambda: covered_mass(maps, maps, index), r"patterns must be bool \[P"),
-        (lambda: list_blocks(bitmap, gamma, 16, **lists), r"pattern must be integers \[H\]"),
+        (lambda: list_blocks(bitmap, gamma, 16, **lists), r"head_to_list must be integers \[H\]"),
         (lambda: list_blocks(bitmap, index, 16, **lists, max_density=0.0), r"lie in \(0, 1\]"),
-        (lambda: list_blocks(bitmap, index + 1, 16, **lists), "pattern must lie below 2, got 2"),
+        (
+            lambda: list_blocks(bitmap, index + 1, 16, **lists),
+            "head_to_list must lie below 2, got 2",
+        ),
         (
             lambda: list_blocks(
                 torch.zeros(1, 1, 1, dtype=torch.bool).expand(99, 9999, 9999),
@@ -400,7 +403,7 @@ def test_compiled_versions_equal_the_reference(shape: tuple[int, int, int]) -> N
             js_distances(maps, pivots, index, impl=impl),
             covered_mass(maps, chosen, index, impl=impl),
         ]
-        results.append((chosen, lines, lists.to_bitmap(), lists.pattern, measures))
+        results.append((chosen, lines, lists.to_bitmap(), lists.head_to_list, measures))
     wanted, actual = results
     assert torch.equal(actual[0], wanted[0])
     differing = (actual[1] != wanted[1]).float().mean()
@@ -455,7 +458,7 @@ def test_a_graph_of_all_functions_can_be_captured() -> None:
             vertical_slash_blocks(*profiles, gamma, **geometry(shape)),
             js_distances(maps, maps, index),
             covered_mass(maps, chosen, index),
-            *(lists.offsets, lists.indices[: 4 * 32], lists.pattern),
+            *(lists.offsets, lists.indices[: 4 * 32], lists.head_to_list),
         ]
 
     torch.cuda.set_sync_debug_mode("error")

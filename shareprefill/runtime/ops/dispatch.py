@@ -9,15 +9,15 @@ import torch
 from shareprefill.errors import ConfigError, UnsupportedError
 from shareprefill.runtime.ops.inputs import require_triton
 
-ATTENTION = ("reference", "blockwise", "triton", "gluon", "fa4")
+ATTENTION = ("reference", "blockwise", "triton", "hopper", "fa4")
 
 # Faster than Triton's, by the first number of the compute capability, the fastest first. From one
 # run of benchmarks/bench_kernels.py on an H100 (docs/performance.md); a GPU without an entry was
 # not measured and gets Triton's.
-_FASTER: dict[int, tuple[str, ...]] = {9: ("gluon", "fa4")}
+_FASTER: dict[int, tuple[str, ...]] = {9: ("hopper", "fa4")}
 _NAMES = {
     "fa4": "FlashAttention-4",
-    "gluon": "our Hopper kernel",
+    "hopper": "our Hopper kernel",
     "triton": "our Triton kernel",
 }
 
@@ -76,9 +76,9 @@ def _refusal(
     name: str, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, block_size: int
 ) -> str | None:
     """Why an implementation does not take a call; the rest take whatever their door lets in."""
-    from shareprefill.runtime.ops.block_sparse_attention import fa4, gluon_hopper
+    from shareprefill.runtime.ops.block_sparse_attention import fa4, hopper
 
-    supports = {"gluon": gluon_hopper.supports, "fa4": fa4.supports}.get(name)
+    supports = {"hopper": hopper.supports, "fa4": fa4.supports}.get(name)
     return None if supports is None else supports(query, key, value, block_size)
 
 
@@ -120,18 +120,18 @@ def _describe_attention(device: torch.device) -> Choice:
 
 
 def _describe_pooled(device: torch.device) -> Choice:
-    missing = unavailable("gluon", device)
+    missing = unavailable("hopper", device)
     if missing is None:
-        return Choice("pooled_attention", "gluon", "our Hopper kernels; triton with a soft-cap")
-    return Choice("pooled_attention", "triton", f"gluon would be faster, but {missing}")
+        return Choice("pooled_attention", "hopper", "our Hopper kernels; triton with a soft-cap")
+    return Choice("pooled_attention", "triton", f"hopper would be faster, but {missing}")
 
 
 def unavailable(name: str, device: torch.device) -> str | None:
     """Why an implementation of block-sparse attention cannot run on a device; None if it can."""
-    from shareprefill.runtime.ops import hopper
     from shareprefill.runtime.ops.block_sparse_attention import fa4
+    from shareprefill.runtime.ops.hopper import launch
 
-    reason = {"gluon": hopper.unavailable, "fa4": fa4.unavailable}.get(name)
+    reason = {"hopper": launch.unavailable, "fa4": fa4.unavailable}.get(name)
     return None if reason is None else reason(device)
 
 

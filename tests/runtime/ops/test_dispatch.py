@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from shareprefill.errors import UnsupportedError
-from shareprefill.runtime.ops import implementations
+from shareprefill.runtime.ops import dispatch
 from shareprefill.runtime.ops.block_sparse_attention import block_sparse_attention
 from shareprefill.runtime.ops.blocks import BlockLists, causal_blocks
-from shareprefill.runtime.ops.implementations import describe, has_fast_kernel, select_attention
+from shareprefill.runtime.ops.dispatch import describe, has_fast_kernel, select_attention
 
 CUDA = torch.device("cuda")
 
@@ -23,9 +23,9 @@ ON_A_GPU = cast("torch.Tensor", SimpleNamespace(device=CUDA, shape=(2, 8192, 64)
 
 def use(monkeypatch: pytest.MonkeyPatch, generation: int, refusals: dict[str, str | None]) -> None:
     """A GPU of a generation, and what implementations say of it and of every call."""
-    monkeypatch.setattr(implementations, "_generation", lambda _: generation)
+    monkeypatch.setattr(dispatch, "_generation", lambda _: generation)
     for name in ("_refusal", "unavailable"):
-        monkeypatch.setattr(implementations, name, lambda impl, *_: refusals.get(impl))
+        monkeypatch.setattr(dispatch, name, lambda impl, *_: refusals.get(impl))
 
 
 def choose() -> str:
@@ -33,23 +33,23 @@ def choose() -> str:
 
 
 def test_the_fastest_that_takes_a_call_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
-    names = implementations._FASTER[9]
-    use(monkeypatch, 9, {"gluon": None, "fa4": None})
+    names = dispatch._FASTER[9]
+    use(monkeypatch, 9, {"hopper": None, "fa4": None})
     assert choose() == names[0]
-    use(monkeypatch, 9, {"gluon": None, "fa4": None} | {names[0]: "not here"})
+    use(monkeypatch, 9, {"hopper": None, "fa4": None} | {names[0]: "not here"})
     assert choose() == names[1]
-    use(monkeypatch, 9, {"gluon": "not here", "fa4": "nor here"})
+    use(monkeypatch, 9, {"hopper": "not here", "fa4": "nor here"})
     assert choose() == "triton"
-    use(monkeypatch, 8, {"gluon": None, "fa4": None})
+    use(monkeypatch, 8, {"hopper": None, "fa4": None})
     assert choose() == "triton"
 
 
 def test_what_is_as_fast_as_dense_attention(monkeypatch: pytest.MonkeyPatch) -> None:
     for generation, refusals, fast in (
-        (9, {"gluon": None}, True),
-        (9, {"gluon": "not here", "fa4": None}, True),
-        (9, {"gluon": "not here", "fa4": "nor here"}, False),
-        (8, {"gluon": None}, False),
+        (9, {"hopper": None}, True),
+        (9, {"hopper": "not here", "fa4": None}, True),
+        (9, {"hopper": "not here", "fa4": "nor here"}, False),
+        (8, {"hopper": None}, False),
     ):
         use(monkeypatch, generation, refusals)
         assert has_fast_kernel(ON_A_GPU, ON_A_GPU, ON_A_GPU, 128) is fast
@@ -61,8 +61,8 @@ def test_explicit_requests_are_refused_with_the_reason() -> None:
     tensor = torch.randn(2, 40, 64)
     bitmap = causal_blocks(40, 0, 16)[None]
     lists = BlockLists.from_bitmap(bitmap, torch.zeros(2), 16)
-    with pytest.raises(UnsupportedError, match="impl='gluon' needs a Hopper GPU"):
-        block_sparse_attention(tensor, tensor, tensor, lists, impl="gluon")
+    with pytest.raises(UnsupportedError, match="impl='hopper' needs a Hopper GPU"):
+        block_sparse_attention(tensor, tensor, tensor, lists, impl="hopper")
 
 
 def test_a_cpu_is_described_without_a_gpu() -> None:
@@ -74,17 +74,17 @@ def test_a_cpu_is_described_without_a_gpu() -> None:
 
 
 def test_a_description_names_what_is_missed(monkeypatch: pytest.MonkeyPatch) -> None:
-    use(monkeypatch, 9, {"gluon": "not here", "fa4": None})
+    use(monkeypatch, 9, {"hopper": "not here", "fa4": None})
     attention = describe("cuda")[0]
     assert attention.implementation == "fa4"
-    assert attention.reason.endswith("gluon would be faster, but not here")
-    use(monkeypatch, 9, {"gluon": None, "fa4": None})
+    assert attention.reason.endswith("hopper would be faster, but not here")
+    use(monkeypatch, 9, {"hopper": None, "fa4": None})
     attention = describe("cuda")[0]
-    assert attention.implementation == "gluon"
+    assert attention.implementation == "hopper"
     assert "would be faster" not in attention.reason
     pooled = next(c for c in describe("cuda") if c.operator == "pooled_attention")
-    assert pooled.implementation == "gluon"
-    use(monkeypatch, 8, {"gluon": "needs a Hopper GPU"})
+    assert pooled.implementation == "hopper"
+    use(monkeypatch, 8, {"hopper": "needs a Hopper GPU"})
     attention = describe("cuda")[0]
     assert attention.implementation == "triton"
     assert "nothing was measured" in attention.reason

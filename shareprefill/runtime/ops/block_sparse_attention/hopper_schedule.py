@@ -10,7 +10,7 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from shareprefill.runtime.ops.gluon_work import place_work, write_work, zero_rows
+from shareprefill.runtime.ops.hopper.work_queue import place_work, write_work, zero_rows
 
 
 @gluon.jit
@@ -45,7 +45,7 @@ def schedule(
     p_next,
     p_offsets,
     p_indices,
-    p_pattern,
+    p_head_to_list,
     n_heads,
     n_at_once,
     n_q,
@@ -64,7 +64,7 @@ def schedule(
     i_work = gl.program_id(0)
     while i_work < n_work:
         i_head, i_tile = place_work(i_work, n_heads, n_at_once, n_q)
-        i_pattern = gl.load(p_pattern + i_head)
+        i_pattern = gl.load(p_head_to_list + i_head)
         if i_pattern >= 0:
             p_list = p_offsets + i_pattern.to(gl.int64) * n_q + i_tile
             i_start = gl.load(p_list)

@@ -10,10 +10,8 @@ from types import ModuleType
 import torch
 
 from shareprefill.errors import ConfigError
-from shareprefill.runtime.ops.blocks import BlockLists, count_blocks, count_causal_blocks
-from shareprefill.runtime.ops.inputs import select_impl
-from shareprefill.runtime.ops.selection import reference
-from shareprefill.runtime.ops.selection.checks import (
+from shareprefill.runtime.ops.block_selection import reference
+from shareprefill.runtime.ops.block_selection.checks import (
     check_always,
     check_bitmap,
     check_geometry,
@@ -23,7 +21,9 @@ from shareprefill.runtime.ops.selection.checks import (
     check_range,
     check_vector,
 )
-from shareprefill.runtime.ops.selection.weights import LineWeights
+from shareprefill.runtime.ops.block_selection.weights import LineWeights
+from shareprefill.runtime.ops.blocks import BlockLists, count_blocks, count_causal_blocks
+from shareprefill.runtime.ops.inputs import select_impl
 
 IMPLS = ("reference", "triton")
 MAX_ENTRIES = 2**31 - 1
@@ -301,7 +301,7 @@ def covered_mass(
 @torch.no_grad()
 def list_blocks(
     bitmap: torch.Tensor,
-    pattern: torch.Tensor,
+    head_to_list: torch.Tensor,
     block_size: int,
     *,
     n_query: int,
@@ -319,9 +319,9 @@ def list_blocks(
     Args:
         bitmap: bool `[P, n_q, n_k]`. Rows of a pattern that no head points at are left empty;
             entries that are not causal are left out.
-        pattern: integer `[H]`, on the bitmap's device: index into P; -1: the head is not computed;
-            with `max_density` also P: the head reads all causal blocks. On CUDA the range is not
-            checked.
+        head_to_list: integer `[H]`, on the bitmap's device: the pattern in P that each head reads;
+            -1: the head is not computed; with `max_density` also P: the head reads all causal
+            blocks. On CUDA the range is not checked.
         block_size: tokens in a block.
         n_query: query rows, in tokens; query row i is at position `n_key - n_query + i`.
         n_key: keys, in tokens.
@@ -337,13 +337,18 @@ def list_blocks(
     """
     check_bitmap("bitmap", bitmap)
     check_geometry(bitmap, n_query, n_key, block_size)
-    if pattern.ndim != 1 or pattern.dtype.is_floating_point or pattern.device != bitmap.device:
+    if (
+        head_to_list.ndim != 1
+        or head_to_list.dtype.is_floating_point
+        or head_to_list.device != bitmap.device
+    ):
         raise ConfigError(
-            f"pattern must be integers [H] on {bitmap.device}, "
-            f"got {pattern.dtype} of shape {tuple(pattern.shape)} on {pattern.device}"
+            f"head_to_list must be integers [H] on {bitmap.device}, "
+            f"got {head_to_list.dtype} of shape {tuple(head_to_list.shape)} "
+            f"on {head_to_list.device}"
         )
     n_lists = len(bitmap) + (max_density is not None)
-    check_range("pattern", pattern, n_lists)
+    check_range("head_to_list", head_to_list, n_lists)
     most = count_causal_blocks(n_query, n_key - n_query, block_size)
     max_blocks = None
     if max_density is not None:
@@ -351,19 +356,19 @@ def list_blocks(
             raise ConfigError(f"max_density must lie in (0, 1], got {max_density}")
         max_blocks = int(max_density * most)
     each, dense = (most, 0) if max_blocks is None else (max_blocks, most)
-    capacity = max(1, min(len(bitmap), len(pattern)) * each + dense)
+    capacity = max(1, min(len(bitmap), len(head_to_list)) * each + dense)
     if capacity > MAX_ENTRIES:
         raise ConfigError(
             f"{len(bitmap)} patterns of up to {each} blocks need {capacity} list entries, and "
             f"offsets hold {MAX_ENTRIES}; lower max_density or list fewer patterns at once"
         )
     module = _implementation(impl, bitmap)
-    return module.list_blocks(bitmap, pattern, n_query, n_key, block_size, max_blocks)
+    return module.list_blocks(bitmap, head_to_list, n_query, n_key, block_size, max_blocks)
 
 
 def _implementation(impl: str, tensor: torch.Tensor) -> ModuleType:
     if select_impl(impl, IMPLS, tensor, "reference") == "reference":
         return reference
-    from shareprefill.runtime.ops.selection import triton
+    from shareprefill.runtime.ops.block_selection import triton
 
     return triton

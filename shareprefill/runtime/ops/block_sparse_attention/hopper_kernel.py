@@ -19,8 +19,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from shareprefill.runtime.ops.block_sparse_attention.gluon_work import schedule
-from shareprefill.runtime.ops.gluon import (
+from shareprefill.runtime.ops.block_sparse_attention.hopper_schedule import schedule
+from shareprefill.runtime.ops.hopper.pipeline import (
     QUERIES,
     free_tile,
     hide_later_keys,
@@ -32,7 +32,7 @@ from shareprefill.runtime.ops.gluon import (
     sum_within_threads,
     wait_tile,
 )
-from shareprefill.runtime.ops.gluon_work import ROUNDS, produce, read_work
+from shareprefill.runtime.ops.hopper.work_queue import ROUNDS, produce, read_work
 
 LOG2E = gl.constexpr(1.4426950408889634)
 LN2 = gl.constexpr(0.6931471805599453)
@@ -40,7 +40,7 @@ LN2 = gl.constexpr(0.6931471805599453)
 
 @gluon.jit
 def _cap(b_logits, scales, HAS_SOFTCAP: gl.constexpr):
-    """Soft-capped logits in units of log2, as `kernels.cap_logits`; others as they are."""
+    """Soft-capped logits in units of log2, as `triton_steps.cap_logits`; others as they are."""
     if HAS_SOFTCAP:
         scale_log2, softcap_log2 = scales
         b_logits = softcap_log2 * (1.0 - 2.0 / (gl.exp2(b_logits * scale_log2) + 1.0))
@@ -236,7 +236,7 @@ def _consume(
 
 
 SIZES = ["n_heads", "n_shared", "n_at_once", "n_q", "n_q_tokens", "n_k_tokens"]
-SCALAR_POINTERS = ["p_lse", "p_sinks", "p_offsets", "p_indices", "p_pattern", "p_next"]
+SCALAR_POINTERS = ["p_lse", "p_sinks", "p_offsets", "p_indices", "p_head_to_list", "p_next"]
 
 
 @gluon.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=SCALAR_POINTERS)
@@ -249,7 +249,7 @@ def block_sparse_hopper_kernel(
     p_sinks,
     p_offsets,
     p_indices,
-    p_pattern,
+    p_head_to_list,
     p_next,
     stride_oh,
     stride_on,
@@ -303,8 +303,8 @@ def block_sparse_hopper_kernel(
             )),
             (produce, (rings, q_desc, k_desc, v_desc, p_indices, n_shared, BLOCK, STAGES, True)),
             (schedule, (
-                queue, output, p_next, p_offsets, p_indices, p_pattern, n_heads, n_at_once, n_q,
-                n_k_tokens, HEAD_DIM, BLOCK_D, BLOCK, HAS_LSE, HAS_SINKS,
+                queue, output, p_next, p_offsets, p_indices, p_head_to_list, n_heads, n_at_once,
+                n_q, n_k_tokens, HEAD_DIM, BLOCK_D, BLOCK, HAS_LSE, HAS_SINKS,
             )),
         ],
         [4, 1, 1],

@@ -1,0 +1,1 @@
+"""What the Gluon kernels for Hopper GPUs, and their launches, share."""
