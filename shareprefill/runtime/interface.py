@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Protocol, cast
 from weakref import WeakKeyDictionary
 
@@ -25,7 +26,6 @@ from shareprefill.runtime.masks import (
     MaskFacts,
     Sequence,
     bool_mask,
-    lost_facts,
     mask_facts,
 )
 from shareprefill.runtime.own_attention import (
@@ -38,6 +38,10 @@ from shareprefill.runtime.own_attention import (
 )
 
 IMPLEMENTATION = "shareprefill"
+# The same for models that ran with eager attention, whose masks are added to the logits: layers
+# that compute with a mask get it in the form in which they would have it without us.
+_ADDED_MASKS = "shareprefill_eager"
+_OURS = (IMPLEMENTATION, _ADDED_MASKS)
 
 
 # Not frozen: that would take a microsecond more to make, at every layer of every decode step.
@@ -269,7 +273,7 @@ def attached(model: torch.nn.Module, handler: Handler) -> Iterator[None]:
 
 def is_attached(model: torch.nn.Module) -> bool:
     """Whether a handler computes the model's attention at present."""
-    return _decoder(model).config._attn_implementation == IMPLEMENTATION
+    return _decoder(model).config._attn_implementation in _OURS
 
 
 def _decoder(model: torch.nn.Module) -> Any:
@@ -280,8 +284,12 @@ def _decoder(model: torch.nn.Module) -> Any:
 
 
 def _switch(model: torch.nn.Module, decoder: Any) -> None:
-    decoder.set_attn_implementation(IMPLEMENTATION)
-    if decoder.config._attn_implementation != IMPLEMENTATION:
+    current = decoder.config._attn_implementation
+    if current not in _OURS:
+        decoder.set_attn_implementation(
+            _ADDED_MASKS if current in (None, "eager") else IMPLEMENTATION
+        )
+    if decoder.config._attn_implementation not in _OURS:
         raise UnsupportedError(
             f"{type(model).__name__} computes attention by itself instead of through transformers' "
             "attention interface, so its prefill cannot be made sparse; use a model family that "
@@ -292,7 +300,7 @@ def _switch(model: torch.nn.Module, decoder: Any) -> None:
 def _require_implementation(decoder: torch.nn.Module, _inputs: Any) -> None:
     """Refuses a forward pass that would go past the session, dense and unnoticed."""
     chosen = cast(Any, decoder).config._attn_implementation
-    if chosen != IMPLEMENTATION:
+    if chosen not in _OURS:
         raise UnsupportedError(
             f"the model was set to the attention implementation {chosen!r} inside a session, which "
             "would leave the session without effect (continuous batching does so): leave the "
@@ -303,8 +311,10 @@ def _require_implementation(decoder: torch.nn.Module, _inputs: Any) -> None:
 def _register() -> None:
     from transformers import AttentionInterface, AttentionMaskInterface
 
-    AttentionInterface.register(IMPLEMENTATION, _attention)
-    AttentionMaskInterface.register(IMPLEMENTATION, mask_facts)
+    for name in _OURS:
+        AttentionInterface.register(name, _attention)
+        masks = partial(mask_facts, additive=name == _ADDED_MASKS)
+        AttentionMaskInterface.register(name, masks)
 
 
 def _attention(
@@ -330,11 +340,8 @@ def _attention(
         raise UnsupportedError(
             "the sparse prefill has no backward pass: wrap the call in torch.no_grad()"
         )
-    if lost_facts(attention_mask):
-        raise UnsupportedError(
-            f"{type(module).__name__} rearranges the attention mask before it uses it; run the "
-            "model without a session"
-        )
+    if isinstance(attention_mask, FactMask):
+        attention_mask = attention_mask.of_call(query.shape[0], query.shape[2], key.shape[2])
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     own = own_reason(module, options)
     extras = known_extras(module, query, key, value, scale, options) if own else None

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from inspect import getclosurevars
 from itertools import pairwise
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from shareprefill.errors import ConfigError
 
@@ -81,6 +82,17 @@ class MaskFacts:
         if key not in self._found:
             self._found[key] = self._find(batch, n_query)
         return self._found[key]
+
+    @property
+    def differ_by_row(self) -> bool:
+        """Whether rows of a batch may have different masks."""
+        return self.padding is not None or self.packed is not None
+
+    def allow_all(self, keys: int) -> bool:
+        """Whether the first query row may read all of so many keys."""
+        if self.differ_by_row or self.kv_offset + keys > self.q_offset + 1:
+            return False
+        return self.window is None or self.kv_offset > self.q_offset - self.window
 
     def divided(self, cu_seq_lens: Tensor, keys: Tensor | None, n_query: int) -> MaskFacts:
         """The facts of one row that holds packed sequences, as varlen attention names them.
@@ -166,36 +178,186 @@ def _runs(packed: Tensor) -> list[Sequence]:
 
 
 class FactMask(torch.Tensor):
-    """A mask that carries its facts: a one-element tensor expanded to the mask's shape.
+    """A mask that carries its facts and has no values until somebody asks for them.
 
-    Models hand it through untouched, cut it to the keys' length, or move it to a layer's device;
-    all of that returns the mask itself. What else is done to it loses the facts, and the attention
-    function refuses such a mask.
+    Models hand it through, move it to a layer's device, or cut it to a call's rows and keys; what
+    comes of that still has its facts. Every other operation gets the real mask, a plain tensor that
+    holds what transformers' own mask would hold: bool, or 0 and the lowest value of a dtype. All
+    operations on one mask share that tensor, so that a layer sees what an earlier one wrote there.
     """
 
     facts: MaskFacts
-    __torch_function__ = torch._C._disabled_torch_function_impl  # pyright: ignore[reportAssignmentType]
+    _real: Tensor | None
+    _exposed: bool
 
     @staticmethod
     def make(
-        shape: tuple[int, int, int, int], device: torch.device | str, facts: MaskFacts
+        shape: tuple[int, ...],
+        device: torch.device | str,
+        facts: MaskFacts,
+        dtype: torch.dtype = torch.bool,
     ) -> FactMask:
-        base = torch.ones((), dtype=torch.bool, device=device).expand(shape)
-        mask = cast(FactMask, base.as_subclass(FactMask))
-        mask.facts = facts
+        """A mask `[B, 1, Lq, Lk]`: bool (True may be read), or a dtype to be added to logits."""
+        make = torch.Tensor._make_wrapper_subclass  # pyright: ignore[reportAttributeAccessIssue]
+        mask = make(FactMask, shape, dtype=dtype, device=torch.device(device))
+        mask.facts, mask._real, mask._exposed = facts, None, False
         return mask
 
-    def _itself(self, *_args: Any, **_kwargs: Any) -> FactMask:
-        return self
+    def materialised(self) -> Tensor:
+        """The plain tensor `[B, 1, Lq, Lk]` that this mask stands for."""
+        if self._real is None:
+            batch, _, rows, keys = self.shape
+            # Inference tensors do not count what is written into them.
+            with torch.inference_mode(False), torch.no_grad():
+                seen = _allowed(self.facts, batch, slice(0, rows), slice(0, keys), self.device)
+                self._real = seen if self.dtype == torch.bool else as_added(seen, self.dtype)
+        return self._real
 
-    contiguous = to = clone = _itself  # pyright: ignore[reportAssignmentType]
+    @property
+    def is_changed(self) -> bool:
+        """Whether the real mask may say something else than the facts by now."""
+        return self._exposed or (self._real is not None and self._real._version > 0)
 
-    def __getitem__(self, index: Any) -> Tensor:
-        whole = isinstance(index, tuple) and all(isinstance(i, slice) for i in index)
-        return self if whole and index[0] == slice(None) else super().__getitem__(index)
+    def of_call(self, batch: int, rows: int, keys: int) -> FactMask | Tensor | None:
+        """What it says to a call of so many query rows and keys; None where that is nothing.
+
+        Raises:
+            ConfigError: it is of other numbers of rows or keys.
+        """
+        facts, width = self.facts, self.shape[3]
+        if self.shape[2] != rows or (width != keys and not self._ends_with(keys)):
+            raise ConfigError(
+                f"the attention mask is of {self.shape[2]} query rows and {width} keys, the "
+                f"attention call of {rows} and {keys}: give an attention_mask as long as the "
+                "tokens in the cache and the new ones together, or none"
+            )
+        if self.is_changed or (self.shape[0] != batch and facts.differ_by_row):
+            return self.materialised()
+        if rows > 1:
+            return self
+        return None if facts.allow_all(keys) else self.materialised()
+
+    def _ends_with(self, keys: int) -> bool:
+        """Whether all columns beyond so many keys are padding after the last token."""
+        facts = self.facts
+        if facts.padding is None or keys != facts.q_offset + self.shape[2] - facts.kv_offset:
+            return False
+        return not bool(facts.padding[:, facts.kv_offset + keys :].any())
+
+    def _cut(self, index: Any) -> FactMask | None:
+        """The mask of consecutive rows and keys; None where an index asks for anything else."""
+        bounds = _slices(index, self.shape)
+        if bounds is None or bounds[:2] != [(0, size) for size in self.shape[:2]]:
+            return None
+        (row, row_stop), (key, key_stop) = bounds[2:]
+        if (row, row_stop, key, key_stop) == (0, self.shape[2], 0, self.shape[3]):
+            return self
+        facts = self.facts
+        q_offset, kv_offset = facts.q_offset + row, facts.kv_offset + key
+        sees_all = kv_offset <= q_offset and facts.q_offset + row_stop <= facts.kv_offset + key_stop
+        if facts.packed is not None or row >= row_stop or not sees_all:
+            return None
+        if row or key:
+            facts = replace(facts, q_offset=q_offset, kv_offset=kv_offset)
+        shape = (*self.shape[:2], row_stop - row, key_stop - key)
+        return FactMask.make(shape, self.device, facts, self.dtype)
+
+    def _moved(self, *args: Any, copy: bool = False, **options: Any) -> FactMask | None:
+        """The mask on another device; None where `Tensor.to` is asked for anything else."""
+        device, dtype, *_ = torch._C._nn._parse_to(*args, **options)  # pyright: ignore[reportAttributeAccessIssue]
+        if dtype not in (None, self.dtype):
+            return None
+        if device in (None, self.device) and not copy:
+            return self
+        return FactMask.make(self.shape, device or self.device, self.facts, self.dtype)
+
+    def _kept(self, func: Any, args: Any, kwargs: Any) -> FactMask | None:
+        """What an operation makes of it where that still has its facts; None for all others."""
+        if self.is_changed:
+            return None
+        if func is torch.Tensor.__getitem__:
+            return self._cut(*args)
+        if func is torch.Tensor.to:
+            return self._moved(*args, **kwargs)
+        if func in (torch.Tensor.clone, torch.clone):
+            return FactMask.make(self.shape, self.device, self.facts, self.dtype)
+        return self if func is torch.Tensor.contiguous else None
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        with torch._C.DisableTorchFunctionSubclass():
+            kwargs = kwargs or {}
+            if func in _DESCRIPTIONS:
+                return func(*args, **kwargs)
+            mask = args[0] if args and isinstance(args[0], FactMask) else None
+            if mask is None:
+                return func(*_real(args), **_real(kwargs))
+            if (kept := mask._kept(func, args[1:], kwargs)) is not None:
+                return kept
+            mask._exposed |= func in _EXPOSING
+            out = func(*_real(args), **_real(kwargs))
+            # What works in place gives back what it changed.
+            return mask if out is mask._real else out
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        # For what goes past Python's part of torch: tracing, C++ functions.
+        return func(*_real(args), **_real(kwargs or {}))
 
 
-def bool_mask(
+# What tells of a mask without its values.
+_DESCRIPTIONS = frozenset(
+    [
+        *(getattr(torch.Tensor, name) for name in ("dim", "size", "numel", "nelement", "__hash__")),
+        *(torch.Tensor.is_floating_point, torch.is_floating_point, torch.numel),
+        *(
+            getattr(torch.Tensor, name).__get__
+            for name in (
+                *("shape", "dtype", "device", "layout", "ndim", "requires_grad"),
+                *("is_meta", "is_cpu", "is_cuda", "is_nested", "is_sparse", "is_quantized"),
+            )
+        ),
+    ]
+)
+# What hands the memory of the real mask out, where writes to it are not counted.
+_EXPOSING = frozenset(
+    [
+        *(
+            getattr(torch.Tensor, name)
+            for name in ("numpy", "__array__", "__dlpack__", "data_ptr", "untyped_storage")
+        ),
+        torch.Tensor.data.__get__,  # pyright: ignore[reportAttributeAccessIssue]
+    ]
+)
+
+
+def _real(arguments: Any) -> Any:
+    """The arguments of an operation, with real masks where there were facts."""
+    return tree_map_only(FactMask, FactMask.materialised, arguments)
+
+
+def _slices(index: Any, shape: Iterable[int]) -> list[tuple[int, int]] | None:
+    """First and end of each dimension; None where an index is more than slices of neighbours."""
+    sizes = list(shape)
+    parts = list(index) if isinstance(index, tuple) else [index]
+    if any(part is Ellipsis for part in parts):
+        place = next(n for n, part in enumerate(parts) if part is Ellipsis)
+        parts[place : place + 1] = [slice(None)] * (len(sizes) - len(parts) + 1)
+    parts += [slice(None)] * (len(sizes) - len(parts))
+    if len(parts) != len(sizes) or not all(isinstance(part, slice) for part in parts):
+        return None
+    bounds = [part.indices(size) for part, size in zip(parts, sizes, strict=True)]
+    if any(step != 1 for *_, step in bounds):
+        return None
+    return [(start, stop) for start, stop, _ in bounds]
+
+
+def as_added(seen: Tensor, dtype: torch.dtype) -> Tensor:
+    """A bool mask as it is added to logits: 0 where a key may be read, else the lowest value."""
+    return torch.zeros_like(seen, dtype=dtype).masked_fill_(~seen, torch.finfo(dtype).min)
+
+
+def _allowed(
     facts: MaskFacts, batch: int, rows: slice, keys: slice, device: torch.device
 ) -> Tensor:
     """`[B, 1, rows, keys]` of the slices, True where a key may be read."""
@@ -213,19 +375,45 @@ def bool_mask(
     present = torch.zeros(batch, keys.stop - keys.start, dtype=torch.bool, device=device)
     padding = facts.padding[:, facts.kv_offset + keys.start : facts.kv_offset + keys.stop].bool()
     present[:, : padding.shape[1]] = padding
-    # A row with nothing to read would be NaN; such rows are padding, so what they read is free.
-    mask = mask & present[:, None, None, :]
-    return mask | ~mask.any(-1, keepdim=True)
+    return mask & present[:, None, None, :]
 
 
-def lost_facts(mask: Tensor | None) -> bool:
-    """Whether this is a piece of a `FactMask` that is no `FactMask` any more (all one element)."""
-    if mask is None or isinstance(mask, FactMask) or mask.ndim != 4:
-        return False
-    return mask.dtype == torch.bool and mask.shape[2] > 1 and mask.stride()[2:] == (0, 0)
+def bool_mask(
+    facts: MaskFacts, batch: int, rows: slice, keys: slice, device: torch.device
+) -> Tensor:
+    """`[B, 1, rows, keys]` of the slices, True where a key may be read.
+
+    A row with nothing to read would be NaN; such rows are padding, so what they read is free.
+    """
+    mask = _allowed(facts, batch, rows, keys, device)
+    return mask if facts.padding is None else mask | ~mask.any(-1, keepdim=True)
 
 
-def mask_facts(
+def mask_facts(*, additive: bool = False, **arguments: Any) -> Tensor | None:
+    """Facts where a mask is plainly causal; transformers' own mask for all others.
+
+    Args:
+        additive: Whether masks are to be added to the logits, as eager attention has them, instead
+            of bool.
+        arguments: What transformers hands to a mask function.
+
+    Returns:
+        `[B, 1, Lq, Lk]`; None where all keys may be read, or where SDPA's `is_causal` says it.
+    """
+    from transformers.masking_utils import eager_mask, sdpa_mask
+
+    # A bool mask of a decode step is none where all keys may be read, which is less than facts.
+    if additive or arguments["q_length"] > 1:
+        facts = _causal_facts(**arguments)
+        if facts is not None:
+            shape = (arguments["batch_size"], 1, arguments["q_length"], arguments["kv_length"])
+            dtype = arguments.get("dtype", torch.float32) if additive else torch.bool
+            return FactMask.make(shape, arguments.get("device", "cpu"), facts, dtype)
+    return (eager_mask if additive else sdpa_mask)(**arguments)
+
+
+def _causal_facts(
+    *,
     batch_size: int,
     q_length: int,
     kv_length: int,
@@ -236,42 +424,35 @@ def mask_facts(
     local_size: int | None = None,
     allow_is_causal_skip: bool = True,
     config: Any = None,
-    device: torch.device | str = "cpu",
-    **others: Any,
-) -> Tensor | None:
-    """Facts for plainly causal masks; transformers' own mask for a decode step and all others."""
-    from transformers.masking_utils import causal_mask_function, sdpa_mask
+    **_: Any,
+) -> MaskFacts | None:
+    """The facts of a mask; None where it is more than causal, a window, padding and packing."""
+    from transformers.masking_utils import causal_mask_function
 
-    function = mask_function or causal_mask_function
     # `local_size` is a window, except in models with chunked attention.
-    chunked = local_size is not None and getattr(config, "attention_chunk_size", None) is not None
-    packed = None
-    if not allow_is_causal_skip and not chunked and attention_mask is None:
-        packed = _packed_sequences(function)
-    # Without the permission to skip, something was laid over the causal mask.
-    other = not allow_is_causal_skip and packed is None
+    if local_size is not None and getattr(config, "attention_chunk_size", None) is not None:
+        return None
+    function, packed = mask_function or causal_mask_function, None
+    # Without the permission to skip, something may be laid over the causal mask.
+    if not allow_is_causal_skip and function is not causal_mask_function:
+        packed = _packed_sequences(function) if attention_mask is None else None
+        if packed is None:
+            return None
     # A static cache knows its offset on the device; where a graph is traced, it stays there.
-    traced = isinstance(q_offset, Tensor) and torch.compiler.is_compiling()
-    if q_length == 1 or chunked or other or traced:
-        return sdpa_mask(
-            batch_size=batch_size,
-            q_length=q_length,
-            kv_length=kv_length,
-            q_offset=cast(int, q_offset),
-            kv_offset=kv_offset,
-            mask_function=function,
-            attention_mask=attention_mask,
-            local_size=local_size,
-            allow_is_causal_skip=allow_is_causal_skip,
-            device=device,
-            **others,
-        )
-    padding = None
-    # A mask on the meta device has no values to look at.
-    if attention_mask is not None and (attention_mask.is_meta or not bool(attention_mask.all())):
-        padding = attention_mask
-    facts = MaskFacts(int(q_offset), int(kv_offset), padding, local_size, packed)
-    return FactMask.make((batch_size, 1, q_length, kv_length), device, facts)
+    if isinstance(q_offset, Tensor) and (torch.compiler.is_compiling() or q_length == 1):
+        return None
+    end = int(q_offset) + q_length
+    padding = attention_mask
+    if padding is not None:
+        # Tokens that a mask is too short for may be read by none, but are no padding for it.
+        if padding.shape[0] != batch_size or padding.shape[1] < end:
+            return None
+        # Without a cache a mask tells the number of keys, and is compared with that later on. A
+        # mask on the meta device has no values to look at.
+        is_exact = padding.shape[1] == end or padding.shape[1] != kv_length
+        if not padding.is_meta and is_exact and bool(padding[:, :end].all()):
+            padding = None
+    return MaskFacts(int(q_offset), int(kv_offset), padding, local_size, packed)
 
 
 def _packed_sequences(mask_function: Callable[..., Any]) -> Tensor | None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -451,3 +452,107 @@ def test_one_whole_sequence_is_not_copied() -> None:
     out = put_together(padding, 1)
     assert torch.equal(out[0, :, :4], made[0])
     assert not out[0, :, 4:].any()
+
+
+REARRANGEMENTS: dict[str, Callable[[torch.Tensor], Any]] = {
+    "repeat": lambda mask: mask.repeat(1, 4, 1, 1),
+    "expand": lambda mask: mask.expand(-1, 4, -1, -1),
+    "and": lambda mask: mask & torch.ones_like(mask).bool(),
+    "cut": lambda mask: mask[:, :, -40:, :][..., :40],
+    "as logits": lambda mask: torch.zeros(mask.shape).masked_fill(~mask, float("-inf")),
+    "through numpy": lambda mask: torch.from_numpy(mask.numpy().copy()),
+    "written to": lambda mask: mask.clone().logical_and_(torch.ones(40, 40).tril(-1) == 0),
+}
+
+
+@pytest.mark.parametrize("name", REARRANGEMENTS)
+def test_layers_that_compute_with_the_mask_see_no_future(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers.models.llama.modeling_llama import LlamaAttention
+
+    own_forward = LlamaAttention.forward
+
+    def forward(self: Any, hidden_states: Any, *, attention_mask: Any, **options: Any) -> Any:
+        mask = REARRANGEMENTS[name](attention_mask)
+        return own_forward(self, hidden_states, attention_mask=mask, **options)
+
+    monkeypatch.setattr(LlamaAttention, "forward", forward)
+    model = tiny_llama()
+    model.set_attn_implementation("sdpa")
+    inputs = padded([40, 31], left=True)
+    real = inputs["attention_mask"].bool()
+    found, own = logits(model, dense_attention, **inputs), logits(model, **inputs)
+    torch.testing.assert_close(found[real], own[real], **CLOSE)
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_a_session_gives_masks_in_the_form_of_the_models_implementation(
+    implementation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers.models.llama.modeling_llama import LlamaAttention
+
+    own_forward = LlamaAttention.forward
+    seen = set()
+
+    def forward(self: Any, hidden_states: Any, *, attention_mask: Any, **options: Any) -> Any:
+        seen.add(attention_mask.dtype)
+        if not attention_mask.dtype.is_floating_point:
+            attention_mask = torch.zeros(attention_mask.shape).masked_fill(~attention_mask, -1e9)
+        penalty = 0.1 * torch.arange(attention_mask.shape[-1])
+        return own_forward(self, hidden_states, attention_mask=attention_mask + penalty, **options)
+
+    monkeypatch.setattr(LlamaAttention, "forward", forward)
+    model = tiny_llama()
+    model.set_attn_implementation(implementation)
+    inputs = padded([40, 31], left=True)
+    real = inputs["attention_mask"].bool()
+    found, own = logits(model, dense_attention, **inputs), logits(model, **inputs)
+    torch.testing.assert_close(found[real], own[real], **CLOSE)
+    assert seen == {torch.bool if implementation == "sdpa" else torch.float32}
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("cached", ["dynamic", "static", "none"])
+@pytest.mark.parametrize("padding", [0, 4])
+@pytest.mark.parametrize("difference", [-25, -3, 3])
+def test_masks_of_another_length_than_the_keys_do_what_the_model_makes_of_them(
+    model: Any, implementation: str, cached: str, padding: int, difference: int
+) -> None:
+    from transformers import DynamicCache, StaticCache
+
+    model.set_attn_implementation(implementation)
+    ids = token_ids(2, 40)
+    mask = torch.ones(2, 40 + difference, dtype=torch.int64)
+    mask[1, :padding] = 0
+
+    @torch.no_grad()
+    def run() -> torch.Tensor | str:
+        cache: Any = None
+        tokens = ids
+        if cached != "none":
+            config = model.config
+            cache = (
+                DynamicCache(config=config)
+                if cached == "dynamic"
+                else StaticCache(config=config, max_cache_len=64)
+            )
+            model(ids[:, :20], attention_mask=mask[:, :20], past_key_values=cache)
+            tokens = ids[:, 20:]
+        options = {"past_key_values": cache, "use_cache": cached != "none"}
+        try:
+            found = model(tokens, attention_mask=mask, **options).logits
+            return found if cached != "none" else found[:, padding:]
+        except (RuntimeError, IndexError, ConfigError) as error:
+            return type(error).__name__
+
+    own = run()
+    with attached(model, dense_attention):
+        found = run()
+    model.set_attn_implementation("sdpa")
+    if isinstance(own, str):
+        # What the model cannot run, a session refuses with a reason.
+        assert found in ("ConfigError", own)
+    else:
+        assert isinstance(found, torch.Tensor), found
+        torch.testing.assert_close(found, own, **CLOSE)
