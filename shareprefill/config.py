@@ -67,7 +67,7 @@ class CalibrateConfig(Stage):
     """What `sp calibrate` captures.
 
     Attributes:
-        model: A hub id, a local folder, or a built-in model's name.
+        model: A hub id, a local folder, a GGUF file, or a built-in model's name.
         data: Data set names, files, folders or `hub:` addresses; prompts alternate between them.
         samples: Prompts in all.
         length: Tokens a prompt (generated prompts come close to it, none is longer).

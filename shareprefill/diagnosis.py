@@ -60,7 +60,7 @@ def diagnose_model(name: str, *, trust_remote_code: bool = False) -> list[Check]
     The weights are read only where the model's forward pass depends on their values.
 
     Args:
-        name: A hub id, a local folder, or the name of a built-in model.
+        name: A hub id, a local folder, a GGUF file, or the name of a built-in model.
         trust_remote_code: Runs Python code that the model's repository brings.
 
     Returns:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import logging
 import pickle
 import re
 import struct
+import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, redirect_stderr
 from dataclasses import dataclass
 from importlib import resources
+from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -70,18 +74,23 @@ class AttentionLayer:
 
 
 def resolve_model(name: str) -> str:
-    """The folder of a built-in or local model; the name itself for a hub id.
+    """The folder of a built-in or local model, or its GGUF file; the name itself for a hub id.
 
     Raises:
         ModelError: the name is a path that does not exist, or no valid name at all.
     """
     if name in BUILT_IN:
         return str(resources.files("shareprefill") / "assets" / BUILT_IN[name])
-    folder = Path(name).expanduser()
-    if name and "\0" not in name and folder.is_dir():
-        return str(folder)
-    if name and "\0" not in name and folder.exists():
-        raise ModelError(f"{printable(name)} is a file: name the folder that holds the model")
+    path = Path(name).expanduser()
+    is_path = bool(name) and "\0" not in name
+    if is_path and (path.is_dir() or (_is_gguf(path) and path.is_file())):
+        return str(path)
+    if is_path and path.exists():
+        raise ModelError(
+            f"{printable(name)} is a file: name the folder that holds the model, or a .gguf file"
+        )
+    if is_path and _is_gguf(path):
+        raise ModelError(f"there is no file {printable(name)!r}: check the path")
     if _HUB_ID.fullmatch(name) is None:
         raise ModelError(
             f"there is no model folder {printable(name)!r}: check the path, or name a hub id "
@@ -91,11 +100,12 @@ def resolve_model(name: str) -> str:
 
 
 def model_slug(name: str) -> str:
-    """A folder name for a model: `org--name` of a hub id, the last part of a local folder."""
+    """A folder name for a model: `org--name` of a hub id, the last part of a local path."""
     if name in BUILT_IN:
         return name
-    folder = Path(name).expanduser()
-    text = folder.resolve().name if folder.is_dir() else name.strip("/").replace("/", "--")
+    path = Path(name).expanduser()
+    is_local = path.is_dir() or _is_gguf(path)
+    text = path.resolve().name if is_local else name.strip("/").replace("/", "--")
     return re.sub(r"[^A-Za-z0-9._-]+", "-", text).lstrip(".-") or "model"
 
 
@@ -106,41 +116,43 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedT
         ModelError: the model cannot be found, or its tokenizer is missing or damaged.
     """
     path = resolve_model(name)
-    options = _loading_options(path, trust_remote_code)
-    from transformers import AutoTokenizer
+    with _source(path, trust_remote_code) as (place, options):
+        from transformers import AutoTokenizer
 
-    with _Loading(
-        f"the tokenizer of {printable(name)} is missing or damaged",
-        "its folder needs a valid tokenizer.json and tokenizer_config.json",
-    ):
-        return AutoTokenizer.from_pretrained(path, **options)
+        with _Loading(
+            f"the tokenizer of {printable(name)} is missing or damaged",
+            "get the file again"
+            if "gguf_file" in options
+            else "its folder needs a valid tokenizer.json and tokenizer_config.json",
+        ):
+            return AutoTokenizer.from_pretrained(place, **options)
 
 
 def load_config(name: str, *, trust_remote_code: bool = False) -> PreTrainedConfig:
     """Loads the configuration of a causal language model, without its weights.
 
     Args:
-        name: A hub id, a local folder, or a name in `BUILT_IN`.
+        name: A hub id, a local folder, a GGUF file, or a name in `BUILT_IN`.
         trust_remote_code: Runs Python code that the model's repository brings.
 
     Raises:
         ModelError: the model cannot be found, its configuration is damaged, or it is no causal
             decoder.
     """
-    path = resolve_model(name)
-    return _load_config(name, path, _loading_options(path, trust_remote_code), trust_remote_code)
+    with _source(resolve_model(name), trust_remote_code) as (place, options):
+        return _load_config(name, place, options)
 
 
 def load_model(
     name: str, *, device: str = "auto", dtype: str = "auto", trust_remote_code: bool = False
 ) -> PreTrainedModel:
-    """Loads a causal language model, ready to answer.
+    """Loads a causal language model, ready to answer. The weights of a GGUF file are dequantised.
 
     Args:
-        name: A hub id, a local folder, or a name in `BUILT_IN`.
+        name: A hub id, a local folder, a GGUF file, or a name in `BUILT_IN`.
         device: `auto` (a GPU where there is one), `cpu`, `cuda`, `cuda:1`, ...
-        dtype: `auto` (float32 on a CPU, the checkpoint's own on a GPU), `float32`, `bfloat16`,
-            `float16`.
+        dtype: `auto` (float32 on a CPU; on a GPU the checkpoint's own, bfloat16 of a GGUF file),
+            `float32`, `bfloat16`, `float16`.
         trust_remote_code: Runs Python code that the model's repository brings.
 
     Raises:
@@ -150,19 +162,27 @@ def load_model(
     target = resolve_device(device)
     if dtype != "auto" and dtype not in _DTYPES:
         raise ConfigError(f"dtype = {dtype!r} is not allowed: it must be auto or {list(_DTYPES)}")
-    kind = _DTYPES.get(dtype, torch.float32 if target.type == "cpu" else "auto")
     path = resolve_model(name)
-    options = _loading_options(path, trust_remote_code)
-    from transformers import AutoModelForCausalLM
+    own = torch.bfloat16 if _is_gguf(Path(path)) else "auto"
+    kind = _DTYPES.get(dtype, torch.float32 if target.type == "cpu" else own)
+    with _source(path, trust_remote_code) as (place, options):
+        from transformers import AutoModelForCausalLM
 
-    config = _load_config(name, path, options, trust_remote_code)
-    with _Loading(
-        f"the weights of {printable(name)} are missing or damaged",
-        "get the model again, or name another one",
-    ):
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            path, config=config, dtype=kind, output_loading_info=True, **options
+        config = _load_config(name, place, options)
+        damage = _Loading(
+            f"the weights of {printable(name)} are missing or damaged",
+            "get the model again, or name another one",
         )
+        # transformers draws a bar for a GGUF file that its own switch does not turn off.
+        with damage, redirect_stderr(io.StringIO() if "gguf_file" in options else sys.stderr):
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                place,
+                config=config,
+                dtype=kind,
+                output_loading_info=True,
+                **options,
+                **_dequantised(options),
+            )
     model, info = loaded
     if missing := sorted(info["missing_keys"]):
         raise ModelError(
@@ -299,13 +319,50 @@ def resolve_device(device: str) -> torch.device:
     return torch.device(device)
 
 
-def _loading_options(path: str, trust_remote_code: bool) -> dict[str, Any]:
+def _is_gguf(path: Path) -> bool:
+    return path.suffix.lower() == ".gguf" and not path.is_dir()
+
+
+@contextmanager
+def _source(path: str, trust_remote_code: bool) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Where transformers finds a model, and the options that it needs for it.
+
+    Args:
+        path: What `resolve_model` found.
+        trust_remote_code: Runs Python code that the model's repository brings.
+    """
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    if _is_gguf(Path(path)):
+        _require_gguf(path)
+        # Alone in a folder: transformers would read the tokenizer's files beside it, too.
+        with TemporaryDirectory(prefix="sp-gguf-") as folder:
+            link = Path(folder) / "model.gguf"
+            link.symlink_to(Path(path).absolute())
+            yield folder, {**options, "gguf_file": link.name}
+        return
     if not Path(path).is_dir():
         if path in (resolve_model(name) for name in BUILT_IN):
             raise ModelError(f"the built-in model {Path(path).name} is not in this installation")
         options["local_files_only"] = _only_cached(path)
-    return options
+    yield path, options
+
+
+def _require_gguf(path: str) -> None:
+    missing = [name for name in ("gguf", "accelerate") if find_spec(name) is None]
+    if missing:
+        raise ModelError(
+            f"{printable(path)} cannot be read without {' and '.join(missing)}: "
+            "pip install 'shareprefill[gguf]'"
+        )
+
+
+def _dequantised(options: dict[str, Any]) -> dict[str, Any]:
+    """Options for weights as plain tensors: packed blocks would need a kernel of their own."""
+    if "gguf_file" not in options:
+        return {}
+    from transformers.utils.quantization_config import GgufConfig
+
+    return {"quantization_config": GgufConfig(dequantize=True)}
 
 
 def _only_cached(hub_id: str) -> bool:
@@ -333,18 +390,16 @@ def _only_cached(hub_id: str) -> bool:
     return False
 
 
-def _load_config(
-    name: str, path: str, options: dict[str, Any], trust_remote_code: bool
-) -> PreTrainedConfig:
+def _load_config(name: str, place: str, options: dict[str, Any]) -> PreTrainedConfig:
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 
     with _Loading(
         f"{printable(name)} is no model that transformers can load",
-        "its folder needs a valid config.json",
+        "get the file again" if "gguf_file" in options else "its folder needs a valid config.json",
     ):
-        config = AutoConfig.from_pretrained(path, **options)
-    brings_code = trust_remote_code and "AutoModelForCausalLM" in getattr(config, "auto_map", {})
-    known = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or brings_code
+        config = AutoConfig.from_pretrained(place, **options)
+    own_classes = getattr(config, "auto_map", {}) if options["trust_remote_code"] else {}
+    known = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or "AutoModelForCausalLM" in own_classes
     if not known or getattr(config, "is_encoder_decoder", False):
         raise _not_causal(name, config)
     return config

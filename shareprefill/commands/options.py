@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 ModelOption = Annotated[
-    str, typer.Option("--model", help="Hub id, local folder, or the built-in sp-tiny.")
+    str, typer.Option("--model", help="Hub id, local folder, .gguf file, or the built-in sp-tiny.")
 ]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
 DtypeOption = Annotated[
