@@ -17,6 +17,7 @@ from torch import Tensor
 from shareprefill.errors import ConfigError, DataError
 from shareprefill.models import geometry, max_length
 from shareprefill.runtime.interface import attached, dense_attention, is_attached
+from shareprefill.runtime.streaming import TextStream
 
 # Tokens that a chunk is a multiple of.
 _CHUNK = 2048
@@ -205,8 +206,9 @@ def generate(
         token = int(step.logits[0, -1].argmax())
         first = time.perf_counter()
     tokens = [token]
-    text = _Text(tokenizer, on_text)
-    text.add(tokens, stops)
+    text = TextStream(tokenizer, on_text)
+    if token not in stops:
+        text.add(token)
     while token not in stops and len(tokens) < max_new_tokens:
         step = model(
             input_ids=torch.tensor([[token]], device=device),
@@ -215,7 +217,8 @@ def generate(
         )
         token = int(step.logits[0, -1].argmax())
         tokens.append(token)
-        text.add(tokens, stops)
+        if token not in stops:
+            text.add(token)
     seconds = time.perf_counter() - first
     return Generation(
         text=text.finish(),
@@ -231,30 +234,6 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
     """||found - expected|| / ||expected||, in float64."""
     expected = expected.double()
     return ((found.double() - expected).norm() / expected.norm()).item()
-
-
-class _Text:
-    """The text of a growing list of tokens; a piece is certain once no later token changes it."""
-
-    def __init__(self, tokenizer: Any, on_text: Callable[[str], None] | None) -> None:
-        self.tokenizer, self.on_text = tokenizer, on_text
-        self.text, self.told = "", 0
-
-    def add(self, tokens: list[int], stops: set[int]) -> None:
-        kept = tokens[:-1] if tokens[-1] in stops else tokens
-        self.text = self.tokenizer.decode(kept, skip_special_tokens=True)
-        # An unfinished character decodes to the replacement character until its last byte is there.
-        if not self.text.endswith("\ufffd"):
-            self._tell()
-
-    def finish(self) -> str:
-        self._tell()
-        return self.text
-
-    def _tell(self) -> None:
-        if self.on_text is not None and len(self.text) > self.told:
-            self.on_text(self.text[self.told :])
-        self.told = len(self.text)
 
 
 @contextmanager
