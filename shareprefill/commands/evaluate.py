@@ -70,7 +70,7 @@ def eval_command(
         bool,
         typer.Option(
             "--measure/--no-measure",
-            help="Measure recall and the attention's errors, in prefills of their own.",
+            help="Measure recall, the attention's errors and KL from dense attention.",
         ),
     ] = _EVAL.measure,
     max_density: Annotated[
@@ -92,7 +92,7 @@ def eval_command(
     html: HtmlOption = False,
     plot: Annotated[
         Path | None,
-        typer.Option(help="Write the frontier of all policies as a figure: .svg or .png."),
+        typer.Option(help="Write the frontiers of all policies as a figure: .svg or .png."),
     ] = None,
     markdown: Annotated[
         Path | None, typer.Option(help="Write the tables as Markdown into this file.")
@@ -100,7 +100,7 @@ def eval_command(
     trust_remote_code: RemoteCodeOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Measure accuracy, recall, errors, density and time of policies against dense attention."""
+    """Measure accuracy, fidelity, recall, density and time of policies against dense attention."""
     first, *others = artifact or [Path("clusters.st")]
     config = EvalConfig(
         artifact=str(first),
@@ -124,16 +124,17 @@ def eval_command(
     require_folder(out, html=html)
     require_plot(plot, measure=measure)
     from shareprefill.console import progress
-    from shareprefill.evaluation.export import frontier_figure
-    from shareprefill.evaluation.export import markdown as as_markdown
+    from shareprefill.evaluation.figures import frontier_figure
     from shareprefill.evaluation.frontier import TARGET_RECALL
-    from shareprefill.evaluation.page import (
-        evaluation_page,
+    from shareprefill.evaluation.pages import evaluation_page
+    from shareprefill.evaluation.suite import evaluate
+    from shareprefill.evaluation.tables import (
+        density_table,
         reached_table,
         short_table,
         summary_table,
     )
-    from shareprefill.evaluation.pipeline import evaluate
+    from shareprefill.evaluation.tables import markdown as as_markdown
     from shareprefill.files import atomic_write_bytes, atomic_write_text
     from shareprefill.report.drawing import figure_file
 
@@ -157,9 +158,12 @@ def eval_command(
         typer.echo(found.to_json(), nl=False)
         return
     show_table("policies, over all tasks and lengths", *summary_table(found))
-    columns, rows = reached_table(found)
-    if rows:
-        show_table(f"at a mean recall of {TARGET_RECALL}", columns, rows)
+    for title, (columns, rows) in (
+        (f"at a mean recall of {TARGET_RECALL}", reached_table(found)),
+        ("at equal effective density", density_table(found)),
+    ):
+        if rows:
+            show_table(title, columns, rows)
     show_table("by task, with 95 % intervals over prompts", *short_table(found.cells))
 
 

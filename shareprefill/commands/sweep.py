@@ -98,8 +98,9 @@ def sweep_command(
     config = replace(config, model=model_of(artifact, model))
     require_folder(out, html=html)
     from shareprefill.console import progress
-    from shareprefill.evaluation.sweep_page import curve_table, knee_table, sweep_page
-    from shareprefill.evaluation.sweeping import sweep
+    from shareprefill.evaluation.pages import sweep_page
+    from shareprefill.evaluation.sweep import sweep
+    from shareprefill.evaluation.tables import curve_table, knee_table
     from shareprefill.files import atomic_write_text
 
     with progress("outcomes") as advance:

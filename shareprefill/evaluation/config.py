@@ -18,6 +18,8 @@ DEFAULT_TASKS = (
     "variable_tracking",
 )
 
+_LEAST_TIMES = 3
+
 
 def _require(holds: bool, name: str, value: object, allowed: str) -> None:
     if not holds:
@@ -90,6 +92,11 @@ class EvalConfig(Stage):
         _require(self.bins >= 1, "bins", self.bins, "at least 1")
         _require(self.workers >= 1, "workers", self.workers, "at least 1")
         self.runtimes()
+
+    @property
+    def repeats(self) -> int:
+        """Timed prefills of each prompt and policy, so that a cell has at least three."""
+        return max(1, -(-_LEAST_TIMES // self.samples))
 
     @property
     def artifacts(self) -> tuple[str, ...]:

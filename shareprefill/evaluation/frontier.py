@@ -1,4 +1,4 @@
-"""Which policy needs least: density at equal recall, and the points that no other point beats."""
+"""Which policy needs least: at equal recall, at equal density, and the points that none beats."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Any
 
-from shareprefill.evaluation.results import Cell, Evaluation
+from shareprefill.evaluation.config import DENSE
+from shareprefill.evaluation.results import PERPLEXITY, Cell, Evaluation, Summary
 
 TARGET_RECALL = 0.95
+TARGET_DENSITIES = (0.25, 0.35)
 ORACLE = "oracle"
 
 
@@ -97,6 +99,104 @@ def _figures(cell: Cell) -> tuple[float, float, float, float]:
         cell.recall_worst.value,
         sum(errors) / len(errors) if errors else 0.0,
     )
+
+
+@dataclass(frozen=True)
+class AtDensity:
+    """A policy at an effective density, interpolated between its gammas.
+
+    Attributes:
+        task: Task.
+        length: Tokens a prompt.
+        policy: Policy.
+        effective_density: Density and selection work together; the oracle's density alone.
+        kl: KL divergence from dense attention, in nats a position; None unless measured.
+        kl_to_oracle: The same over the oracle's; None for the oracle itself, and without it.
+        perplexity_change: Relative change against dense attention; None for other tasks.
+        top1_agreement: Share of positions with dense attention's most likely next token.
+        recall: Attention mass inside the patterns; None unless measured.
+    """
+
+    task: str
+    length: int
+    policy: str
+    effective_density: float
+    kl: float | None
+    kl_to_oracle: float | None
+    perplexity_change: float | None
+    top1_agreement: float | None
+    recall: float | None
+
+
+def at_density(evaluation: Evaluation, density: float) -> list[AtDensity]:
+    """Every policy at an effective density, where its gammas lie on both sides of it.
+
+    Args:
+        evaluation: With several gammas.
+        density: Effective density, 0 to 1.
+
+    Returns:
+        By task and length, in the order of the policies.
+    """
+    groups: dict[tuple[str, int], dict[str, list[Cell]]] = {}
+    for cell in evaluation.cells:
+        if cell.policy != DENSE:
+            policies = groups.setdefault((cell.task, cell.length), {})
+            policies.setdefault(cell.policy, []).append(cell)
+    found = []
+    for (task, length), policies in groups.items():
+        points = {policy: _fidelity_at(cells, density) for policy, cells in policies.items()}
+        oracle = points.get(ORACLE)
+        for policy, point in points.items():
+            if point is not None:
+                kl, change, agreement, recall = point
+                bound = None if oracle is None or policy == ORACLE else oracle[0]
+                ratio = kl / bound if kl is not None and bound else None
+                figures = (density, kl, ratio, change, agreement, recall)
+                found.append(AtDensity(task, length, policy, *figures))
+    return found
+
+
+def _fidelity_at(cells: list[Cell], density: float) -> tuple[float | None, ...] | None:
+    """KL, change of perplexity, agreement and recall at an effective density."""
+    ordered = sorted(cells, key=cost)
+    for low, high in pairwise(ordered):
+        left, right = cost(low), cost(high)
+        if left <= density <= right:
+            share = (density - left) / (right - left) if right > left else 1.0
+            return tuple(
+                None if one is None or other is None else one + share * (other - one)
+                for one, other in zip(_fidelity(low), _fidelity(high), strict=True)
+            )
+    return None
+
+
+def _fidelity(cell: Cell) -> tuple[float | None, ...]:
+    change = cell.difference if cell.metric == PERPLEXITY else None
+    estimates = (cell.kl, change, cell.top1_agreement, cell.recall)
+    return tuple(None if estimate is None else estimate.value for estimate in estimates)
+
+
+def cost(point: Cell | Summary) -> float:
+    """Effective density; the oracle's density alone.
+
+    The oracle's own work buys nothing but the knowledge of how few blocks would do.
+    """
+    if point.policy != ORACLE:
+        return point.effective_density
+    return point.density if isinstance(point, Summary) else point.density.value
+
+
+def nearest_labels(evaluation: Evaluation) -> list[str]:
+    """One label a policy: of its settings, the one whose recall is nearest to the target."""
+    nearest: dict[str, tuple[float, str]] = {}
+    for summary in evaluation.summaries():
+        if summary.policy != DENSE:
+            distance = abs((summary.recall or 0.0) - TARGET_RECALL)
+            best = nearest.get(summary.policy)
+            if best is None or distance < best[0]:
+                nearest[summary.policy] = (distance, summary.label)
+    return [label for _, label in nearest.values()]
 
 
 def pareto(points: Sequence[tuple[float, float]]) -> list[int]:

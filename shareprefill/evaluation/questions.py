@@ -22,8 +22,8 @@ from torch import Tensor
 from shareprefill.calib.tasks import NIAH_TASKS, TASKS, generate
 from shareprefill.data.sources import HUB, read_texts
 from shareprefill.errors import ConfigError, DataError
-from shareprefill.evaluation.benchmarks import BENCHMARKS, benchmark_rows
 from shareprefill.evaluation.config import EvalConfig
+from shareprefill.evaluation.longcontext_suites import BENCHMARKS, benchmark_rows
 from shareprefill.evaluation.results import PERPLEXITY
 from shareprefill.evaluation.scores import SCORES, Reference
 from shareprefill.files import kind_of, printable

@@ -3,14 +3,27 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from shareprefill.errors import DataError
 from shareprefill.evaluation.config import DENSE, EvalConfig
-from shareprefill.evaluation.statistics import Estimate
+from shareprefill.evaluation.outcomes import Outcome
+from shareprefill.evaluation.statistics import (
+    Array,
+    Estimate,
+    bootstrap,
+    median,
+    paired_difference,
+    wilson,
+    worst_heads,
+)
 from shareprefill.files import printable
 
 SCHEMA = 1
@@ -59,8 +72,12 @@ class Cell:
         layer_errors: By layer, relative error of the attention output against dense attention on
             the same inputs; empty unless measured.
         ttft_s: Median seconds to the first token.
-        speedup: Median of dense attention's time to first token over ours, in the same process.
+        speedup: Median of dense attention's time to first token over ours, prompt by prompt and in
+            turns with it; None where nothing was sparse.
         heads: Heads by the policy they took, over all prompts.
+        kl: KL divergence of the predictions from dense attention's, in nats a position, over all
+            positions of the prompts; None unless measured.
+        top1_agreement: Share of the positions whose most likely next token is dense attention's.
         bins: Perplexity by position; empty for other tasks.
     """
 
@@ -83,6 +100,8 @@ class Cell:
     ttft_s: Estimate
     speedup: Estimate | None
     heads: dict[str, int]
+    kl: Estimate | None = None
+    top1_agreement: Estimate | None = None
     bins: tuple[Bin, ...] = ()
 
     @property
@@ -102,30 +121,149 @@ class Cell:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Cell:
         """The inverse of `to_dict`."""
-        found = {field.name: values[field.name] for field in fields(cls)}
-        for name in _ESTIMATES:
-            found[name] = _estimate(found[name])
-        found["layer_errors"] = tuple(Estimate.from_dict(e) for e in found["layer_errors"])
-        found["bins"] = tuple(
-            Bin(b["start"], b["stop"], Estimate.from_dict(b["score"]), _estimate(b["difference"]))
-            for b in found["bins"]
-        )
-        return cls(**found)
+        # Files of older versions lack the newer fields.
+        names = [field.name for field in fields(cls) if field.name in values]
+        found = {name: _estimates(values[name]) for name in names}
+        return cls(**{**found, "bins": tuple(Bin(**bin_) for bin_ in found["bins"])})
 
 
-_ESTIMATES = (
-    *("score", "difference", "agreement", "recall", "recall_worst", "density"),
-    *("selection_work", "hidden_error", "ttft_s", "speedup"),
-)
-
-
-def _estimate(values: Mapping[str, Any] | None) -> Estimate | None:
-    return None if values is None else Estimate(**values)
+def _estimates(value: Any) -> Any:
+    """A value of JSON with its estimates as such, and lists as tuples."""
+    if isinstance(value, list):
+        return tuple(map(_estimates, value))
+    if not isinstance(value, dict):
+        return value
+    if value.keys() == {field.name for field in fields(Estimate)}:
+        return Estimate(**value)
+    return {name: _estimates(inner) for name, inner in value.items()}
 
 
 def label(policy: str, settings: Mapping[str, Any]) -> str:
     """A policy and its settings in words, as `share, gamma 0.9`."""
     return ", ".join([policy, *(f"{name} {value}" for name, value in settings.items())])
+
+
+def make_cell(
+    task: str,
+    metric: str,
+    length: int,
+    policy: str,
+    settings: dict[str, Any],
+    outcomes: Sequence[Outcome],
+    dense: Sequence[Outcome],
+) -> Cell:
+    """One cell.
+
+    Args:
+        task: Name of the task.
+        metric: Name of its score.
+        length: Tokens a prompt, at most.
+        policy: As in `Cell`.
+        settings: As in `Cell`.
+        outcomes: Its outcomes, one for every prompt.
+        dense: Dense attention's, of the same prompts.
+    """
+    is_dense = policy == DENSE
+    recalls = _recalls(outcomes)
+    score, difference = _score(metric, outcomes, dense)
+    return Cell(
+        task=task,
+        metric=metric,
+        length=length,
+        policy=policy,
+        settings=settings,
+        prompts=len(outcomes),
+        tokens=sum(o.tokens for o in outcomes) / len(outcomes),
+        score=score,
+        difference=None if is_dense else difference,
+        agreement=None if is_dense or metric == PERPLEXITY else _agreement(outcomes, dense),
+        recall=None if recalls is None else bootstrap(recalls.mean(1)),
+        recall_worst=None if recalls is None else bootstrap(recalls, worst_heads),
+        density=bootstrap([o.density for o in outcomes]),
+        selection_work=bootstrap([o.selection_work for o in outcomes]),
+        hidden_error=None if is_dense else bootstrap([o.hidden_error for o in outcomes]),
+        layer_errors=tuple(
+            bootstrap(errors) for errors in zip(*(o.layer_errors for o in outcomes), strict=True)
+        ),
+        ttft_s=bootstrap([o.ttft_s for o in outcomes], median),
+        speedup=None if is_dense else _speedup(outcomes),
+        heads=_heads(outcomes),
+        kl=_mean_of([o.kl for o in outcomes]),
+        top1_agreement=_mean_of([o.top1_agreement for o in outcomes]),
+        bins=_bins(length, outcomes, dense, is_dense=is_dense),
+    )
+
+
+def _recalls(outcomes: Sequence[Outcome]) -> Array | None:
+    """Recall `[P, K]` by prompt and head; None where it was not measured."""
+    heads = max(len(o.recalls) for o in outcomes)
+    if heads == 0:
+        return None
+    # A prompt that is too short for patterns ran dense by itself, and has none.
+    rows = [o.recalls or (1.0,) * heads for o in outcomes]
+    return np.array(rows)
+
+
+def _score(
+    metric: str, outcomes: Sequence[Outcome], dense: Sequence[Outcome]
+) -> tuple[Estimate, Estimate]:
+    ours, theirs = [o.score for o in outcomes], [o.score for o in dense]
+    if metric == PERPLEXITY:
+        return _perplexity(ours, theirs)
+    differences = [one - other for one, other in zip(ours, theirs, strict=True)]
+    if set(ours) | set(theirs) <= {0.0, 1.0}:
+        return wilson(sum(ours), len(ours)), paired_difference(ours, theirs)
+    return bootstrap(ours), bootstrap(differences)
+
+
+def _perplexity(ours: Sequence[float], dense: Sequence[float]) -> tuple[Estimate, Estimate]:
+    """exp of the mean loss, and its relative change: the losses' intervals, through exp."""
+    score, change = bootstrap(ours), bootstrap([a - b for a, b in zip(ours, dense, strict=True)])
+    return _through(score, math.exp), _through(change, math.expm1)
+
+
+def _through(estimate: Estimate, function: Callable[[float], float]) -> Estimate:
+    ends = (estimate.low, estimate.high)
+    return Estimate(function(estimate.value), *(e if e is None else function(e) for e in ends))
+
+
+def _agreement(outcomes: Sequence[Outcome], dense: Sequence[Outcome]) -> Estimate:
+    same = sum(one.text == other.text for one, other in zip(outcomes, dense, strict=True))
+    return wilson(same, len(outcomes))
+
+
+def _mean_of(values: Sequence[float | None]) -> Estimate | None:
+    """Mean over prompts; None unless it was measured of all of them."""
+    measured = [value for value in values if value is not None]
+    return bootstrap(measured) if len(measured) == len(values) else None
+
+
+def _speedup(outcomes: Sequence[Outcome]) -> Estimate | None:
+    if all(o.density == 1 for o in outcomes):
+        return None
+    return bootstrap([o.dense_ttft_s / o.ttft_s for o in outcomes], median)
+
+
+def _heads(outcomes: Sequence[Outcome]) -> dict[str, int]:
+    counts: Counter[str] = Counter()
+    for outcome in outcomes:
+        counts.update(outcome.heads or {})
+    return dict(sorted(counts.items()))
+
+
+def _bins(
+    length: int, outcomes: Sequence[Outcome], dense: Sequence[Outcome], *, is_dense: bool
+) -> tuple[Bin, ...]:
+    count = len(outcomes[0].bins)
+    bins = []
+    for number in range(count):
+        score, change = _perplexity(
+            [o.bins[number] for o in outcomes], [o.bins[number] for o in dense]
+        )
+        # The first position of a bin: the least one that `position * count // length` gives it.
+        edges = [math.ceil(edge * length / count) for edge in (number, number + 1)]
+        bins.append(Bin(edges[0], edges[1], score, None if is_dense else change))
+    return tuple(bins)
 
 
 @dataclass(frozen=True)
@@ -138,6 +276,8 @@ class Summary:
         accuracy: Score of the tasks that ask; None if none does.
         difference: The same, minus dense attention's.
         perplexity_change: Relative change of perplexity; None without such a task.
+        kl: KL divergence from dense attention, in nats a position; None unless measured.
+        top1_agreement: Share of the positions with dense attention's most likely next token.
         recall: Attention mass inside the patterns; None unless measured.
         recall_worst: The same of the worst 5 % of heads.
         density: Computed blocks over causal blocks.
@@ -145,7 +285,7 @@ class Summary:
         hidden_error: Relative error of the last hidden state.
         attention_error: Relative error of the attention output, mean over layers.
         ttft_s: Seconds to the first token.
-        speedup: Dense attention's time over ours.
+        speedup: Dense attention's time over ours; None where nothing was sparse.
     """
 
     policy: str
@@ -161,6 +301,8 @@ class Summary:
     attention_error: float | None
     ttft_s: float
     speedup: float | None
+    kl: float | None = None
+    top1_agreement: float | None = None
 
     @property
     def effective_density(self) -> float:
@@ -292,6 +434,8 @@ def _summary(cells: list[Cell]) -> Summary:
         attention_error=sum(errors) / len(errors) if errors else None,
         ttft_s=ttft,
         speedup=_mean([cell.speedup for cell in cells]),
+        kl=_mean([cell.kl for cell in cells]),
+        top1_agreement=_mean([cell.top1_agreement for cell in cells]),
     )
 
 

@@ -1,17 +1,18 @@
-"""Means with 95 % intervals over prompts."""
+"""Means with 95 % intervals over prompts.
+
+SciPy's intervals, but for Newcombe's of a paired difference, which it does not have.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
 
-# The 97.5 % quantile of the standard normal distribution.
-_Z = 1.959963984540054
+Array = NDArray[np.float64]
 _RESAMPLES = 2000
 
 
@@ -29,35 +30,25 @@ class Estimate:
     low: float | None = None
     high: float | None = None
 
-    def to_dict(self) -> dict[str, float | None]:
-        """The fields, JSON-ready."""
-        return {"value": self.value, "low": self.low, "high": self.high}
 
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Estimate:
-        """The inverse of `to_dict`."""
-        return cls(**values)
-
-
-def mean(values: Tensor) -> Tensor:
+def mean(values: Array) -> Array:
     """Means of resamples `[R, P]`: `[R]`."""
     return values.mean(1)
 
 
-def median(values: Tensor) -> Tensor:
+def median(values: Array) -> Array:
     """Medians of resamples `[R, P]` (the mean of the middle two): `[R]`."""
-    return values.quantile(0.5, dim=1)
+    return np.median(values, axis=1)
 
 
-def worst_heads(values: Tensor) -> Tensor:
+def worst_heads(values: Array) -> Array:
     """Mean over the worst 5 % of heads, at least one, of resamples `[R, P, K]`: `[R]`."""
-    heads = values.mean(1)
-    return heads.topk(max(1, heads.shape[1] // 20), dim=1, largest=False).values.mean(1)
+    heads = values.mean(1)  # [R, K]
+    worst = max(1, heads.shape[1] // 20)
+    return np.partition(heads, worst - 1, axis=1)[:, :worst].mean(1)
 
 
-def bootstrap(
-    values: Sequence[float] | Tensor, statistic: Callable[[Tensor], Tensor] = mean
-) -> Estimate:
+def bootstrap(values: ArrayLike, statistic: Callable[[Array], Array] = mean) -> Estimate:
     """A statistic with its percentile bootstrap interval (Efron, 1979) over prompts.
 
     The resamples are drawn with a fixed seed: equal values give equal intervals.
@@ -66,32 +57,43 @@ def bootstrap(
         values: One value, or one row of values, for every prompt: `[P]` or `[P, ...]`.
         statistic: Of resamples of prompts, `[R, P, ...]` to `[R]`.
     """
-    data = torch.as_tensor(values, dtype=torch.float64)
+    from scipy import stats
+
+    data = np.asarray(values, dtype=np.float64)
     assert len(data) > 0
-    value = statistic(data[None]).item()
+    value = float(statistic(data[None])[0])
     if len(data) < 2:
         return Estimate(value)
-    chosen = torch.randint(
-        len(data), (_RESAMPLES, len(data)), generator=torch.Generator().manual_seed(0)
-    )
-    # In pieces: rows may be a thousand heads long.
-    found = torch.cat([statistic(data[piece]) for piece in chosen.split(100)])
-    low, high = found.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return Estimate(value, low, high)
+
+    def of_prompts(prompts: NDArray[np.int64], axis: int) -> Array:
+        # Whole rows are drawn: a prompt's heads stay together. SciPy asks for one draw, too.
+        found = statistic(data[np.atleast_2d(prompts)])
+        return found if prompts.ndim == 2 else found[0]
+
+    interval = stats.bootstrap(
+        (np.arange(len(data)),),
+        of_prompts,
+        n_resamples=_RESAMPLES,
+        # In pieces where rows may be a thousand heads long.
+        batch=_RESAMPLES if data.ndim == 1 else 100,
+        vectorized=True,
+        method="percentile",
+        rng=np.random.default_rng(0),
+    ).confidence_interval
+    return Estimate(value, float(interval.low), float(interval.high))
 
 
 def wilson(right: float, prompts: int) -> Estimate:
     """A share of right answers with its score interval (Wilson, 1927).
 
     Args:
-        right: Right answers.
+        right: Right answers, a whole number.
         prompts: All answers, at least one.
     """
-    share = right / prompts
-    spread = _Z**2 / prompts
-    middle = (share + spread / 2) / (1 + spread)
-    half = _Z / (1 + spread) * math.sqrt(share * (1 - share) / prompts + spread / (4 * prompts))
-    return Estimate(share, max(0.0, middle - half), min(1.0, middle + half))
+    from scipy import stats
+
+    interval = stats.binomtest(int(right), prompts).proportion_ci(method="wilson")
+    return Estimate(right / prompts, float(interval.low), float(interval.high))
 
 
 def paired_difference(ours: Sequence[float], dense: Sequence[float]) -> Estimate:

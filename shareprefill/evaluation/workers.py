@@ -22,11 +22,18 @@ import torch
 
 from shareprefill.artifact import load_artifact
 from shareprefill.errors import ArtifactError, ConfigError, ModelError
-from shareprefill.evaluation.bench import Bench
 from shareprefill.evaluation.config import EvalConfig
-from shareprefill.evaluation.jobs import Job, Result, Subject, artifact_digest, variants_of
-from shareprefill.evaluation.measurement import Outcome, Variant
+from shareprefill.evaluation.measurement import Variant
+from shareprefill.evaluation.outcomes import Outcome
 from shareprefill.evaluation.questions import Question
+from shareprefill.evaluation.runner import (
+    ModelContext,
+    ModelRunner,
+    PromptJob,
+    Result,
+    artifact_digest,
+    variants_of,
+)
 
 # Outcomes of a prompt that a worker gives back at once.
 _PIECE = 8
@@ -57,7 +64,7 @@ class WorkerPool:
             initargs=(threads,),
         )
         # As many as there are workers, so that all of them start.
-        self._subjects = [self._pool.submit(_subject, self._setting) for _ in range(config.workers)]
+        self._contexts = [self._pool.submit(_context, self._setting) for _ in range(config.workers)]
 
     def __enter__(self) -> Self:
         return self
@@ -70,20 +77,20 @@ class WorkerPool:
     ) -> None:
         self._pool.shutdown(cancel_futures=True)
 
-    def subject(self) -> Subject:
+    def context(self) -> ModelContext:
         """The model of the workers.
 
         Raises:
             ModelError: they do not have the same one.
-            ShareprefillError: one of them could not load it; see `pipeline.evaluate`.
+            ShareprefillError: one of them could not load it; see `suite.evaluate`.
         """
         with self._whole():
-            found = [future.result() for future in self._subjects]
+            found = [future.result() for future in self._contexts]
         if any(other != found[0] for other in found):
             raise ModelError("the workers have different models: it changed while they loaded it")
         return found[0]
 
-    def run(self, jobs: Iterable[Job]) -> Iterator[Result]:
+    def run(self, jobs: Iterable[PromptJob]) -> Iterator[Result]:
         """Runs jobs, whichever worker is free taking the next piece.
 
         Outcomes come piece by piece: long jobs are divided, though dense attention then runs again
@@ -115,12 +122,12 @@ class WorkerPool:
             ) from error
 
 
-def _pieces(job: Job) -> Iterator[Job]:
+def _pieces(job: PromptJob) -> Iterator[PromptJob]:
     for start in range(0, len(job.columns), _PIECE):
         yield replace(job, columns=job.columns[start : start + _PIECE])
 
 
-def _sent(job: Job) -> tuple[Any, ...]:
+def _sent(job: PromptJob) -> tuple[Any, ...]:
     """A job in plain values: tensors would go through shared memory."""
     question = job.question
     asked = (question.input_ids.tolist(), question.metric, question.reference, question.new_tokens)
@@ -141,9 +148,9 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _subject(setting: _Setting) -> Subject:
-    bench, _ = _loaded(setting)
-    return bench.subject
+def _context(setting: _Setting) -> ModelContext:
+    runner, _ = _loaded(setting)
+    return runner.context
 
 
 def _outcomes(
@@ -153,14 +160,14 @@ def _outcomes(
     columns: tuple[int, ...],
     warm_up: bool,
 ) -> list[Outcome]:
-    bench, variants = _loaded(setting)
+    runner, variants = _loaded(setting)
     ids, *rest = asked
-    job = Job(Question(torch.tensor(ids), *rest), length, columns, warm_up)
-    return [outcome for _, _, outcome in bench.run(variants, [job])]
+    job = PromptJob(Question(torch.tensor(ids), *rest), length, columns, warm_up)
+    return [outcome for _, _, outcome in runner.run(variants, [job])]
 
 
 @functools.cache
-def _loaded(setting: _Setting) -> tuple[Bench, list[Variant]]:
+def _loaded(setting: _Setting) -> tuple[ModelRunner, list[Variant]]:
     """A worker's model, and what it measures."""
     config, digests, trust_remote_code = setting
     artifacts = [load_artifact(path) for path in config.artifacts]
@@ -168,5 +175,5 @@ def _loaded(setting: _Setting) -> tuple[Bench, list[Variant]]:
         if artifact_digest(artifact) != digest:
             raise ArtifactError(f"{path} changed while the workers began: run it again")
     name = config.model or artifacts[0].model
-    bench = Bench.load(name, config, trust_remote_code=trust_remote_code)
-    return bench, variants_of(config, artifacts)
+    runner = ModelRunner.load(name, config, trust_remote_code=trust_remote_code)
+    return runner, variants_of(config, artifacts)

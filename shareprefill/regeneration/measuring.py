@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from shareprefill.evaluation.config import EvalConfig
-from shareprefill.evaluation.pipeline import evaluate
+from shareprefill.evaluation.suite import evaluate
 from shareprefill.regeneration.comparing import Figures
 from shareprefill.regeneration.jobs import Job
 from shareprefill.regeneration.stages import EVALUATE, code_digest

@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import pytest
 
-from shareprefill.evaluation.frontier import knee, pareto, reached
+from shareprefill.evaluation.frontier import at_density, knee, pareto, reached
 from shareprefill.evaluation.statistics import Estimate
-from tests.support.evaluations import made_cell, made_evaluation
+from tests.support.evaluations import made_cell, made_evaluation, perplexity_cells
 
 
 def test_pareto_keeps_what_no_other_point_beats() -> None:
@@ -59,3 +59,27 @@ def test_policies_at_equal_recall() -> None:
     assert found["oracle"].to_oracle is None
     assert found["sampled"].effective_density == pytest.approx(0.33)
     assert found["sampled"].to_oracle == pytest.approx(1.1)
+
+
+def test_policies_at_equal_density() -> None:
+    cells = []
+    for policy, work, kl in (("oracle", 0.5, 0.02), ("sampled", 0.05, 0.04)):
+        for density, factor in ((0.1, 3.0), (0.3, 1.0)):
+            own = {"density": Estimate(density), "selection_work": Estimate(work)}
+            own |= {"policy": policy, "settings": {"gamma": density}, "kl": Estimate(factor * kl)}
+            cells.append(made_cell(**own, top1_agreement=Estimate(1 - factor * kl)))
+            cells.append(perplexity_cells(**own)[1])
+    found = at_density(made_evaluation(cells), 0.25)
+    oracle, sampled, *readings = found
+    # The oracle's own work does not count.
+    assert (oracle.policy, oracle.kl_to_oracle) == ("oracle", None)
+    assert oracle.kl == pytest.approx(0.25 * 0.06 + 0.75 * 0.02)
+    assert sampled.kl == pytest.approx(0.5 * 0.12 + 0.5 * 0.04)
+    assert sampled.kl_to_oracle == pytest.approx(0.08 / 0.03)
+    assert sampled.top1_agreement == pytest.approx(0.92)
+    assert (sampled.effective_density, sampled.recall) == (0.25, pytest.approx(0.95))
+    # A difference of scores is no change of perplexity.
+    assert sampled.perplexity_change is None
+    assert [point.perplexity_change for point in readings] == [pytest.approx(0.015)] * 2
+    assert at_density(made_evaluation(cells), 0.4) == []
+    assert at_density(made_evaluation(cells[:1]), 0.1) == []

@@ -1,13 +1,15 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from shareprefill.errors import ConfigError, DataError
 from shareprefill.evaluation.config import EvalConfig, SweepConfig
-from shareprefill.evaluation.results import load_evaluation
+from shareprefill.evaluation.outcomes import Outcome
+from shareprefill.evaluation.results import Cell, load_evaluation, make_cell
 from shareprefill.evaluation.statistics import Estimate
 from tests.support.evaluations import dense_cell, made_cell, made_evaluation, perplexity_cells
 
@@ -39,6 +41,34 @@ def test_summaries_are_means_over_cells_by_policy_and_setting() -> None:
     assert high.attention_error == pytest.approx(0.15)
     assert dense.recall is None
     assert dense.accuracy == 1
+
+
+def test_no_speedup_where_nothing_was_sparse() -> None:
+    outcome = Outcome(1.0, "x", 400, ttft_s=0.5, dense_ttft_s=1.0)
+    dense = [outcome] * 3
+
+    def cell(*densities: float) -> Cell:
+        outcomes = [replace(outcome, density=density) for density in densities]
+        return make_cell("retr_kv", "exact_match", 400, "auto", {}, outcomes, dense)
+
+    assert cell(1.0, 1.0, 1.0).speedup is None
+    speedup = cell(1.0, 0.4, 0.5).speedup
+    assert speedup is not None
+    assert speedup.value == 2
+    assert cell(0.4, 0.4, 0.4).kl is None
+
+
+def test_files_without_the_newer_figures_are_read(tmp_path: Path) -> None:
+    evaluation = made_evaluation([dense_cell(), made_cell()])
+    values = json.loads(evaluation.to_json())
+    for cell in values["cells"]:
+        del cell["kl"], cell["top1_agreement"]
+    (tmp_path / "old.json").write_text(json.dumps(values))
+    assert load_evaluation(tmp_path / "old.json") == evaluation
+    del values["cells"][0]["score"]
+    (tmp_path / "old.json").write_text(json.dumps(values))
+    with pytest.raises(DataError, match="damaged"):
+        load_evaluation(tmp_path / "old.json")
 
 
 def test_a_cell_by_name() -> None:

@@ -16,11 +16,11 @@ import torch
 from shareprefill.artifact import load_artifact, save_artifact
 from shareprefill.errors import ArtifactError, ConfigError
 from shareprefill.evaluation.config import EvalConfig
-from shareprefill.evaluation.jobs import Job, artifact_digest
-from shareprefill.evaluation.pipeline import evaluate
 from shareprefill.evaluation.questions import Question
 from shareprefill.evaluation.results import PERPLEXITY, Cell
+from shareprefill.evaluation.runner import PromptJob, artifact_digest
 from shareprefill.evaluation.statistics import Estimate
+from shareprefill.evaluation.suite import evaluate
 from shareprefill.evaluation.workers import WorkerPool
 from shareprefill.models import load_model
 from tests.support.checkpoint import save_checkpoint
@@ -33,12 +33,12 @@ import sys, time
 from pathlib import Path
 from shareprefill.artifact import load_artifact
 from shareprefill.evaluation.config import EvalConfig
-from shareprefill.evaluation.jobs import artifact_digest
+from shareprefill.evaluation.runner import artifact_digest
 from shareprefill.evaluation.workers import WorkerPool
 if __name__ == "__main__":
     asked = EvalConfig(artifact=str(Path(sys.argv[1]) / "clusters.st"), workers=2)
     with WorkerPool(asked, [artifact_digest(load_artifact(asked.artifact))], False) as pool:
-        pool.subject()
+        pool.context()
         print("ready", flush=True)
         time.sleep(300)
 """
@@ -91,9 +91,9 @@ def test_two_workers_find_what_one_process_does(folder: Path, tmp_path: Path) ->
     assert told == [(done, 18) for done in range(19)]
 
     # Three outcomes are lost, as after a kill; the others are used again.
-    ledger = tmp_path / "outcomes.jsonl"
-    lines = ledger.read_text().splitlines(keepends=True)
-    ledger.write_text("".join(lines[:-3]))
+    kept = tmp_path / "outcomes.jsonl"
+    lines = kept.read_text().splitlines(keepends=True)
+    kept.write_text("".join(lines[:-3]))
     told.clear()
     again = evaluate(config(folder, workers=2), out=tmp_path, progress=lambda *s: told.append(s))
     assert untimed(again.cells) == untimed(two.cells)
@@ -128,16 +128,16 @@ def test_what_workers_cannot_do_is_told_in_words(folder: Path, tmp_path: Path) -
         WorkerPool(config(folder, workers=2), ["another digest"], False) as pool,
         pytest.raises(ArtifactError, match="changed while the workers began"),
     ):
-        pool.subject()
+        pool.context()
 
 
 def test_a_killed_worker_is_told_of(folder: Path) -> None:
     asked = config(folder, workers=2)
     with WorkerPool(asked, [artifact_digest(load_artifact(asked.artifact))], False) as pool:
-        pool.subject()
+        pool.context()
         for worker in multiprocessing.active_children():
             worker.kill()
-        job = Job(Question(torch.arange(9), PERPLEXITY), 400, (0,), warm_up=False)
+        job = PromptJob(Question(torch.arange(9), PERPLEXITY), 400, (0,), warm_up=False)
         with pytest.raises(ConfigError, match=r"a worker ended before .* lower --workers \(2\)"):
             list(pool.run([job]))
 
@@ -145,9 +145,9 @@ def test_a_killed_worker_is_told_of(folder: Path) -> None:
 def test_what_is_done_is_kept_of_a_long_job(folder: Path) -> None:
     asked = config(folder, workers=2)
     with WorkerPool(asked, [artifact_digest(load_artifact(asked.artifact))], False) as pool:
-        pool.subject()
+        pool.context()
         columns = (0,) * 400
-        job = Job(Question(torch.arange(300), PERPLEXITY), 400, columns, warm_up=False)
+        job = PromptJob(Question(torch.arange(300), PERPLEXITY), 400, columns, warm_up=False)
         outcomes = pool.run([job])
         kept = [next(outcomes) for _ in range(8)]
         assert {column for _, column, _ in kept} == {0}

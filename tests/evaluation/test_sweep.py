@@ -13,7 +13,7 @@ from shareprefill.clustering.pipeline import cluster
 from shareprefill.config import CalibrateConfig, ClusterConfig, TrainConfig
 from shareprefill.errors import ConfigError
 from shareprefill.evaluation.config import SweepConfig
-from shareprefill.evaluation.sweeping import Sweep, sweep
+from shareprefill.evaluation.sweep import Sweep, sweep
 from tests.support.checkpoint import save_checkpoint, small_calibration
 
 
@@ -75,7 +75,7 @@ def test_the_knee_lies_within_the_values(found: Sweep) -> None:
     gamma = found.curves[0]
     assert set(gamma.knees) == {
         f"{gain} against {cost}"
-        for gain in ("recall", "perplexity_change")
+        for gain in ("recall", "perplexity_change", "kl")
         for cost in ("effective_density", "ttft_s")
     }
     assert all(value is None or value in gamma.values for value in gamma.knees.values())

@@ -3,11 +3,10 @@ from __future__ import annotations
 import re
 
 from shareprefill.evaluation.config import SweepConfig
-from shareprefill.evaluation.page import evaluation_page
+from shareprefill.evaluation.pages import evaluation_page, sweep_page
 from shareprefill.evaluation.results import summarize_cells
 from shareprefill.evaluation.statistics import Estimate
-from shareprefill.evaluation.sweep_page import sweep_page
-from shareprefill.evaluation.sweeping import Curve, Sweep
+from shareprefill.evaluation.sweep import Curve, Sweep
 from tests.support.evaluations import dense_cell, made_cell, made_evaluation, perplexity_cells
 
 

@@ -12,18 +12,17 @@ from shareprefill.calib.store import MapStore
 from shareprefill.clustering.pipeline import cluster
 from shareprefill.config import ClusterConfig, RuntimeConfig
 from shareprefill.errors import ConfigError
-from shareprefill.evaluation.bench import Bench
 from shareprefill.evaluation.config import SweepConfig
 from shareprefill.evaluation.frontier import knee
-from shareprefill.evaluation.jobs import Progress, artifact_digest
-from shareprefill.evaluation.ledger import Ledger
 from shareprefill.evaluation.measurement import Variant
-from shareprefill.evaluation.pipeline import output_folder
+from shareprefill.evaluation.outcomes import OutcomeCache
 from shareprefill.evaluation.questions import check_task
 from shareprefill.evaluation.results import SCHEMA, Cell, Summary, summarize_cells
+from shareprefill.evaluation.runner import ModelRunner, artifact_digest
+from shareprefill.evaluation.suite import Progress, measure_variants, output_folder
 
 COSTS = ("effective_density", "ttft_s")
-GAINS = ("recall", "accuracy", "perplexity_change")
+GAINS = ("recall", "accuracy", "perplexity_change", "kl")
 
 
 @dataclass(frozen=True)
@@ -109,7 +108,7 @@ def sweep(
 
     Raises:
         ConfigError: a block size has no calibration, or a task is unknown.
-        ShareprefillError: see `evaluation.pipeline.evaluate`.
+        ShareprefillError: see `evaluation.suite.evaluate`.
     """
     for task in config.tasks:
         check_task(task)
@@ -130,17 +129,17 @@ def sweep(
             variants["k"] = [
                 _clustered(config, artifact, "k", k, runtime, folder) for k in sorted(config.ks)
             ]
-        bench = Bench.load(
+        runner = ModelRunner.load(
             config.model or artifact.model,
             config.evaluation(),
             trust_remote_code=trust_remote_code,
         )
         every = [variant for group in variants.values() for variant in group]
-        cells = bench.measure(every, Ledger(folder, fresh=fresh), progress)
+        cells = measure_variants(runner, every, OutcomeCache(folder, fresh=fresh), progress)
     dense, *summaries = summarize_cells(tuple(cells))
     return Sweep(
         config,
-        {**bench.subject.context, "artifact": artifact_digest(artifact)},
+        {**runner.context.values, "artifact": artifact_digest(artifact)},
         dense,
         tuple(_curve(name, summaries) for name in variants),
         tuple(cells),
@@ -205,6 +204,6 @@ def _curve(name: str, summaries: list[Summary]) -> Curve:
 
 
 def _more_is_better(point: Summary, gain: str) -> float:
-    """A gain of which more is better: a change of perplexity with its sign turned."""
+    """A gain of which more is better: a change for the worse with its sign turned."""
     value = getattr(point, gain)
-    return -value if gain == "perplexity_change" else value
+    return -value if gain in ("perplexity_change", "kl") else value

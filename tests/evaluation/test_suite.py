@@ -8,17 +8,19 @@ from typing import Any
 import pytest
 import torch
 
-from shareprefill.artifact import Artifact, Policy, save_artifact
+from shareprefill.artifact import Artifact, Policy, load_artifact, save_artifact
 from shareprefill.config import RuntimeConfig
 from shareprefill.errors import ArtifactError, ConfigError, DataError
 from shareprefill.evaluation.config import EvalConfig
-from shareprefill.evaluation.measurement import Meter
-from shareprefill.evaluation.pipeline import evaluate
+from shareprefill.evaluation.measurement import DENSE_VARIANT, PromptMeasurement
 from shareprefill.evaluation.questions import make_questions
 from shareprefill.evaluation.results import Evaluation
+from shareprefill.evaluation.runner import variants_of
+from shareprefill.evaluation.suite import evaluate
 from shareprefill.files import locked_folder
 from shareprefill.models import load_model, load_tokenizer
 from shareprefill.runtime.generation import generate, relative_error
+from shareprefill.runtime.interface import is_attached
 from shareprefill.runtime.session import share_prefill
 from tests.support.checkpoint import save_checkpoint
 from tests.support.tiny import tiny_artifact, tiny_llama
@@ -114,6 +116,7 @@ def test_dense_attention_has_no_error(evaluation: Evaluation) -> None:
     assert dense.difference is None
     assert dense.layer_errors == ()
     assert (dense.density.value, dense.selection_work.value) == (1.0, 0.0)
+    assert (dense.kl, dense.top1_agreement, dense.speedup) == (None, None, None)
     assert dense.bins[0].start == 0
     assert dense.bins[-1].stop == LENGTH
 
@@ -127,6 +130,9 @@ def test_more_mass_costs_density_and_saves_error(evaluation: Evaluation) -> None
             assert many.recall is not None
             assert many.recall_worst is not None
             assert few.recall.value < many.recall.value
+            assert few.kl is not None
+            assert many.kl is not None
+            assert 0 < many.kl.value < few.kl.value
             assert many.recall_worst.value < many.recall.value
             assert len(many.layer_errors) == 3
             assert sum(e.value for e in many.layer_errors) < sum(e.value for e in few.layer_errors)
@@ -181,12 +187,68 @@ def test_the_first_layers_error_is_that_of_its_output(folder: Path, evaluation: 
     assert cell.layer_errors[0].value > 0.01
 
 
+@pytest.mark.parametrize("task", ["variable_tracking", "perplexity"])
+def test_the_divergence_is_that_of_all_logits(
+    folder: Path, evaluation: Evaluation, task: str
+) -> None:
+    model = load_model(str(folder / "model"))
+    tokenizer = load_tokenizer(str(folder / "model"))
+    runtime = RuntimeConfig(policy="sampled", gamma=0.6, min_tokens=0, max_density=1.0)
+    kl, agreement = [], []
+    for question in make_questions(task, LENGTH, config(folder), tokenizer, longest=None):
+        ids = question.input_ids[None]
+        with torch.no_grad():
+            dense = model(input_ids=ids).logits[0].double().log_softmax(-1)
+            with share_prefill(model, folder / "clusters.st", runtime):
+                sparse = model(input_ids=ids).logits[0].double().log_softmax(-1)
+        kl.append((dense.exp() * (dense - sparse)).sum(-1).mean().item())
+        agreement.append((dense.argmax(-1) == sparse.argmax(-1)).double().mean().item())
+    cell = evaluation.cell(task, LENGTH, "sampled", gamma=0.6)
+    assert cell.kl is not None
+    assert cell.top1_agreement is not None
+    assert cell.kl.value == pytest.approx(sum(kl) / 2, rel=1e-3)
+    assert cell.kl.value > 0.001
+    assert cell.kl.low == pytest.approx(min(kl), rel=1e-3)
+    assert cell.top1_agreement.value == pytest.approx(sum(agreement) / 2)
+    assert cell.top1_agreement.value < 1
+
+
+def test_dense_and_sparse_prefills_take_turns(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One slow dense prefill is nobody's baseline."""
+    model = load_model(str(folder / "model"))
+    tokenizer = load_tokenizer(str(folder / "model"))
+    asked = config(folder, samples=1, policies=("sampled",))
+    (question,) = make_questions("perplexity", LENGTH, asked, tokenizer, longest=None)
+    took, order = iter([100.0, *[2.0] * 20]), []
+    prefill = PromptMeasurement._prefill
+
+    def timed(self: PromptMeasurement) -> float:
+        prefill(self)
+        order.append("sparse" if is_attached(model) else "dense")
+        return 0.5 if is_attached(model) else next(took)
+
+    monkeypatch.setattr(PromptMeasurement, "_prefill", timed)
+    options = {"length": LENGTH, "bins": 1, "measure": False, "warm_up": False}
+    measurement = PromptMeasurement(model, tokenizer, question, repeats=asked.repeats, **options)
+    (variant,) = variants_of(asked, [load_artifact(folder / "clusters.st")])
+    outcome = measurement.run(variant)
+    assert order == ["dense", "sparse", *["dense", "sparse"] * 3]
+    assert (outcome.ttft_s, outcome.dense_ttft_s) == (0.5, 2.0)
+    assert outcome.kl is None
+    assert measurement.run(DENSE_VARIANT).ttft_s == 2.0
+    assert [replace(asked, samples=n).repeats for n in (1, 2, 3, 20)] == [3, 2, 1, 1]
+
+
 def test_finished_outcomes_are_used_again(
     folder: Path, evaluation: Evaluation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ran: list[str] = []
-    run = Meter.run
-    monkeypatch.setattr(Meter, "run", lambda self, v: ran.append(v.policy) or run(self, v))
+    run = PromptMeasurement.run
+    monkeypatch.setattr(
+        PromptMeasurement, "run", lambda self, v: ran.append(v.policy) or run(self, v)
+    )
     out = folder / "out"
     assert evaluate(evaluation.config, out=out) == evaluation
     assert ran == []
@@ -198,30 +260,33 @@ def test_finished_outcomes_are_used_again(
         "perplexity", LENGTH, "dense"
     )
     # The last line is lost, as after a kill.
-    ledger = out / "outcomes.jsonl"
-    lines = ledger.read_bytes()
-    ledger.write_bytes(lines[:-20])
+    kept = out / "outcomes.jsonl"
+    lines = kept.read_bytes()
+    kept.write_bytes(lines[:-20])
     ran.clear()
     assert evaluate(changed, out=out).cells[-1].score == found.cells[-1].score
     assert ran == ["vertical-slash"]
-    assert all(json.loads(line)["key"] for line in ledger.read_text().splitlines())
+    assert all(json.loads(line)["key"] for line in kept.read_text().splitlines())
     ran.clear()
     single = config(folder, tasks=("perplexity",), samples=1, gammas=(0.6,), policies=("sampled",))
     evaluate(single, out=out, fresh=True)
     assert ran == ["dense", "sampled"]
-    assert len(ledger.read_text().splitlines()) == 2
+    assert len(kept.read_text().splitlines()) == 2
 
 
 def test_another_seed_model_or_artifact_is_measured_anew(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ran: list[str] = []
-    run = Meter.run
-    monkeypatch.setattr(Meter, "run", lambda self, v: ran.append(v.policy) or run(self, v))
+    run = PromptMeasurement.run
+    monkeypatch.setattr(
+        PromptMeasurement, "run", lambda self, v: ran.append(v.policy) or run(self, v)
+    )
     one = config(folder, samples=1, measure=False)
     first = evaluate(one, out=tmp_path)
     auto = first.cells[1]
     assert (auto.recall, auto.recall_worst, auto.layer_errors) == (None, None, ())
+    assert (auto.kl, auto.top1_agreement) == (None, None)
     assert auto.score.low is not None
     assert auto.density.low is None
     ran.clear()
@@ -272,9 +337,9 @@ def test_a_prompt_shorter_than_a_block_has_all_its_mass(folder: Path, tmp_path: 
 
 
 def test_too_little_memory_is_told_in_words(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def run(self: Meter, variant: object) -> None:
+    def run(self: PromptMeasurement, variant: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(Meter, "run", run)
+    monkeypatch.setattr(PromptMeasurement, "run", run)
     with pytest.raises(ConfigError, match=r"too little memory .* under policy dense: lower"):
         evaluate(config(folder))

@@ -4,9 +4,10 @@ import re
 
 import pytest
 
-from shareprefill.evaluation.export import frontier_figure, markdown
+from shareprefill.evaluation.figures import frontier_figure
 from shareprefill.evaluation.results import Cell, Evaluation
 from shareprefill.evaluation.statistics import Estimate
+from shareprefill.evaluation.tables import markdown
 from shareprefill.report.drawing import figure_file
 from tests.support.evaluations import dense_cell, made_cell, made_evaluation, perplexity_cells
 
@@ -46,6 +47,22 @@ def test_the_plot_has_every_policy_at_its_means() -> None:
     assert list(lines["flash"].get_ydata()) == pytest.approx([0.85, 0.85])
 
 
+def test_the_plot_has_divergence_and_perplexity_where_they_were_measured() -> None:
+    cells = [dense_cell(), perplexity_cells()[0]]
+    for density, kl in ((0.2, 0.01), (0.4, 0.001)):
+        own = {"settings": {"gamma": density}, "density": Estimate(density)}
+        cells += [made_cell(**own, kl=Estimate(kl)), perplexity_cells(**own)[1]]
+    figure = frontier_figure(made_evaluation(cells))
+    labels = ["recall", "KL from dense, nats", "perplexity against dense"]
+    assert [panel.get_ylabel() for panel in figure.axes] == labels
+    recall, kl, perplexity = figure.axes
+    assert (recall.get_yscale(), kl.get_yscale()) == ("linear", "log")
+    (line,) = kl.get_lines()
+    assert list(line.get_xdata()) == pytest.approx([0.22, 0.42])
+    assert list(line.get_ydata()) == pytest.approx([0.01, 0.001])
+    assert list(perplexity.get_lines()[0].get_ydata()) == pytest.approx([0.015, 0.015])
+
+
 def test_policies_beyond_the_colours_look_different() -> None:
     figure = frontier_figure(evaluation_of("oracle", *(f"policy {n}" for n in range(12))))
     lines = figure.axes[0].get_lines()[:13]
@@ -70,12 +87,16 @@ def test_an_equal_plot_is_an_equal_file(kind: str) -> None:
 def test_the_tables() -> None:
     cells = [dense_cell(), *perplexity_cells()]
     for gamma, recall in ((0.8, 0.93), (0.9, 0.97)):
-        cells.append(made_cell(settings={"gamma": gamma}, recall=Estimate(recall)))
+        measured = {"kl": Estimate(0.0123, 0.01, 0.02), "top1_agreement": Estimate(0.987)}
+        density = Estimate(gamma - 0.6)
+        changes = {"settings": {"gamma": gamma}, "recall": Estimate(recall), "density": density}
+        cells.append(made_cell(**changes, **measured))
     text = markdown(made_evaluation(cells))
     titles = re.findall(r"^### (.*)$", text, re.MULTILINE)
     assert titles == [
         "Policies, over all tasks and lengths",
         "At a mean recall of 0.95",
+        "At equal effective density",
         "Attention error by layer, mean over tasks and lengths",
         "perplexity at 512 tokens against dense attention, by position",
         "All figures",
@@ -83,6 +104,8 @@ def test_the_tables() -> None:
     assert "| policy | all | 0 – 255 | 256 – 511 |" in text
     assert "| auto | +1.50% | +1.00% | +2.00% |" in text
     assert "0.750 [0.300, 0.950]" in text
+    assert "| 0.012 [0.01, 0.02] | 0.987 |" in text
+    assert "| retr_kv | 512 | auto | 0.25 | 0.012 |" in text
     for table in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE):
         assert len({line.count("|") for line in table.splitlines()}) == 1
 

@@ -1,24 +1,72 @@
-"""Finished outcomes, one a line, so that a killed evaluation goes on where it was."""
+"""What was measured of each prompt, kept one a line, so that a killed evaluation goes on."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from shareprefill.errors import DataError
-from shareprefill.evaluation.measurement import Outcome
 
-LEDGER = "outcomes.jsonl"
+OUTCOMES = "outcomes.jsonl"
 
 
-class Ledger:
+@dataclass(frozen=True)
+class Outcome:
+    """What was measured of one prompt under one variant.
+
+    Attributes:
+        score: The benchmark's score; for perplexity the mean negative log likelihood, in nats.
+        text: The completion; empty for perplexity.
+        tokens: Tokens of the prompt.
+        ttft_s: Seconds to the first token, median of its repetitions.
+        dense_ttft_s: The same of dense attention, in turns with it.
+        density: Computed blocks over causal blocks.
+        selection_work: Share of dense attention's work.
+        heads: Heads by policy taken.
+        recalls: By layer and head, in order; empty unless measured.
+        layer_errors: Relative errors of the attention outputs; empty unless measured.
+        hidden_error: Relative error of the last hidden state.
+        kl: Mean KL divergence from dense attention's predictions over all positions, in nats; None
+            unless measured.
+        top1_agreement: Share of the positions whose most likely next token is dense attention's.
+        bins: Mean negative log likelihood by position; empty for questions.
+    """
+
+    score: float
+    text: str
+    tokens: int
+    ttft_s: float
+    dense_ttft_s: float
+    density: float = 1.0
+    selection_work: float = 0.0
+    heads: dict[str, int] | None = None
+    recalls: tuple[float, ...] = ()
+    layer_errors: tuple[float, ...] = ()
+    hidden_error: float = 0.0
+    kl: float | None = None
+    top1_agreement: float | None = None
+    bins: tuple[float, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields, JSON-ready."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Outcome:
+        """The inverse of `to_dict`."""
+        lists = {k: tuple(v) for k, v in values.items() if isinstance(v, list)}
+        return cls(**{**values, **lists})
+
+
+class OutcomeCache:
     """Outcomes by a key that names all that they depend on.
 
     Args:
-        folder: Where the ledger is kept; None: in memory. The caller holds the folder's lock.
+        folder: Where the outcomes are kept; None: in memory. The caller holds the folder's lock.
         fresh: Forget what is there.
 
     Raises:
@@ -27,7 +75,7 @@ class Ledger:
 
     def __init__(self, folder: Path | None, *, fresh: bool = False) -> None:
         self._found: dict[str, Outcome] = {}
-        self._path = None if folder is None else folder / LEDGER
+        self._path = None if folder is None else folder / OUTCOMES
         if self._path is not None:
             if fresh:
                 self._path.unlink(missing_ok=True)
