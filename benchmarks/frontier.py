@@ -38,11 +38,10 @@ from shareprefill.clustering.hierarchy import build_linkage, cut
 from shareprefill.models import load_model, load_tokenizer
 from shareprefill.runtime.geometry import Geometry
 from shareprefill.runtime.interface import AttentionCall, attached, dense_attention
+from shareprefill.runtime.ops.block_selection import covered_mass, head_blocks
 from shareprefill.runtime.ops.block_sparse_attention import block_sparse_attention
 from shareprefill.runtime.ops.blocks import BlockLists
-from shareprefill.runtime.patterns import recall
 from shareprefill.runtime.policies import POLICIES, LayerInputs
-from shareprefill.runtime.policies.coverage import head_pattern
 from shareprefill.runtime.policies.estimating import Estimating
 from shareprefill.runtime.policies.flash import mean_correction
 from shareprefill.runtime.policies.oracle import Oracle
@@ -160,7 +159,7 @@ class Probe:
                 patterns, work = self._share(candidate, inputs, gammas, patterns)
             curve = self.curves[candidate.name]
             curve.work.append(work)
-            curve.recall.append(torch.stack([recall(exact, p) for p in patterns]))
+            curve.recall.append(torch.stack([covered_mass(exact, p, every) for p in patterns]))
             curve.density.append(patterns.sum((2, 3)) / inputs.geometry.causal_count)
             if self.outputs:
                 out = attend(inputs, call.value[0], patterns[0], corrected=candidate.corrected)
@@ -185,13 +184,13 @@ class Probe:
             policy = Level(rows=PIVOT_ROWS)
             chosen = [policy.choose(inputs, fine[h : h + 1], g[h : h + 1])[0] for g in gammas]
             pattern = (torch.stack(chosen) | inputs.geometry.always) & inputs.geometry.causal
-            self._shared[candidate.name, head] = pattern, recall(check[h], pattern)
+            self._shared[candidate.name, head] = pattern, _covered(check[h], pattern)
             patterns[:, h], work[:, h] = pattern, rows + one
         for h, pivot in enumerate(pivots):
             if pivot == self.heads + h:
                 continue
             pattern, covered = self._shared[candidate.name, pivot]
-            passed = recall(check[h], pattern) >= covered - CHECK_SLACK
+            passed = _covered(check[h], pattern) >= covered - CHECK_SLACK
             patterns[:, h] = torch.where(passed[:, None, None], pattern, own[:, h])
             work[:, h] = torch.where(passed.cpu(), one, one + alone)
         return patterns, work
@@ -214,6 +213,12 @@ def layer_inputs(call: AttentionCall, block_size: int) -> LayerInputs:
         local_blocks=2,
     )
     return LayerInputs(query, key, call.scale, geometry)
+
+
+def _covered(check: Tensor, patterns: Tensor) -> Tensor:
+    """Mass of one head's sampled rows `[n_q, n_k]` inside each of some patterns, `[P]`."""
+    every = torch.arange(len(patterns), device=patterns.device)
+    return covered_mass(check.expand(len(patterns), -1, -1).contiguous(), patterns, every)
 
 
 def choose(
@@ -426,7 +431,8 @@ def choose_pivots(maps: list[Tensor], clusters: int) -> Tensor:
             continue
         covered = torch.zeros(len(members), len(members))
         for one in flat:
-            patterns = head_pattern(one[members], torch.full((len(members),), 0.9))
+            gammas = torch.full((len(members),), 0.9)
+            patterns, _ = head_blocks(one[members], gammas, n_query=n, n_key=n, block_size=1)
             covered += torch.einsum("hij,pij->hp", one[members], patterns.float())
         later = layer[members][:, None] >= layer[members][None, :]
         best = members[int(torch.where(later, covered, 0.0).sum(0).argmax())]

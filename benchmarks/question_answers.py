@@ -30,8 +30,8 @@ from shareprefill.autoencoder.pipeline import WEIGHTS, Training, load_maps, load
 from shareprefill.autoencoder.training import load_autoencoder
 from shareprefill.calib.store import MapStore
 from shareprefill.clustering.distances import code_distances, gamma_patterns, jaccard_distances
-from shareprefill.clustering.evidence import GAMMAS
 from shareprefill.clustering.hierarchy import build_linkage, cut
+from shareprefill.clustering.measurements import GAMMAS
 from shareprefill.config import ClusterConfig
 from shareprefill.evaluation.statistics import Estimate, bootstrap
 
@@ -350,7 +350,7 @@ def threshold_question(study: Study, labels: list[Tensor]) -> list[Table]:
 def with_slashes(measured: Measurement, delta: float) -> Measurement:
     """The same with vertical-slash for heads that are farther than `delta` from uniform."""
     own, slashes = measured.own, measured.evidence.vertical_slash
-    sparse = measured.evidence.spread > delta
+    sparse = measured.evidence.distance_to_uniform > delta
     mixed = replace(
         own,
         recall=torch.where(sparse, slashes.recall, own.recall),

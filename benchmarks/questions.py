@@ -46,7 +46,7 @@ from shareprefill.autoencoder.pipeline import train
 from shareprefill.calib.capture import capture
 from shareprefill.calib.prompts import make_prompts
 from shareprefill.calib.store import MapStore
-from shareprefill.clustering.evidence import Evidence
+from shareprefill.clustering.measurements import HeldOutMeasurements
 from shareprefill.config import CalibrateConfig, TrainConfig
 from shareprefill.files import atomic_write_text
 from shareprefill.models import fingerprint, load_model, load_tokenizer
@@ -68,7 +68,7 @@ def captured(
 def measure(store: MapStore, number: int, pivot_rows: int, device: str) -> Measurement:
     """All that is measured of a prompt."""
     prompt = Captured(store, number, pivot_rows, device)
-    evidence = Evidence(store, [number], pivot_rows)
+    evidence = HeldOutMeasurements(store, [number], pivot_rows)
     return Measurement(prompt, evidence, prompt.pairs(), prompt.smoothed(), prompt.oracle())
 
 

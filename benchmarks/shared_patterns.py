@@ -14,13 +14,12 @@ from torch import Tensor
 from shareprefill.artifact import Policy
 from shareprefill.calib.capture import FULL, rows_key
 from shareprefill.calib.store import MapStore
-from shareprefill.clustering.evidence import GAMMAS, Evidence, Measured
-from shareprefill.clustering.policies import Choice, choose, slacks, total_cost
+from shareprefill.clustering.assignment import Choice, choose, slacks, total_cost
+from shareprefill.clustering.measurements import GAMMAS, HeldOutMeasurements, PolicyCurve
 from shareprefill.config import ClusterConfig, RuntimeConfig
-from shareprefill.runtime.ops.blocks import causal_blocks
-from shareprefill.runtime.patterns import always_blocks, js_distance
-from shareprefill.runtime.policies.coverage import head_pattern
-from shareprefill.runtime.policies.smoothed import Level, Smoothed, smooth
+from shareprefill.runtime.geometry import Geometry
+from shareprefill.runtime.ops.block_selection import head_blocks, js_distances, smooth_maps
+from shareprefill.runtime.policies.smoothed import Level, Smoothed, line_weights
 
 TARGET_RECALL = 0.95
 # Query rows a block: of the paper's check by distance, and of a head that estimates its own map.
@@ -75,16 +74,14 @@ class Captured:
         self.device = device
         self.task, self.pivot_rows = store.prompts[number].source, pivot_rows
         self.block_size = store.config.block_size
-        tokens, blocks = store.prompts[number].tokens, self.block_size
-        self._causal = causal_blocks(tokens, 0, blocks, device=torch.device(device))
-        runtime = RuntimeConfig()
-        self._always = always_blocks(
+        runtime, tokens = RuntimeConfig(), store.prompts[number].tokens
+        self._geometry = Geometry(
             tokens,
             tokens,
-            blocks,
-            sink=runtime.sink_blocks,
-            local=runtime.local_blocks,
-            device=torch.device(device),
+            torch.device(device),
+            block_size=self.block_size,
+            sink_blocks=runtime.sink_blocks,
+            local_blocks=runtime.local_blocks,
         )
         maps = {n: t.to(device).float().flatten(0, 1) for n, t in store.load(number).items()}
         self._maps = maps
@@ -94,16 +91,15 @@ class Captured:
 
     def oracle(self) -> Curve:
         """Every head under its own exact map."""
-        return self._curve(self._full, head_pattern, 0.0)
+        return self._curve(self._full, self._head_blocks, 0.0)
 
     def smoothed(self, rows: int = OWN_ROWS) -> Curve:
         """Every head under its own sampled rows, smoothed."""
-        return self._curve(self._estimate(rows), head_pattern, self.work(rows))
+        return self._curve(self._estimate(rows), self._head_blocks, self.work(rows))
 
     def level(self, rows: int = OWN_ROWS) -> Curve:
         """The same under one threshold for all heads."""
-        geometry = SimpleNamespace(causal=self._causal, causal_count=int(self._causal.sum()))
-        inputs = cast(Any, SimpleNamespace(geometry=geometry))
+        inputs = cast(Any, SimpleNamespace(geometry=self._geometry))
 
         def chosen(estimate: Tensor, gamma: Tensor) -> Tensor:
             return Level(rows=rows).choose(inputs, estimate, gamma)
@@ -121,31 +117,35 @@ class Captured:
         n_q = self._full.shape[1]
         recalls, covered, densities = [], [], []
         for gamma in GAMMAS:
-            pattern = self._read(head_pattern(estimate, self._full.new_full((self.heads,), gamma)))
+            pattern = self._head_blocks(estimate, self._full.new_full((self.heads,), gamma))
             columns = pattern.flatten(1).float().T
             recalls.append((self._full.flatten(1) @ columns).double().div(n_q).clamp(max=1))
             covered.append((check @ columns).double().div(n_q).clamp(max=1))
-            densities.append(pattern.sum((1, 2)).double() / self._causal.sum())
+            densities.append(pattern.sum((1, 2)).double() / self._geometry.causal_count)
         return Pairs(*(torch.stack(t).cpu() for t in (recalls, covered, densities)))
 
     def distances(self, pivot: Tensor) -> Tensor:
         """JS distance of each head's sampled rows to its pivot's map, mean over blocks, `[K]`."""
         own = self._maps[rows_key(JS_ROWS)]
         shared = self._maps[rows_key(self.pivot_rows)][pivot.to(own.device)]
-        return js_distance(own, shared).mean(-1).cpu()
+        return js_distances(own, shared, torch.arange(len(own), device=own.device)).cpu()
 
     def _estimate(self, rows: int) -> Tensor:
-        return smooth(self._maps[rows_key(rows)], self._causal, rows)
+        maps = self._maps[rows_key(rows)]
+        return smooth_maps(maps, line_weights(rows), **self._geometry.sizes)
+
+    def _head_blocks(self, estimate: Tensor, gamma: Tensor) -> Tensor:
+        return head_blocks(estimate, gamma, **self._geometry.reads)[0]
 
     def _read(self, pattern: Tensor) -> Tensor:
-        return (pattern | self._always) & self._causal
+        return (pattern | self._geometry.always) & self._geometry.causal
 
     def _curve(self, estimate: Tensor, chosen: Any, work: float) -> Curve:
         recalls, densities = [], []
         for gamma in GAMMAS:
             pattern = self._read(chosen(estimate, self._full.new_full((self.heads,), gamma)))
             recalls.append((self._full * pattern).sum((1, 2)).double() / self._full.shape[1])
-            densities.append(pattern.sum((1, 2)).double() / self._causal.sum())
+            densities.append(pattern.sum((1, 2)).double() / self._geometry.causal_count)
         recall, density = torch.stack(recalls).clamp(max=1).cpu(), torch.stack(densities).cpu()
         none = torch.zeros_like(recall)
         return Curve(recall, density, torch.full_like(recall, work), none, none)
@@ -171,7 +171,7 @@ class Measurement:
     """A prompt with all that is measured of it."""
 
     prompt: Captured
-    evidence: Evidence
+    evidence: HeldOutMeasurements
     pairs: Pairs
     own: Curve
     oracle: Curve
@@ -233,10 +233,10 @@ def choose_pivots(known: Sequence[Pairs], labels: Tensor, layers: Tensor, gamma:
 
 
 class Pooled:
-    """Several prompts' evidence as one, for `clustering.policies`.
+    """Several prompts' evidence as one, for `clustering.assignment`.
 
     Args:
-        parts: Evidence and pairs of each prompt.
+        parts: HeldOutMeasurements and pairs of each prompt.
         allowed: Which head may share which pivot's pattern, bool `[K, K]`; None: any.
     """
 
@@ -247,11 +247,13 @@ class Pooled:
         self.check_work, self.check_rows = first.check_work, first.check_rows
         self.alone = {p: _pooled([m.evidence.alone[p] for m in parts]) for p in first.alone}
         self.pivots = _pooled([m.evidence.pivots for m in parts])
-        self.spread = torch.stack([m.evidence.spread for m in parts]).min(0).values
+        self.distance_to_uniform = (
+            torch.stack([m.evidence.distance_to_uniform for m in parts]).min(0).values
+        )
         self.pairs = torch.stack([m.evidence.pairs for m in parts]).mean(0)
-        self.lowest_pairs = torch.stack([m.evidence.lowest_pairs for m in parts]).min(0).values
+        self.worst_pairs = torch.stack([m.evidence.worst_pairs for m in parts]).min(0).values
         if allowed is not None:
-            self.lowest_pairs = torch.where(allowed, self.lowest_pairs, 0.0)
+            self.worst_pairs = torch.where(allowed, self.worst_pairs, 0.0)
 
     def least_covered(self, head: int, pivot: int, gamma: float) -> float:
         """Mass of a head's check inside a pivot's pattern, on the prompt where it is least."""
@@ -259,10 +261,10 @@ class Pooled:
         return min(m.pairs.covered[g, head, pivot].item() for m in self._parts)
 
 
-def _pooled(parts: Sequence[Measured]) -> Measured:
-    return Measured(
+def _pooled(parts: Sequence[PolicyCurve]) -> PolicyCurve:
+    return PolicyCurve(
         torch.stack([m.recall for m in parts]).mean(0),
-        torch.stack([m.lowest for m in parts]).min(0).values,
+        torch.stack([m.worst_recall for m in parts]).min(0).values,
         torch.stack([m.density for m in parts]).mean(0),
         sum(m.work for m in parts) / len(parts),
     )

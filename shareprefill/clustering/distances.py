@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from shareprefill.runtime.patterns import cumulative_pattern
+from shareprefill.runtime.ops.block_selection import select_blocks
 
 # Pattern entries turned to float32 at a time: bounds the memory of the matrix product.
 _CHUNK_ENTRIES = 1 << 24
@@ -18,13 +18,15 @@ def gamma_patterns(maps: Tensor, gamma: float) -> Tensor:
     never taken (SharePrefill, arXiv 2505.19578, section 4).
 
     Args:
-        maps: `[K, n, n]`, attention mass of each block, rows sum to 1.
+        maps: float32 `[K, n, n]`, causal attention mass of each block, rows sum to 1.
         gamma: Mass to reach, above 0 and at most 1.
 
     Returns:
         bool `[K, n, n]`.
     """
-    return cumulative_pattern(maps, gamma)
+    n = maps.shape[1]
+    gammas = torch.full((len(maps),), gamma)
+    return select_blocks(maps, gammas, n_query=n, n_key=n, block_size=1)
 
 
 def jaccard_distances(patterns: Tensor) -> Tensor:

@@ -15,10 +15,10 @@ from shareprefill.autoencoder.embedding import Consensus, consensus
 from shareprefill.autoencoder.pipeline import WEIGHTS, Training, load_maps, load_training
 from shareprefill.autoencoder.training import load_autoencoder
 from shareprefill.calib.store import MapStore
+from shareprefill.clustering.assignment import Choice, choose, mean_recall, slacks, total_cost
 from shareprefill.clustering.distances import code_distances, gamma_patterns, jaccard_distances
-from shareprefill.clustering.evidence import Evidence
 from shareprefill.clustering.hierarchy import build_linkage, candidate_counts, cut, silhouette
-from shareprefill.clustering.policies import Choice, choose, mean_recall, slacks, total_cost
+from shareprefill.clustering.measurements import HeldOutMeasurements
 from shareprefill.config import ClusterConfig
 from shareprefill.errors import ConfigError
 
@@ -82,7 +82,7 @@ def cluster(folder: Path, config: ClusterConfig) -> tuple[Artifact, list[Cluster
     likeness = {k: silhouette(distances, labels[k]) for k in counts}
     plans: dict[int, _Plan] = {}
     for pivot_rows in _pivot_rows(store, config):
-        evidence = Evidence(store, training.split.held_out, pivot_rows)
+        evidence = HeldOutMeasurements(store, training.split.held_out, pivot_rows)
         for k in counts:
             choices = choose(labels[k], layers, evidence, config)
             merit = _merit(choices, config)
@@ -101,7 +101,7 @@ class _Plan:
     """The best choice of policies for a number of clusters."""
 
     merit: float
-    evidence: Evidence
+    evidence: HeldOutMeasurements
     choices: list[Choice]
     silhouette: float
 
@@ -156,7 +156,7 @@ def _artifact(
     store: MapStore,
     training: Training,
     config: ClusterConfig,
-    evidence: Evidence,
+    evidence: HeldOutMeasurements,
     choices: list[Choice],
     labels: Tensor,
     agreed: Consensus,

@@ -8,9 +8,13 @@ from typing import TypedDict
 import torch
 from torch import Tensor
 
-from shareprefill.runtime.ops.blocks import causal_blocks, count_blocks, count_causal_blocks
+from shareprefill.runtime.ops.blocks import (
+    always_blocks,
+    causal_blocks,
+    count_blocks,
+    count_causal_blocks,
+)
 from shareprefill.runtime.ops.pooled_attention import sample_rows
-from shareprefill.runtime.patterns import always_blocks
 
 
 class Sizes(TypedDict):
@@ -80,10 +84,10 @@ class Geometry:
         """Blocks that every pattern reads, bool `[n_q, n_k]`."""
         return always_blocks(
             self.n_query,
-            self.n_key,
+            self.n_key - self.n_query,
             self.block_size,
-            sink=self.reads["sink_blocks"],
-            local=self.reads["local_blocks"],
+            sink_blocks=self.reads["sink_blocks"],
+            local_blocks=self.reads["local_blocks"],
             device=self.device,
         )
 

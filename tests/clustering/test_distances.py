@@ -16,7 +16,7 @@ def test_gamma_pattern_takes_the_fewest_blocks_and_lower_columns_first() -> None
     expected = torch.tensor([[[1, 0, 0], [0, 1, 0], [1, 0, 1]]], dtype=torch.bool)
     assert torch.equal(gamma_patterns(maps, 0.7), expected)
     tied = torch.full((1, 4, 4), 0.25)
-    assert gamma_patterns(tied, 0.5)[0, 0].tolist() == [True, True, False, False]
+    assert gamma_patterns(tied, 0.5)[0, 3].tolist() == [True, True, False, False]
 
 
 def test_gamma_one_takes_every_block_with_mass_and_no_other() -> None:

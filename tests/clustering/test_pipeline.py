@@ -13,14 +13,14 @@ from shareprefill.autoencoder.pipeline import load_training, train
 from shareprefill.calib.pipeline import capture_maps
 from shareprefill.calib.store import MapStore
 from shareprefill.clustering import pipeline
-from shareprefill.clustering.evidence import GAMMAS, Evidence
+from shareprefill.clustering.assignment import Choice
+from shareprefill.clustering.measurements import GAMMAS, HeldOutMeasurements
 from shareprefill.clustering.pipeline import Clustering, cluster
-from shareprefill.clustering.policies import Choice
 from shareprefill.config import CalibrateConfig, ClusterConfig, TrainConfig
 from shareprefill.errors import ConfigError, DataError
-from shareprefill.runtime.patterns import always_blocks, recall
-from shareprefill.runtime.policies.coverage import head_pattern
+from shareprefill.runtime.ops.blocks import always_blocks
 from tests.support.checkpoint import save_checkpoint, small_calibration
+from tests.support.maps import head_pattern, recall
 
 TRAIN = TrainConfig(epochs=3, hidden=16, resolution=16, code_size=8)
 
@@ -110,21 +110,21 @@ def test_an_untrained_calibration_is_refused(tmp_path: Path) -> None:
 def test_evidence_is_measured_on_the_exact_maps(calibration: Path) -> None:
     """Every head's recall under every pivot's pattern, recomputed pair by pair."""
     store = MapStore.open(calibration)
-    evidence = Evidence(store, [2, 5], pivot_rows=0)
+    evidence = HeldOutMeasurements(store, [2, 5], pivot_rows=0)
     g = GAMMAS.index(0.9)
     expected = torch.zeros(12, 12, dtype=torch.float64)
     for number in (2, 5):
         full = store.load(number, "full")["full"].float().flatten(0, 1)
         tokens = store.prompts[number].tokens
-        always = always_blocks(tokens, tokens, 32, sink=1, local=2, device=full.device)
+        always = always_blocks(tokens, 0, 32, sink_blocks=1, local_blocks=2)
         for pivot in range(12):
-            pattern = head_pattern(full[pivot, None], torch.tensor([0.9]))[0] | always
+            pattern = head_pattern(full[pivot, None], 0.9)[0] | always
             expected[:, pivot] += recall(full, pattern).double() / 2
     torch.testing.assert_close(evidence.pairs[g], expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(evidence.pivots.recall[g], expected.diagonal(), rtol=1e-5, atol=1e-5)
     assert evidence.pivots.work == 0.0
     assert (evidence.pivots.recall[g] >= 0.9 - 1e-3).all()
-    assert (evidence.sampled.recall <= 1).all()
+    assert (evidence.alone[Policy.SAMPLED].recall <= 1).all()
 
 
 def test_the_policies_of_an_artifact_are_consistent(calibration: Path) -> None:

@@ -12,18 +12,19 @@ from shareprefill.artifact import Policy, Thresholds
 from shareprefill.config import RuntimeConfig
 from shareprefill.errors import DataError
 from shareprefill.runtime import sharing
+from shareprefill.runtime.ops.block_selection import select_blocks
 from shareprefill.runtime.ops.block_sparse_attention import block_sparse_attention
-from shareprefill.runtime.ops.blocks import BlockLists, causal_blocks
+from shareprefill.runtime.ops.blocks import BlockLists, always_blocks, causal_blocks
 from shareprefill.runtime.ops.pooled_attention import pooled_attention, sample_rows
 from shareprefill.runtime.orders import Orders
-from shareprefill.runtime.patterns import always_blocks, cumulative_pattern, recall
 from shareprefill.runtime.plan import RuntimePlan, make_plan
 from shareprefill.runtime.policies.base import LayerInputs
-from shareprefill.runtime.policies.smoothed import Smoothed, smooth
+from shareprefill.runtime.policies.smoothed import Smoothed
 from shareprefill.runtime.session import _moved
 from shareprefill.runtime.sharing import LayerPass
 from shareprefill.runtime.state import ForwardState
 from tests.support.allocation import LargestTensor
+from tests.support.maps import recall, smooth
 from tests.support.plans import D, M, P, R, S, V
 from tests.support.tiny import BLOCK, tiny_artifact, tiny_llama
 
@@ -136,7 +137,7 @@ def head_pattern_of(maps: torch.Tensor, gamma: float) -> torch.Tensor:
     pattern[order[:count]] = True
     n_q, n_k = maps.shape
     size = (n_q * BLOCK, n_k * BLOCK)
-    always = always_blocks(*size, BLOCK, sink=1, local=2, device=torch.device("cpu"))
+    always = always_blocks(size[0], size[1] - size[0], BLOCK, sink_blocks=1, local_blocks=2)
     return (pattern.view_as(maps) | always) & causal_blocks(n_q * BLOCK, (n_k - n_q) * BLOCK, BLOCK)
 
 
@@ -165,7 +166,7 @@ def test_a_sampled_pivot_gives_the_smoothed_pattern(model: Any, rows: int) -> No
         scale=0.25,
         impl="reference",
     )
-    expected = head_pattern_of(smooth(maps, causal_blocks(208, 0, BLOCK), rows)[0], 0.7)
+    expected = head_pattern_of(smooth(maps, rows)[0], 0.7)
     assert torch.equal(kept(layer_pass, 0), expected)
     assert torch.equal(kept(layer_pass, 1), expected)
     work = torch.tensor([rows, 1, 2, 0]) / BLOCK / 2
@@ -310,12 +311,15 @@ def test_the_papers_rule(model: Any) -> None:
     assert record.policies.tolist() == [P, S, P, V]
     assert record.distances[1] < 0.2
     torch.testing.assert_close(out[0], dense(inputs)[0], rtol=1e-4, atol=1e-5)
-    always = always_blocks(150, 150, BLOCK, sink=1, local=2, device=torch.device("cpu"))
+    always = always_blocks(150, 0, BLOCK, sink_blocks=1, local_blocks=2)
     _, exact = pooled_attention(
         inputs["query"], inputs["key"], block_size=BLOCK, scale=0.25, impl="reference"
     )
     causal = causal_blocks(150, 0, BLOCK)
-    expected = (cumulative_pattern(exact[0], 0.9) | always) & causal
+    expected = (
+        select_blocks(exact[:1], torch.tensor([0.9]), n_query=150, n_key=150, block_size=BLOCK)[0]
+        | always
+    ) & causal
     assert torch.equal(kept(layer_pass, 1), expected)
     _, unlike, _ = run(model, policies, inputs, replace(config, tau=0.0), cluster=cluster)
     assert unlike.policies.tolist() == [P, V, P, V]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from shareprefill.runtime.ops.block_selection import head_blocks, smooth_maps
 from shareprefill.runtime.ops.blocks import causal_blocks
+from shareprefill.runtime.policies.smoothed import line_weights
 
 # (n_query, n_key, block size)
 Shape = tuple[int, int, int]
@@ -22,3 +24,24 @@ def random_maps(n_maps: int, shape: Shape, levels: int = 0, device: str = "cpu")
 def geometry(shape: Shape) -> dict[str, int]:
     """The sizes as the operators take them."""
     return dict(zip(("n_query", "n_key", "block_size"), shape, strict=True))
+
+
+def sizes_of(maps: torch.Tensor) -> dict[str, int]:
+    """Sizes of maps `[.., n_q, n_k]` whose blocks are of one token."""
+    return geometry((maps.shape[-2], maps.shape[-1], 1))
+
+
+def recall(maps: torch.Tensor, pattern: torch.Tensor) -> torch.Tensor:
+    """Mass inside a pattern, mean over query blocks."""
+    return (maps * pattern).sum(-1).mean(-1)
+
+
+def head_pattern(maps: torch.Tensor, gamma: float | torch.Tensor) -> torch.Tensor:
+    """The blocks above one threshold a map, by the operator, without any that is always read."""
+    gammas = gamma if isinstance(gamma, torch.Tensor) else torch.full((len(maps),), gamma)
+    return head_blocks(maps, gammas, **sizes_of(maps))[0]
+
+
+def smooth(maps: torch.Tensor, rows: int) -> torch.Tensor:
+    """What maps of `rows` sampled rows a block are smoothed to."""
+    return smooth_maps(maps, line_weights(rows), **sizes_of(maps))

@@ -80,6 +80,36 @@ def block_diagonals(
     return (starts + q_offset) // block_size, (ends + q_offset) // block_size
 
 
+def always_blocks(
+    n_q_tokens: int,
+    q_offset: int,
+    block_size: int,
+    *,
+    sink_blocks: int,
+    local_blocks: int,
+    device: torch.device | str | None = None,
+) -> torch.Tensor:
+    """The causal blocks that every pattern reads.
+
+    Args:
+        n_q_tokens: query rows.
+        q_offset: keys before the first query row.
+        block_size: tokens in a block.
+        sink_blocks: leading key blocks.
+        local_blocks: trailing causal key blocks of every query block: the one of its first row,
+            `local_blocks - 1` before it, and those after it; 0: none of these.
+        device: device of the result.
+
+    Returns:
+        bool `[n_q, n_k]`.
+    """
+    causal = causal_blocks(n_q_tokens, q_offset, block_size, device=device)
+    first, _ = block_diagonals(n_q_tokens, q_offset, block_size, device=device)
+    columns = torch.arange(causal.shape[1], device=device)
+    near = columns[None, :] > (first - local_blocks)[:, None]
+    return ((near & (local_blocks > 0)) | (columns < sink_blocks)[None, :]) & causal
+
+
 @dataclass(frozen=True, eq=False)
 class BlockLists:
     """Key blocks per (pattern, query block) in CSR form, and the pattern of each query head.

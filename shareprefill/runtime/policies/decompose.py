@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from shareprefill.errors import ConfigError
+from shareprefill.runtime.ops.block_selection import head_blocks
 from shareprefill.runtime.ops.blocks import count_blocks
 from shareprefill.runtime.policies.base import LayerInputs
-from shareprefill.runtime.policies.coverage import covering_blocks, densest_blocks
 from shareprefill.runtime.policies.estimating import Estimating
 from shareprefill.runtime.policies.logits import kv_heads, pieces, real_heads
 
@@ -57,13 +57,29 @@ class Decompose(Estimating[Tensor]):
             return densest_blocks(estimate, inputs.geometry.causal, self.time_budget)
         if self.max_error is not None:
             gamma = torch.full_like(gamma, 1 - self.max_error / 2)
-        return covering_blocks(inputs.geometry, estimate, gamma)
+        return head_blocks(estimate, gamma, **inputs.geometry.sizes)[0]
 
     def work(self, inputs: LayerInputs) -> float:
         """Two real FFTs of a channel and running sums, over 4 operations a pair and channel."""
         n_query, n_key, size = inputs.query.shape[1], inputs.key.shape[1], _fft_size(inputs)
         pairs = n_query * (n_key - (n_query - 1) / 2)
         return min(0.5, (5 * size * math.log2(size) + 8 * n_key) / (4 * pairs))
+
+
+def densest_blocks(maps: Tensor, causal: Tensor, density: float) -> Tensor:
+    """The blocks of most mass, as many as a share of the causal blocks: `[S, n_q, n_k]` bool.
+
+    Args:
+        maps: Block maps `[S, n_q, n_k]`.
+        causal: Causal blocks, bool `[n_q, n_k]`.
+        density: Share of the causal blocks, in (0, 1].
+    """
+    flat = torch.where(causal, maps.float(), -1.0).flatten(1)
+    order = flat.argsort(dim=1, descending=True, stable=True)
+    place = torch.empty_like(order).scatter_(
+        1, order, torch.arange(flat.shape[1], device=maps.device).expand_as(order)
+    )
+    return (place < causal.sum() * density).view_as(maps) & causal
 
 
 def _fft_size(inputs: LayerInputs) -> int:

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from shareprefill.runtime.patterns import js_distance
+from shareprefill.runtime.ops.block_selection import head_blocks, js_distances
 from shareprefill.runtime.policies.base import LayerInputs
-from shareprefill.runtime.policies.coverage import covering_blocks
 from shareprefill.runtime.policies.estimating import Estimating
 from shareprefill.runtime.policies.logits import (
     block_means,
@@ -45,10 +44,11 @@ class Flex(Estimating[tuple[Tensor, Tensor, Tensor]]):
     ) -> Tensor:
         """The pattern of the kind that a head's last block asks for, covering gamma."""
         vertical, slash, maps = estimate
-        aware = js_distance(vertical, maps[:, -1]) < self.tau
+        every = torch.arange(len(maps), device=maps.device)
+        apart = js_distances(vertical[:, None], maps[:, -1:].contiguous(), every)
         return torch.where(
-            aware[:, None, None],
-            covering_blocks(inputs.geometry, maps, gamma),
+            (apart < self.tau)[:, None, None],
+            head_blocks(maps, gamma, **inputs.geometry.sizes)[0],
             slashes(inputs, vertical, slash, gamma),
         )
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from shareprefill.runtime.patterns import cumulative_pattern
+from shareprefill.runtime.ops.block_selection import select_blocks
 from shareprefill.runtime.policies.base import LayerInputs
 from shareprefill.runtime.policies.estimating import Estimating
 from shareprefill.runtime.policies.sampled import sampled_maps
@@ -22,7 +22,7 @@ class Oracle(Estimating[Tensor]):
 
     def choose(self, inputs: LayerInputs, estimate: Tensor, gamma: Tensor) -> Tensor:
         """The smallest set of blocks of every query block whose mass reaches gamma."""
-        return cumulative_pattern(estimate, gamma[:, None])
+        return select_blocks(estimate, gamma, **inputs.geometry.sizes)
 
     def work(self, inputs: LayerInputs) -> float:
         """All logits: half of dense attention."""

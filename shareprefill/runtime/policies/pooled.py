@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from shareprefill.runtime.ops.block_selection import select_blocks
 from shareprefill.runtime.ops.blocks import count_blocks
-from shareprefill.runtime.patterns import cumulative_pattern
 from shareprefill.runtime.policies.base import LayerInputs
 from shareprefill.runtime.policies.estimating import Estimating
 from shareprefill.runtime.policies.logits import (
@@ -37,7 +37,7 @@ class Pooled(Estimating[Tensor]):
 
     def choose(self, inputs: LayerInputs, estimate: Tensor, gamma: Tensor) -> Tensor:
         """The smallest set of blocks of every query block whose estimated mass reaches gamma."""
-        return cumulative_pattern(estimate, gamma[:, None])
+        return select_blocks(estimate, gamma, **inputs.geometry.sizes)
 
     def work(self, inputs: LayerInputs) -> float:
         """One product a block instead of one a key, logits alone."""

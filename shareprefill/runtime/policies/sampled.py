@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from shareprefill.runtime.ops.block_selection import select_blocks
 from shareprefill.runtime.ops.pooled_attention import pooled_attention
-from shareprefill.runtime.patterns import cumulative_pattern
 from shareprefill.runtime.policies.base import LayerInputs
 from shareprefill.runtime.policies.estimating import Estimating
 
@@ -28,7 +28,7 @@ class Sampled(Estimating[Tensor]):
 
     def choose(self, inputs: LayerInputs, estimate: Tensor, gamma: Tensor) -> Tensor:
         """The smallest set of blocks of every query block whose estimated mass reaches gamma."""
-        return cumulative_pattern(estimate, gamma[:, None])
+        return select_blocks(estimate, gamma, **inputs.geometry.sizes)
 
     def work(self, inputs: LayerInputs) -> float:
         """The share of the rows that are sampled, logits alone."""

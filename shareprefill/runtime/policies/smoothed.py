@@ -9,9 +9,7 @@ import torch
 from torch import Tensor
 
 from shareprefill.runtime.ops.block_selection import LineWeights, head_blocks, smooth_maps
-from shareprefill.runtime.ops.block_selection.reference import smooth_along_lines
 from shareprefill.runtime.policies.base import LayerInputs
-from shareprefill.runtime.policies.coverage import covering_blocks
 from shareprefill.runtime.policies.estimating import Estimating, Placing
 from shareprefill.runtime.policies.sampled import sampled_maps, sampling_work
 
@@ -54,7 +52,7 @@ class Smoothed(_FewRows, Placing):
 
     def choose(self, inputs: LayerInputs, estimate: Tensor, gamma: Tensor) -> Tensor:
         """The blocks above a head's threshold; gamma is the share of the head's whole mass."""
-        return covering_blocks(inputs.geometry, estimate, gamma)
+        return head_blocks(estimate, gamma, **inputs.geometry.sizes)[0]
 
     def place(self, inputs: LayerInputs, heads: Tensor, gamma: Tensor, out: Tensor) -> Tensor:
         """The same blocks, and those that are always read."""
@@ -92,20 +90,6 @@ def smoothed_maps(inputs: LayerInputs, heads: Tensor, rows: int) -> Tensor:
     """
     maps = sampled_maps(inputs, heads, rows)
     return smooth_maps(maps, line_weights(rows), **inputs.geometry.sizes)
-
-
-def smooth(maps: Tensor, causal: Tensor, rows: int) -> Tensor:
-    """Estimates block maps from maps of few rows: weighted means over the lines of a block.
-
-    Args:
-        maps: Maps of the sampled rows `[S, n_q, n_k]`.
-        causal: Causal blocks, bool `[n_q, n_k]`.
-        rows: Sampled rows a block, which say how far a block's own sample is trusted.
-
-    Returns:
-        float32 `[S, n_q, n_k]`, in no particular scale; zero outside the causal blocks.
-    """
-    return smooth_along_lines(maps.float(), line_weights(rows), causal)
 
 
 @lru_cache(maxsize=64)

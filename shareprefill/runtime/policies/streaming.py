@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from shareprefill.runtime.patterns import always_blocks
+from shareprefill.runtime.ops.blocks import always_blocks
 from shareprefill.runtime.policies.base import LayerInputs, Selection
 
 
@@ -25,11 +25,11 @@ class Streaming:
     def select(self, inputs: LayerInputs, heads: Tensor, gamma: Tensor) -> Selection:
         """One pattern for all heads; gamma is not used."""
         pattern = always_blocks(
-            inputs.query.shape[1],
-            inputs.key.shape[1],
+            inputs.geometry.n_query,
+            inputs.geometry.n_key - inputs.geometry.n_query,
             inputs.geometry.block_size,
-            sink=self.sink_blocks,
-            local=self.local_blocks,
+            sink_blocks=self.sink_blocks,
+            local_blocks=self.local_blocks,
             device=heads.device,
         )
         return Selection(pattern.expand(len(heads), -1, -1), 0.0)

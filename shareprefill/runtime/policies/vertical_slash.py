@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
+from shareprefill.runtime.ops.block_selection import vertical_slash_blocks
 from shareprefill.runtime.ops.vertical_slash import vertical_slash_profile
-from shareprefill.runtime.patterns import vertical_slash_pattern
 from shareprefill.runtime.policies.base import LayerInputs
 from shareprefill.runtime.policies.estimating import Estimating
 from shareprefill.runtime.policies.logits import real_heads
@@ -55,11 +54,4 @@ def profile_work(inputs: LayerInputs) -> float:
 
 def slashes(inputs: LayerInputs, vertical: Tensor, slash: Tensor, gamma: Tensor) -> Tensor:
     """The vertical-slash pattern of some profiles, bool `[S, n_q, n_k]`."""
-    return vertical_slash_pattern(
-        vertical,
-        slash,
-        gamma.to(torch.float32),
-        inputs.query.shape[1],
-        inputs.key.shape[1],
-        inputs.geometry.block_size,
-    )
+    return vertical_slash_blocks(vertical, slash, gamma, **inputs.geometry.sizes)

@@ -10,18 +10,18 @@ from torch import Tensor
 
 from shareprefill.errors import ConfigError
 from shareprefill.runtime.geometry import Geometry
+from shareprefill.runtime.ops.block_selection import select_blocks
 from shareprefill.runtime.ops.block_sparse_attention import block_sparse_attention
 from shareprefill.runtime.ops.blocks import BlockLists
-from shareprefill.runtime.patterns import cumulative_pattern
 from shareprefill.runtime.policies import POLICIES, LayerInputs
 from shareprefill.runtime.policies.antidiagonal import Antidiagonal
-from shareprefill.runtime.policies.coverage import densest_blocks, head_pattern
-from shareprefill.runtime.policies.decompose import Decompose, fit_lines
+from shareprefill.runtime.policies.decompose import Decompose, densest_blocks, fit_lines
 from shareprefill.runtime.policies.flash import Flash, mean_correction
 from shareprefill.runtime.policies.flex import Flex
 from shareprefill.runtime.policies.pooled import Pooled
 from shareprefill.runtime.policies.sampled import sampled_maps
-from shareprefill.runtime.policies.smoothed import Level, smooth
+from shareprefill.runtime.policies.smoothed import Level
+from tests.support.maps import head_pattern, smooth
 
 BLOCK = 4
 ZERO = torch.tensor([0])
@@ -210,7 +210,7 @@ def test_sampled_rows_of_a_whole_block_are_the_oracle() -> None:
     exact = sampled_maps(inputs, ZERO, None)
     torch.testing.assert_close(sampled_maps(inputs, ZERO, BLOCK), exact)
     gamma = torch.tensor([0.8])
-    expected = cumulative_pattern(exact, gamma[:, None])
+    expected = select_blocks(exact, gamma, **inputs.geometry.sizes)
     assert torch.equal(POLICIES["oracle"]().select(inputs, ZERO, gamma).pattern, expected)
     assert torch.equal(
         POLICIES["sampled"](rows=BLOCK).select(inputs, ZERO, gamma).pattern, expected
@@ -226,9 +226,9 @@ def test_smoothing_leaves_lines_as_they_are(n_q: int, n_k: int) -> None:
     maps = (value[distance.clamp(min=0)] * causal)[None]
     flat = torch.full((1, n_q, n_k), 0.3) * causal
     for rows in (1, 2, 3, 4, 32):
-        found = smooth(flat, causal, rows)
+        found = smooth(flat, rows)
         torch.testing.assert_close(found, flat * (found.max() / 0.3))
-        slanted = smooth(maps, causal, rows)
+        slanted = smooth(maps, rows)
         assert (slanted[~causal[None]] == 0).all()
 
 
@@ -236,8 +236,8 @@ def test_smoothing_takes_means_over_the_lines_of_a_block() -> None:
     causal = torch.ones(8, 8).tril().bool()
     maps = torch.zeros(1, 8, 8)
     maps[0, 5, 2] = 1.0
-    found = smooth(maps, causal, 2)[0]
-    scale = smooth(causal[None].float(), causal, 2).max()
+    found = smooth(maps, 2)[0]
+    scale = smooth(causal[None].float(), 2).max()
     assert found[5, 2] == found.max() < scale
     assert found[4, 2] > 0
     assert found[6, 2] > 0
@@ -256,7 +256,7 @@ def test_smoothing_brings_the_order_of_blocks_nearer_to_the_truth() -> None:
     noisy = truth * torch.rand(n, n)
     covered = [
         truth[densest_blocks(maps[None], causal, 0.2)[0]].sum()
-        for maps in (noisy, smooth(noisy[None], causal, 2)[0])
+        for maps in (noisy, smooth(noisy[None], 2)[0])
     ]
     assert covered[1] > 1.05 * covered[0]
 

@@ -8,6 +8,7 @@ from torch.nn.functional import pad
 from shareprefill.runtime.ops.block_selection.weights import LineWeights
 from shareprefill.runtime.ops.blocks import (
     BlockLists,
+    always_blocks,
     block_diagonals,
     causal_blocks,
 )
@@ -32,8 +33,16 @@ def select_blocks(
 ) -> torch.Tensor:
     """Arguments as in the operator of this name."""
     offset = n_key - n_query
-    causal = causal_blocks(n_query, offset, block_size, device=maps.device)
-    always = _always(n_query, offset, block_size, sink_blocks, local_blocks, maps.device)
+    device = maps.device
+    causal = causal_blocks(n_query, offset, block_size, device=device)
+    always = always_blocks(
+        n_query,
+        offset,
+        block_size,
+        sink_blocks=sink_blocks,
+        local_blocks=local_blocks,
+        device=device,
+    )
     chosen = _smallest_cover(maps.masked_fill(~causal, 0.0), gamma[:, None])
     return _placed(chosen.logical_or_(always).logical_and_(causal), out)
 
@@ -52,7 +61,14 @@ def head_blocks(
     """Arguments as in the operator of this name."""
     offset, device = n_key - n_query, maps.device
     causal = causal_blocks(n_query, offset, block_size, device=device)
-    always = _always(n_query, offset, block_size, sink_blocks, local_blocks, device)
+    always = always_blocks(
+        n_query,
+        offset,
+        block_size,
+        sink_blocks=sink_blocks,
+        local_blocks=local_blocks,
+        device=device,
+    )
     maps = maps.masked_fill(~causal, 0.0)
     if index is not None:
         # One map of zeros stands for none.
@@ -107,7 +123,14 @@ def vertical_slash_blocks(
     for diagonal in diagonals:
         distance = diagonal[:, None] - columns[None, :]
         chosen |= distances[:, distance.clamp(min=0)] & (distance >= 0)
-    chosen |= _always(n_query, offset, block_size, sink_blocks, local_blocks, device)
+    chosen |= always_blocks(
+        n_query,
+        offset,
+        block_size,
+        sink_blocks=sink_blocks,
+        local_blocks=local_blocks,
+        device=device,
+    )
     return _placed(chosen & causal_blocks(n_query, offset, block_size, device=device), out)
 
 
@@ -240,18 +263,3 @@ def _smallest_cover(maps: torch.Tensor, gamma: torch.Tensor) -> torch.Tensor:
     before = torch.where(values > 0, values.cumsum(-1) - values, torch.inf)
     taken = before < gamma[..., None] - ROUNDING
     return torch.empty_like(taken).scatter_(-1, order, taken)
-
-
-def _always(
-    n_query: int,
-    offset: int,
-    block_size: int,
-    sink_blocks: int,
-    local_blocks: int,
-    device: torch.device,
-) -> torch.Tensor:
-    """The first `sink_blocks` and, for each row, the last `local_blocks` causal key blocks."""
-    first, _ = block_diagonals(n_query, offset, block_size, device=device)
-    columns = torch.arange(-(-(n_query + offset) // block_size), device=device)
-    near = columns[None, :] > (first - local_blocks)[:, None]
-    return (near & (local_blocks > 0)) | (columns < sink_blocks)[None, :]

@@ -8,13 +8,11 @@ import torch
 from shareprefill.artifact import Policy
 from shareprefill.calib.pipeline import capture_maps
 from shareprefill.calib.store import MapStore
-from shareprefill.clustering.evidence import GAMMAS, Evidence
+from shareprefill.clustering.measurements import GAMMAS, HeldOutMeasurements
 from shareprefill.config import CalibrateConfig
-from shareprefill.runtime.ops.blocks import causal_blocks
-from shareprefill.runtime.patterns import always_blocks, recall
-from shareprefill.runtime.policies.coverage import head_pattern
-from shareprefill.runtime.policies.smoothed import smooth
+from shareprefill.runtime.ops.blocks import always_blocks, causal_blocks
 from tests.support.checkpoint import save_checkpoint, small_calibration
+from tests.support.maps import head_pattern, recall, smooth
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +26,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> MapStore:
 
 
 def test_policies_that_need_no_other_head(store: MapStore) -> None:
-    assert set(Evidence(store, [0], 0).alone) == {
+    assert set(HeldOutMeasurements(store, [0], 0).alone) == {
         Policy.SAMPLED,
         Policy.VERTICAL_SLASH,
         Policy.SMOOTHED,
@@ -36,21 +34,21 @@ def test_policies_that_need_no_other_head(store: MapStore) -> None:
 
 
 def test_smoothed_maps_are_measured_on_the_exact_ones(store: MapStore) -> None:
-    found = Evidence(store, [0, 2], 0).alone[Policy.SMOOTHED]
+    found = HeldOutMeasurements(store, [0, 2], 0).alone[Policy.SMOOTHED]
     g = GAMMAS.index(0.8)
     recalls, densities = [], []
     for number in (0, 2):
         maps = store.load(number)
         tokens = store.prompts[number].tokens
         causal = causal_blocks(tokens, 0, 32)
-        always = always_blocks(tokens, tokens, 32, sink=1, local=2, device=causal.device)
-        estimate = smooth(maps["rows2"].float().flatten(0, 1), causal, 2)
-        pattern = head_pattern(estimate, torch.full((len(estimate),), 0.8)) | always
+        always = always_blocks(tokens, 0, 32, sink_blocks=1, local_blocks=2)
+        estimate = smooth(maps["rows2"].float().flatten(0, 1), 2)
+        pattern = head_pattern(estimate, 0.8) | always
         recalls.append(recall(maps["full"].float().flatten(0, 1), pattern & causal))
         densities.append((pattern & causal).sum((1, 2)) / causal.sum())
     both = torch.stack(recalls).double()
     torch.testing.assert_close(found.recall[g], both.mean(0))
-    torch.testing.assert_close(found.lowest[g], both.min(0).values)
+    torch.testing.assert_close(found.worst_recall[g], both.min(0).values)
     torch.testing.assert_close(found.density[g], torch.stack(densities).double().mean(0))
     assert found.work == 2 / 64
 
@@ -58,18 +56,18 @@ def test_smoothed_maps_are_measured_on_the_exact_ones(store: MapStore) -> None:
 @pytest.mark.parametrize("rows", [2, 4, 8])
 def test_a_sampled_pivot_gives_what_it_would_read_itself(store: MapStore, rows: int) -> None:
     """Recall and density of its pattern, and of others under it, on the exact maps."""
-    evidence = Evidence(store, [0, 2], rows)
+    evidence = HeldOutMeasurements(store, [0, 2], rows)
     g = GAMMAS.index(0.8)
     recalls, densities = [], []
     for number in (0, 2):
         maps, causal, always = _of_prompt(store, number)
-        estimate = smooth(maps[f"rows{rows}"], causal, rows)
-        pattern = (head_pattern(estimate, torch.full((12,), 0.8)) | always) & causal
+        estimate = smooth(maps[f"rows{rows}"], rows)
+        pattern = (head_pattern(estimate, 0.8) | always) & causal
         recalls.append(recall(maps["full"][:, None], pattern[None]))
         densities.append(pattern.sum((1, 2)) / causal.sum())
     both = torch.stack(recalls).double()
     torch.testing.assert_close(evidence.pairs[g], both.mean(0), rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(evidence.lowest_pairs[g], both.min(0).values, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(evidence.worst_pairs[g], both.min(0).values, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(evidence.pivots.recall, evidence.pairs.diagonal(dim1=1, dim2=2))
     torch.testing.assert_close(
         evidence.pivots.density[g], torch.stack(densities).double().mean(0), check_dtype=False
@@ -83,14 +81,14 @@ def test_a_sampled_pivot_gives_what_it_would_read_itself(store: MapStore, rows: 
 
 @pytest.mark.parametrize("rows", [0, 4])
 def test_the_check_is_of_the_fewest_rows(store: MapStore, rows: int) -> None:
-    evidence = Evidence(store, [0, 2], rows)
+    evidence = HeldOutMeasurements(store, [0, 2], rows)
     assert (evidence.check_rows, evidence.sample_rows) == (1, 8)
     assert evidence.check_work == 1 / 64
     found = []
     for number in (0, 2):
         maps, causal, always = _of_prompt(store, number)
-        estimate = smooth(maps[f"rows{rows}"], causal, rows) if rows else maps["full"]
-        pattern = (head_pattern(estimate[5, None], torch.tensor([0.75]))[0] | always) & causal
+        estimate = smooth(maps[f"rows{rows}"], rows) if rows else maps["full"]
+        pattern = (head_pattern(estimate[5, None], 0.75)[0] | always) & causal
         found.append(recall(maps["rows1"][3], pattern).item())
     assert evidence.least_covered(3, 5, 0.75) == pytest.approx(min(found), abs=1e-6)
     assert max(found) > min(found)
@@ -102,7 +100,7 @@ def test_stores_of_other_rows_are_read(tmp_path_factory: pytest.TempPathFactory)
     config = CalibrateConfig(**small_calibration(checkpoint, samples=3, rows=(1, 8, 32)))
     folder = tmp_path_factory.mktemp("calibration")
     capture_maps(config, folder)
-    evidence = Evidence(MapStore.open(folder), [1], 32)
+    evidence = HeldOutMeasurements(MapStore.open(folder), [1], 32)
     assert (evidence.check_rows, evidence.sample_rows, evidence.pivot_rows) == (1, 32, 32)
     # Two rows were not captured.
     assert set(evidence.alone) == {Policy.SAMPLED, Policy.VERTICAL_SLASH}
@@ -116,5 +114,5 @@ def _of_prompt(store: MapStore, number: int) -> tuple[dict[str, Any], torch.Tens
     }
     tokens = store.prompts[number].tokens
     causal = causal_blocks(tokens, 0, 32)
-    always = always_blocks(tokens, tokens, 32, sink=1, local=2, device=causal.device)
+    always = always_blocks(tokens, 0, 32, sink_blocks=1, local_blocks=2)
     return maps, causal, always

@@ -13,7 +13,12 @@ import torch
 from torch import Tensor
 
 from shareprefill.artifact import Policy
-from shareprefill.clustering.evidence import GAMMAS, Evidence, Measured, predicted_cost
+from shareprefill.clustering.measurements import (
+    GAMMAS,
+    HeldOutMeasurements,
+    PolicyCurve,
+    predicted_cost,
+)
 from shareprefill.config import ClusterConfig
 from shareprefill.errors import ConfigError
 
@@ -82,7 +87,7 @@ _DENSE = Choice(Policy.DENSE, 1.0, 1.0, 1.0, 1.0)
 
 
 def choose(
-    labels: Tensor, layers: Tensor, evidence: Evidence, config: ClusterConfig
+    labels: Tensor, layers: Tensor, evidence: HeldOutMeasurements, config: ClusterConfig
 ) -> list[Choice]:
     """The choice of every head for a clustering.
 
@@ -118,14 +123,14 @@ def choose(
 
 
 def _choose(
-    labels: Tensor, layers: Tensor, evidence: Evidence, config: ClusterConfig, goal: Goal
+    labels: Tensor, layers: Tensor, evidence: HeldOutMeasurements, config: ClusterConfig, goal: Goal
 ) -> list[Choice]:
     singles = alone(evidence, config, goal)
     return share(labels, layers, singles, evidence, config, goal)
 
 
 def alone(
-    evidence: Evidence,
+    evidence: HeldOutMeasurements,
     config: ClusterConfig,
     goal: Goal | None = None,
 ) -> list[Choice]:
@@ -143,7 +148,7 @@ def alone(
     """
     goal = goal or Goal(target=config.target_recall)
     best = [_DENSE] * evidence.heads
-    sparse = (evidence.spread > config.delta).tolist()
+    sparse = (evidence.distance_to_uniform > config.delta).tolist()
     for policy, measured in evidence.alone.items():
         for h, choice in enumerate(_best(policy, measured, goal)):
             allowed = policy is not Policy.VERTICAL_SLASH or sparse[h]
@@ -156,7 +161,7 @@ def share(
     labels: Tensor,
     layers: Tensor,
     singles: list[Choice],
-    evidence: Evidence,
+    evidence: HeldOutMeasurements,
     config: ClusterConfig,
     goal: Goal | None = None,
 ) -> list[Choice]:
@@ -199,7 +204,9 @@ def share(
     return choices
 
 
-def slacks(choices: list[Choice], evidence: Evidence, config: ClusterConfig) -> list[float]:
+def slacks(
+    choices: list[Choice], evidence: HeldOutMeasurements, config: ClusterConfig
+) -> list[float]:
     """How much less than gamma a head's check may cover of its pivot's pattern, 0 without a pivot.
 
     The check is there to find prompts that are unlike calibration, not to refuse what was measured:
@@ -228,9 +235,9 @@ def mean_recall(choices: list[Choice]) -> float:
     return sum(c.recall for c in choices) / len(choices)
 
 
-def _best(policy: Policy, measured: Measured, goal: Goal) -> list[Choice]:
+def _best(policy: Policy, measured: PolicyCurve, goal: Goal) -> list[Choice]:
     """The best gamma of every head; dense where none is allowed."""
-    scores = goal.score(measured.recall, measured.lowest, measured.density, measured.work)
+    scores = goal.score(measured.recall, measured.worst_recall, measured.density, measured.work)
     best = scores.argmin(0)
     choices = []
     for h, g in enumerate(best.tolist()):
@@ -244,7 +251,9 @@ def _best(policy: Policy, measured: Measured, goal: Goal) -> list[Choice]:
     return choices
 
 
-def _pivot_choices(evidence: Evidence, config: ClusterConfig, goal: Goal) -> list[Choice]:
+def _pivot_choices(
+    evidence: HeldOutMeasurements, config: ClusterConfig, goal: Goal
+) -> list[Choice]:
     if evidence.pivot_rows == 0:
         # All rows are computed anyway: a pivot is dense, and its pattern is for the others.
         return [
@@ -255,7 +264,7 @@ def _pivot_choices(evidence: Evidence, config: ClusterConfig, goal: Goal) -> lis
     return [replace(c, policy=Policy.PIVOT, pivot=h) for h, c in enumerate(found)]
 
 
-def _share_scores(evidence: Evidence, goal: Goal) -> tuple[Tensor, Tensor]:
+def _share_scores(evidence: HeldOutMeasurements, goal: Goal) -> tuple[Tensor, Tensor]:
     """Score of head h under pivot p's pattern at its best gamma, and that gamma's number.
 
     Returns:
@@ -267,7 +276,7 @@ def _share_scores(evidence: Evidence, goal: Goal) -> tuple[Tensor, Tensor]:
     for g in range(len(GAMMAS)):
         score = goal.score(
             evidence.pairs[g],
-            evidence.lowest_pairs[g],
+            evidence.worst_pairs[g],
             density[g].expand_as(best),
             evidence.check_work,
         )
@@ -292,7 +301,9 @@ def _best_pivot(
     return int(members[best]), heads
 
 
-def _sharer(head: int, pivot: int, g: int, fallback: Choice, evidence: Evidence) -> Choice:
+def _sharer(
+    head: int, pivot: int, g: int, fallback: Choice, evidence: HeldOutMeasurements
+) -> Choice:
     density = evidence.pivots.density[g, pivot].item()
     return Choice(
         policy=Policy.SHARE,

@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from shareprefill.artifact import Policy
-from shareprefill.clustering.evidence import GAMMAS, Measured
-from shareprefill.clustering.policies import (
+from shareprefill.clustering.assignment import (
     alone,
     choose,
     mean_density,
@@ -18,24 +17,25 @@ from shareprefill.clustering.policies import (
     slacks,
     total_cost,
 )
+from shareprefill.clustering.measurements import GAMMAS, PolicyCurve
 from shareprefill.config import ClusterConfig
 from shareprefill.errors import ConfigError
 
 CONFIG = ClusterConfig(target_recall=0.9)
 
 
-def measured(recall: list[float], density: list[float], work: float) -> Measured:
+def measured(recall: list[float], density: list[float], work: float) -> PolicyCurve:
     """One head a column; the same at every gamma below the last, where recall is whole."""
     found = torch.tensor(recall, dtype=torch.float64).expand(len(GAMMAS), -1).clone()
     computed = torch.tensor(density, dtype=torch.float64).expand(len(GAMMAS), -1).clone()
-    return Measured(found, found, computed, work)
+    return PolicyCurve(found, found, computed, work)
 
 
 def evidence(
     sampled: list[float],
     slashes: list[float] | None = None,
     *,
-    spread: float = 1.0,
+    distance_to_uniform: float = 1.0,
     pairs: list[list[float]] | None = None,
     pivots: list[float] | None = None,
     checked: float = 1.0,
@@ -52,8 +52,8 @@ def evidence(
         alone={Policy.SAMPLED: of_sampled, Policy.VERTICAL_SLASH: of_slashes},
         pivots=measured([1.0] * heads, pivots or sampled, 0.1),
         pairs=covered.expand(len(GAMMAS), -1, -1),
-        lowest_pairs=covered.expand(len(GAMMAS), -1, -1),
-        spread=torch.full((heads,), spread),
+        worst_pairs=covered.expand(len(GAMMAS), -1, -1),
+        distance_to_uniform=torch.full((heads,), distance_to_uniform),
         check_work=0.01,
         pivot_rows=pivot_rows,
         least_covered=lambda _head, _pivot, _gamma: checked,
@@ -83,7 +83,7 @@ def test_a_head_that_misses_the_target_is_dense() -> None:
 
 
 def test_vertical_slash_is_for_highly_sparse_heads() -> None:
-    (choice,) = alone(evidence([0.5], [0.1], spread=0.2), CONFIG)
+    (choice,) = alone(evidence([0.5], [0.1], distance_to_uniform=0.2), CONFIG)
     assert choice.policy is Policy.SAMPLED
 
 
@@ -172,7 +172,7 @@ def curves(heads: int, seed: int, *, noise: float = 0.0) -> Any:
     found = []
     for factor, work in ((torch.ones(heads).double(), 0.03), (skill, 0.002)):
         recall = 1 - (1 - density) ** (sharpness * factor * jitter[len(found)])
-        found.append(Measured(recall, recall, density, work))
+        found.append(PolicyCurve(recall, recall, density, work))
     none = torch.zeros(len(GAMMAS), heads, heads).double()
     return SimpleNamespace(
         heads=heads,
@@ -180,8 +180,8 @@ def curves(heads: int, seed: int, *, noise: float = 0.0) -> Any:
         alone=dict(zip((Policy.SAMPLED, Policy.VERTICAL_SLASH), found, strict=True)),
         pivots=found[0],
         pairs=none,
-        lowest_pairs=none,
-        spread=torch.ones(heads),
+        worst_pairs=none,
+        distance_to_uniform=torch.ones(heads),
         check_work=0.01,
         pivot_rows=32,
     )
@@ -224,7 +224,7 @@ def test_a_budget_below_what_is_always_read_is_refused() -> None:
 def test_the_prompt_of_the_lowest_recall_decides() -> None:
     facts = evidence([0.2])
     facts.alone[Policy.SAMPLED] = replace(
-        facts.sampled, lowest=torch.full_like(facts.sampled.recall, 0.89)
+        facts.sampled, worst_recall=torch.full_like(facts.sampled.recall, 0.89)
     )
     facts.alone.pop(Policy.VERTICAL_SLASH)
     assert alone(facts, CONFIG)[0].policy is Policy.DENSE

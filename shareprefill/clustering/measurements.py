@@ -1,0 +1,247 @@
+"""What every policy would have covered and cost on the held-out prompts, head by head.
+
+Costs are shares of the time of a head's dense causal attention: the blocks of its pattern, and the
+work of choosing it (logits are half of attention's products, so r of B rows are r / 2B of them),
+each times how much longer it takes than the same products in a dense kernel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from shareprefill.artifact import Policy
+from shareprefill.calib.capture import FULL, SLASH, VERTICAL, rows_key
+from shareprefill.calib.store import MapStore
+from shareprefill.config import RuntimeConfig
+from shareprefill.runtime.geometry import Geometry
+from shareprefill.runtime.ops.block_selection import (
+    covered_mass,
+    head_blocks,
+    js_distances,
+    select_blocks,
+    smooth_maps,
+    vertical_slash_blocks,
+)
+from shareprefill.runtime.policies.smoothed import Smoothed, line_weights
+
+# Attention mass that a pattern may be asked to cover: the choices for every head.
+GAMMAS = (
+    *(0.3, 0.5, 0.6, 0.7, 0.75, 0.8, 0.84, 0.87, 0.9),
+    *(0.92, 0.935, 0.95, 0.96, 0.97, 0.98, 0.99),
+)
+
+# Time of a block in a block-sparse kernel over its time in a dense one: 1.2 to 1.3 for
+# FlashAttention-4 on an H100 at 32K tokens, 1.5 for the blockwise implementation on a CPU.
+SPARSE_OVERHEAD = 1.3
+# The same for selection, whose products are few for the softmax that comes with them: 8 rows a
+# block take 2.6 times their share on an H100 at 32K tokens, 2 rows and a profile 2.5 and 3 times
+# on a CPU at 8K.
+SELECTION_OVERHEAD = 2.5
+
+
+D = TypeVar("D", float, Tensor)
+
+
+def predicted_cost(density: D, work: float) -> D:
+    """Time of blocks and of choosing them, as a share of dense attention's."""
+    return SPARSE_OVERHEAD * density + SELECTION_OVERHEAD * work
+
+
+@dataclass(frozen=True)
+class PolicyCurve:
+    """One selector on the held-out prompts, at every gamma: means over prompts.
+
+    Attributes:
+        recall: float64 `[gammas, K]`.
+        worst_recall: The recall on the prompt where a head's is lowest, float64 `[gammas, K]`.
+        density: float64 `[gammas, K]`, blocks computed over causal blocks.
+        work: Selection work.
+    """
+
+    recall: Tensor
+    worst_recall: Tensor
+    density: Tensor
+    work: float
+
+    @property
+    def cost(self) -> Tensor:
+        """Predicted cost, float64 `[gammas, K]`."""
+        return predicted_cost(self.density, self.work)
+
+
+class HeldOutMeasurements:
+    """Measures the policies on held-out prompts, with the operators that prefills use.
+
+    Args:
+        store: A complete calibration.
+        prompts: Numbers of the held-out prompts.
+        pivot_rows: Query rows a block of a pivot's map; 0 for all of them.
+
+    Attributes:
+        alone: What a head may do alone, with whatever the runtime supports and the capture holds.
+        pairs: Recall of head h under the pattern of pivot p, float64 `[gammas, K, K]`, the mean.
+        worst_pairs: The same on the prompt where it is lowest.
+        pivots: Every head under its own pattern as a pivot.
+        distance_to_uniform: Of the last block's distribution, the least over prompts `[K]`: the
+            paper's measure for "highly sparse" (arXiv 2505.19578, section 3).
+    """
+
+    def __init__(self, store: MapStore, prompts: Sequence[int], pivot_rows: int) -> None:
+        self.check_rows, *_, self.sample_rows = store.config.rows
+        self.pivot_rows = pivot_rows
+        self._prompts: list[_Prompt] = []
+        curves: dict[Policy, list[_Curve]] = {}
+        pairs: list[_Curve] = []
+        distances = []
+        for number in prompts:
+            maps = {name: t.float().flatten(0, 1) for name, t in store.load(number).items()}
+            prompt = self._prompt(maps, store.prompts[number].tokens, store.config.block_size)
+            self._prompts.append(prompt)
+            for policy, (choose, work) in self._policies(maps, prompt.geometry).items():
+                curves.setdefault(policy, []).append(prompt.measure(choose, work))
+            pairs.append(prompt.measure_pairs(pivot_rows / (2 * store.config.block_size)))
+            distances.append(_distance_to_uniform(maps[VERTICAL], prompt.geometry))
+        self.alone = {policy: _over_prompts(found) for policy, found in curves.items()}
+        recalls = _over_prompts(pairs)
+        self.pairs, self.worst_pairs = recalls.recall, recalls.worst_recall
+        self.pivots = replace(
+            recalls,
+            recall=self.pairs.diagonal(dim1=1, dim2=2),
+            worst_recall=self.worst_pairs.diagonal(dim1=1, dim2=2),
+        )
+        self.distance_to_uniform = torch.stack(distances).min(0).values
+        self.check_work = self.check_rows / (2 * store.config.block_size)
+
+    @property
+    def heads(self) -> int:
+        """K, all captured heads."""
+        return len(self.distance_to_uniform)
+
+    def least_covered(self, head: int, pivot: int, gamma: float) -> float:
+        """Mass of a head's check inside a pivot's pattern, on the prompt where it is least."""
+        first = torch.zeros(1, dtype=torch.int64)
+        return min(
+            covered_mass(
+                prompt.check[head, None], prompt.patterns(prompt.pivot[pivot, None], gamma), first
+            )
+            for prompt in self._prompts
+        ).item()
+
+    def _prompt(self, maps: dict[str, Tensor], tokens: int, block_size: int) -> _Prompt:
+        runtime = RuntimeConfig()
+        geometry = Geometry(
+            tokens,
+            tokens,
+            torch.device("cpu"),
+            block_size=block_size,
+            sink_blocks=runtime.sink_blocks,
+            local_blocks=runtime.local_blocks,
+        )
+        pivot = maps[FULL]
+        if self.pivot_rows:
+            pivot = _smoothed(maps[rows_key(self.pivot_rows)], geometry, self.pivot_rows)
+        return _Prompt(geometry, maps[FULL], pivot, maps[rows_key(self.check_rows)])
+
+    def _policies(
+        self, maps: dict[str, Tensor], geometry: Geometry
+    ) -> dict[Policy, tuple[_Choose, float]]:
+        """For each policy of a head alone its pattern at a gamma, and its selection work."""
+        half, reads = 2 * geometry.block_size, geometry.reads
+        sample, vertical, slash = maps[rows_key(self.sample_rows)], maps[VERTICAL], maps[SLASH]
+        # The last rows read all keys, twice as many as a row does on average.
+        lines = min(geometry.block_size, geometry.n_query) / geometry.n_query
+        found: dict[Policy, tuple[_Choose, float]] = {
+            Policy.SAMPLED: (
+                lambda gamma: select_blocks(sample, gamma, **reads),
+                self.sample_rows / half,
+            ),
+            Policy.VERTICAL_SLASH: (
+                lambda gamma: vertical_slash_blocks(vertical, slash, gamma, **reads),
+                lines,
+            ),
+        }
+        rows = Smoothed().rows
+        if rows_key(rows) in maps:
+            estimate = _smoothed(maps[rows_key(rows)], geometry, rows)
+            found[Policy.SMOOTHED] = (
+                lambda gamma: head_blocks(estimate, gamma, **reads)[0],
+                rows / half,
+            )
+        return found
+
+
+# Patterns `[K, n_q, n_k]` of all heads at gammas float32 `[K]`.
+_Choose = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class _Curve:
+    """Recall and density of one prompt, float64 `[gammas, ...]`, and selection work."""
+
+    recall: Tensor
+    density: Tensor
+    work: float
+
+
+@dataclass(frozen=True)
+class _Prompt:
+    """The maps of one prompt, float32 `[K, n_q, n_k]`: exact, of pivots, and of the check."""
+
+    geometry: Geometry
+    full: Tensor
+    pivot: Tensor
+    check: Tensor
+
+    def patterns(self, maps: Tensor, gamma: float) -> Tensor:
+        """What pivots of these maps give other heads at a gamma, bool `[S, n_q, n_k]`."""
+        return head_blocks(maps, torch.full((len(maps),), gamma), **self.geometry.reads)[0]
+
+    def measure(self, choose: _Choose, work: float) -> _Curve:
+        """Every head under a pattern of its own."""
+        every = torch.arange(len(self.full))
+        recalls, densities = [], []
+        for gamma in GAMMAS:
+            pattern = choose(torch.full((len(every),), gamma))
+            recalls.append(covered_mass(self.full, pattern, every).double())
+            densities.append(self._density(pattern))
+        return _Curve(torch.stack(recalls), torch.stack(densities), work)
+
+    def measure_pairs(self, work: float) -> _Curve:
+        """Every head under every head's pattern as a pivot: recall `[gammas, K, K]`."""
+        n_q = self.geometry.shape[0]
+        recalls, densities = [], []
+        for gamma in GAMMAS:
+            pattern = self.patterns(self.pivot, gamma)
+            # `covered_mass` of all pairs, as one product.
+            covered = self.full.flatten(1) @ pattern.flatten(1).float().T  # [K, K]
+            recalls.append(covered.double().div(n_q).clamp(max=1))
+            densities.append(self._density(pattern))
+        return _Curve(torch.stack(recalls), torch.stack(densities), work)
+
+    def _density(self, pattern: Tensor) -> Tensor:
+        return (pattern.sum((1, 2)) / self.geometry.causal_count).double()
+
+
+def _smoothed(maps: Tensor, geometry: Geometry, rows: int) -> Tensor:
+    """What a head that samples `rows` rows a block chooses from, `[K, n_q, n_k]`."""
+    return smooth_maps(maps, line_weights(rows), **geometry.sizes)
+
+
+def _distance_to_uniform(vertical: Tensor, geometry: Geometry) -> Tensor:
+    first = torch.zeros(len(vertical), dtype=torch.int64)
+    return js_distances(vertical[:, None], geometry.uniform, first)
+
+
+def _over_prompts(curves: Sequence[_Curve]) -> PolicyCurve:
+    recall = torch.stack([curve.recall for curve in curves])
+    return PolicyCurve(
+        recall=recall.mean(0),
+        worst_recall=recall.min(0).values,
+        density=torch.stack([curve.density for curve in curves]).mean(0),
+        work=sum(curve.work for curve in curves) / len(curves),
+    )
