@@ -6,18 +6,22 @@ import base64
 import hashlib
 import re
 from collections.abc import Sequence
-from html import escape
+from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from markupsafe import Markup
 
 from shareprefill.report.drawing import PIXELS_PER_INCH, inline_svg
 
 if TYPE_CHECKING:
+    from jinja2 import Template
     from matplotlib.figure import Figure
 
 Cell = str | int | float | None
 
 _STYLE = Path(__file__).with_name("page.css")
+_TEMPLATE = Path(__file__).with_name("page.html.j2")
 _LEVELS = (2, 3, 4)
 # On a narrow screen a figure is scrolled rather than shrunk beyond reading: its least size as a
 # share of its own, where it is wider than so many pixels.
@@ -43,7 +47,7 @@ class Page:
 
     def __init__(self, title: str, subtitle: str = "") -> None:
         self._title, self._subtitle = title, subtitle
-        self._body: list[str] = []
+        self._blocks: list[dict[str, Any]] = []
         self._sections: list[str] = []
         self._styles: dict[str, str] = {}
         self._figures = 0
@@ -53,24 +57,21 @@ class Page:
         assert level in _LEVELS
         if level == _LEVELS[0]:
             self._sections.append(text)
-            self._body.append(f'<h2 id="section-{len(self._sections)}">{_escaped(text)}</h2>')
+            self._add("section", text=text, number=len(self._sections))
         else:
-            self._body.append(f"<h{level}>{_escaped(text)}</h{level}>")
+            self._add("heading", text=text, level=level)
 
     def text(self, paragraph: str) -> None:
         """A paragraph."""
-        self._body.append(f"<p>{_escaped(paragraph)}</p>")
+        self._add("text", text=paragraph)
 
     def note(self, text: str) -> None:
         """A paragraph that stands out: what is missing here, and how to get it."""
-        self._body.append(f'<div class="note" role="note"><p>{_escaped(text)}</p></div>')
+        self._add("note", text=text)
 
     def warning(self, text: str) -> None:
         """A paragraph that must not be missed."""
-        self._body.append(
-            f'<div class="warning" role="note"><p><strong>Warning:</strong> {_escaped(text)}'
-            "</p></div>"
-        )
+        self._add("warning", text=text)
 
     def table(
         self, columns: Sequence[str], rows: Sequence[Sequence[Cell]], caption: str = ""
@@ -88,18 +89,13 @@ class Page:
             i > 0 and all(not isinstance(row[i], str) or _is_number(row[i]) for row in rows)
             for i in range(len(columns))
         ]
-        kinds = [' class="number"' if is_number else "" for is_number in numeric]
-        head = "".join(
-            f'<th scope="col"{kind}>{_escaped(name)}</th>'
-            for name, kind in zip(columns, kinds, strict=True)
-        )
-        body = "".join(f"<tr>{_row(row, kinds)}</tr>\n" for row in rows)
-        # Outside the box that scrolls, where a wide table would take it along.
-        above = f'<p class="caption">{_escaped(caption)}</p>\n' if caption else ""
-        label = _escaped(caption or "Table: " + ", ".join(columns))
-        self._body.append(
-            f'{above}<div class="scroll" role="region" tabindex="0" aria-label="{label}">'
-            f"<table><thead><tr>{head}</tr></thead>\n<tbody>\n{body}</tbody></table></div>"
+        self._add(
+            "table",
+            columns=columns,
+            rows=[[_cell(cell) for cell in row] for row in rows],
+            numeric=numeric,
+            caption=caption,
+            label=caption or "Table: " + ", ".join(columns),
         )
 
     def figure(self, matplotlib_figure: Figure, caption: str = "", alt: str = "") -> None:
@@ -119,37 +115,26 @@ class Page:
         if (width := matplotlib_figure.get_figwidth() * PIXELS_PER_INCH) > _NARROW:
             least = self._class(f"min-width:{round(_LEAST_SCALE * width)}px")
             drawing = drawing.replace("<svg ", f'<svg class="{least}" ', 1)
-        below = f"<figcaption>{_escaped(caption)}</figcaption>" if caption else ""
-        self._body.append(
-            f'<figure><div class="scroll" tabindex="0">{drawing}</div>{below}</figure>'
-        )
+        # An `<svg>` element, escaped as it was made.
+        self._add("figure", drawing=Markup(drawing), caption=caption)  # noqa: S704
 
     def html(self) -> str:
         """The page."""
         rules = "".join(f".{name}{{{style}}}\n" for style, name in self._styles.items())
         style = "\n" + _STYLE.read_text(encoding="utf-8") + rules
         digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
-        policy = (
-            f"default-src 'none'; style-src 'sha256-{digest}'; img-src data:; "
-            "base-uri 'none'; form-action 'none'"
+        return _template().render(
+            title=self._title,
+            subtitle=self._subtitle,
+            sections=self._sections,
+            blocks=self._blocks,
+            # Our own file and `_class`'s rules, which no text gets into.
+            style=Markup(style),  # noqa: S704
+            style_digest=digest,
         )
-        links = "".join(
-            f'<li><a href="#section-{number}">{_escaped(text)}</a></li>'
-            for number, text in enumerate(self._sections, 1)
-        )
-        subtitle = f'<p class="subtitle">{_escaped(self._subtitle)}</p>\n' if self._subtitle else ""
-        contents = f'<nav aria-label="Contents"><ul>{links}</ul></nav>\n' if links else ""
-        return (
-            '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-            f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
-            '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-            '<meta name="referrer" content="no-referrer">\n'
-            f"<title>{_escaped(self._title)}</title>\n<style>{style}</style>\n</head>\n<body>\n"
-            f"<header><h1>{_escaped(self._title)}</h1>\n{subtitle}{contents}</header>\n<main>\n"
-            + "\n".join(self._body)
-            + "\n</main>\n<footer>Made by shareprefill; this file needs no network.</footer>\n"
-            "</body>\n</html>\n"
-        )
+
+    def _add(self, kind: str, **content: Any) -> None:
+        self._blocks.append({"kind": kind, **content})
 
     def _class(self, style: str) -> str:
         # From matplotlib, never from a text: what would end a rule, or fetch, is our own fault.
@@ -157,20 +142,28 @@ class Page:
         return self._styles.setdefault(style, f"d{len(self._styles)}")
 
 
-def _escaped(text: str) -> str:
-    return escape(_UNSAFE.sub("\ufffd", text))
+@cache
+def _template() -> Template:
+    from jinja2 import Environment, StrictUndefined
+
+    environment = Environment(
+        autoescape=True,
+        undefined=StrictUndefined,
+        finalize=_displayable,
+        keep_trailing_newline=True,
+    )
+    return environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
 
 
-def _row(cells: Sequence[Cell], kinds: Sequence[str]) -> str:
-    first, *others = (_cell(cell) for cell in cells)
-    found = "".join(f"<td{kind}>{cell}</td>" for cell, kind in zip(others, kinds[1:], strict=True))
-    return f'<th scope="row">{first}</th>{found}'
+def _displayable(value: Any) -> Any:
+    """What the template shows of a value, before it is escaped; drawings as they are."""
+    return _UNSAFE.sub("\ufffd", value) if type(value) is str else value
 
 
 def _cell(value: Cell) -> str:
     if value is None:
         return "–"
-    return f"{value:.3f}" if isinstance(value, float) else _escaped(str(value))
+    return f"{value:.3f}" if isinstance(value, float) else str(value)
 
 
 def _is_number(cell: Cell) -> bool:
