@@ -8,18 +8,18 @@ own name through its public interfaces, at the first use.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from typing import Any, Protocol, cast
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
 from shareprefill.errors import UnsupportedError
+from shareprefill.runtime.attachment import Attachment, Note, attachment_of, own_implementation
+from shareprefill.runtime.attachment import is_attached as has_attachment
 from shareprefill.runtime.dense import causal_attention, sdpa, whole_attention
 from shareprefill.runtime.masks import (
     FactMask,
@@ -30,6 +30,7 @@ from shareprefill.runtime.masks import (
 )
 from shareprefill.runtime.own_attention import (
     Extras,
+    implementation,
     is_causal,
     known_extras,
     own_attention,
@@ -42,6 +43,10 @@ IMPLEMENTATION = "shareprefill"
 # that compute with a mask get it in the form in which they would have it without us.
 _ADDED_MASKS = "shareprefill_eager"
 _OURS = (IMPLEMENTATION, _ADDED_MASKS)
+_NO_WHOLE_GRAPH = (
+    "a session reads values on the way, which no whole graph can hold: inside a session, compile "
+    "the model without fullgraph=True"
+)
 
 
 # Not frozen: that would take a microsecond more to make, at every layer of every decode step.
@@ -61,6 +66,7 @@ class AttentionCall:
         own: What makes this more than plain attention (soft-capping, sinks), so that the model's
             own function computes it where it is dense; None where it is plain.
         extras: That, in terms that our operators know too; None where they do not.
+        autocast: Type that the model's own function computes in, by autocast; None without it.
     """
 
     module: torch.nn.Module
@@ -73,6 +79,7 @@ class AttentionCall:
     options: dict[str, Any]
     own: str | None = None
     extras: Extras | None = None
+    autocast: torch.dtype | None = None
 
     @property
     def is_shareable(self) -> bool:
@@ -197,18 +204,26 @@ def _own_dense(call: AttentionCall) -> Tensor:
         keys = slice(0, n_key)
         if call.facts is not None and step < n_query:
             keys = _readable_keys(call.facts, rows, n_key)
-        pieces.append(
-            own_attention(
-                call.module,
-                call.query[:, :, rows],
-                call.key[:, :, keys],
-                call.value[:, :, keys],
-                _own_mask(call, rows, keys),
-                call.scale,
-                call.options,
+        with _autocast_of(call):
+            pieces.append(
+                own_attention(
+                    call.module,
+                    call.query[:, :, rows],
+                    call.key[:, :, keys],
+                    call.value[:, :, keys],
+                    _own_mask(call, rows, keys),
+                    call.scale,
+                    call.options,
+                )
             )
-        )
     return torch.cat(pieces, dim=2)
+
+
+def _autocast_of(call: AttentionCall) -> AbstractContextManager[Any]:
+    """What the model's own function is called under: it may mix types, as autocast allows."""
+    if call.autocast is None:
+        return nullcontext()
+    return torch.autocast(call.query.device.type, dtype=call.autocast)
 
 
 def _readable_keys(facts: MaskFacts, rows: slice, n_key: int) -> slice:
@@ -231,49 +246,59 @@ def _own_mask(call: AttentionCall, rows: slice, keys: slice) -> Tensor | None:
     return bool_mask(causal, call.query.shape[0], rows, keys, call.query.device)
 
 
-_handlers: WeakKeyDictionary[torch.nn.Module, list[Handler]] = WeakKeyDictionary()
-_lock = threading.Lock()
+def attach(model: torch.nn.Module, handler: Handler) -> Attachment:
+    """Gives every attention call of `model` to `handler` until that is detached.
 
-
-@contextmanager
-def attached(model: torch.nn.Module, handler: Handler) -> Iterator[None]:
-    """Gives every attention call of `model` to `handler` until the context is left.
-
-    May be nested, on one model or several; the innermost handler of a model is the one that runs.
+    Several may be attached, and detached in any order; `attachment` says which one runs.
 
     Args:
         model: A transformers decoder.
         handler: Computes a layer's attention.
 
+    Returns:
+        What is to be detached.
+
     Raises:
         UnsupportedError: the model's family does not go through transformers' attention interface.
     """
-    decoder = _decoder(model)
-    modules = [m for m in decoder.modules() if getattr(m, "layer_idx", None) is not None]
-    previous = decoder.config._attn_implementation or "eager"
-    with _lock:
-        _register()
-        for module in modules:
-            _handlers.setdefault(module, []).append(handler)
-    watch = decoder.register_forward_pre_hook(_require_implementation)
+    return _attach(model, Attachment(handler))
+
+
+@contextmanager
+def attached(model: torch.nn.Module, handler: Handler) -> Iterator[None]:
+    """Gives every attention call of `model` to `handler` until the context is left."""
+    attachment = attach(model, handler)
     try:
-        _switch(model, decoder)
         yield
     finally:
-        watch.remove()
-        with _lock:
-            for module in modules:
-                stack = _handlers[module]
-                # The same handler may stand in the list twice: take the innermost one away.
-                del stack[len(stack) - 1 - stack[::-1].index(handler)]
-                if not stack:
-                    del _handlers[module]
-        decoder.set_attn_implementation(previous)
+        attachment.detach()
+
+
+@contextmanager
+def computing_itself(model: torch.nn.Module, note: Note) -> Iterator[None]:
+    """Lets a model with a handler compute as it would without one, in this thread or task alone.
+
+    Args:
+        model: A transformers decoder.
+        note: Told of every call.
+    """
+    attachment = _attach(model, Attachment(None, note))
+    try:
+        yield
+    finally:
+        attachment.detach()
 
 
 def is_attached(model: torch.nn.Module) -> bool:
     """Whether a handler computes the model's attention at present."""
-    return _decoder(model).config._attn_implementation in _OURS
+    return has_attachment(_decoder(model))
+
+
+def _attach(model: torch.nn.Module, attachment: Attachment) -> Attachment:
+    _register()
+    decoder = _decoder(model)
+    attachment.attach(decoder, lambda: _switch(model, decoder), _require_implementation)
+    return attachment
 
 
 def _decoder(model: torch.nn.Module) -> Any:
@@ -300,7 +325,8 @@ def _switch(model: torch.nn.Module, decoder: Any) -> None:
 def _require_implementation(decoder: torch.nn.Module, _inputs: Any) -> None:
     """Refuses a forward pass that would go past the session, dense and unnoticed."""
     chosen = cast(Any, decoder).config._attn_implementation
-    if chosen not in _OURS:
+    # Copies of a model have its hooks, and are of no session.
+    if chosen not in _OURS and has_attachment(decoder):
         raise UnsupportedError(
             f"the model was set to the attention implementation {chosen!r} inside a session, which "
             "would leave the session without effect (continuous batching does so): leave the "
@@ -308,16 +334,76 @@ def _require_implementation(decoder: torch.nn.Module, _inputs: Any) -> None:
         )
 
 
+@cache
 def _register() -> None:
     from transformers import AttentionInterface, AttentionMaskInterface
 
+    # Values choose the blocks, which no graph can hold: compiled models call both as they are.
     for name in _OURS:
-        AttentionInterface.register(name, _attention)
-        masks = partial(mask_facts, additive=name == _ADDED_MASKS)
-        AttentionMaskInterface.register(name, masks)
+        masks = partial(_mask, additive=name == _ADDED_MASKS)
+        AttentionInterface.register(name, _opaque(_attention))
+        AttentionMaskInterface.register(name, _opaque(masks))
+
+
+def _opaque(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that torch.compile leaves alone."""
+    return torch.compiler.disable(
+        lambda *args, **options: function(*args, **options), reason=_NO_WHOLE_GRAPH
+    )
+
+
+def _mask(*args: Any, additive: bool, config: Any = None, **options: Any) -> Tensor | None:
+    """A mask as facts, or the model's own where it computes by itself."""
+    own = own_implementation(config)
+    if own is None:
+        return mask_facts(*args, config=config, additive=additive, **options)
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+    if own not in ALL_MASK_ATTENTION_FUNCTIONS:
+        return options.get("attention_mask")
+    return ALL_MASK_ATTENTION_FUNCTIONS[own](*args, config=config, **options)
 
 
 def _attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **options: Any,
+) -> tuple[Tensor, Tensor | None]:
+    attachment = attachment_of(module)
+    if attachment is None:
+        raise UnsupportedError(
+            f"a layer of {type(module).__name__} is set to the attention implementation "
+            f"{IMPLEMENTATION!r} outside a session; call it inside `with share_prefill(...)`"
+        )
+    if attachment.handler is None:
+        assert attachment.note is not None
+        attachment.note(cast(int, module.layer_idx), query.shape[2])
+        own = implementation(module, attachment.replaced)
+        return own(module, query, key, value, attention_mask, **options)
+    device = query.device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        call = _call_of(module, query, key, value, attention_mask, **options)
+        return attachment.handler(call).transpose(1, 2).contiguous(), None
+    # As SDPA does: it computes in autocast's type, and what is inside it is not cast again.
+    dtype = torch.get_autocast_dtype(device)
+    with torch.autocast(device, enabled=False):
+        query, key, value = (_cast(tensor, dtype) for tensor in (query, key, value))
+        call = _call_of(module, query, key, value, attention_mask, **options)
+        call.autocast = dtype
+        if call.facts is None and call.mask is not None and call.mask.is_floating_point():
+            call.mask = _cast(call.mask, dtype)
+        return attachment.handler(call).transpose(1, 2).contiguous(), None
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A tensor as autocast gives it to SDPA: float64 stays what it is."""
+    return tensor if tensor.dtype == torch.float64 else tensor.to(dtype)
+
+
+def _call_of(
     module: torch.nn.Module,
     query: Tensor,
     key: Tensor,
@@ -327,13 +413,8 @@ def _attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     **options: Any,
-) -> tuple[Tensor, None]:
-    stack = _handlers.get(module)
-    if not stack:
-        raise UnsupportedError(
-            f"a layer of {type(module).__name__} is set to the attention implementation "
-            f"{IMPLEMENTATION!r} outside a session; call it inside `with share_prefill(...)`"
-        )
+) -> AttentionCall:
+    """What transformers calls an attention function with, checked."""
     if dropout:
         raise UnsupportedError("attention dropout is not supported: call model.eval() first")
     if torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value)):
@@ -345,7 +426,7 @@ def _attention(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     own = own_reason(module, options)
     extras = known_extras(module, query, key, value, scale, options) if own else None
-    call = AttentionCall(
+    return AttentionCall(
         module=module,
         layer=cast(int, module.layer_idx),
         query=query,
@@ -357,7 +438,6 @@ def _attention(
         own=own,
         extras=extras,
     )
-    return stack[-1](call).transpose(1, 2).contiguous(), None
 
 
 def _packed_mask(

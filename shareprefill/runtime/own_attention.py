@@ -235,6 +235,29 @@ def own_attention(
     return out.transpose(1, 2)
 
 
+def implementation(module: nn.Module, name: str | None) -> Callable[..., Any]:
+    """The attention function that transformers would call a module's attention with.
+
+    Args:
+        module: The attention module.
+        name: An implementation of transformers; None for the eager one.
+
+    Raises:
+        UnsupportedError: it is the eager one, and the module's file has none.
+    """
+    if name not in (None, "eager"):
+        from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+        return ALL_ATTENTION_FUNCTIONS[name]
+    function = _own_function(module)
+    if function is None:
+        raise UnsupportedError(
+            f"{type(module).__name__} has no eager attention that could be called: set the model "
+            "to another attention implementation before the session"
+        )
+    return function
+
+
 def rows_at_once(module: nn.Module, query: Tensor, key: Tensor, options: Mapping[str, Any]) -> int:
     """Query rows that one call of the model's own function may take, to bound its memory.
 

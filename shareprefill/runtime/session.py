@@ -6,8 +6,8 @@ import math
 import threading
 import weakref
 from collections import Counter
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -20,13 +20,15 @@ from shareprefill.artifact import Artifact, Policy, check_fingerprint, load_arti
 from shareprefill.config import RuntimeConfig
 from shareprefill.errors import ConfigError, UnsupportedError
 from shareprefill.models import fingerprint, geometry
+from shareprefill.runtime.attachment import Attachment, latest
 from shareprefill.runtime.crossover import crossover
 from shareprefill.runtime.distributed import HeadShard, head_shard
 from shareprefill.runtime.interface import (
     AttentionCall,
     Sequence,
-    attached,
+    attach,
     by_sequence,
+    computing_itself,
     dense_attention,
 )
 from shareprefill.runtime.ops.blocks import count_causal_blocks
@@ -81,6 +83,7 @@ class SessionReport:
         prefills: Sparse prefills: passes of one sequence (or one chunk of it) through the model.
         dense_prefills: Prefills that ran dense by themselves: too short, or with a mask that is
             not plainly causal.
+        requested_dense: Prefills inside `session.dense()`, which the other figures leave out.
         density: Share of the causal blocks computed, all heads and layers, dense prefills included.
         selection_work: Work of choosing the patterns, as a share of dense attention's operations.
         policies: Heads by policy taken, over all layers and sparse prefills.
@@ -91,6 +94,7 @@ class SessionReport:
 
     prefills: int
     dense_prefills: int
+    requested_dense: int
     density: float
     selection_work: float
     policies: dict[str, int]
@@ -121,12 +125,12 @@ class Session:
         self._records: list[LayerRecord] = []
         # Prefills that ran dense, by layer, query rows and keys.
         self._dense: Counter[tuple[int, int, int]] = Counter()
-        self._contexts: list[AbstractContextManager[None]] = []
+        # Calls that were to be dense, by layer.
+        self._requested: Counter[int] = Counter()
+        self._attachments: list[Attachment] = []
 
     def __enter__(self) -> Self:
-        context = attached(self.model, self._attend)
-        context.__enter__()
-        self._contexts.append(context)
+        self._attachments.append(attach(self.model, self._attend))
         return self
 
     def __exit__(
@@ -135,19 +139,41 @@ class Session:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        context = self._contexts.pop()
-        context.__exit__(kind, error, trace)
+        attachment = latest(self._attachments)
+        self._attachments.remove(attachment)
+        attachment.detach()
+
+    @contextmanager
+    def dense(self) -> Iterator[None]:
+        """Lets the model compute inside as it would without a session, bit for bit.
+
+        ::
+
+            with session.dense():
+                exact = model(**inputs)
+
+        That holds for calls of this thread or asyncio task alone; the report counts them apart.
+
+        Raises:
+            ConfigError: the session is not entered.
+        """
+        if not self._attachments:
+            raise ConfigError("session.dense() is for inside `with session:`; enter that first")
+        with computing_itself(self.model, self._book_requested):
+            yield
 
     def reset(self) -> None:
         """Forgets what the report counts."""
         with self._lock:
             self._records.clear()
             self._dense.clear()
+            self._requested.clear()
 
     def report(self) -> SessionReport:
         """What was done since the session began or was last reset."""
         with self._lock:
             records, dense = list(self._records), self._dense.copy()
+            requested = max(self._requested.values(), default=0)
         records = on_host(records, self.orders)
         totals = [
             _Totals(self.plan, n, [r for r in records if r.layer == n])
@@ -166,6 +192,7 @@ class Session:
         return SessionReport(
             prefills=sum(r.layer == first for r in records),
             dense_prefills=sum(n for (layer, _, _), n in dense.items() if layer == first),
+            requested_dense=requested,
             density=_ratio(computed + skipped_nothing, causal + skipped_nothing),
             selection_work=_ratio(work, causal + skipped_nothing),
             policies=dict(sorted(taken.items())),
@@ -239,6 +266,11 @@ class Session:
         states[sequence.place] = state
         return state
 
+    def _book_requested(self, layer: int, n_query: int) -> None:
+        if n_query > 1:
+            with self._lock:
+                self._requested[layer] += 1
+
     def _book_dense(self, layer: int, n_query: int, n_key: int) -> None:
         with self._lock:
             self._dense[layer, n_query, n_key] += 1
@@ -295,10 +327,13 @@ def share_prefill(
         print(session.report().density)
 
     Prefills of any batch, padding, packing and chunking are taken; decode steps and prompts below
-    the crossover run dense. The model's attention implementation is restored when the context
-    ends, also after an exception. Several threads may use one session at a time; contexts of
-    different models may overlap; of nested contexts of one model the innermost holds. A model may
-    be spread over devices, or over processes by its heads (tensor parallelism).
+    the crossover run dense, and so do calls inside `with session.dense()`. The model's attention
+    implementation is restored when the last context ends, also after an exception. Several threads
+    may use one session at a time. Contexts of one model may overlap, and end in any order: the last
+    that the thread or asyncio task entered holds there; one that entered none takes the last that
+    any entered. Copies and saved models are of no session. A compiled model (`torch.compile`,
+    without fullgraph=True) calls attention outside its graphs. A model may be spread over devices,
+    or over processes by its heads (tensor parallelism).
 
     Args:
         model: A transformers decoder, in eval mode.

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from shareprefill.errors import ConfigError, UnsupportedError
-from shareprefill.runtime import interface, masks, own_attention
+from shareprefill.runtime import attachment, interface, masks, own_attention
 from shareprefill.runtime.interface import AttentionCall, attached, dense_attention
 from shareprefill.runtime.masks import FactMask, bool_mask
 from tests.support.families import FAMILIES, build
@@ -372,7 +372,7 @@ class Module(torch.nn.Module):
 
 def call_attention(module: Any, **options: Any) -> torch.Tensor:
     query = key = value = torch.ones(1, 2, 5, 4)
-    interface._handlers[module] = [dense_attention]
+    attachment._of_module[module] = (attachment.Attachment(dense_attention),)
     return interface._attention(module, query, key, value, None, **options)[0]
 
 
