@@ -51,7 +51,7 @@ def embed_in_plane(codes: Tensor) -> Plane:
 def _principal(codes: Tensor) -> tuple[Tensor, tuple[float, float]]:
     centred = codes - codes.mean(0)
     _, values, directions = torch.linalg.svd(centred, full_matrices=False)
-    plane = torch.zeros(len(codes), 2, dtype=codes.dtype)
+    plane = torch.zeros(len(codes), 2, dtype=codes.dtype, device="cpu")
     shares = [0.0, 0.0]
     total = float(values.square().sum())
     for axis in range(min(2, len(values))):

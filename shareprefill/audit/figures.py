@@ -67,14 +67,14 @@ def draw_distances(separation: Separation) -> Figure:
 
     figure = Figure(figsize=(8.4, 3.6), layout="constrained")
     axes = figure.subplots()
-    edges = torch.tensor(separation.edges)
+    edges = torch.tensor(separation.edges, device="cpu")
     for name, spread, colour, line, hatch in (
         ("across clusters", separation.across, SERIES[1], "--", "//"),
         ("within clusters", separation.within, SERIES[0], "-", None),
     ):
         if not spread.pairs:
             continue
-        shares = torch.tensor(spread.counts) / spread.pairs
+        shares = torch.tensor(spread.counts, device="cpu") / spread.pairs
         label = f"{name}: {spread.pairs:,} pairs, median {spread.quantiles[2]:.2f}"
         axes.stairs(shares, edges, fill=True, color=colour, alpha=0.25, hatch=hatch)
         axes.stairs(shares, edges, color=colour, linestyle=line, linewidth=1.8, label=label)
@@ -131,11 +131,15 @@ def draw_spread(heads: Heads, noise: Noise) -> Figure:
     figure = Figure(figsize=(WIDTH, 3.6), layout="constrained", dpi=_DPI)
     left, right = figure.subplots(1, 2)
     ordered = noise.spread.sort().values
-    left.plot(torch.linspace(0, 100, len(ordered)), ordered, color=SERIES[0])
+    left.plot(
+        torch.linspace(0, 100, len(ordered), dtype=torch.float32, device="cpu"),
+        ordered,
+        color=SERIES[0],
+    )
     left.set_xlabel("heads, from stable to unstable, percent")
     left.set_title("spread of each head, sorted")
     rows = heads.grid(noise.spread)
-    layers = torch.tensor(heads.layers)
+    layers = torch.tensor(heads.layers, device="cpu")
     jitter = _jitter(rows.numel()).view_as(rows)
     right.scatter(
         (layers[:, None] + jitter).flatten(),
@@ -184,7 +188,7 @@ def _scatter(axes: Axes, places: Tensor, classes: Tensor, looks: dict[int, Look]
         if values is None:
             continue
         look = looks[values[0]]
-        chosen = torch.isin(classes, torch.tensor(values))
+        chosen = torch.isin(classes, torch.tensor(values, device="cpu"))
         outline = {} if look.marker == "x" else {"edgecolors": PAPER, "linewidths": 0.5}
         axes.scatter(
             *places[chosen].T.numpy(),
@@ -227,4 +231,4 @@ def _dot(count: int, marker: str = "o") -> float:
 
 def _jitter(count: int) -> Tensor:
     """Places in -0.4 to 0.4 that look random and are not: multiples of the golden ratio."""
-    return (torch.arange(count) * 0.618034 % 1.0 - 0.5) * 0.8
+    return (torch.arange(count, device="cpu") * 0.618034 % 1.0 - 0.5) * 0.8

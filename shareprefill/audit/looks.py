@@ -74,12 +74,12 @@ def cells(values: Tensor, looks: dict[int, Look]) -> Tensor:
     """Colours of a grid of classes, uint8 `[..., 4]`; the shared grey is faint."""
     from matplotlib.colors import to_rgba
 
-    found = torch.zeros(*values.shape, 4, dtype=torch.uint8)
+    found = torch.zeros(*values.shape, 4, dtype=torch.uint8, device="cpu")
     for value in values.unique().tolist():
         look = looks[value]
         alpha = FAINT if look.colour == MUTED else 1.0
         rgba = [round(255 * part) for part in to_rgba(look.colour, alpha)]
-        found[values == value] = torch.tensor(rgba, dtype=torch.uint8)
+        found[values == value] = torch.tensor(rgba, dtype=torch.uint8, device="cpu")
     return found
 
 

@@ -54,7 +54,7 @@ class Heads:
     def of(cls, artifact: Artifact) -> Self:
         """The heads of an artifact; layers without a cluster and without a code are left out."""
         used = (artifact.cluster >= 0).any(1) | (artifact.code != 0).flatten(1).any(1)
-        rows = used.nonzero()[:, 0] if bool(used.any()) else torch.arange(len(used))
+        rows = used.nonzero()[:, 0] if bool(used.any()) else torch.arange(len(used), device="cpu")
         width = artifact.cluster.shape[1]
 
         def column(name: str, dtype: torch.dtype) -> Tensor:
@@ -65,7 +65,7 @@ class Heads:
             name: column(name, torch.float64)
             for name in ("recall", "density", "instability", "code")
         }
-        ids = (rows[:, None] * width + torch.arange(width)).flatten()
+        ids = (rows[:, None] * width + torch.arange(width, device="cpu")).flatten()
         return cls(layers=tuple(rows.tolist()), width=width, ids=ids, **whole, **real)
 
     @property

@@ -50,7 +50,9 @@ class Noise:
 def find_noise(heads: Heads) -> Noise:
     """Heads in no cluster, and unstable heads."""
     sizes = heads.sizes()
-    alone = torch.tensor([sizes.get(label, 0) < 2 for label in heads.cluster.tolist()])
+    alone = torch.tensor(
+        [sizes.get(label, 0) < 2 for label in heads.cluster.tolist()], device="cpu"
+    )
     spread = heads.instability / _spread_of_heads(heads.code)
     return Noise(alone, spread > UNSTABLE, spread)
 

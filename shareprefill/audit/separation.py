@@ -109,8 +109,10 @@ def measure_separation(
     tree = _tree(
         tree_distances, heads, "code" if metric == "code" else measure, cast(Linkage, linkage)
     )
-    edges = torch.linspace(0, max(1.0, float(distances.max())), BINS + 1, dtype=torch.float64)
-    first, second = torch.triu_indices(heads.count, heads.count, 1)
+    edges = torch.linspace(
+        0, max(1.0, float(distances.max())), BINS + 1, dtype=torch.float64, device="cpu"
+    )
+    first, second = torch.triu_indices(heads.count, heads.count, 1, device="cpu")
     between = distances[first, second]
     same = (heads.cluster[first] == heads.cluster[second]) & (heads.cluster[first] >= 0)
     score = silhouette(distances, _labels(heads))
@@ -137,7 +139,7 @@ def _mean_maps(calibration: Calibration) -> Tensor:
 
 def _labels(heads: Heads) -> Tensor:
     """Cluster labels; heads without a cluster get one of their own each."""
-    free = heads.cluster.max().clamp_min(-1) + 1 + torch.arange(heads.count)
+    free = heads.cluster.max().clamp_min(-1) + 1 + torch.arange(heads.count, device="cpu")
     return torch.where(heads.cluster >= 0, heads.cluster, free)
 
 
@@ -147,12 +149,16 @@ def _tree(distances: Tensor, heads: Heads, measure: Measure, linkage: Linkage) -
     k = len(labels.unique())
     # Numbered by first appearance, as the cut's labels are.
     order = {label: number for number, label in enumerate(dict.fromkeys(labels.tolist()))}
-    renamed = torch.tensor([order[label] for label in labels.tolist()])
+    renamed = torch.tensor([order[label] for label in labels.tolist()], device="cpu")
     is_artifacts = torch.equal(cut(merges, k), renamed)
     height = None
     if is_artifacts and k > 1:
         above = merges[heads.count - k, 2]
-        below = merges[heads.count - k - 1, 2] if k < heads.count else torch.zeros(())
+        below = (
+            merges[heads.count - k - 1, 2]
+            if k < heads.count
+            else torch.zeros((), dtype=torch.float32, device="cpu")
+        )
         height = float(above + below) / 2
     return Tree(merges, measure, linkage, is_artifacts, height)
 

@@ -99,7 +99,11 @@ def pick_heads(heads: Heads, distances: Tensor) -> list[Picked]:
         others = members[members != head]
         others = others[distances[head, others].argsort(stable=True)]
         shown = min(MEMBERS_SHOWN, len(others))
-        places = torch.linspace(0, len(others) - 1, shown).round().long()
+        places = (
+            torch.linspace(0, len(others) - 1, shown, dtype=torch.float32, device="cpu")
+            .round()
+            .long()
+        )
         picked = tuple(others[places].tolist())
         found.append(Picked(cluster, size, len(sharing), head, is_pivot, picked))
     return sorted(found, key=lambda p: (p.sharing == 0, -p.size, p.cluster))

@@ -28,8 +28,12 @@ def vary_key_blocks(
         `[N, S]`, rows of length 1.
     """
     side = network.resolution
-    spread = strength * torch.rand(len(roots), 1, generator=generator)
-    logarithms = spread * torch.randn(len(roots), side, generator=generator)  # [N, R]
+    spread = strength * torch.rand(
+        len(roots), 1, generator=generator, dtype=torch.float32, device="cpu"
+    )
+    logarithms = spread * torch.randn(
+        len(roots), side, generator=generator, dtype=torch.float32, device="cpu"
+    )  # [N, R]
     gains = (logarithms / 2).exp()  # of roots: half the logarithm
     return network.normalise(roots * gains.index_select(-1, network.entries % side))
 
@@ -63,9 +67,12 @@ class PromptMixer:
             Roots `[M, S]`; the means are those of the maps, so rows keep length 1.
         """
         heads = self._heads[rows]
-        place = torch.rand(len(rows), generator=generator) * self._counts[heads]
+        place = (
+            torch.rand(len(rows), generator=generator, dtype=torch.float32, device="cpu")
+            * self._counts[heads]
+        )
         # A product that rounds up to the count would be the next head's.
         place = torch.minimum(place.long(), self._counts[heads] - 1)
         partners = self._by_head[self._starts[heads] + place]
-        weight = torch.rand(len(rows), 1, generator=generator)
+        weight = torch.rand(len(rows), 1, generator=generator, dtype=torch.float32, device="cpu")
         return torch.lerp(self._roots[rows].square(), self._roots[partners].square(), weight).sqrt()

@@ -86,8 +86,8 @@ def resample_maps(maps: Tensor, resolution: int) -> Tensor:
     if n == resolution:
         return maps.float()
     # Bin edges in units of 1 / (n * resolution) are whole numbers, so overlaps are exact.
-    coarse = torch.arange(n) * resolution
-    fine = torch.arange(resolution) * n
+    coarse = torch.arange(n, device="cpu") * resolution
+    fine = torch.arange(resolution, device="cpu") * n
     starts = torch.maximum(fine[:, None], coarse[None, :])
     ends = torch.minimum(fine[:, None] + n, coarse[None, :] + resolution)
     overlap = (ends - starts).clamp_min(0).to(device=maps.device, dtype=torch.float32)

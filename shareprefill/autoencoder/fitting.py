@@ -55,7 +55,7 @@ class Batches:
         self._generator = generator
 
     def __iter__(self) -> Iterator[Tensor]:
-        order = torch.randperm(len(self.plain), generator=self._generator)
+        order = torch.randperm(len(self.plain), generator=self._generator, device="cpu")
         for rows in order.split(self._size):
             seen = torch.where(
                 self._draw(len(rows), _MIXED),
@@ -66,7 +66,10 @@ class Batches:
             yield torch.where(self._draw(len(rows), _KEPT), seen, varied)
 
     def _draw(self, count: int, share: float) -> Tensor:
-        return torch.rand(count, 1, generator=self._generator) < share
+        return (
+            torch.rand(count, 1, generator=self._generator, dtype=torch.float32, device="cpu")
+            < share
+        )
 
 
 def fit(

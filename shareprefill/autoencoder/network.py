@@ -63,15 +63,15 @@ class MapAutoencoder(nn.Module):
         self.code_size = code_size
         self.hidden = hidden
         self.band = band
-        seen = torch.ones(resolution, resolution, dtype=torch.bool).tril(band)
+        seen = torch.ones(resolution, resolution, dtype=torch.bool, device="cpu").tril(band)
         rows = seen.nonzero()[:, 0]
         size = rows.numel()  # S, the entries that can hold mass
         self.register_buffer("entries", seen.flatten().nonzero()[:, 0], persistent=False)
         self.register_buffer(
             "row_of", nn.functional.one_hot(rows, resolution).float(), persistent=False
         )  # [S, R]
-        self.register_buffer("mean", torch.zeros(size))
-        self.register_buffer("scale", torch.ones(code_size))
+        self.register_buffer("mean", torch.zeros(size, dtype=torch.float32, device="cpu"))
+        self.register_buffer("scale", torch.ones(code_size, dtype=torch.float32, device="cpu"))
         self.encode_linear = _blank_linear(size, code_size, bias=False)
         self.encode_branch = _branch(size, hidden, code_size)
         self.decode_linear = _blank_linear(code_size, size, bias=False)

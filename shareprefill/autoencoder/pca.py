@@ -42,8 +42,8 @@ def fit_pca(batches: Sequence[Tensor], components: int) -> PrincipalComponents:
     mean = (torch.stack([batch.double().sum(0) for batch in batches]).sum(0) / count).float()
     size = mean.numel()
     kept = min(components, size, count - 1)
-    basis = torch.zeros(size, components)
-    scale = torch.ones(components)
+    basis = torch.zeros(size, components, dtype=torch.float32, device="cpu")
+    scale = torch.ones(components, dtype=torch.float32, device="cpu")
     if kept < 1:
         return PrincipalComponents(mean, basis, scale)
     # The smaller matrix has the same eigenvalues; its eigenvectors lead to the directions.
@@ -51,7 +51,7 @@ def fit_pca(batches: Sequence[Tensor], components: int) -> PrincipalComponents:
     if data is not None:
         gram = (data @ data.T).double()
     else:
-        gram = torch.zeros(size, size, dtype=torch.float64)
+        gram = torch.zeros(size, size, dtype=torch.float64, device="cpu")
         for batch in batches:
             centred = batch - mean
             gram += centred.T @ centred

@@ -88,7 +88,7 @@ def train_autoencoder(
     roots = _network(config, band).roots(maps)  # [P, K, S]
     train, heads, validation = _training_rows(roots, split, generator)
     held_out = roots[list(split.held_out)]  # [P', K, S]
-    seed = int(torch.randint(2**62, (), generator=generator))
+    seed = int(torch.randint(2**62, (), generator=generator, device="cpu"))
     runs: list[_Run] = []
     for strength in _STRENGTHS:
         # The same draws for each: only the strength differs.
@@ -152,10 +152,10 @@ def _training_rows(
     Without validation prompts a tenth of the training maps is drawn for validation.
     """
     train = roots[list(split.train)].flatten(0, 1)
-    heads = torch.arange(roots.shape[1]).repeat(len(split.train))
+    heads = torch.arange(roots.shape[1], device="cpu").repeat(len(split.train))
     if split.validation:
         return train, heads, roots[list(split.validation)].flatten(0, 1)
-    order = torch.randperm(len(train), generator=generator)
+    order = torch.randperm(len(train), generator=generator, device="cpu")
     count = max(1, len(train) // 10)
     kept, drawn = order[count:].sort().values, order[:count].sort().values
     return train[kept], heads[kept], train[drawn]

@@ -162,4 +162,4 @@ def _hub_texts(address: str, config: CalibrateConfig) -> Iterator[str | None]:
 
 
 def _encode(text: str, tokenizer: Any) -> Tensor:
-    return torch.tensor(tokenizer(text).input_ids, dtype=torch.int64)
+    return torch.tensor(tokenizer(text).input_ids, dtype=torch.int64, device="cpu")

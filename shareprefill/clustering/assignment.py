@@ -187,8 +187,8 @@ def share(
     choices = list(singles)
     pivots = _pivot_choices(evidence, config, goal)
     scores, gammas = _share_scores(evidence, goal)
-    own = torch.tensor([goal.of(c) for c in singles], dtype=torch.float64)
-    extra = torch.tensor([goal.of(c) for c in pivots], dtype=torch.float64) - own
+    own = torch.tensor([goal.of(c) for c in singles], dtype=torch.float64, device="cpu")
+    extra = torch.tensor([goal.of(c) for c in pivots], dtype=torch.float64, device="cpu") - own
     for label in range(int(labels.max()) + 1):
         left = (labels == label).nonzero()[:, 0]
         while len(left) >= config.min_size:
@@ -199,7 +199,7 @@ def share(
             choices[pivot] = pivots[pivot]
             for h in heads:
                 choices[h] = _sharer(h, pivot, int(gammas[h, pivot]), singles[h], evidence)
-            taken = torch.tensor([pivot, *heads])
+            taken = torch.tensor([pivot, *heads], device="cpu")
             left = left[~torch.isin(left, taken)]
     return choices
 
@@ -272,7 +272,7 @@ def _share_scores(evidence: HeldOutMeasurements, goal: Goal) -> tuple[Tensor, Te
     """
     density = evidence.pivots.density
     best = torch.full_like(evidence.pairs[0], torch.inf)
-    number = torch.zeros(best.shape, dtype=torch.int64)
+    number = torch.zeros(best.shape, dtype=torch.int64, device="cpu")
     for g in range(len(GAMMAS)):
         score = goal.score(
             evidence.pairs[g],

@@ -142,15 +142,17 @@ def match_clusters(before: Tensor, after: Tensor) -> Tensor:
     from scipy.optimize import linear_sum_assignment
 
     first, second = int(before.max()) + 1, int(after.max()) + 1
-    overlap = torch.zeros(first, second, dtype=torch.int64)
+    overlap = torch.zeros(first, second, dtype=torch.int64, device="cpu")
     both = (before >= 0) & (after >= 0)
-    overlap.index_put_((before[both], after[both]), torch.tensor(1), accumulate=True)
-    numbers = torch.full((second + 1,), -1)  # the last one is for -1
+    overlap.index_put_((before[both], after[both]), torch.tensor(1, device="cpu"), accumulate=True)
+    numbers = torch.full(
+        (second + 1,), -1, dtype=torch.int64, device="cpu"
+    )  # the last one is for -1
     for row, column in zip(*linear_sum_assignment(overlap.numpy(), maximize=True), strict=True):
         if overlap[row, column]:
             numbers[column] = int(row)
     unmatched = (numbers[:second] < 0).nonzero()[:, 0]
-    numbers[unmatched] = first + torch.arange(len(unmatched))
+    numbers[unmatched] = first + torch.arange(len(unmatched), device="cpu")
     return numbers[after]
 
 

@@ -25,7 +25,7 @@ def gamma_patterns(maps: Tensor, gamma: float) -> Tensor:
         bool `[K, n, n]`.
     """
     n = maps.shape[1]
-    gammas = torch.full((len(maps),), gamma)
+    gammas = torch.full((len(maps),), gamma, dtype=torch.float32, device="cpu")
     return select_blocks(maps, gammas, n_query=n, n_key=n, block_size=1)
 
 
@@ -44,7 +44,7 @@ def jaccard_distances(patterns: Tensor) -> Tensor:
     """
     heads = patterns.shape[0]
     flat = patterns.reshape(heads, -1)
-    shared = torch.zeros(heads, heads, dtype=torch.float64)
+    shared = torch.zeros(heads, heads, dtype=torch.float64, device="cpu")
     # Counts stay below 2^24 within a chunk, so the float32 products are exact.
     for columns in flat.split(max(1, _CHUNK_ENTRIES // heads), dim=1):
         dense = columns.float()

@@ -31,7 +31,7 @@ def build_linkage(distances: Tensor, method: Linkage) -> Tensor:
     assert heads >= 1
     assert bool(distances.isfinite().all())
     if heads == 1:
-        return torch.zeros(0, 4, dtype=torch.float64)
+        return torch.zeros(0, 4, dtype=torch.float64, device="cpu")
     from scipy.cluster.hierarchy import linkage
     from scipy.spatial.distance import squareform
 
@@ -71,7 +71,7 @@ def cut(linkage: Tensor, k: int) -> Tensor:
     pairs: list[list[int]] = linkage[: heads - k, :2].long().tolist()
     for step, (left, right) in enumerate(pairs):
         members[heads + step] = members.pop(left) + members.pop(right)
-    labels = torch.empty(heads, dtype=torch.int64)
+    labels = torch.empty(heads, dtype=torch.int64, device="cpu")
     for label, group in enumerate(sorted(members.values(), key=min)):
         labels[group] = label
     return labels

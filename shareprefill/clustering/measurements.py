@@ -124,7 +124,7 @@ class HeldOutMeasurements:
 
     def least_covered(self, head: int, pivot: int, gamma: float) -> float:
         """Mass of a head's check inside a pivot's pattern, on the prompt where it is least."""
-        first = torch.zeros(1, dtype=torch.int64)
+        first = torch.zeros(1, dtype=torch.int64, device="cpu")
         return min(
             covered_mass(
                 prompt.check[head, None], prompt.patterns(prompt.pivot[pivot, None], gamma), first
@@ -199,14 +199,18 @@ class _Prompt:
 
     def patterns(self, maps: Tensor, gamma: float) -> Tensor:
         """What pivots of these maps give other heads at a gamma, bool `[S, n_q, n_k]`."""
-        return head_blocks(maps, torch.full((len(maps),), gamma), **self.geometry.reads)[0]
+        return head_blocks(
+            maps,
+            torch.full((len(maps),), gamma, dtype=torch.float32, device="cpu"),
+            **self.geometry.reads,
+        )[0]
 
     def measure(self, choose: _Choose, work: float) -> _Curve:
         """Every head under a pattern of its own."""
-        every = torch.arange(len(self.full))
+        every = torch.arange(len(self.full), device="cpu")
         recalls, densities = [], []
         for gamma in GAMMAS:
-            pattern = choose(torch.full((len(every),), gamma))
+            pattern = choose(torch.full((len(every),), gamma, dtype=torch.float32, device="cpu"))
             recalls.append(covered_mass(self.full, pattern, every).double())
             densities.append(self._density(pattern))
         return _Curve(torch.stack(recalls), torch.stack(densities), work)
@@ -233,7 +237,7 @@ def _smoothed(maps: Tensor, geometry: Geometry, rows: int) -> Tensor:
 
 
 def _distance_to_uniform(vertical: Tensor, geometry: Geometry) -> Tensor:
-    first = torch.zeros(len(vertical), dtype=torch.int64)
+    first = torch.zeros(len(vertical), dtype=torch.int64, device="cpu")
     return js_distances(vertical[:, None], geometry.uniform, first)
 
 

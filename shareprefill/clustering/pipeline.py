@@ -76,7 +76,9 @@ def cluster(folder: Path, config: ClusterConfig) -> tuple[Artifact, list[Cluster
     if config.k is not None and config.k > heads:
         raise ConfigError(f"k = {config.k} is larger than the number of heads ({heads})")
     linkage = build_linkage(distances, config.linkage)
-    layers = torch.arange(len(store.layers)).repeat_interleave(heads // len(store.layers))
+    layers = torch.arange(len(store.layers), device="cpu").repeat_interleave(
+        heads // len(store.layers)
+    )
     counts = candidate_counts(heads) if config.k is None else [config.k]
     labels = {k: cut(linkage, k) for k in counts}
     likeness = {k: silhouette(distances, labels[k]) for k in counts}
@@ -164,11 +166,11 @@ def _artifact(
     geometry = store.fingerprint.geometry
     layers, heads = geometry.layers, geometry.heads
     # Captured heads are numbered one after the other; the artifact counts all layers.
-    captured = torch.tensor(store.layers)
+    captured = torch.tensor(store.layers, device="cpu")
 
     def spread(values: list[Any] | Tensor, dtype: torch.dtype, missing: float) -> Tensor:
-        found = torch.as_tensor(values, dtype=dtype)
-        full = torch.full((layers, heads, *found.shape[1:]), missing, dtype=dtype)
+        found = torch.as_tensor(values, dtype=dtype, device="cpu")
+        full = torch.full((layers, heads, *found.shape[1:]), missing, dtype=dtype, device="cpu")
         full[captured] = found.unflatten(0, (len(captured), heads))
         return full
 

@@ -53,7 +53,7 @@ def encode_prompt(model: Any, tokenizer: Any, prompt: str) -> Tensor:
     """
     if not prompt.strip():
         raise DataError("the prompt is empty: write some text into it")
-    ids = torch.tensor(tokenizer(prompt).input_ids, dtype=torch.int64)
+    ids = torch.tensor(tokenizer(prompt).input_ids, dtype=torch.int64, device="cpu")
     longest = max_length(model)
     if longest is not None and len(ids) > longest:
         raise ConfigError(
@@ -107,16 +107,26 @@ def prefill(model: Any, input_ids: Tensor, chunk: int | None = None) -> Any:
 def _prefill_in_pieces(model: Any, ids: Tensor, chunk: int) -> Any:
     if not 0 < chunk < ids.shape[1]:
         return model(input_ids=ids, use_cache=True, logits_to_keep=1)
-    cache, step = None, None
+    cache, step = {}, None
     with ExitStack() as stack:
         if not is_attached(model):
             # The model's own function would make a mask of all keys for every row of a piece.
             stack.enter_context(attached(model, dense_attention))
         for piece in ids.split(chunk, dim=1):
             del step
-            step = model(input_ids=piece, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            cache = step.past_key_values
+            step = model(input_ids=piece, **cache, use_cache=True, logits_to_keep=1)
+            cache = cache_of(step)
     return step
+
+
+def cache_of(step: Any) -> dict[str, Any]:
+    """A forward pass's cache, by the keyword that the next pass takes it under.
+
+    Args:
+        step: The model's output; transformers 5.24 has renamed its `past_key_values`.
+    """
+    name = "cache" if hasattr(step, "cache") else "past_key_values"
+    return {name: getattr(step, name)}
 
 
 def chunk_tokens(model: Any, tokens: int) -> int:
@@ -212,7 +222,7 @@ def generate(
     while token not in stops and len(tokens) < max_new_tokens:
         step = model(
             input_ids=torch.tensor([[token]], device=device),
-            past_key_values=step.past_key_values,
+            **cache_of(step),
             use_cache=True,
         )
         token = int(step.logits[0, -1].argmax())

@@ -102,7 +102,7 @@ class Geometry:
     def uniform(self) -> Tensor:
         """The even distribution over the last query block's key blocks, float32 `[1, 1, n_k]`."""
         n_k = self.shape[1]
-        return torch.full((1, 1, n_k), 1 / n_k, device=self.device)
+        return torch.full((1, 1, n_k), 1 / n_k, device=self.device, dtype=torch.float32)
 
     def rows(self, r: int) -> Tensor:
         """`r` evenly spaced query rows of every block, int64 `[n_q, r]`."""

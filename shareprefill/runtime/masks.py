@@ -155,7 +155,7 @@ class MaskFacts:
                 "packed sequences (cu_seq_lens_q) go without padding and without earlier chunks: "
                 "leave attention_mask and past_key_values out"
             )
-        packed = torch.repeat_interleave(torch.tensor(lengths))[None]
+        packed = torch.repeat_interleave(torch.tensor(lengths, device="cpu"))[None]
         if self.packed is not None and _runs(self.packed) != _runs(packed):
             raise ConfigError(
                 "cu_seq_lens_q and position_ids divide the tokens in different ways: let "
@@ -479,13 +479,21 @@ def _is_packed_causal(function: Callable[..., Any], found: list[Tensor]) -> bool
     held = getclosurevars(function).nonlocals
     if code is known.and_masks(causal).__code__:
         return all(_is_packed_causal(part, found) for part in held["mask_functions"])
-    if code is known.packed_sequence_mask_function(torch.empty(0)).__code__:
+    if (
+        code
+        is known.packed_sequence_mask_function(
+            torch.empty(0, dtype=torch.float32, device="cpu")
+        ).__code__
+    ):
         found.append(held["packed_sequence_mask"])
         return True
     # Newer versions count rows from the start of each sequence, which is the same where a sequence
     # is one run of positions.
     remap = getattr(known, "remap_positions_for_packed_sequence", None)
-    if remap is not None and code is remap(causal, torch.empty(0)).__code__:
+    if (
+        remap is not None
+        and code is remap(causal, torch.empty(0, dtype=torch.float32, device="cpu")).__code__
+    ):
         return _is_packed_causal(held["mask_function"], found)
     # The window itself is named in `local_size` too.
     return code is known.sliding_window_overlay(1).__code__

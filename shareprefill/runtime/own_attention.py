@@ -167,7 +167,8 @@ def _probe(
     """
     generator = torch.Generator().manual_seed(0)
     query, key, value = (
-        torch.randn(1, heads, _PROBE, dim, generator=generator) for heads, dim in sizes
+        torch.randn(1, heads, _PROBE, dim, generator=generator, dtype=torch.float32, device="cpu")
+        for heads, dim in sizes
     )
     for tensor in (query, key):
         tensor *= (scale * tensor.shape[-1] ** 0.5) ** -0.5

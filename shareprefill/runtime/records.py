@@ -140,7 +140,7 @@ class LayerRecord:
                 *(asked[g.asked] for g in orders.own),
             )
             for heads, share in zip(groups, others, strict=True):
-                work.index_add_(0, heads.clamp(min=0), torch.where(heads >= 0, share, 0.0))
+                work.index_add_(0, heads.clamp(min=0), (heads >= 0).to(work.dtype) * share)
         return work
 
     def _nothing_found(self) -> Tensor:

@@ -375,7 +375,7 @@ class _Totals:
         self.names = [[plan.labels[code] for code in row] for row in policies.T.tolist()]
         self.taken = Counter(name for names in self.names for name in names)
         self.blocks = torch.stack([r.blocks for r in records])
-        self.causal = torch.tensor([r.causal for r in records], dtype=torch.float64)
+        self.causal = torch.tensor([r.causal for r in records], dtype=torch.float64, device="cpu")
         self.covered, self.distances = (
             torch.stack(values)
             for values in ([r.covered for r in records], [r.distances for r in records])

@@ -56,7 +56,7 @@ class ForwardState:
     def maps(self) -> Tensor:
         """Maps of the elected pivots so far, float32 `[C, n_q, n_k]`; zeros for the others."""
         shape = (self.orders.n_clusters, *self.geometry.shape)
-        return torch.zeros(shape, device=self.geometry.device)
+        return torch.zeros(shape, device=self.geometry.device, dtype=torch.float32)
 
     @cached_property
     def elected(self) -> Tensor:

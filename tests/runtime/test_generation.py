@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import logging
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -137,3 +139,22 @@ def test_a_gpu_out_of_memory() -> None:
         torch.cuda.set_per_process_memory_fraction(1.0)
     assert free > 4 * 2**30
     torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("chunk", [0, 16])
+def test_nothing_of_transformers_is_used_that_is_to_go(
+    model: Any, chunk: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Numbers:
+        def decode(self, tokens: list[int], **_: Any) -> str:
+            return " ".join(map(str, tokens))
+
+    logger = logging.getLogger("transformers")
+    logger.addHandler(caplog.handler)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            generate(model, Numbers(), token_ids(40), max_new_tokens=4, prefill_chunk=chunk)
+    finally:
+        logger.removeHandler(caplog.handler)
+    assert not [message for message in caplog.messages if "deprecated" in message]

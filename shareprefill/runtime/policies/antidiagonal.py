@@ -69,7 +69,7 @@ class Antidiagonal(Estimating[Tensor]):
         # Tiles beyond the last row count for nothing.
         weight = (held_rows > 0).float()
         weight = weight / weight.view(n_q, part).sum(1).repeat_interleave(part)
-        maps = torch.empty((len(heads), n_q, n_k), device=heads.device)
+        maps = torch.empty((len(heads), n_q, n_k), device=heads.device, dtype=torch.float32)
         for head in range(len(heads)):
             one = heads[head : head + 1]
             keys = _tiles(inputs.key[kv_heads(inputs, one)], n_k * part, stride)

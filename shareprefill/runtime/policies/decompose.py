@@ -97,7 +97,7 @@ def _fitted_maps(inputs: LayerInputs, heads: Tensor) -> Tensor:
     offset = n_key - n_query
     row = torch.arange(n_q, device=heads.device)[:, None]
     distance = row - torch.arange(n_k, device=heads.device)[None, :]
-    maps = torch.empty((len(heads), n_q, n_k), device=heads.device)
+    maps = torch.empty((len(heads), n_q, n_k), device=heads.device, dtype=torch.float32)
     for some in pieces(len(heads), 24 * inputs.query.shape[2] * _fft_size(inputs), heads.device):
         queries = inputs.query[heads[some]].float() * inputs.scale
         keys = inputs.key[kv_heads(inputs, heads[some])].float()

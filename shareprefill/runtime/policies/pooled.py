@@ -64,7 +64,7 @@ def pooled_maps(inputs: LayerInputs, heads: Tensor) -> Tensor:
     n_q, n_k = count_blocks(n_query, block), count_blocks(n_key, block)
     means = block_means(inputs.key, block)
     where = positions(inputs)
-    maps = torch.empty((len(heads), n_q, n_k), device=heads.device)
+    maps = torch.empty((len(heads), n_q, n_k), device=heads.device, dtype=torch.float32)
     for blocks in pieces(n_q, 8 * block * n_k, heads.device):
         rows = query_blocks(inputs, blocks)
         counts = visible_counts(where[rows], n_key, block).log()

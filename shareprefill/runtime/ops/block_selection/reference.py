@@ -224,7 +224,7 @@ def _means_of_two(
 
     An entry without such neighbours in the map stands for itself.
     """
-    count = torch.zeros(causal.shape, device=maps.device)
+    count = torch.zeros(causal.shape, device=maps.device, dtype=torch.float32)
     total = torch.zeros_like(maps)
     n_q, n_k = causal.shape
     if distance < n_q and step < n_k:

@@ -155,7 +155,10 @@ def head_blocks(
 @lru_cache(maxsize=64)
 def _compile_strips(device: torch.device, has_index: bool) -> None:
     """Searches a map of one entry: the first long prompt then finds its kernels compiled."""
-    maps, gamma = torch.ones((1, 1, 1), device=device), torch.ones(1, device=device)
+    maps, gamma = (
+        torch.ones((1, 1, 1), device=device, dtype=torch.float32),
+        torch.ones(1, device=device, dtype=torch.float32),
+    )
     index = torch.zeros(1, dtype=torch.int64, device=device) if has_index else gamma
     results = (
         torch.empty_like(maps, dtype=torch.uint8),

@@ -75,7 +75,7 @@ def _described(rows: int, columns: int, dtype: torch.dtype) -> tuple[type, dict[
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
     layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=3)
-    one = torch.empty((1, rows, columns), dtype=dtype)
+    one = torch.empty((1, rows, columns), dtype=dtype, device="cpu")
     strides = [rows * columns, columns, 1]
     descriptor = TensorDescriptor(one, list(one.shape), strides, [1, rows, columns], layout)
     return TensorDescriptor, vars(descriptor)

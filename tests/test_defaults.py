@@ -1,0 +1,105 @@
+"""Nothing depends on torch's default dtype and default device, which belong to the caller."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import shareprefill
+from shareprefill import share_prefill
+from shareprefill.artifact import Policy, load_artifact, save_artifact
+from shareprefill.calib.capture import capture
+from shareprefill.config import POLICIES, RuntimeConfig
+from tests.support.tiny import tiny_artifact, tiny_llama, token_ids
+
+P, S, R, V = Policy.PIVOT, Policy.SHARE, Policy.SAMPLED, Policy.VERTICAL_SLASH
+PLANNED = [[P, S, R, V], [S, S, P, R], [V, R, S, S]]
+# Factories whose dtype follows the default one, and those of integers.
+FLOATS = {"empty", "eye", "full", "linspace", "ones", "rand", "randn", "zeros"}
+FACTORIES = FLOATS | {"arange", "as_tensor", "randint", "randperm", "tensor", "triu_indices"}
+CHECKED = ("runtime", "calib", "clustering", "autoencoder", "audit", "artifact.py", "models.py")
+
+
+@pytest.fixture(params=["float64", "bfloat16", "float16", "meta", "cpu"])
+def defaults(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Sets a default when it is called, and takes it back after the test."""
+    yield request.param
+    torch.set_default_dtype(torch.float32)
+    torch.set_default_device(None)
+
+
+def set_defaults(name: str) -> None:
+    if name in ("meta", "cpu"):
+        torch.set_default_device(name)
+    else:
+        torch.set_default_dtype(getattr(torch, name))
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@torch.no_grad()
+def test_sessions_compute_the_same_under_other_defaults(defaults: str, policy: str) -> None:
+    model, ids = tiny_llama(), token_ids(1, 120)
+    artifact = tiny_artifact(model, PLANNED)
+    config = RuntimeConfig(policy=policy, min_tokens=0, max_density=1.0, gamma=0.7)
+
+    def run() -> tuple[torch.Tensor, Any]:
+        with share_prefill(model, artifact, config, measure_recall=True) as session:
+            return model(input_ids=ids).logits, session.report()
+
+    expected, report = run()
+    # What the model itself makes anew would follow the defaults, too.
+    set_defaults(defaults)
+    found, other = run()
+    assert found.dtype == torch.float32
+    assert torch.equal(found, expected)
+    assert repr(other) == repr(report)
+
+
+@torch.no_grad()
+def test_capture_and_artifacts_are_the_same_under_other_defaults(
+    defaults: str, tmp_path: Path
+) -> None:
+    model, ids = tiny_llama(), token_ids(120)
+    artifact, path = tiny_artifact(model, PLANNED), tmp_path / "clusters.st"
+    save_artifact(artifact, path)
+    expected = capture(model, ids, block_size=16, rows=(2,))
+    loaded = load_artifact(path)
+    set_defaults(defaults)
+    found, again = capture(model, ids, block_size=16, rows=(2,)), load_artifact(path)
+    save_artifact(again, tmp_path / "again.st")
+    for name, maps in expected.tensors.items():
+        assert torch.equal(found.tensors[name], maps)
+    assert torch.equal(again.gamma, loaded.gamma)
+    assert (tmp_path / "again.st").read_bytes() == path.read_bytes()
+
+
+def test_every_tensor_is_made_with_its_dtype_and_device() -> None:
+    package = Path(shareprefill.__file__).parent
+    files = [
+        file
+        for name in CHECKED
+        for file in ([package / name] if name.endswith(".py") else (package / name).rglob("*.py"))
+    ]
+    bare = [
+        f"{file.relative_to(package)}:{call.lineno}: {ast.unparse(call)}"
+        for file in files
+        for call in ast.walk(ast.parse(file.read_text()))
+        if isinstance(call, ast.Call) and _is_bare(call)
+    ]
+    assert len(files) > 50
+    assert not bare
+
+
+def _is_bare(call: ast.Call) -> bool:
+    function = call.func
+    if not (isinstance(function, ast.Attribute) and isinstance(function.value, ast.Name)):
+        return False
+    named = {keyword.arg for keyword in call.keywords}
+    if function.value.id != "torch" or function.attr not in FACTORIES or None in named:
+        return False
+    return not named >= ({"dtype", "device"} if function.attr in FLOATS else {"device"})
