@@ -48,6 +48,7 @@ from shareprefill.runtime.policies.oracle import Oracle
 from shareprefill.runtime.policies.sampled import sampled_maps, sampling_work
 from shareprefill.runtime.policies.smoothed import Level
 from shareprefill.runtime.policies.streaming import Streaming
+from shareprefill.tokens import encode
 
 TASKS = (
     *("retr_kv", "retr_passkey", "retr_number", "math_find", "code_run", "variable_tracking"),
@@ -442,7 +443,7 @@ def choose_pivots(maps: list[Tensor], clusters: int) -> Tensor:
 
 def prompt_ids(tokenizer: Any, task: str, length: int, seed: int) -> Tensor:
     """Token ids of a generated prompt."""
-    return torch.tensor(tokenizer(generate(task, tokenizer, length, seed).prompt).input_ids)
+    return encode(tokenizer, generate(task, tokenizer, length, seed).prompt)
 
 
 def show(task: str, length: int, figures: dict[str, dict[str, Any]]) -> None:

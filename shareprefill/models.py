@@ -38,6 +38,11 @@ _PROJECTIONS = ("q_proj", "qkv_proj", "query_key_value", "c_attn", "Wqkv", "W_pa
 _PROJECTIONS += ("q_b_proj", "wq", "query")
 
 
+# Tables of positions, by the names that they have in transformers' decoders.
+_POSITION_TABLES = ("wpe", "embed_positions", "positions_embed", "position_embeddings")
+_POSITION_TABLES += ("position_embedding", "position_embeds_layer", "pos_encoding")
+
+
 @dataclass(frozen=True)
 class ModelGeometry:
     """The sizes of a model's attention: layers L, query heads H, KV heads G, head dimension D."""
@@ -302,7 +307,35 @@ def fingerprint(model: PreTrainedModel) -> Fingerprint:
 def max_length(model: PreTrainedModel | PreTrainedConfig) -> int | None:
     """The tokens that a model's positions reach, None where its configuration sets no limit."""
     config: Any = model.config if isinstance(model, nn.Module) else model
-    return getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    sizes = config.get_text_config(decoder=True)
+    names = ("max_position_embeddings", "max_target_positions")
+    found = [getattr(sizes, name) for name in names if isinstance(getattr(sizes, name, None), int)]
+    table = position_table(model) if isinstance(model, nn.Module) else None
+    return min(found + ([] if table is None else [table]), default=None)
+
+
+def position_table(model: PreTrainedModel) -> int | None:
+    """Rows of a model's table of positions, less those before the first token.
+
+    Returns:
+        The positions after which the model cannot go on; None where positions are computed (rotary
+        ones, ALiBi, tables that grow).
+    """
+    find_decoder: Any = getattr(model, "get_decoder", None)
+    decoder: nn.Module = find_decoder() if find_decoder else model
+    return min((rows for module in decoder.modules() for rows in _tables(module)), default=None)
+
+
+def _tables(module: nn.Module) -> Iterator[int]:
+    for name in _POSITION_TABLES:
+        table = getattr(module, name, None)
+        if isinstance(table, nn.Embedding):
+            # Position ids begin after the padding's row, or at an offset that the class has.
+            first = getattr(table, "offset", None)
+            padding = -1 if table.padding_idx is None else table.padding_idx
+            yield table.num_embeddings - (padding + 1 if first is None else first)
+        elif isinstance(table, Tensor) and table.ndim == 2:
+            yield table.shape[0]
 
 
 def resolve_device(device: str) -> torch.device:

@@ -13,7 +13,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "shareprefill"
 
 # What each part may import of the package, besides itself and the parts named at "common".
-COMMON = {"errors", "config", "files", "container", "models", "artifact", "__init__"}
+COMMON = {"errors", "config", "files", "container", "models", "artifact", "__init__", "tokens"}
 EVERY_STAGE = {
     *("runtime", "calib", "autoencoder", "clustering", "evaluation"),
     *("data", "diagnosis", "report", "audit", "regeneration", "bench", "hub"),

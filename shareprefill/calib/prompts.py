@@ -17,6 +17,7 @@ from shareprefill.config import CalibrateConfig
 from shareprefill.data.sources import HUB, TEXT_FILES, Span, read_rows, reread
 from shareprefill.errors import ConfigError, DataError
 from shareprefill.files import kind_of, printable
+from shareprefill.tokens import encode
 
 MIXTURE = "mixture"
 TEXT = "text"
@@ -103,7 +104,7 @@ def _generated(tasks: tuple[str, ...], config: CalibrateConfig, tokenizer: Any) 
         # A seed of its own for every prompt: one more sample leaves the others as they are.
         seed = config.seed * 1_000_003 + number
         example = generate(task, tokenizer, config.length, seed)
-        yield Prompt(task, _encode(example.prompt, tokenizer))
+        yield Prompt(task, encode(tokenizer, example.prompt))
         number += 1
 
 
@@ -133,7 +134,7 @@ def _from_texts(
     for text in texts:
         if text is None:
             continue
-        ids = _encode(text, tokenizer)
+        ids = encode(tokenizer, text)
         if len(ids) > config.length:
             # The instruction stands at the beginning, the question at the end: cut the middle.
             head = config.length // 2
@@ -159,7 +160,3 @@ def _row_text(row: Any) -> str | None:
 def _hub_texts(address: str, config: CalibrateConfig) -> Iterator[str | None]:
     for row in islice(read_rows(address), config.samples * _HUB_ROWS_PER_SAMPLE):
         yield _row_text(row.values)
-
-
-def _encode(text: str, tokenizer: Any) -> Tensor:
-    return torch.tensor(tokenizer(text).input_ids, dtype=torch.int64, device="cpu")

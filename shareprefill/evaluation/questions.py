@@ -27,6 +27,7 @@ from shareprefill.evaluation.longcontext_suites import BENCHMARKS, benchmark_row
 from shareprefill.evaluation.results import PERPLEXITY
 from shareprefill.evaluation.scores import SCORES, Reference
 from shareprefill.files import kind_of, printable
+from shareprefill.tokens import encode
 
 GENERATED: tuple[str, ...] = (*TASKS, *NIAH_TASKS)
 """Generated tasks."""
@@ -151,20 +152,20 @@ def _generated(task: str, length: int, seed: int, number: int, tokenizer: Any) -
     if task in NIAH_TASKS:
         metric, new_tokens = "string_match_all", 2 * answer + 8
     return Question(
-        _encode(example.prompt, tokenizer), metric, Reference(example.answers), new_tokens
+        encode(tokenizer, example.prompt), metric, Reference(example.answers), new_tokens
     )
 
 
 def _shipped_text(length: int, config: EvalConfig, tokenizer: Any) -> Iterator[Tensor]:
     for number in range(config.samples):
         example = generate("text", tokenizer, length, _seed(config.seed, number))
-        yield _encode(example.prompt, tokenizer)
+        yield encode(tokenizer, example.prompt)
 
 
 def _pieces(texts: Iterator[str], length: int, tokenizer: Any) -> Iterator[Tensor]:
     """Texts in pieces of exactly `length` tokens; what is left over at a text's end is left out."""
     for text in texts:
-        ids = _encode(text, tokenizer)
+        ids = encode(tokenizer, text)
         # Models that expect a first token of their own expect it before every piece.
         first = ids[:1] if ids[:1].tolist() == [tokenizer.bos_token_id] else ids[:0]
         body, size = ids[len(first) :], length - len(first)
@@ -177,7 +178,7 @@ def _rows(
 ) -> list[Question]:
     questions = []
     for number, row in enumerate(islice(benchmark_rows(benchmark, address), config.samples)):
-        ids = _encode(row.prompt, tokenizer)
+        ids = encode(tokenizer, row.prompt)
         if len(ids) > length and not config.cut_middle:
             raise ConfigError(
                 f"row {number} of {address} has {len(ids)} tokens, beyond the length of {length}: "
@@ -194,7 +195,3 @@ def _rows(
             "--samples"
         )
     return questions
-
-
-def _encode(text: str, tokenizer: Any) -> Tensor:
-    return torch.tensor(tokenizer(text).input_ids, dtype=torch.int64)

@@ -25,6 +25,7 @@ from shareprefill.evaluation.runner import (
 from shareprefill.evaluation.workers import WorkerPool
 from shareprefill.files import locked_folder
 from shareprefill.models import load_tokenizer
+from shareprefill.runtime.generation import check_positions
 
 Progress = Callable[[int, int], None]
 """Called with (outcomes done, outcomes in all)."""
@@ -130,6 +131,8 @@ def measure_variants(
     """
     # All prompts first: a task that cannot be used is known before an hour has passed.
     questions = ask(runner.config, runner.tokenizer, runner.context.longest)
+    for question in (question for asked in questions.values() for question in asked):
+        check_positions(runner.model, len(question.input_ids), max(1, question.new_tokens))
     run = partial(runner.run, variants)
     return measure_all(runner.context, questions, variants, runner.config, cache, run, progress)
 

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from shareprefill.artifact import Artifact, model_to_load
 from shareprefill.config import RuntimeConfig
-from shareprefill.models import load_model, load_tokenizer
+from shareprefill.models import load_model, load_tokenizer, max_length
 from shareprefill.runtime.generation import (
     Generation,
+    check_positions,
     encode_prompt,
     generate,
     relative_error,
     warm_up,
 )
 from shareprefill.runtime.session import SessionReport, share_prefill
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -90,6 +94,14 @@ def answer(
     tokenizer = load_tokenizer(name, trust_remote_code=trust_remote_code)
     network = load_model(name, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     input_ids = encode_prompt(network, tokenizer, prompt)
+    check_positions(network, len(input_ids), max_new_tokens)
+    longest, needed = max_length(network), len(input_ids) + max_new_tokens - 1
+    if longest is not None and needed > longest:
+        logger.warning(
+            "prompt and new tokens are %d, beyond the %d that the model was made for: "
+            "what comes after them may be worse",
+            *(needed, longest),
+        )
     session = share_prefill(network, artifact, config, measure_recall=measure_recall)
     warm_up(network, input_ids)
     with session:

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from shareprefill.errors import ConfigError, DataError
-from shareprefill.models import geometry, max_length
+from shareprefill.models import geometry, max_length, position_table
 from shareprefill.runtime.interface import attached, dense_attention, is_attached
 from shareprefill.runtime.streaming import TextStream
+from shareprefill.tokens import encode_some
 
 # Tokens that a chunk is a multiple of.
 _CHUNK = 2048
@@ -48,18 +49,47 @@ def encode_prompt(model: Any, tokenizer: Any, prompt: str) -> Tensor:
     """Token ids of a prompt, int64 `[N]`.
 
     Raises:
-        DataError: the prompt is empty.
+        DataError: the prompt is empty, or no token is left of it.
         ConfigError: it is longer than the model's maximum.
     """
-    if not prompt.strip():
-        raise DataError("the prompt is empty: write some text into it")
-    ids = torch.tensor(tokenizer(prompt).input_ids, dtype=torch.int64, device="cpu")
+    ids = encode_some(tokenizer, prompt)
     longest = max_length(model)
     if longest is not None and len(ids) > longest:
         raise ConfigError(
             f"the prompt has {len(ids)} tokens, beyond the model's maximum of {longest}; shorten it"
         )
     return ids
+
+
+def check_positions(model: Any, tokens: int, new_tokens: int) -> None:
+    """Checks, before a prefill is paid for, that a model has a position for every token.
+
+    A model with a table of positions (learned ones, or sinusoids made beforehand) ends where its
+    table ends; with rotary positions it goes on beyond its maximum.
+
+    Args:
+        model: A transformers decoder.
+        tokens: Of the prompt.
+        new_tokens: To be generated at most; the last one is never read.
+
+    Raises:
+        ConfigError: the table is too short, or no new token is asked for.
+        DataError: the prompt has no tokens.
+    """
+    if tokens == 0:
+        raise DataError("the prompt has no tokens: write some text into it")
+    if new_tokens < 1:
+        raise ConfigError(f"max_new_tokens = {new_tokens} is not allowed: it must be at least 1")
+    needed = tokens + new_tokens - 1
+    table = position_table(model)
+    if table is not None and needed > table:
+        shorter = [f"shorten the prompt to {table - new_tokens + 1}"] if new_tokens <= table else []
+        if tokens <= table:
+            shorter.append(f"lower --max-new-tokens (max_new_tokens) to {table - tokens + 1}")
+        raise ConfigError(
+            f"{tokens} tokens of prompt and {new_tokens} new ones need {needed} positions, and the "
+            f"model has a table of {table}: {' or '.join(shorter) or 'shorten both'}"
+        )
 
 
 def warm_up(model: Any, input_ids: Tensor) -> None:
@@ -207,7 +237,13 @@ def generate(
 
     Returns:
         The text and the timings.
+
+    Raises:
+        ConfigError: prompt and new tokens need more positions than the model has, or no new token
+            is asked for.
+        DataError: the prompt has no tokens.
     """
+    check_positions(model, len(input_ids), max_new_tokens)
     device = _device(model)
     stops = _stop_tokens(model)
     with _last_hidden(model) as hidden:

@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
 from shareprefill import share_prefill
 from shareprefill.artifact import Policy
 from shareprefill.config import RuntimeConfig
-from shareprefill.errors import ConfigError
-from shareprefill.models import load_model, load_tokenizer
+from shareprefill.errors import ConfigError, DataError
+from shareprefill.models import load_model, load_tokenizer, max_length, position_table
 from shareprefill.runtime import generation
 from shareprefill.runtime.generation import chunk_tokens, generate, prefill
 from tests.support.allocation import LargestTensor
@@ -158,3 +159,82 @@ def test_nothing_of_transformers_is_used_that_is_to_go(
     finally:
         logger.removeHandler(caplog.handler)
     assert not [message for message in caplog.messages if "deprecated" in message]
+
+
+SMALL: dict[str, Any] = {"vocab_size": 40, "bos_token_id": 0, "eos_token_id": None}
+GPT2 = {"n_positions": 30, "n_embd": 16, "n_layer": 1, "n_head": 2}
+BART: dict[str, Any] = {"d_model": 16, "decoder_layers": 1, "decoder_attention_heads": 2}
+BART |= {"max_position_embeddings": 30, "encoder_layers": 1, "is_decoder": True}
+PLAIN: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+PLAIN |= {"max_position_embeddings": 30, "intermediate_size": 16}
+TABLES: dict[str, tuple[str, str, dict[str, Any], int]] = {
+    "gpt2": ("GPT2", "GPT2LMHeadModel", GPT2, 30),
+    "gpt-bigcode": ("GPTBigCode", "GPTBigCodeForCausalLM", GPT2, 30),
+    "gpt-neo": (
+        "GPTNeo",
+        "GPTNeoForCausalLM",
+        {**PLAIN, "num_layers": 1, "num_heads": 2, "attention_types": [[["global"], 1]]},
+        30,
+    ),
+    "opt": ("OPT", "OPTForCausalLM", {**PLAIN, "ffn_dim": 16, "word_embed_proj_dim": 16}, 30),
+    "biogpt": ("BioGpt", "BioGptForCausalLM", PLAIN, 30),
+    "bart": ("Bart", "BartForCausalLM", BART, 30),
+    "pegasus": ("Pegasus", "PegasusForCausalLM", BART, 30),
+    "bert": ("Bert", "BertLMHeadModel", {**PLAIN, "is_decoder": True}, 30),
+    "roberta": ("Roberta", "RobertaForCausalLM", {**PLAIN, "is_decoder": True}, 28),
+    "gpt-j": ("GPTJ", "GPTJForCausalLM", {**GPT2, "rotary_dim": 4}, 30),
+    "codegen": ("CodeGen", "CodeGenForCausalLM", {**GPT2, "n_head": 4, "rotary_dim": 4}, 30),
+    "ctrl": ("CTRL", "CTRLLMHeadModel", {**GPT2, "dff": 16}, 30),
+}
+
+
+@pytest.mark.parametrize("family", TABLES)
+def test_a_table_of_positions_ends_where_it_is_said_to(family: str) -> None:
+    config, name, sizes, limit = TABLES[family]
+    options = {**SMALL, "pad_token_id": 1, **sizes}
+    network = getattr(transformers, name)(getattr(transformers, f"{config}Config")(**options))
+    network.eval()
+    assert position_table(network) == limit
+    assert max_length(network) == limit
+    with torch.no_grad():
+        network(input_ids=torch.full((1, limit), 5))
+        with pytest.raises((IndexError, RuntimeError)):
+            network(input_ids=torch.full((1, limit + 1), 5))
+
+
+class _Letters:
+    def decode(self, tokens: list[int], **_: Any) -> str:
+        return "x" * len(tokens)
+
+
+def test_prompt_and_new_tokens_beyond_the_positions_are_refused_before_the_prefill() -> None:
+    network = transformers.GPT2LMHeadModel(transformers.GPT2Config(**SMALL, **GPT2)).eval()
+    # The last new token is never read, so it needs no position.
+    found = generate(network, _Letters(), torch.full((21,), 5), max_new_tokens=10)
+    assert (found.prompt_tokens, found.new_tokens) == (21, 10)
+    network.forward = None
+    for tokens, new, way_out in (
+        (22, 10, r"shorten the prompt to 21 or lower --max-new-tokens .* to 9"),
+        (40, 10, r"shorten the prompt to 21$"),
+        (5, 100, r"lower --max-new-tokens .* to 26$"),
+        (40, 100, r"shorten both"),
+    ):
+        with pytest.raises(ConfigError, match=f"the model has a table of 30: {way_out}"):
+            generate(network, _Letters(), torch.full((tokens,), 5), max_new_tokens=new)
+
+
+def test_rotary_positions_have_no_end(model: Any) -> None:
+    small = tiny_llama(max_position_embeddings=64)
+    assert position_table(small) is None
+    found = generate(small, _Letters(), token_ids(60), max_new_tokens=10)
+    assert found.new_tokens == 10
+    bloom = {"hidden_size": 16, "n_layer": 1, "n_head": 2, "vocab_size": 40}
+    assert position_table(transformers.BloomForCausalLM(transformers.BloomConfig(**bloom))) is None
+
+
+def test_no_prompt_and_no_new_tokens_are_refused(model: Any) -> None:
+    with pytest.raises(DataError, match="the prompt has no tokens"):
+        generate(model, _Letters(), token_ids(0), max_new_tokens=3)
+    for number in (0, -1):
+        with pytest.raises(ConfigError, match=f"max_new_tokens = {number} is not allowed"):
+            generate(model, _Letters(), token_ids(9), max_new_tokens=number)

@@ -26,6 +26,7 @@ from shareprefill.calib.tasks.retrieval import (
     PasskeyDraft,
 )
 from shareprefill.errors import ConfigError, DataError
+from shareprefill.tokens import encode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -63,7 +64,7 @@ def generate(task: str, tokenizer: PreTrainedTokenizerBase, length: int, seed: i
     Args:
         task: One of `TASKS` or `NIAH_TASKS`, or `text`.
         tokenizer: Tokenizer of the model; the special tokens it adds by itself are counted.
-        length: Most tokens of the prompt, as `tokenizer(prompt).input_ids` counts them.
+        length: Most tokens of the prompt, as `tokens.encode` counts them.
         seed: Picks the example.
 
     Raises:
@@ -75,7 +76,7 @@ def generate(task: str, tokenizer: PreTrainedTokenizerBase, length: int, seed: i
     draft = _DRAFTS[task](random.Random(f"{task}-{seed}"), length)
 
     def count(size: int) -> int:
-        return len(tokenizer(draft.render(size).prompt).input_ids)
+        return len(encode(tokenizer, draft.render(size).prompt))
 
     smallest = count(draft.smallest)
     if smallest > length:
