@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from shareprefill.errors import ConfigError, ModelError, UnsupportedError
 from shareprefill.files import printable
+from shareprefill.weights import attention_weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -281,25 +282,37 @@ def _widest(found: set[tuple[Any, ...]], heads: Any) -> tuple[int | None, int | 
 def fingerprint(model: PreTrainedModel) -> Fingerprint:
     """What tells this model's attention from another's.
 
-    The hash is over the attention modules' parameters by layer and name: names, shapes, values.
+    The hash is over the attention modules' weights by layer and name: names, shapes, values.
     Values are first rounded to what both bfloat16 and float16 hold, so that a bfloat16 checkpoint
-    has one fingerprint whether it is loaded as float32, bfloat16 or float16.
+    has one fingerprint whether it is loaded as float32, bfloat16 or float16. Quantised weights
+    count with the values that they stand for, so a quantised model has a fingerprint of its own:
+    other weights than the model that it was made from, and the same before and after a forward
+    pass.
 
     Raises:
-        UnsupportedError: weights lie on the meta device, or `geometry` refuses the model.
+        UnsupportedError: a layer has no weights, they lie on the meta device or cannot be read, or
+            `geometry` refuses the model.
     """
     sizes = geometry(model)
     digest = hashlib.sha256()
     for layer in attention_layers(model):
+        matrices = 0
         with _in_memory(layer.module):
-            for name, parameter in sorted(layer.module.named_parameters()):
-                if parameter.is_meta:
+            for name, weight in sorted(attention_weights(layer.module), key=lambda pair: pair[0]):
+                if weight.is_meta:
                     raise UnsupportedError(
                         f"the weights of layer {layer.index} are not in memory (meta device): load "
                         "the model with its weights to compare it with an artifact"
                     )
-                digest.update(f"{layer.index} {name} {list(parameter.shape)}\n".encode())
-                digest.update(_canonical_bytes(parameter))
+                matrices += weight.ndim >= 2
+                digest.update(f"{layer.index} {name} {list(weight.shape)}\n".encode())
+                digest.update(_canonical_bytes(weight))
+        if matrices == 0:
+            raise UnsupportedError(
+                f"no weights were found in the attention of layer {layer.index} "
+                f"({type(layer.module).__name__}): this way of storing them is not supported, so "
+                "an artifact cannot be compared with the model; load it unquantised"
+            )
     model_type = model.config.get_text_config(decoder=True).model_type
     return Fingerprint(model_type, sizes, digest.hexdigest())
 
@@ -528,12 +541,7 @@ def _in_memory(module: nn.Module) -> Iterator[None]:
         yield
 
 
-def _canonical_bytes(parameter: Tensor) -> memoryview:
-    values = parameter.detach()
-    # Tensor parallelism leaves each process a part: all of them gather the whole.
-    gather = getattr(values, "full_tensor", None)
-    if gather is not None:
-        values = gather()
+def _canonical_bytes(values: Tensor) -> memoryview:
     if values.is_floating_point():
         values = values.to(torch.bfloat16).to(torch.float16)
     return values.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data

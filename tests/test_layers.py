@@ -13,7 +13,17 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "shareprefill"
 
 # What each part may import of the package, besides itself and the parts named at "common".
-COMMON = {"errors", "config", "files", "container", "models", "artifact", "__init__", "tokens"}
+COMMON = {
+    "errors",
+    "config",
+    "files",
+    "container",
+    "models",
+    "artifact",
+    "__init__",
+    "tokens",
+    "weights",
+}
 EVERY_STAGE = {
     *("runtime", "calib", "autoencoder", "clustering", "evaluation"),
     *("data", "diagnosis", "report", "audit", "regeneration", "bench", "hub"),
