@@ -7,8 +7,8 @@ Lists hold sink blocks, a local window, per-pattern vertical columns and random 
 seed; block counts are exact, so that the density is the one asked for. TFLOP/s counts 4 D flops per
 visible token pair of the computed blocks (2 D where no output is made). `floor` is the least time
 that the device's measured rates allow: all products, each tensor read or written once, or an
-exponential for each pair. Of other kernels the time is without making their lists; of
-`impl="fa4"` with. `ms` are medians of `do_bench`, `device ms` are without the host (timing.py). All
+exponential for each pair. Of other kernels the time is without making their lists.
+`ms` are medians of `do_bench`, `device ms` are without the host (timing.py). All
 ratios are of one run, on one device, for the versions that the header names. A kernel of others
 that fails is a line "missing"; a failing kernel of our own ends the run.
 """

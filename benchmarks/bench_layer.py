@@ -48,7 +48,7 @@ from shareprefill.runtime import sharing
 from shareprefill.runtime.ops.block_sparse_attention import block_sparse_attention
 from shareprefill.runtime.sharing import LayerPass
 
-IMPLS = ("auto", "triton", "hopper", "fa4")
+IMPLS = ("auto", "triton", "hopper")
 STREAM = 8
 # A longer layer is timed few times.
 LONG_MS = 100.0
@@ -89,8 +89,7 @@ def layer_time(make: Callable[[], LayerPass], impl: str, device: str, repeats: i
             eager=eager,
             stream=stream,
             device=device_ms(run, host, few),
-            # FlashAttention-4's launches were never captured.
-            graph=None if impl in ("auto", "fa4") else graph_time(run, few),
+            graph=graph_time(run, few),
             choice=device_ms(choose, host, few),
             host=host,
             launches=count_launches(run),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -202,9 +203,21 @@ def missing_baseline(name: str, query: torch.Tensor, key: torch.Tensor) -> str |
     if query.device.type != "cuda":
         return "needs a CUDA GPU"
     if name == "fa4":
-        from shareprefill.runtime.ops.block_sparse_attention import fa4
-
-        return fa4.unavailable(query.device)
+        return _missing_flash_attention_4(query.device)
     if name in ("cudnn", "flash"):
         return (CUDNN if name == "cudnn" else FLASH).refusal(query, key)
+    return None
+
+
+def _missing_flash_attention_4(device: torch.device) -> str | None:
+    """Why FlashAttention-4 cannot be timed on a GPU; None where it can."""
+    if (
+        importlib.util.find_spec("flash_attn") is None
+        or importlib.util.find_spec("cutlass") is None
+    ):
+        return "needs flash-attn-4 and nvidia-cutlass-dsl: pip install --group bench"
+    capability = torch.cuda.get_device_capability(device)
+    # Its Blackwell kernel takes lists for 256 query rows at a time, its others take none.
+    if capability[0] != 9:
+        return f"needs compute capability 9, got {capability[0]}.{capability[1]}"
     return None

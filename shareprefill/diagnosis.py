@@ -165,7 +165,7 @@ def _implementations() -> list[Check]:
         why = "needs a CUDA GPU" if importlib.util.find_spec("triton") else "not installed"
         checks.append(Check("attention: triton", ABSENT, why))
     else:
-        for name in ("triton", "hopper", "fa4"):
+        for name in ("triton", "hopper"):
             reason = unavailable(name, torch.device(device))
             absent = Check(f"attention: {name}", ABSENT, reason or "")
             checks.append(absent if reason else _compare(name, device))

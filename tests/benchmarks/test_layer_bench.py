@@ -106,7 +106,7 @@ def test_layers_take_the_implementation_that_is_asked_for(inputs: Any) -> None:
     from shareprefill.errors import UnsupportedError
 
     make = inputs.layer(uniform_plan(PLANS["shared"], EVERY))
-    with implementation("fa4"), pytest.raises(UnsupportedError, match="impl='fa4'"):
+    with implementation("hopper"), pytest.raises(UnsupportedError, match="impl='hopper'"):
         make().run()
     make().run()
 

@@ -9,14 +9,13 @@ import torch
 from shareprefill.errors import ConfigError, UnsupportedError
 from shareprefill.runtime.ops.inputs import require_triton
 
-ATTENTION = ("reference", "blockwise", "triton", "hopper", "fa4")
+ATTENTION = ("reference", "blockwise", "triton", "hopper")
 
 # Faster than Triton's, by the first number of the compute capability, the fastest first. From one
 # run of benchmarks/bench_kernels.py on an H100 (docs/performance.md); a GPU without an entry was
 # not measured and gets Triton's.
-_FASTER: dict[int, tuple[str, ...]] = {9: ("hopper", "fa4")}
+_FASTER: dict[int, tuple[str, ...]] = {9: ("hopper",)}
 _NAMES = {
-    "fa4": "FlashAttention-4",
     "hopper": "our Hopper kernel",
     "triton": "our Triton kernel",
 }
@@ -76,10 +75,9 @@ def _refusal(
     name: str, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, block_size: int
 ) -> str | None:
     """Why an implementation does not take a call; the rest take whatever their door lets in."""
-    from shareprefill.runtime.ops.block_sparse_attention import fa4, hopper
+    from shareprefill.runtime.ops.block_sparse_attention import hopper
 
-    supports = {"hopper": hopper.supports, "fa4": fa4.supports}.get(name)
-    return None if supports is None else supports(query, key, value, block_size)
+    return hopper.supports(query, key, value, block_size) if name == "hopper" else None
 
 
 def describe(device: torch.device | str) -> list[Choice]:
@@ -128,11 +126,9 @@ def _describe_pooled(device: torch.device) -> Choice:
 
 def unavailable(name: str, device: torch.device) -> str | None:
     """Why an implementation of block-sparse attention cannot run on a device; None if it can."""
-    from shareprefill.runtime.ops.block_sparse_attention import fa4
     from shareprefill.runtime.ops.hopper import launch
 
-    reason = {"hopper": launch.unavailable, "fa4": fa4.unavailable}.get(name)
-    return None if reason is None else reason(device)
+    return launch.unavailable(device) if name == "hopper" else None
 
 
 def _faster(device: torch.device) -> tuple[str, ...]:

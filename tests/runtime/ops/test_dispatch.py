@@ -33,22 +33,18 @@ def choose() -> str:
 
 
 def test_the_fastest_that_takes_a_call_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
-    names = dispatch._FASTER[9]
-    use(monkeypatch, 9, {"hopper": None, "fa4": None})
-    assert choose() == names[0]
-    use(monkeypatch, 9, {"hopper": None, "fa4": None} | {names[0]: "not here"})
-    assert choose() == names[1]
-    use(monkeypatch, 9, {"hopper": "not here", "fa4": "nor here"})
+    use(monkeypatch, 9, {"hopper": None})
+    assert choose() == "hopper"
+    use(monkeypatch, 9, {"hopper": "not here"})
     assert choose() == "triton"
-    use(monkeypatch, 8, {"hopper": None, "fa4": None})
+    use(monkeypatch, 8, {"hopper": None})
     assert choose() == "triton"
 
 
 def test_what_is_as_fast_as_dense_attention(monkeypatch: pytest.MonkeyPatch) -> None:
     for generation, refusals, fast in (
         (9, {"hopper": None}, True),
-        (9, {"hopper": "not here", "fa4": None}, True),
-        (9, {"hopper": "not here", "fa4": "nor here"}, False),
+        (9, {"hopper": "not here"}, False),
         (8, {"hopper": None}, False),
     ):
         use(monkeypatch, generation, refusals)
@@ -74,11 +70,11 @@ def test_a_cpu_is_described_without_a_gpu() -> None:
 
 
 def test_a_description_names_what_is_missed(monkeypatch: pytest.MonkeyPatch) -> None:
-    use(monkeypatch, 9, {"hopper": "not here", "fa4": None})
+    use(monkeypatch, 9, {"hopper": "not here"})
     attention = describe("cuda")[0]
-    assert attention.implementation == "fa4"
+    assert attention.implementation == "triton"
     assert attention.reason.endswith("hopper would be faster, but not here")
-    use(monkeypatch, 9, {"hopper": None, "fa4": None})
+    use(monkeypatch, 9, {"hopper": None})
     attention = describe("cuda")[0]
     assert attention.implementation == "hopper"
     assert "would be faster" not in attention.reason

@@ -1,6 +1,5 @@
 """Causal attention over listed key blocks."""
 
 from shareprefill.runtime.ops.block_sparse_attention.api import block_sparse_attention
-from shareprefill.runtime.ops.block_sparse_attention.packed import packed_block_sparse_attention
 
-__all__ = ["block_sparse_attention", "packed_block_sparse_attention"]
+__all__ = ["block_sparse_attention"]

@@ -88,8 +88,7 @@ def block_sparse_attention(
         return_lse: also return the natural log-sum-exp of each row's logits, scaled and bounded;
             it counts the sink, so that `exp(logit - lse)` is the weight of a key.
         impl: "auto" (the fastest that takes the call, see `ops.dispatch`), or one of
-            "reference", "blockwise", "triton", "hopper" (Hopper GPUs) and "fa4"
-            (FlashAttention-4 on Hopper GPUs, from the extra `fa4`).
+            "reference", "blockwise", "triton" and "hopper" (Hopper GPUs).
 
     Returns:
         `[H, Nq, Dv]` in query's dtype; with `return_lse` also float32 `[H, Nq]`: -inf for heads
@@ -134,10 +133,6 @@ def _attend_function(impl: str) -> Callable[..., None]:
         from shareprefill.runtime.ops.block_sparse_attention import hopper
 
         return hopper.attend
-    if impl == "fa4":
-        from shareprefill.runtime.ops.block_sparse_attention import fa4
-
-        return fa4.attend
     return {"reference": reference.attend, "blockwise": blockwise.attend}[impl]
 
 

@@ -1,20 +1,15 @@
-"""Launches of the Triton kernels of block-sparse attention."""
+"""Launch of the Triton kernel of block-sparse attention."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from functools import lru_cache
-from itertools import accumulate
 from typing import Any
 
 import torch
 import triton
 
-from shareprefill.runtime.ops.block_sparse_attention.triton_kernel import (
-    block_sparse_kernel,
-    packed_kernel,
-)
+from shareprefill.runtime.ops.block_sparse_attention.triton_kernel import block_sparse_kernel
 from shareprefill.runtime.ops.blocks import BlockLists
 from shareprefill.runtime.ops.devices import device_of
 from shareprefill.runtime.ops.triton_tiles import (
@@ -38,7 +33,7 @@ def kernel_constants(
     has_softcap: bool = False,
     has_sinks: bool = False,
 ) -> dict[str, Any]:
-    """Compile-time arguments of `block_sparse_kernel` and `packed_kernel`."""
+    """Compile-time arguments of `block_sparse_kernel`."""
     return {
         "SHARED": shared,
         "HEAD_DIM": head_dim,
@@ -104,82 +99,6 @@ def attend(
             **constants,
             **tiles.launch_options(),
         )
-
-
-def attend_packed(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    lists: Sequence[BlockLists],
-    cu_seqlens_q: torch.Tensor,
-    cu_seqlens_k: torch.Tensor,
-    scale: float,
-    out: torch.Tensor,
-    lse: torch.Tensor | None,
-    softcap: float | None,
-    sinks: torch.Tensor | None,
-) -> None:
-    """Fill `out` (and `lse`) in one launch; arguments as in `packed_block_sparse_attention`.
-
-    Raises:
-        UnsupportedError: as `attend` does.
-    """
-    size = lists[0].block_size
-    n_heads, n_total, _ = query.shape
-    tiles, constants = _settings(query, key, value, size, lse, softcap, sinks)
-    tiles_per_block = size // tiles.block_m
-    # Capacities are known to the host, what they hold only to the device.
-    starts = accumulate((len(each.indices) for each in lists), initial=0)
-    offsets = torch.cat([each.offsets + start for each, start in zip(lists, starts, strict=False)])
-    sizes = tuple((each.n_q, len(each.offsets)) for each in lists)
-    n_tiles = sum(each.n_q for each in lists) * tiles_per_block
-    with device_of(query):
-        packed_kernel[(n_tiles * n_heads,)](
-            query,
-            key,
-            value,
-            out,
-            out if lse is None else lse,
-            offsets,
-            torch.cat([each.indices for each in lists]),
-            torch.stack([each.head_to_list for each in lists]),
-            out if sinks is None else sinks,
-            _layout(sizes, tiles_per_block, query.device),
-            cu_seqlens_q,
-            cu_seqlens_k,
-            query.stride(0),
-            query.stride(1),
-            key.stride(0),
-            key.stride(1),
-            value.stride(0),
-            value.stride(1),
-            out.stride(0),
-            out.stride(1),
-            n_heads,
-            n_tiles,
-            len(lists),
-            n_total,
-            *_scales(scale, softcap),
-            **constants,
-            **tiles.launch_options(),
-        )
-
-
-@lru_cache(maxsize=64)
-def _layout(
-    sizes: tuple[tuple[int, int], ...], tiles_per_block: int, device: torch.device
-) -> torch.Tensor:
-    """First tile, start of the offsets and query blocks of each sequence, int32 `[3, n]`.
-
-    Args:
-        sizes: query blocks and number of offsets of each sequence.
-        tiles_per_block: query tiles of a block.
-        device: device of the result, to which the first call with a layout copies it.
-    """
-    first_tiles = accumulate((n_q * tiles_per_block for n_q, _ in sizes), initial=0)
-    first_offsets = accumulate((n_offsets for _, n_offsets in sizes), initial=0)
-    rows = [list(first_tiles)[:-1], list(first_offsets)[:-1], [n_q for n_q, _ in sizes]]
-    return torch.tensor(rows, dtype=torch.int32, device=device)
 
 
 def _settings(
