@@ -212,22 +212,67 @@ def attention_layers(model: nn.Module) -> list[AttentionLayer]:
     Layers without attention (state-space or linear ones) are left out.
 
     Raises:
-        UnsupportedError: a layer has several of them.
+        UnsupportedError: a layer has several of them, or one of them serves several layers.
     """
     find_decoder: Any = getattr(model, "get_decoder", None)
     decoder: nn.Module = find_decoder() if find_decoder else model
+    types = _layer_types(model)
     found: dict[int, nn.Module] = {}
+    names: dict[int, str] = {}
+    nameless = ""
     for name, module in decoder.named_modules():
         index = getattr(module, "layer_idx", None)
-        if not isinstance(index, int) or not _is_attention(module):
+        if not _is_attention(module) or not hasattr(module, "layer_idx"):
+            continue
+        if not isinstance(index, int) or index < 0:
+            nameless = type(module).__name__
+            continue
+        if index < len(types) and not _attends(types[index]):
+            continue
+        # A part of a layer's attention, which holds its projections.
+        if index in found and name.startswith(f"{names[index]}."):
             continue
         if index in found:
             raise UnsupportedError(
                 f"layer {index} has several attention modules, {name} among them: only decoders "
                 "with one self-attention a layer are supported"
             )
-        found[index] = module
+        found[index], names[index] = module, name
+    if nameless and not found:
+        raise UnsupportedError(
+            f"{nameless} does not know its layer, as one module serves several layers: a plan by "
+            "layer cannot be followed in it; run the model without a session"
+        )
     return [AttentionLayer(index, found[index]) for index in sorted(found)]
+
+
+def _layer_types(model: nn.Module) -> list[str]:
+    """The configuration's words for the layers; empty where it has none."""
+    config: Any = getattr(model, "config", None)
+    if config is None:
+        return []
+    text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+    return list(getattr(text, "layer_types", None) or ())
+
+
+def _attends(layer_type: str) -> bool:
+    """Whether transformers' word for a layer may be one of softmax attention."""
+    return not any(word in layer_type for word in ("linear", "mamba", "conv", "mlp", "recurrent"))
+
+
+def require_attention(model: nn.Module) -> None:
+    """Refuses a model whose configuration says that no layer has softmax attention.
+
+    Raises:
+        UnsupportedError: it says so.
+    """
+    types = _layer_types(model)
+    if types and not any(map(_attends, types)):
+        raise UnsupportedError(
+            f"no layer of this {type(model).__name__} has softmax attention (its layers: "
+            f"{', '.join(sorted(set(types)))}), so there is nothing to share; run it without a "
+            "session"
+        )
 
 
 def geometry(model: PreTrainedModel) -> ModelGeometry:
@@ -240,6 +285,7 @@ def geometry(model: PreTrainedModel) -> ModelGeometry:
         UnsupportedError: there is no attention in it, or the number of heads differs from layer to
             layer.
     """
+    require_attention(model)
     config = model.config.get_text_config(decoder=True)
     layers = attention_layers(model)
     if not layers:

@@ -54,7 +54,7 @@ class Attachment:
         modules: The decoder and its attention modules; none once detached.
         configs: The configurations that name their implementation; none once detached.
         replaced: The implementation that the decoder had before all attachments.
-        watch: Removes the check before the model's forward passes.
+        watch: Remove the checks before and after the model's forward passes.
     """
 
     handler: Callable[[Any], Tensor] | None
@@ -62,20 +62,23 @@ class Attachment:
     modules: list[nn.Module] = field(default_factory=list)
     configs: list[Any] = field(default_factory=list)
     replaced: str | None = None
-    watch: Any = None
+    watch: list[Any] = field(default_factory=list)
 
     @property
     def own(self) -> bool:
         """Whether the model computes its attention by itself."""
         return self.handler is None
 
-    def attach(self, decoder: nn.Module, switch: Callable[[], None], check: Any) -> None:
+    def attach(
+        self, decoder: nn.Module, switch: Callable[[], None], before: Any, after: Any
+    ) -> None:
         """Makes it hold for a model.
 
         Args:
             decoder: A transformers decoder.
             switch: Sets the decoder's attention implementation.
-            check: Runs before every forward pass of the decoder, as its hook.
+            before: Runs before every forward pass of the decoder, as its hook.
+            after: Runs after every forward pass of the decoder that raised nothing, as its hook.
         """
         attention = [m for m in decoder.modules() if getattr(m, "layer_idx", None) is not None]
         with _lock:
@@ -87,7 +90,10 @@ class Attachment:
                 use = _uses.setdefault(id(config), _Use(config, config._attn_implementation))
                 use.attachments += 1
             self.replaced = _uses[id(decoder.config)].replaced
-            self.watch = decoder.register_forward_pre_hook(check)
+            self.watch = [
+                decoder.register_forward_pre_hook(before),
+                decoder.register_forward_hook(after),
+            ]
             try:
                 switch()
             except BaseException:
@@ -102,7 +108,8 @@ class Attachment:
     def detach(self) -> None:
         """Ends that; with the last attachment a model gets its own implementation back."""
         with _lock:
-            self.watch.remove()
+            for handle in self.watch:
+                handle.remove()
             for module in self.modules:
                 rest = tuple(a for a in _of_module.get(module, ()) if a is not self)
                 if rest:

@@ -8,11 +8,13 @@ own name through its public interfaces, at the first use.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any, Protocol, cast
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -25,6 +27,7 @@ from shareprefill.runtime.masks import (
     FactMask,
     MaskFacts,
     Sequence,
+    allowed_mask,
     bool_mask,
     mask_facts,
 )
@@ -236,7 +239,8 @@ def _readable_keys(facts: MaskFacts, rows: slice, n_key: int) -> slice:
 
 def _own_mask(call: AttentionCall, rows: slice, keys: slice) -> Tensor | None:
     if call.facts is not None:
-        return bool_mask(call.facts, call.query.shape[0], rows, keys, call.query.device)
+        # Rows of padding, too, get what they get without us: some models read them later on.
+        return allowed_mask(call.facts, call.query.shape[0], rows, keys, call.query.device)
     if call.mask is not None:
         return call.mask[:, :, rows, keys]
     if call.query.shape[2] == 1 or not is_causal(call.module, call.options):
@@ -297,7 +301,7 @@ def is_attached(model: torch.nn.Module) -> bool:
 def _attach(model: torch.nn.Module, attachment: Attachment) -> Attachment:
     _register()
     decoder = _decoder(model)
-    attachment.attach(decoder, lambda: _switch(model, decoder), _require_implementation)
+    attachment.attach(decoder, lambda: _switch(model, decoder), _begin_pass, _end_pass)
     return attachment
 
 
@@ -322,8 +326,21 @@ def _switch(model: torch.nn.Module, decoder: Any) -> None:
         )
 
 
-def _require_implementation(decoder: torch.nn.Module, _inputs: Any) -> None:
+class _Calls(threading.local):
+    """Attention calls of a thread: all of them, and those before a decoder's present pass."""
+
+    def __init__(self) -> None:
+        self.made = 0
+        self.before: WeakKeyDictionary[torch.nn.Module, int] = WeakKeyDictionary()
+
+
+_calls = _Calls()
+
+
+@torch.compiler.disable
+def _begin_pass(decoder: torch.nn.Module, _inputs: Any) -> None:
     """Refuses a forward pass that would go past the session, dense and unnoticed."""
+    _calls.before[decoder] = _calls.made
     chosen = cast(Any, decoder).config._attn_implementation
     # Copies of a model have its hooks, and are of no session.
     if chosen not in _OURS and has_attachment(decoder):
@@ -331,6 +348,18 @@ def _require_implementation(decoder: torch.nn.Module, _inputs: Any) -> None:
             f"the model was set to the attention implementation {chosen!r} inside a session, which "
             "would leave the session without effect (continuous batching does so): leave the "
             "session first, or use generate() instead of generate_batch()"
+        )
+
+
+@torch.compiler.disable
+def _end_pass(decoder: torch.nn.Module, _inputs: Any, _output: Any) -> None:
+    """Refuses a forward pass that went past the session, as no layer called our attention."""
+    before = _calls.before.pop(decoder, None)
+    if before == _calls.made and has_attachment(decoder):
+        raise UnsupportedError(
+            f"no layer of {type(decoder).__name__} called the session's attention in this forward "
+            "pass: its layers compute attention by themselves, or have none, so that a session has "
+            "no effect; run the model without a session"
         )
 
 
@@ -372,6 +401,7 @@ def _attention(
     attention_mask: Tensor | None,
     **options: Any,
 ) -> tuple[Tensor, Tensor | None]:
+    _calls.made += 1
     attachment = attachment_of(module)
     if attachment is None:
         raise UnsupportedError(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from shareprefill.files import printable
-from shareprefill.models import geometry
+from shareprefill.models import attention_layers, geometry, require_attention
 from shareprefill.runtime.interface import AttentionCall, attached
 
 if TYPE_CHECKING:
@@ -62,6 +62,8 @@ def layer_uses(model: PreTrainedModel) -> tuple[LayerUse, ...]:
         RuntimeError: the forward pass needs values that a model on the meta device has not.
     """
     found: dict[int, LayerUse] = {}
+    require_attention(model)
+    attention_layers(model)
 
     names = getattr(model.config.get_text_config(decoder=True), "layer_types", None) or ()
 

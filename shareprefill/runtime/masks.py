@@ -209,7 +209,7 @@ class FactMask(torch.Tensor):
             batch, _, rows, keys = self.shape
             # Inference tensors do not count what is written into them.
             with torch.inference_mode(False), torch.no_grad():
-                seen = _allowed(self.facts, batch, slice(0, rows), slice(0, keys), self.device)
+                seen = allowed_mask(self.facts, batch, slice(0, rows), slice(0, keys), self.device)
                 self._real = seen if self.dtype == torch.bool else as_added(seen, self.dtype)
         return self._real
 
@@ -225,7 +225,8 @@ class FactMask(torch.Tensor):
             ConfigError: it is of other numbers of rows or keys.
         """
         facts, width = self.facts, self.shape[3]
-        if self.shape[2] != rows or (width != keys and not self._ends_with(keys)):
+        fits = width == keys or self._starts_with(rows, keys) or self._ends_with(keys)
+        if self.shape[2] != rows or not fits:
             raise ConfigError(
                 f"the attention mask is of {self.shape[2]} query rows and {width} keys, the "
                 f"attention call of {rows} and {keys}: give an attention_mask as long as the "
@@ -236,6 +237,13 @@ class FactMask(torch.Tensor):
         if rows > 1:
             return self
         return None if facts.allow_all(keys) else self.materialised()
+
+    def _starts_with(self, rows: int, keys: int) -> bool:
+        """Whether SDPA has it as `is_causal`, which is the same for any number of later keys."""
+        facts = self.facts
+        if facts.differ_by_row or facts.window is not None or self.dtype != torch.bool:
+            return False
+        return facts.q_offset == facts.kv_offset and keys >= rows
 
     def _ends_with(self, keys: int) -> bool:
         """Whether all columns beyond so many keys are padding after the last token."""
@@ -357,7 +365,7 @@ def as_added(seen: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros_like(seen, dtype=dtype).masked_fill_(~seen, torch.finfo(dtype).min)
 
 
-def _allowed(
+def allowed_mask(
     facts: MaskFacts, batch: int, rows: slice, keys: slice, device: torch.device
 ) -> Tensor:
     """`[B, 1, rows, keys]` of the slices, True where a key may be read."""
@@ -385,7 +393,7 @@ def bool_mask(
 
     A row with nothing to read would be NaN; such rows are padding, so what they read is free.
     """
-    mask = _allowed(facts, batch, rows, keys, device)
+    mask = allowed_mask(facts, batch, rows, keys, device)
     return mask if facts.padding is None else mask | ~mask.any(-1, keepdim=True)
 
 

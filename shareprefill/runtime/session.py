@@ -188,7 +188,10 @@ class Session:
         )
         taken = sum((t.taken for t in totals), Counter[str]())
         work = sum(t.work for t in totals)
-        first = min({r.layer for r in records} | {layer for layer, _, _ in dense}, default=0)
+        # The layer with most sparse prefills, as windows and others are dense in every pass.
+        sparse = Counter(r.layer for r in records)
+        seen = sparse.keys() | {layer for layer, _, _ in dense}
+        first = max(sorted(seen), key=lambda layer: sparse[layer], default=0)
         return SessionReport(
             prefills=sum(r.layer == first for r in records),
             dense_prefills=sum(n for (layer, _, _), n in dense.items() if layer == first),

@@ -556,3 +556,36 @@ def test_masks_of_another_length_than_the_keys_do_what_the_model_makes_of_them(
     else:
         assert isinstance(found, torch.Tensor), found
         torch.testing.assert_close(found, own, **CLOSE)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_pass_in_which_no_layer_calls_ours_is_refused(
+    compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers.models.llama.modeling_llama import LlamaAttention
+
+    own_forward, model = LlamaAttention.forward, tiny_llama()
+
+    def by_hand(self: Any, hidden_states: Any, **_: Any) -> Any:
+        return self.o_proj(self.q_proj(hidden_states)), None
+
+    def hybrid(self: Any, hidden_states: Any, **options: Any) -> Any:
+        forward = own_forward if self.layer_idx == 2 else by_hand
+        return forward(self, hidden_states, **options)
+
+    run: Any = torch.compile(model, backend="eager") if compiled else model
+    monkeypatch.setattr(LlamaAttention, "forward", by_hand)
+    ids = token_ids(1, 8)
+    with torch.no_grad(), attached(model, dense_attention):
+        with pytest.raises(UnsupportedError, match="no layer of LlamaModel called the session's"):
+            run(input_ids=ids)
+        with pytest.raises(UnsupportedError, match="run the model without a session"):
+            model.generate(ids, max_new_tokens=2)
+        # What a pass raises by itself is what is seen of it.
+        with pytest.raises(IndexError):
+            model(input_ids=torch.full((1, 8), 10**6))
+    model(input_ids=ids)
+    if not compiled:
+        monkeypatch.setattr(LlamaAttention, "forward", hybrid)
+        own = logits(model, input_ids=ids)
+        torch.testing.assert_close(logits(model, dense_attention, input_ids=ids), own, **CLOSE)

@@ -11,6 +11,7 @@ from shareprefill import share_prefill
 from shareprefill.artifact import Policy, save_artifact
 from shareprefill.config import RuntimeConfig
 from shareprefill.errors import ArtifactError, ConfigError
+from tests.support.families import FAMILIES, build
 from tests.support.tiny import BLOCK, tiny_artifact, tiny_llama, token_ids
 
 P, S, R, V = Policy.PIVOT, Policy.SHARE, Policy.SAMPLED, Policy.VERTICAL_SLASH
@@ -181,3 +182,18 @@ def test_the_attention_implementation_is_restored(model: Any) -> None:
     with pytest.raises(RuntimeError, match="stop"), share_prefill(model, tiny_artifact(model)):
         raise RuntimeError("stop")
     assert model.config._attn_implementation == before
+
+
+@pytest.mark.parametrize("first", ["sliding_attention", "full_attention", "linear_attention"])
+def test_prefills_are_counted_whatever_the_first_layer_is(first: str) -> None:
+    """Layers that are never sparse say nothing of a pass."""
+    name = "olmo_hybrid" if first == "linear_attention" else "cohere2"
+    changes = {"layer_types": [first, "full_attention"], "num_hidden_layers": 2}
+    model = build(next(family for family in FAMILIES if family.name == name), **changes)
+    config = RuntimeConfig(min_tokens=20, max_density=1.0)
+    with share_prefill(model, tiny_artifact(model), config) as session, torch.no_grad():
+        for tokens in (40, 60, 17, 80):
+            model(input_ids=token_ids(1, tokens))
+        model(input_ids=token_ids(2, 40))
+    report = session.report()
+    assert (report.prefills, report.dense_prefills) == (5, 1)

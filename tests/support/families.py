@@ -4,14 +4,43 @@ from __future__ import annotations
 
 import importlib
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from shareprefill.errors import UnsupportedError
-from shareprefill.runtime.layers import LayerKind, LayerUse, layer_uses
-
+# Sizes of a small decoder under the names that families have for them.
+SMALL: dict[str, Any] = {
+    **dict.fromkeys(("hidden_size", "n_embd", "d_model", "dim", "emb_dim", "embedding_size"), 32),
+    **dict.fromkeys(("intermediate_size", "encoder_ffn_dim", "decoder_ffn_dim", "ffn_dim"), 48),
+    **dict.fromkeys(("d_ff", "inner_dim"), 48),
+    **dict.fromkeys(("num_hidden_layers", "n_layer", "num_layers", "n_layers"), 2),
+    **dict.fromkeys(("encoder_layers", "decoder_layers"), 2),
+    **dict.fromkeys(("num_attention_heads", "n_head", "num_heads", "n_heads"), 4),
+    **dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads"), 4),
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), 4),
+    **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size"), 24),
+    **dict.fromkeys(("max_position_embeddings", "n_positions"), 512),
+    **dict.fromkeys(("n_group", "topk_group", "n_shared_experts"), 1),
+    **dict.fromkeys(("q_lora_rank", "kv_lora_rank"), 16),
+    **dict.fromkeys(("qk_nope_head_dim", "qk_rope_head_dim", "rotary_dim"), 8),
+    **dict.fromkeys(("linear_num_value_heads", "linear_num_key_heads"), 2),
+    **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim"), 8),
+    "mamba_d_state": 8,
+    "mamba_d_conv": 4,
+    "mamba_expand": 2,
+    "mamba_n_heads": 8,
+    "num_key_value_heads": 2,
+    "num_experts_per_tok": 2,
+    "head_dim": 16,
+    "v_head_dim": 12,
+    "word_embed_proj_dim": 32,
+    "sliding_window": 24,
+    "vocab_size": 128,
+    "initializer_range": 0.2,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 2,
+}
 # What most families call the sizes of a small decoder.
 _SIZES: dict[str, Any] = {
     "vocab_size": 128,
@@ -63,6 +92,7 @@ IMAGE_TOKEN = 127
 _IMAGES = {"image_token_id": IMAGE_TOKEN, "mm_tokens_per_image": 4, "vision_feature_layer": -1}
 _MAMBA = {"mamba_d_state": 8, "mamba_d_conv": 4, "mamba_expand": 2}
 
+_MAMBA2 = {**_MAMBA, "mamba_n_heads": 8, "mamba_d_head": 8, "mamba_chunk_size": 16}
 _STATE = {"mamba_d_state": 8, "mamba_d_ssm": 64}
 _DELTA = {
     "layer_types": ["linear_attention", "full_attention"],
@@ -109,6 +139,7 @@ class Family:
 FAMILIES: tuple[Family, ...] = (
     Family("apertus", "Apertus"),
     Family("arcee", "Arcee", _HEAD),
+    Family("bamba", "Bamba", {**_MAMBA2, "attn_layer_indices": [1]}),
     Family("bloom", "Bloom", {"n_layer": 2, "n_head": 4}),
     Family("codegen", "CodeGen", {"rotary_dim": 4}, sizes=_GPT),
     Family("cohere", "Cohere"),
@@ -116,6 +147,19 @@ FAMILIES: tuple[Family, ...] = (
     Family("deepseek_v2", "DeepseekV2", {**_MLA, "first_k_dense_replace": 2, "head_dim": 8}),
     Family("deepseek_v3", "DeepseekV3", {**_MLA, "first_k_dense_replace": 2, "head_dim": 8}),
     Family("deepseek_v32", "DeepseekV32", {**_MLA, "first_k_dense_replace": 2, "head_dim": 8}),
+    Family(
+        "deepseek_v4",
+        "DeepseekV4",
+        {
+            **{name: value for name, value in _MLA.items() if name != "num_key_value_heads"},
+            "moe_intermediate_size": 24,
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "num_hidden_layers": 4,
+            "num_key_value_heads": 1,
+            "sliding_window": 24,
+        },
+    ),
     Family("diffllama", "DiffLlama", {"head_dim": 8}),
     Family("ernie4_5", "Ernie4_5", _HEAD),
     Family("ernie4_5_moe", "Ernie4_5_Moe", {"moe_num_experts": 4, "moe_k": 2}),
@@ -175,6 +219,16 @@ FAMILIES: tuple[Family, ...] = (
     Family("gptj", "GPTJ", {"rotary_dim": 4}, sizes=_GPT),
     Family("granite", "Granite"),
     Family("granitemoe", "GraniteMoe", _LOCAL_EXPERTS),
+    Family(
+        "granitemoehybrid",
+        "GraniteMoeHybrid",
+        {**_LOCAL_EXPERTS, **_MAMBA2, "layer_types": ["linear_attention", "full_attention"]},
+    ),
+    Family(
+        "granitemoehybrid (all Mamba)",
+        "GraniteMoeHybrid",
+        {**_LOCAL_EXPERTS, **_MAMBA2, "layer_types": ["linear_attention"] * 2},
+    ),
     Family("hunyuan_v1_dense", "HunYuanDenseV1", _HEAD),
     Family(
         "jamba",
@@ -186,6 +240,21 @@ FAMILIES: tuple[Family, ...] = (
             "attn_layer_period": 2,
             "attn_layer_offset": 1,
             "use_mamba_kernels": False,
+        },
+    ),
+    Family(
+        "kimi_linear",
+        "KimiLinear",
+        {
+            **_MLA,
+            "q_lora_rank": None,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 24,
+            "first_k_dense_replace": 2,
+            "linear_head_dim": 8,
+            "linear_num_heads": 4,
+            "layer_types": ["linear_attention", "full_attention"],
         },
     ),
     Family("lfm2", "Lfm2", {"layer_types": ["conv", "full_attention"], "block_multiple_of": 8}),
@@ -212,6 +281,16 @@ FAMILIES: tuple[Family, ...] = (
         text="Llama",
     ),
     Family("mimo_v2_flash", "MiMoV2Flash", {**_HEAD, **_MIMO}),
+    Family(
+        "minimax",
+        "MiniMax",
+        {
+            **_HEAD,
+            **_LOCAL_EXPERTS,
+            "sliding_window": None,
+            "layer_types": ["linear_attention", "full_attention"],
+        },
+    ),
     Family("minimax_m2", "MiniMaxM2", {**_HEAD, **_LOCAL_EXPERTS, "rotary_dim": 8}),
     Family("mistral", "Mistral", {**_HEAD, "sliding_window": None}),
     Family("mistral (sliding window)", "Mistral", {**_HEAD, "sliding_window": 24}),
@@ -239,6 +318,7 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family("olmo", "Olmo"),
     Family("olmo2", "Olmo2"),
+    Family("olmo_hybrid", "OlmoHybrid", _DELTA),
     Family("olmo3", "Olmo3", _ALTERNATING),
     Family("opt", "OPT", {"ffn_dim": 48, "word_embed_proj_dim": 32}),
     Family("phi", "Phi"),
@@ -262,6 +342,27 @@ FAMILIES: tuple[Family, ...] = (
     Family("smollm3", "SmolLM3", {"no_rope_layers": [1, 0]}),
     Family("stablelm", "StableLm"),
     Family("starcoder2", "Starcoder2", {"sliding_window": None}),
+    Family(
+        "zamba",
+        "Zamba",
+        {
+            **_MAMBA,
+            "use_mamba_kernels": False,
+            "num_hidden_layers": 3,
+            "layers_block_type": ["linear_attention", "hybrid", "hybrid"],
+        },
+    ),
+    Family(
+        "zamba2",
+        "Zamba2",
+        {
+            **_MAMBA,
+            "use_mamba_kernels": False,
+            "chunk_size": 16,
+            "num_hidden_layers": 3,
+            "layers_block_type": ["linear_attention", "hybrid", "hybrid"],
+        },
+    ),
     Family("vaultgemma", "VaultGemma", {**_HEAD, **_ALTERNATING, "attn_logit_softcapping": 2.0}),
 )
 
@@ -288,90 +389,3 @@ def build(family: Family, **changes: Any) -> Any:
     torch.manual_seed(0)
     model = getattr(transformers, family.class_name)(config)
     return model.float().eval()
-
-
-@dataclass(frozen=True)
-class Support:
-    """What a session does with a family.
-
-    Attributes:
-        family: Its name.
-        shared: `yes`, `partly` or `no`.
-        detail: What is not shared and why.
-    """
-
-    family: str
-    shared: str
-    detail: str
-
-    @property
-    def line(self) -> str:
-        """Its row of the table in docs/models.md."""
-        return f"| {self.family} | {self.shared} | {self.detail} |"
-
-
-def support_of(family: Family) -> Support:
-    """Looks at a family's tiny model as `sp doctor --model` does at a real one."""
-    try:
-        uses = layer_uses(build(family))
-    except UnsupportedError as error:
-        return Support(family.name, "no", f"refused: {error}")
-    shared = [use for use in uses if use.kind is LayerKind.SHARED]
-    details = sorted({_explained(use) for use in uses if use.kind is not LayerKind.SHARED})
-    word = "yes" if not details else "partly" if shared else "no"
-    return Support(family.name, word, "; ".join(details))
-
-
-def _explained(use: LayerUse) -> str:
-    if use.kind is LayerKind.WINDOW:
-        return "sliding-window layers run dense inside their window"
-    if use.kind is LayerKind.OWN:
-        return f"layers with {use.reason} run with the model's own attention"
-    if use.kind is LayerKind.OWN_MASK:
-        return f"{use.reason} layers run dense with transformers' own mask"
-    return f"{use.reason} layers are left alone"
-
-
-DOCUMENT = Path(__file__).parents[2] / "docs" / "models.md"
-
-_TEXT = """# Models
-
-Any decoder of transformers that calls attention through its attention interface runs under a
-session. What of it is shared is decided layer by layer, on the call that the layer makes:
-
-- **full causal attention** is shared: multi-head latent attention (MLA), layers without RoPE,
-  layers whose head_dim or KV heads differ from other layers' (Gemma 4), and differential attention
-  among it;
-- **soft-capping and sinks** are shared where the family's own function means just these by them,
-  which is compared on a few tokens at its first call. Such a layer's dense prefills are computed by
-  transformers' own function for the family, in pieces of query rows;
-- **packed sequences** are taken apart, and each is treated as if it came alone (docs/runtime.md);
-- **sliding windows** run dense inside their window;
-- **chunked masks and blocks of image tokens** that see each other run dense with transformers' own
-  mask;
-- **linear attention, state-space and convolution layers, vision and audio towers** are not touched.
-
-A call with an option that is not known to be harmless runs with the family's own function if that
-function reads the option, and is refused if not. `sp doctor --model <model>` prints which of this
-holds for each layer of a model.
-
-The table is written by `python tools/family_table.py` from small random models of every family. The
-tests compare each of them with the model's own attention, in a prefill, in a padded batch, in two
-chunks against a cache, and with an image where there is a tower. "partly" and "no" have their
-reason beside them. A family that is not listed may well run; `sp doctor` says so.
-
-| family | shared | what is not, and why |
-| --- | --- | --- |
-"""
-
-
-def document(existing: str = "") -> str:
-    """The text of docs/models.md; rows of families that are not installed are kept as they were."""
-    kept = {line.split("|")[1].strip(): line for line in existing.splitlines() if "|" in line}
-    lines = []
-    for family in FAMILIES:
-        if is_installed(family):
-            lines.append(support_of(family).line)
-        elif family.name in kept:
-            lines.append(kept[family.name])
-    return _TEXT + "\n".join(lines) + "\n"
