@@ -146,3 +146,25 @@ def test_a_budget_bounds_the_density_of_the_artifact(calibration: Path) -> None:
     assert len(trials) > 3
     with pytest.raises(ConfigError, match=r"budget = 0\.01 cannot be met"):
         cluster(calibration, ClusterConfig(budget=0.01))
+
+
+@pytest.mark.parametrize("metric", ["jaccard", "jaccard-raw", "code"])
+def test_held_out_prompts_stay_out_of_clusters(
+    calibration: Path, metric: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Distances and consensus are the same whatever the held-out prompts' maps and codes are."""
+    store = MapStore.open(calibration)
+    training, codes = load_training(calibration)
+    config = ClusterConfig(metric=metric)
+    known = pipeline._distances(store, calibration, training, codes, config)
+    held_out = list(training.split.held_out)
+    assert held_out
+    other = codes.clone()
+    other[held_out] = torch.randn_like(other[held_out])
+    loaded = pipeline.load_maps(store, training.config.resolution)
+    loaded.maps[held_out] = torch.rand_like(loaded.maps[held_out])
+    monkeypatch.setattr(pipeline, "load_maps", lambda *_: loaded)
+    found = pipeline._distances(store, calibration, training, other, config)
+    assert torch.equal(found[0], known[0])
+    for name in ("code", "maps", "instability"):
+        assert torch.equal(getattr(found[1], name), getattr(known[1], name))
