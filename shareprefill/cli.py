@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -24,6 +25,7 @@ from shareprefill.commands.options import (
     RemoteCodeOption,
 )
 from shareprefill.commands.regenerate import regenerate_command
+from shareprefill.commands.streams import open_streams, read_prompt, written_output
 from shareprefill.commands.sweep import sweep_command
 from shareprefill.config import (
     LINKAGES,
@@ -34,7 +36,8 @@ from shareprefill.config import (
     RuntimeConfig,
     TrainConfig,
 )
-from shareprefill.errors import ConfigError, DataError, ShareprefillError
+from shareprefill.errors import ConfigError, ShareprefillError
+from shareprefill.files import printable
 
 CLUSTERS = Path("clusters.st")
 
@@ -286,7 +289,7 @@ def run(
             "nonfinite": nonfinite,
         }
     )
-    text = _read_prompt(prompt)
+    text = read_prompt(prompt)
     from shareprefill.artifact import load_artifact, model_to_load
     from shareprefill.commands.known import known_models
     from shareprefill.console import finish_run
@@ -386,9 +389,12 @@ app.command("pull")(pull_command)
 def main() -> None:
     """Runs `sp`: an expected error is one line on stderr and exit status 1."""
     try:
-        app()
+        open_streams()
+        with written_output():
+            app()
     except ShareprefillError as error:
-        typer.echo(f"sp: {error}", err=True)
+        with suppress(OSError):
+            typer.echo(f"sp: {printable(error, 2000)}", err=True)
         sys.exit(1)
 
 
@@ -410,21 +416,9 @@ def _number_or_auto(name: str, value: str) -> int | None:
         raise ConfigError(f"{name} = {value!r} is not allowed: give auto or a number") from None
 
 
-def _read_prompt(path: Path) -> str:
-    try:
-        if str(path) == "-":
-            return sys.stdin.read()
-        return path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise DataError(
-            f"{path} does not exist: name a text file, or - for standard input"
-        ) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} cannot be read as UTF-8 text: {error}") from error
-
-
-def _print_now(piece: Any) -> None:
-    typer.echo(piece, nl=False)
+def _print_now(piece: str) -> None:
+    # Not `typer.echo`, which takes sequences that look like a terminal's out of the text.
+    print(piece, end="", flush=True)  # noqa: T201
 
 
 if __name__ == "__main__":

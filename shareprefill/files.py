@@ -65,7 +65,7 @@ def atomic_write_bytes(path: str | Path, data: bytes) -> None:
     mark = _mark(path)
     temporary = path.with_name(_TEMPORARY.format(f"{mark}-{secrets.token_hex(8)}"))
     try:
-        if path.is_dir():
+        if kind_of(path) == "folder":
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
         try:
             _remove_abandoned(path.parent.glob(_TEMPORARY.format(f"{mark}-*")), _LOCKED_AFTER_S)
@@ -161,7 +161,7 @@ def locked_output(path: str | Path) -> Iterator[Path]:
     lock = path.with_name(_OUTPUT_LOCK.format(_mark(path)))
     with _held(lock, path):
         try:
-            if path.is_dir():
+            if kind_of(path) == "folder":
                 raise _cannot_write(path, IsADirectoryError(errno.EISDIR, ""))
             yield path
         finally:

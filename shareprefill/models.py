@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import logging
+import os
 import pickle
 import re
 import struct
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from shareprefill.errors import ConfigError, ModelError, UnsupportedError
-from shareprefill.files import printable
+from shareprefill.files import kind_of, printable
 from shareprefill.weights import attention_weights
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ logger = logging.getLogger(__name__)
 
 # Name: folder in the package's `assets`.
 BUILT_IN = {"sp-tiny": "sp-tiny"}
+_LONGEST_ID = 200  # characters; as a file's name it must not be too long either
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # A module that projects to queries under one of these names is an attention module.
@@ -87,17 +89,17 @@ def resolve_model(name: str) -> str:
     """
     if name in BUILT_IN:
         return str(resources.files("shareprefill") / "assets" / BUILT_IN[name])
-    path = Path(name).expanduser()
-    is_path = bool(name) and "\0" not in name
-    if is_path and (path.is_dir() or (_is_gguf(path) and path.is_file())):
+    path = _local(name)
+    kind = kind_of(path) if name else None
+    if kind == "folder" or (kind == "file" and _is_gguf(path)):
         return str(path)
-    if is_path and path.exists():
+    if kind == "file":
         raise ModelError(
             f"{printable(name)} is a file: name the folder that holds the model, or a .gguf file"
         )
-    if is_path and _is_gguf(path):
+    if name and _is_gguf(path):
         raise ModelError(f"there is no file {printable(name)!r}: check the path")
-    if _HUB_ID.fullmatch(name) is None:
+    if _HUB_ID.fullmatch(name) is None or len(name) > _LONGEST_ID:
         raise ModelError(
             f"there is no model folder {printable(name)!r}: check the path, or name a hub id "
             f"(organisation/name) or a built-in model ({', '.join(BUILT_IN)})"
@@ -105,12 +107,17 @@ def resolve_model(name: str) -> str:
     return name
 
 
+def _local(name: str) -> Path:
+    # Not `Path.expanduser`, which raises where there is no such user.
+    return Path(os.path.expanduser(name))
+
+
 def model_slug(name: str) -> str:
     """A folder name for a model: `org--name` of a hub id, the last part of a local path."""
     if name in BUILT_IN:
         return name
-    path = Path(name).expanduser()
-    is_local = path.is_dir() or _is_gguf(path)
+    path = _local(name)
+    is_local = kind_of(path) == "folder" or _is_gguf(path)
     text = path.resolve().name if is_local else name.strip("/").replace("/", "--")
     return re.sub(r"[^A-Za-z0-9._-]+", "-", text).lstrip(".-") or "model"
 
@@ -412,7 +419,7 @@ def resolve_device(device: str) -> torch.device:
 
 
 def _is_gguf(path: Path) -> bool:
-    return path.suffix.lower() == ".gguf" and not path.is_dir()
+    return path.suffix.lower() == ".gguf" and kind_of(path) != "folder"
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from shareprefill.autoencoder.pipeline import WEIGHTS, Training, load_training
 from shareprefill.autoencoder.training import load_autoencoder
 from shareprefill.calib.store import INDEX, MapStore
 from shareprefill.errors import ArtifactError
-from shareprefill.files import printable, reading_folder
+from shareprefill.files import kind_of, printable, reading_folder
 
 # Codes are float32 and pass through one matrix product: anything beyond is another training.
 _TOLERANCE = 1e-3
@@ -117,7 +117,7 @@ class Calibration:
 
 def has_calibration(folder: Path) -> bool:
     """Whether there is a calibration in the folder, of whatever model."""
-    return (folder / INDEX).is_file()
+    return kind_of(folder / INDEX) == "file"
 
 
 def open_calibration(folder: Path, artifact: Artifact, heads: Heads) -> Calibration:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -135,10 +136,15 @@ def eval_command(
         summary_table,
     )
     from shareprefill.evaluation.tables import markdown as as_markdown
-    from shareprefill.files import atomic_write_bytes, atomic_write_text
+    from shareprefill.files import atomic_write_bytes, atomic_write_text, locked_output
     from shareprefill.report.drawing import figure_file
 
-    with progress("outcomes") as advance:
+    with ExitStack() as stack:
+        # Now, not after hours: whether the files can be written.
+        for path in (plot, markdown):
+            if path is not None:
+                stack.enter_context(locked_output(path))
+        advance = stack.enter_context(progress("outcomes"))
         found = evaluate(
             config,
             out=out,

@@ -1,0 +1,90 @@
+"""Standard streams as they come: closed, full, or of an encoding that lacks characters."""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from shareprefill.errors import DataError
+from shareprefill.files import printable
+
+_OF_STREAMS = (errno.EPIPE, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF)
+
+
+def open_streams() -> None:
+    """Makes the standard streams safe to write to.
+
+    Characters that a terminal's encoding lacks are written as escapes: an answer is not lost for
+    one of them. A closed stream's number is taken, so that no file that is opened later gets it.
+
+    Raises:
+        DataError: standard output is closed.
+    """
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
+            stream.reconfigure(errors="backslashreplace")
+    if sys.stdout is None:
+        raise DataError("standard output is closed: send it to a file, or to /dev/null")
+
+
+@contextmanager
+def written_output() -> Iterator[None]:
+    """Runs a command, and writes out what standard output still holds.
+
+    Raises:
+        DataError: it cannot be written.
+        SystemExit: whoever read it has gone.
+    """
+    try:
+        try:
+            yield
+        finally:
+            if sys.stdout is not None:
+                sys.stdout.flush()
+    except OSError as error:
+        # Errors of files are told where they arise: these have no name.
+        if error.filename is not None or error.errno not in _OF_STREAMS:
+            raise
+        # What is left is given up, or the interpreter would try to write it again as it ends.
+        with suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        if error.errno == errno.EPIPE:
+            raise SystemExit(1) from None
+        raise DataError(f"cannot write the output: {error.strerror}") from error
+
+
+def read_prompt(path: Path) -> str:
+    """The text of a file, or of standard input for `-`; a byte-order mark is left out.
+
+    Raises:
+        DataError: it cannot be read, or is no UTF-8.
+    """
+    name = "standard input" if str(path) == "-" else printable(path)
+    try:
+        if str(path) != "-":
+            data = path.read_bytes()
+        elif sys.stdin is None:
+            raise DataError("standard input is closed: name a text file instead of -")
+        else:
+            data = sys.stdin.buffer.read()
+        text = data.decode("utf-8-sig")
+    except FileNotFoundError:
+        raise DataError(
+            f"{name} does not exist: name a text file, or - for standard input"
+        ) from None
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise DataError(f"{name} cannot be read as UTF-8 text: {printable(reason)}") from error
+    return text.replace("\r\n", "\n").replace("\r", "\n")
