@@ -33,6 +33,7 @@ from kernel_cases import FlashAttention4, dense_baseline, failures, missing_base
 from layer_cases import (
     BLOCK,
     PLANS,
+    LayerCall,
     Structured,
     facts_of,
     gammas_of,
@@ -44,9 +45,8 @@ from provenance import provenance
 from timing import Call, device_ms, host_ms, measure
 
 from shareprefill.errors import UnsupportedError
-from shareprefill.runtime import sharing
+from shareprefill.runtime import core
 from shareprefill.runtime.ops.block_sparse_attention import block_sparse_attention
-from shareprefill.runtime.sharing import LayerPass
 
 IMPLS = ("auto", "triton", "hopper")
 STREAM = 8
@@ -58,11 +58,11 @@ LONG_MS = 100.0
 def implementation(impl: str) -> Iterator[None]:
     """Lets layers take one implementation of block-sparse attention."""
     chosen = partial(block_sparse_attention, impl=impl)
-    with patch.object(sharing, "block_sparse_attention", chosen):
+    with patch.object(core, "block_sparse_attention", chosen):
         yield
 
 
-def layer_time(make: Callable[[], LayerPass], impl: str, device: str, repeats: int) -> LayerTime:
+def layer_time(make: Callable[[], LayerCall], impl: str, device: str, repeats: int) -> LayerTime:
     """Times a layer with one implementation.
 
     Raises:

@@ -14,9 +14,9 @@ own queries and keys at a grid of its threshold, and prints, for each task and p
 Policies with a star take a threshold for each head: the one that gives it the target recall on
 calibration prompts (a mixture of all tasks, `--calibrate` of them). `+mean` adds one mean key and
 value for every skipped block to the output. `share` clusters the heads on the calibration prompts;
-the pivot of a cluster (its own rows sampled and smoothed as in `level`) gives its pattern to every
-head of the cluster for which it covers, on one sampled row a block, nearly as much as for the pivot
-itself; the others choose for themselves.
+the pivot of a cluster (its own rows sampled and smoothed as in `global-threshold`) gives its
+pattern to every head of the cluster for which it covers, on one sampled row a block, nearly as much
+as for the pivot itself; the others choose for themselves.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ from shareprefill.runtime.interface import AttentionCall, attached, dense_attent
 from shareprefill.runtime.ops.block_selection import covered_mass, head_blocks
 from shareprefill.runtime.ops.block_sparse_attention import block_sparse_attention
 from shareprefill.runtime.ops.blocks import BlockLists
-from shareprefill.runtime.policies import POLICIES, LayerInputs
-from shareprefill.runtime.policies.estimating import Estimating
+from shareprefill.runtime.policies import SELECTION_POLICIES, make_policy
+from shareprefill.runtime.policies.base import LayerInputs, MapEstimator
 from shareprefill.runtime.policies.flash import mean_correction
+from shareprefill.runtime.policies.global_threshold import GlobalThreshold
 from shareprefill.runtime.policies.oracle import Oracle
 from shareprefill.runtime.policies.sampled import sampled_maps, sampling_work
-from shareprefill.runtime.policies.smoothed import Level
 from shareprefill.runtime.policies.streaming import Streaming
 from shareprefill.tokens import encode
 
@@ -174,7 +174,7 @@ class Probe:
         pivots = candidate.pivot[self.heads : self.heads + own.shape[1]].tolist()
         every = torch.arange(own.shape[1], device=own.device)
         check = sampled_maps(inputs, every, 1)
-        fine = Level(rows=PIVOT_ROWS).estimate(inputs, every)
+        fine = GlobalThreshold(rows=PIVOT_ROWS).estimate(inputs, every)
         alone = sampling_work(inputs, 2)
         one, rows = sampling_work(inputs, 1), sampling_work(inputs, PIVOT_ROWS)
         patterns, work = own.clone(), torch.full(own.shape[:2], alone)
@@ -182,7 +182,7 @@ class Probe:
         for h, head in enumerate(range(self.heads, self.heads + own.shape[1])):
             if head not in given:
                 continue
-            policy = Level(rows=PIVOT_ROWS)
+            policy = GlobalThreshold(rows=PIVOT_ROWS)
             chosen = [policy.choose(inputs, fine[h : h + 1], g[h : h + 1])[0] for g in gammas]
             pattern = (torch.stack(chosen) | inputs.geometry.always) & inputs.geometry.causal
             self._shared[candidate.name, head] = pattern, _covered(check[h], pattern)
@@ -231,7 +231,7 @@ def choose(
     known: dict[int, Any],
 ) -> Tensor:
     """A policy's blocks with those that are always read; estimates are made once a layer."""
-    if isinstance(policy, Estimating):
+    if isinstance(policy, MapEstimator):
         if id(policy) not in known:
             is_oracle = isinstance(policy, Oracle)
             known[id(policy)] = exact if is_oracle else policy.estimate(inputs, heads)
@@ -243,7 +243,7 @@ def choose(
 
 def policy_work(policy: Any, inputs: LayerInputs) -> float:
     """Selection work; the oracle's is not counted, as it is the measure of the others."""
-    counted = isinstance(policy, Estimating) and not isinstance(policy, Oracle)
+    counted = isinstance(policy, MapEstimator) and not isinstance(policy, Oracle)
     return policy.work(inputs) if counted else 0.0
 
 
@@ -273,7 +273,7 @@ def candidates_of(names: list[str]) -> list[Candidate]:
             policies = tuple(Streaming(local_blocks=n) for n in LOCAL_BLOCKS)
             found.append(Candidate(name, policies, torch.ones(len(policies), 1)))
             continue
-        policy = POLICIES[kind](rows=int(rows)) if rows else POLICIES[kind]()
+        policy = make_policy(kind, **({"rows": int(rows)} if rows else {}))
         found.append(Candidate(name, (policy,) * len(grid), grid))
     return found
 
@@ -405,7 +405,9 @@ def calibrated(
     for clusters in options.clusters:
         grid = torch.tensor(GAMMAS)[:, None]
         pivot = choose_pivots(maps, clusters)
-        found.append(Candidate(f"share:{clusters}", (Level(),) * len(grid), grid, pivot=pivot))
+        found.append(
+            Candidate(f"share:{clusters}", (GlobalThreshold(),) * len(grid), grid, pivot=pivot)
+        )
     return found
 
 
@@ -477,9 +479,9 @@ def main() -> None:
     options = parser.parse_args()
     options.length = options.length or [8192]
     options.starred = options.starred or ["smoothed"]
-    options.corrected = options.corrected or ["level", "flash"]
+    options.corrected = options.corrected or ["global-threshold", "flash"]
     options.clusters = options.clusters or [16]
-    names = options.policy or [n for n in POLICIES if n != "dense"]
+    names = options.policy or [*SELECTION_POLICIES]
     names = list(dict.fromkeys(["oracle", *names]))
     tokenizer = load_tokenizer(options.model)
     model = load_model(options.model, device=options.device, dtype=options.dtype)

@@ -13,14 +13,12 @@ from dataclasses import dataclass, replace
 import torch
 
 from shareprefill.artifact import Policy
+from shareprefill.runtime.core import LayerChoice, SequenceState, SparsePrefill
 from shareprefill.runtime.ops.block_selection import covered_mass
 from shareprefill.runtime.ops.pooled_attention import pooled_attention
-from shareprefill.runtime.orders import Orders
 from shareprefill.runtime.plan import HeadPlan, RuntimePlan
-from shareprefill.runtime.policies import POLICIES
 from shareprefill.runtime.policies.base import LayerInputs
-from shareprefill.runtime.sharing import LayerPass
-from shareprefill.runtime.state import ForwardState
+from shareprefill.runtime.records import LayerRecord
 
 HEADS, KV_HEADS, DIM, BLOCK = 32, 8, 128, 128
 HOT_TOKENS, STRENGTH = 32, 11.0
@@ -70,7 +68,7 @@ def uniform_plan(
     """
     pivots, heads = policies.count(P), len(policies)
 
-    def order(layer: int, head: int, policy: Policy) -> HeadPlan:
+    def head_plan(layer: int, head: int, policy: Policy) -> HeadPlan:
         pivot = head if policy is P else head % pivots if policy is S else None
         return HeadPlan(
             head=layer * heads + head,
@@ -79,19 +77,19 @@ def uniform_plan(
             fallback=FALLBACK if policy is S else policy,
             gamma=gammas[P if policy is S else policy],
             fallback_gamma=gammas[FALLBACK if policy is S else policy],
-            slack=0.04,
+            coverage_slack=0.04,
             cluster=layer,
         )
 
     return RuntimePlan(
         layers=tuple(
-            tuple(order(layer, head, policy) for head, policy in enumerate(policies))
+            tuple(head_plan(layer, head, policy) for head, policy in enumerate(policies))
             for layer in range(layers)
         ),
         labels=tuple(policy.label for policy in Policy),
-        selectors={int(M): POLICIES["smoothed"]()},
+        selectors={},
         online=False,
-        guarded=False,
+        slash_needs_sparsity=False,
         block_size=BLOCK,
         tau=0.2,
         delta=0.3,
@@ -214,25 +212,59 @@ class Structured:
         for _ in range(_GAMMA_STEPS):
             middle = (low + high) / 2
             plan = uniform_plan(policies, dict.fromkeys(gammas_of(policies), middle))
-            layer = self.layer(plan)()
-            layer.choose()
-            covered = covered_mass(maps, layer.bitmap, layer.pattern)
+            choice = self.layer(plan)().choose()
+            covered = covered_mass(maps, choice.selection.patterns, choice.head_to_pattern)
             enough = covered[counted].mean().item() >= recall
             low, high = (low, middle) if enough else (middle, high)
         return high
 
-    def layer(self, plan: RuntimePlan) -> Callable[[], LayerPass]:
-        """Makes a layer's pass, after the geometry of the forward pass is made."""
-        orders = Orders(plan)
+    def layer(self, plan: RuntimePlan) -> Callable[[], LayerCall]:
+        """Begins forward passes of one layer, after the geometry is made."""
+        prefill = SparsePrefill(plan)
         geometry = plan.geometry(self.tokens, self.tokens, self.query.device)
-        inputs = LayerInputs(self.query, self.key, DIM**-0.5, geometry)
-        return lambda: LayerPass(plan, 0, ForwardState(geometry, orders), inputs, self.value)
+        return lambda: LayerCall(prefill, prefill.begin(geometry), self.query, self.key, self.value)
 
 
-def chosen_density(layer: LayerPass) -> float:
+@dataclass(frozen=True)
+class LayerCall:
+    """One layer's tensors, and the state of their sequence before it.
+
+    Attributes:
+        prefill: Computes it.
+        state: Of the sequence.
+        query: `[32, N, 128]`.
+        key: `[8, N, 128]`.
+        value: `[8, N, 128]`.
+    """
+
+    prefill: SparsePrefill
+    state: SequenceState
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+
+    def choose(self) -> LayerChoice:
+        """All but attention."""
+        inputs = LayerInputs(self.query, self.key, DIM**-0.5, self.state.geometry)
+        return self.prefill.choose(0, self.state, inputs, self.value)
+
+    def run(self, *, measure_recall: bool = False) -> tuple[torch.Tensor, LayerRecord]:
+        """All of it, as sessions run it."""
+        return self.prefill.attend(
+            0,
+            self.state,
+            self.query,
+            self.key,
+            self.value,
+            scale=DIM**-0.5,
+            measure_recall=measure_recall,
+        )
+
+
+def chosen_density(layer: LayerCall) -> float:
     """Chosen blocks over causal blocks, before attention."""
-    layer.choose()
-    return layer.record.blocks.double().mean().item() / layer.record.causal
+    record = layer.choose().record
+    return record.blocks.double().mean().item() / record.causal
 
 
 def wanted_density(tokens: int) -> float:
@@ -257,9 +289,9 @@ class Facts:
     sharing: float
 
 
-def facts_of(layer: LayerPass) -> Facts:
+def facts_of(layer: LayerCall) -> Facts:
     """Runs a layer and looks at what it did."""
-    may = layer.orders.codes == int(S)
+    may = sum(head.policy == S for head in layer.prefill.plan.layers[0])
     record = layer.run(measure_recall=True)[1]
     assert record.recall is not None
     shared = (record.policies == int(S)).sum().item()
@@ -267,5 +299,5 @@ def facts_of(layer: LayerPass) -> Facts:
         record.blocks.sum().item() / record.causal / len(record.blocks),
         record.recall.mean().item(),
         record.recall.min().item(),
-        shared / max(1, may.sum().item()),
+        shared / max(1, may),
     )

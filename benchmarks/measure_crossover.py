@@ -43,10 +43,10 @@ from shareprefill.bench.shapes import build_shape
 from shareprefill.bench.synthetic import synthetic_artifact
 from shareprefill.config import RuntimeConfig
 from shareprefill.runtime import interface
+from shareprefill.runtime.core import SparsePrefill
 from shareprefill.runtime.dense import causal_attention
 from shareprefill.runtime.masks import FactMask, MaskFacts
 from shareprefill.runtime.ops.block_sparse_attention import block_sparse_attention
-from shareprefill.runtime.orders import Orders
 from shareprefill.runtime.session import Session
 
 LENGTHS = (1024, 1536, 2048, 3072, 4096, 6144, 8192, 12288, 16384, 24576, 32768)
@@ -117,7 +117,7 @@ class Layers:
         self.mask = FactMask.make((1, 1, tokens, tokens), device, MaskFacts(0, 0, None, None))
         artifact = synthetic_artifact(self.model, 0.1)
         self.shared = Session(self.model, artifact, RuntimeConfig(min_tokens=0, max_density=1.0))
-        self.shared.plan, self.shared.orders = plan, Orders(plan)
+        self.shared.prefill = SparsePrefill(plan)
         self.below = Session(self.model, artifact, RuntimeConfig(min_tokens=tokens + 1))
         self.linear = _linear(tokens, device) if options.linear else None
 

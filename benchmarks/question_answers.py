@@ -402,7 +402,7 @@ def block_question(study: Study, other: list[Captured]) -> list[Table]:
         ratios = np.array(densities) / references
         rows.append((size, "oracle", estimate(densities), None, 0.0, estimate(ratios)))
         for rows_a_block in (1, 2):
-            for name in ("smoothed", "level"):
+            for name in ("smoothed", "global-threshold"):
                 curves = [getattr(prompt, name)(rows_a_block) for prompt in prompts]
                 effective = np.array([curve.at_recall(curve.effective) for curve in curves])
                 plain = [curve.at_recall(curve.density.mean(1).numpy()) for curve in curves]

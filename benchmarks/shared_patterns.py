@@ -19,7 +19,8 @@ from shareprefill.clustering.measurements import GAMMAS, HeldOutMeasurements, Po
 from shareprefill.config import ClusterConfig, RuntimeConfig
 from shareprefill.runtime.geometry import Geometry
 from shareprefill.runtime.ops.block_selection import head_blocks, js_distances, smooth_maps
-from shareprefill.runtime.policies.smoothed import Level, Smoothed, line_weights
+from shareprefill.runtime.policies.global_threshold import GlobalThreshold
+from shareprefill.runtime.policies.smoothed import Smoothed, line_weights
 
 TARGET_RECALL = 0.95
 # Query rows a block: of the paper's check by distance, and of a head that estimates its own map.
@@ -102,7 +103,7 @@ class Captured:
         inputs = cast(Any, SimpleNamespace(geometry=self._geometry))
 
         def chosen(estimate: Tensor, gamma: Tensor) -> Tensor:
-            return Level(rows=rows).choose(inputs, estimate, gamma)
+            return GlobalThreshold(rows=rows).choose(inputs, estimate, gamma)
 
         return self._curve(self._estimate(rows), chosen, self.work(rows))
 

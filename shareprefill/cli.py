@@ -187,7 +187,7 @@ def cluster(
     ] = _CLUSTER.slack,
     tau: Annotated[
         float,
-        typer.Option(help="JS distance to share by the paper's rule, policy share."),
+        typer.Option(help="JS distance to share by the paper's rule, policy shareprefill."),
     ] = _CLUSTER.tau,
     delta: Annotated[
         float, typer.Option(help="JS distance to uniform above which a head is highly sparse.")
@@ -246,7 +246,9 @@ def run(
     ] = None,
     tau: Annotated[
         float | None,
-        typer.Option(help="JS distance to share (paper: 0.2), with policy share; the artifact's."),
+        typer.Option(
+            help="JS distance to share (paper: 0.2), policy shareprefill; the artifact's."
+        ),
     ] = None,
     delta: Annotated[
         float | None, typer.Option(help="JS distance to uniform (paper: 0.3); the artifact's.")

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, Self
 
 from shareprefill.errors import ConfigError
+
+logger = logging.getLogger(__name__)
 
 Metric = Literal["jaccard", "jaccard-raw", "code"]
 Linkage = Literal["average", "complete", "single"]
@@ -14,15 +17,26 @@ Nonfinite = Literal["dense", "error"]
 
 METRICS: tuple[str, ...] = ("jaccard", "jaccard-raw", "code")
 LINKAGES: tuple[str, ...] = ("average", "complete", "single")
-# What a session may run under: `auto` as the artifact says, otherwise one policy for every head.
-POLICIES: tuple[str, ...] = (
-    *("auto", "share", "dense", "sampled", "vertical-slash"),
-    *("smoothed", "level", "antidiagonal", "decompose", "flash", "flex", "oracle", "pooled"),
-    "streaming",
+# Policies by which a head chooses its own blocks: a file each in `runtime/policies`.
+SELECTION_POLICIES: tuple[str, ...] = (
+    *("sampled", "vertical-slash", "smoothed", "global-threshold", "antidiagonal", "decompose"),
+    *("flash", "flex", "oracle", "pooled", "streaming"),
 )
+# What a session may run under: `auto` as the artifact says, otherwise one rule for every head.
+POLICIES: tuple[str, ...] = ("auto", "shareprefill", "dense", *SELECTION_POLICIES)
+# Words that still work in this version.
+_RENAMED_POLICIES = {"share": "shareprefill", "level": "global-threshold"}
 NONFINITE: tuple[str, ...] = ("dense", "error")
 BLOCK_SIZES: tuple[int, ...] = (16, 32, 64, 128, 256)
 MIN_RESOLUTION = 8
+
+
+def current_policy(name: str) -> str:
+    """A policy's present name; for a former one a note goes to the log."""
+    renamed = _RENAMED_POLICIES.get(name)
+    if renamed is not None:
+        logger.warning("policy %r is now called %r; the old word goes soon", name, renamed)
+    return renamed or name
 
 
 def _require(holds: bool, name: str, value: object, allowed: str) -> None:
@@ -176,7 +190,7 @@ class ClusterConfig(Stage):
             pivot's pattern than on the held-out prompt where they had least: with less, the head
             takes its fallback.
         tau: Jensen-Shannon distance to the pivot under which a head shares by the paper's rule,
-            which a session follows with `policy="share"`; nothing that is planned here uses it.
+            which a session follows with `policy="shareprefill"`; nothing planned here uses it.
         delta: Jensen-Shannon distance to the uniform distribution above which a head whose check
             fails counts as highly sparse and takes a vertical-slash pattern.
         pivot_rows: Query rows a block that a pivot's pattern is taken from: 0 for all of them, as
@@ -216,12 +230,12 @@ class RuntimeConfig(Stage):
     """What a session may change; None takes the artifact's value.
 
     Attributes:
-        policy: `auto` (each head as the artifact says), `share` (the paper's online rule on the
-            artifact's clusters), or one policy for every head.
+        policy: `auto` (each head as the artifact says), `shareprefill` (the paper's online rule
+            on the artifact's clusters), or one policy for every head.
         gamma: Attention mass a pattern covers, for all heads; None: chosen per head offline.
         slack: With `auto`, how much less than gamma a sharing head's sampled rows may have inside
             its pivot's pattern, for all heads; None: chosen per head offline.
-        tau: With `share`, Jensen-Shannon distance to the pivot under which a head shares.
+        tau: With `shareprefill`, Jensen-Shannon distance to the pivot under which a head shares.
         delta: Jensen-Shannon distance to uniform above which a head is highly sparse.
         pivot_rows: Query rows a block of a pivot's map; 0: all of them.
         sample_rows: Query rows a block of the row-sampled estimate.
@@ -250,6 +264,7 @@ class RuntimeConfig(Stage):
     nonfinite: Nonfinite = "dense"
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "policy", current_policy(self.policy))
         _require(self.nonfinite in NONFINITE, "nonfinite", self.nonfinite, f"one of {NONFINITE}")
         _require(self.policy in POLICIES, "policy", self.policy, f"one of {POLICIES}")
         if self.gamma is not None:
@@ -273,14 +288,15 @@ class RuntimeConfig(Stage):
         if self.slack is not None:
             _require(-1.0 <= self.slack <= 1.0, "slack", self.slack, "between -1 and 1")
             if self.policy != "auto":
-                instead = ": use tau" if self.policy == "share" else ", which shares nothing"
+                instead = ": use tau" if self.policy == "shareprefill" else ", which shares nothing"
                 raise ConfigError(
                     f"slack = {self.slack!r} is for policy 'auto', not for {self.policy!r}{instead}"
                 )
         if self.tau is not None:
             _require_distance("tau", self.tau)
-            if self.policy != "share":
+            if self.policy != "shareprefill":
                 instead = ": use slack" if self.policy == "auto" else ", which shares nothing"
                 raise ConfigError(
-                    f"tau = {self.tau!r} is for policy 'share', not for {self.policy!r}{instead}"
+                    f"tau = {self.tau!r} is for policy 'shareprefill', "
+                    f"not for {self.policy!r}{instead}"
                 )

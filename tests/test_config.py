@@ -4,8 +4,10 @@ from typing import Any
 
 import pytest
 
-from shareprefill.config import CalibrateConfig, ClusterConfig, RuntimeConfig
+from shareprefill.config import SELECTION_POLICIES, CalibrateConfig, ClusterConfig, RuntimeConfig
 from shareprefill.errors import ConfigError
+from shareprefill.evaluation.config import EvalConfig, SweepConfig
+from shareprefill.runtime.policies import make_policy
 
 
 @pytest.mark.parametrize("rows", [(1, 2, 4, 8), (2, 8, 32), (1, 2, 3, 5, 128)])
@@ -23,14 +25,17 @@ def test_row_counts_that_are_not(rows: tuple[int, ...]) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"tau": 0.3}, r"tau = 0\.3 is for policy 'share', not for 'auto': use slack"),
+        ({"tau": 0.3}, r"tau = 0\.3 is for policy 'shareprefill', not for 'auto': use slack"),
         ({"policy": "sampled", "tau": 0.3}, r"tau = 0\.3 .* 'sampled', which shares nothing"),
-        ({"policy": "share", "slack": 0.1}, r"slack = 0\.1 is for policy 'auto', .*: use tau"),
+        (
+            {"policy": "shareprefill", "slack": 0.1},
+            r"slack = 0\.1 is for policy 'auto', .*: use tau",
+        ),
         ({"policy": "flex", "slack": 0.1}, r"slack = 0\.1 .* not for 'flex', which shares nothing"),
         ({"slack": 1.1}, r"slack = 1\.1 is not allowed: it must be between -1 and 1"),
         ({"slack": -1.1}, r"slack = -1\.1 is not allowed"),
         ({"slack": float("nan")}, "slack = nan is not allowed"),
-        ({"policy": "share", "tau": 1.1}, r"tau = 1\.1 is not allowed"),
+        ({"policy": "shareprefill", "tau": 1.1}, r"tau = 1\.1 is not allowed"),
     ],
 )
 def test_each_rule_of_sharing_has_its_own_threshold(options: dict[str, Any], message: str) -> None:
@@ -40,6 +45,23 @@ def test_each_rule_of_sharing_has_its_own_threshold(options: dict[str, Any], mes
 
 def test_thresholds_of_sharing() -> None:
     assert RuntimeConfig(slack=-1.0).slack == -1.0
-    assert RuntimeConfig(policy="share", tau=0.0).tau == 0.0
+    assert RuntimeConfig(policy="shareprefill", tau=0.0).tau == 0.0
     with pytest.raises(ConfigError, match=r"slack = -0\.1 is not allowed"):
         ClusterConfig(slack=-0.1)
+
+
+@pytest.mark.parametrize(("old", "new"), [("share", "shareprefill"), ("level", "global-threshold")])
+def test_a_renamed_policy_keeps_working_with_a_note(
+    old: str, new: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert RuntimeConfig(policy=old) == RuntimeConfig(policy=new)
+    assert f"policy '{old}' is now called '{new}'" in caplog.text
+    caplog.clear()
+    assert EvalConfig(artifact="a.st", policies=("auto", old)).policies == ("auto", new)
+    assert SweepConfig(artifact="a.st", policy=old, gammas=(0.9,)).policy == new
+    assert caplog.text.count("is now called") == 2
+
+
+def test_every_policy_of_the_list_is_one_of_the_runtime() -> None:
+    for name in SELECTION_POLICIES:
+        assert callable(make_policy(name).select)

@@ -38,7 +38,7 @@ def sweep_command(
     ] = None,
     tau: Annotated[
         list[float] | None,
-        typer.Option(help="JS distance to share, with policy share; may be repeated."),
+        typer.Option(help="JS distance to share, with policy shareprefill; may be repeated."),
     ] = None,
     delta: Annotated[
         list[float] | None, typer.Option(help="JS distance to uniform; may be repeated.")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from shareprefill.config import BLOCK_SIZES, POLICIES, RuntimeConfig, Stage
+from shareprefill.config import BLOCK_SIZES, POLICIES, RuntimeConfig, Stage, current_policy
 from shareprefill.errors import ConfigError
 
 DENSE = "dense"
@@ -75,6 +75,7 @@ class EvalConfig(Stage):
     others: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "policies", tuple(map(current_policy, self.policies)))
         _require(bool(self.artifact), "artifact", self.artifact, "the path of an artifact")
         for name in ("tasks", "policies", "lengths"):
             _require(bool(getattr(self, name)), name, getattr(self, name), "at least one")
@@ -141,7 +142,7 @@ class SweepConfig(Stage):
         artifact: Path of the artifact that the others values are taken from.
         model: Where the model is; None: where the artifact says.
         slacks: With policy `auto`, masses below gamma at which a head still shares.
-        taus: With policy `share`, JS distances to share.
+        taus: With policy `shareprefill`, JS distances to share.
         deltas: JS distances to uniform.
         gammas: Attention masses to cover.
         block_sizes: Tokens a block; each needs a calibration of that block size.
@@ -176,6 +177,7 @@ class SweepConfig(Stage):
     max_density: float | None = None
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "policy", current_policy(self.policy))
         varied = ("slacks", "taus", "deltas", "gammas", "block_sizes", "ks")
         _require(
             any(getattr(self, name) for name in varied),

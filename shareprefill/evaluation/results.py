@@ -139,7 +139,7 @@ def _estimates(value: Any) -> Any:
 
 
 def label(policy: str, settings: Mapping[str, Any]) -> str:
-    """A policy and its settings in words, as `share, gamma 0.9`."""
+    """A policy and its settings in words, as `auto, gamma 0.9`."""
     return ", ".join([policy, *(f"{name} {value}" for name, value in settings.items())])
 
 

@@ -1,4 +1,4 @@
-"""Several processes: which heads each of them holds, and what they tell each other."""
+"""Several processes: how they divide a model, and work that comes in pieces."""
 
 from __future__ import annotations
 
@@ -9,54 +9,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch import Tensor
 
-from shareprefill.errors import ConfigError, UnsupportedError
-from shareprefill.models import ModelGeometry, attention_layers
+from shareprefill.errors import UnsupportedError
+from shareprefill.models import attention_layers
+from shareprefill.runtime.tensor_parallel import HeadShard
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
-
-
-@dataclass(frozen=True)
-class HeadShard:
-    """A process's part of every attention layer: a run of query heads, and their KV heads.
-
-    Attributes:
-        rank: Its place in the tensor-parallel group.
-        size: Processes of the group.
-        group: The group, over which pivots' patterns go.
-    """
-
-    rank: int
-    size: int
-    group: ProcessGroup
-
-    def heads(self, n_heads: int) -> range:
-        """The query heads of a layer that this process holds.
-
-        Args:
-            n_heads: Query heads of the layer, over all processes.
-        """
-        mine = n_heads // self.size
-        return range(self.rank * mine, (self.rank + 1) * mine)
-
-    def check(self, sizes: ModelGeometry) -> None:
-        """Refuses a model whose heads do not divide by the processes.
-
-        Raises:
-            ConfigError: some process would have a part of a head.
-        """
-        if sizes.heads % self.size or sizes.kv_heads % self.size:
-            raise ConfigError(
-                f"{self.size} processes cannot share {sizes.heads} query heads and "
-                f"{sizes.kv_heads} KV heads evenly: start as many processes (torchrun "
-                "--nproc-per-node) as divide both numbers"
-            )
-
-    def sum(self, tensor: Tensor) -> None:
-        """Adds the tensors of all processes, in place in each."""
-        torch.distributed.all_reduce(tensor, group=self.group)
 
 
 def head_shard(model: torch.nn.Module) -> HeadShard | None:

@@ -11,16 +11,15 @@ import torch
 from shareprefill.artifact import Artifact, Policy
 from shareprefill.config import RuntimeConfig
 from shareprefill.runtime.geometry import Geometry
-from shareprefill.runtime.policies import POLICIES
+from shareprefill.runtime.policies import make_policy
 from shareprefill.runtime.policies.base import SelectionPolicy
 
 T = TypeVar("T")
 
-_UNIFORM = {
-    "dense": Policy.DENSE,
-    "sampled": Policy.SAMPLED,
-    "vertical-slash": Policy.VERTICAL_SLASH,
-    "smoothed": Policy.SMOOTHED,
+# Policies that an artifact names, and that every head can follow by itself.
+_OF_ARTIFACTS = {
+    policy.label: policy
+    for policy in (Policy.DENSE, Policy.SAMPLED, Policy.VERTICAL_SLASH, Policy.SMOOTHED)
 }
 # The number of a policy that no artifact names.
 _FURTHER = len(Policy)
@@ -28,7 +27,7 @@ _FURTHER = len(Policy)
 
 @dataclass(frozen=True)
 class HeadPlan:
-    """One head's orders.
+    """What one head is to do.
 
     Attributes:
         head: Global id, layer * H + index in the layer.
@@ -37,8 +36,8 @@ class HeadPlan:
         fallback: What it does when its check before sharing fails; otherwise its policy.
         gamma: Attention mass its pattern covers.
         fallback_gamma: Attention mass the fallback's pattern covers.
-        slack: How much less than gamma of its sampled rows' attention may lie in its pivot's
-            pattern for it to share.
+        coverage_slack: How much less than gamma of its sampled rows' attention may lie in its
+            pivot's pattern for it to share.
         cluster: Cluster id; -1 for none.
     """
 
@@ -48,28 +47,28 @@ class HeadPlan:
     fallback: int
     gamma: float
     fallback_gamma: float
-    slack: float
+    coverage_slack: float
     cluster: int
 
     @property
-    def floor(self) -> float:
+    def min_coverage(self) -> float:
         """Share of its sampled rows' attention from which on it shares its pivot's pattern."""
-        return self.gamma - self.slack
+        return self.gamma - self.coverage_slack
 
 
 @dataclass(frozen=True)
 class RuntimePlan:
-    """All heads' orders, and the thresholds and row counts that hold for all of them.
+    """What all heads are to do, and the thresholds and row counts that hold for all of them.
 
     Attributes:
         layers: `layers[l][h]`.
         labels: Names of the policies, by their numbers in the heads' plans.
-        selectors: What chooses the blocks of the policies that the layer pass has no rule for, by
-            number.
-        online: Whether pivots are found at run time by the paper's rule (policy `share`).
-        guarded: Whether a vertical-slash pattern is left to highly sparse heads (delta).
+        selectors: What chooses the blocks of the policies that no artifact names, by number.
+        online: Whether pivots are found at run time by the paper's rule (policy `shareprefill`).
+        slash_needs_sparsity: Whether a vertical-slash pattern is left to highly sparse heads
+            (delta).
         block_size: Tokens a block.
-        tau: Policy `share`: JS distance to the pivot under which a head shares.
+        tau: Policy `shareprefill`: JS distance to the pivot under which a head shares.
         delta: JS distance to uniform above which a head is highly sparse.
         pivot_rows: Rows a block of a pivot's map, 0 for all.
         sample_rows: Rows a block of the row-sampled estimate.
@@ -84,7 +83,7 @@ class RuntimePlan:
     labels: tuple[str, ...]
     selectors: Mapping[int, SelectionPolicy]
     online: bool
-    guarded: bool
+    slash_needs_sparsity: bool
     block_size: int
     tau: float
     delta: float
@@ -116,22 +115,22 @@ def make_plan(artifact: Artifact, config: RuntimeConfig) -> RuntimePlan:
         config: Options; None takes the artifact's value.
 
     Returns:
-        The orders of every head.
+        What every head is to do.
     """
-    online = config.policy == "share"
-    forced: int | None = _UNIFORM.get(config.policy)
+    online = config.policy == "shareprefill"
+    forced: int | None = _OF_ARTIFACTS.get(config.policy)
     labels = tuple(policy.label for policy in Policy)
-    selectors: dict[int, SelectionPolicy] = {int(Policy.SMOOTHED): POLICIES["smoothed"]()}
-    if forced is None and config.policy not in ("auto", "share"):
+    selectors: dict[int, SelectionPolicy] = {}
+    if forced is None and config.policy not in ("auto", "shareprefill"):
         forced, labels = _FURTHER, (*labels, config.policy)
-        selectors[_FURTHER] = POLICIES[config.policy]()
+        selectors[_FURTHER] = make_policy(config.policy)
     layers, heads = artifact.policy.shape
     columns = {
         name: getattr(artifact, name).reshape(-1).tolist()
         for name in ("policy", "pivot", "fallback", "gamma", "fallback_gamma", "slack", "cluster")
     }
 
-    def order(head: int) -> HeadPlan:
+    def head_plan(head: int) -> HeadPlan:
         gamma, fallback_gamma = columns["gamma"][head], columns["fallback_gamma"][head]
         if config.policy != "auto":
             # One rule for all heads: what was chosen head by head for another does not apply.
@@ -144,19 +143,20 @@ def make_plan(artifact: Artifact, config: RuntimeConfig) -> RuntimePlan:
             fallback=columns["fallback"][head] if forced is None else forced,
             gamma=_chosen(config.gamma, gamma),
             fallback_gamma=_chosen(config.gamma, fallback_gamma),
-            slack=_chosen(config.slack, columns["slack"][head]),
+            coverage_slack=_chosen(config.slack, columns["slack"][head]),
             cluster=columns["cluster"][head],
         )
 
     thresholds, rows = artifact.thresholds, artifact.rows
     return RuntimePlan(
         layers=tuple(
-            tuple(order(layer * heads + head) for head in range(heads)) for layer in range(layers)
+            tuple(head_plan(layer * heads + head) for head in range(heads))
+            for layer in range(layers)
         ),
         labels=labels,
         selectors=selectors,
         online=online,
-        guarded=config.policy == "auto",
+        slash_needs_sparsity=config.policy == "auto",
         block_size=artifact.block_size,
         tau=_chosen(config.tau, thresholds.tau),
         delta=_chosen(config.delta, thresholds.delta),

@@ -1,64 +1,22 @@
-"""What layers chose, and the records that a session keeps of it: raw on the device, read later."""
+"""What layers did: raw on the device as they run, brought to the host and read later."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 
 from shareprefill.artifact import Policy
 from shareprefill.runtime.ops.blocks import BlockLists
-from shareprefill.runtime.orders import LayerOrders, Orders
+from shareprefill.runtime.rules.base import Coverage, Overhead, PolicyTaken
+
+T = TypeVar("T")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Decision:
-    """What a layer's heads were found to do; every tensor is as small as a few numbers a head.
-
-    Attributes:
-        codes: Policy of the heads that read no candidate, int64 `[H]`; None: the planned one.
-        asked: `if_passed` or `if_failed` of the layer's orders, head by head, int64 `[H + T]`, with
-            -1 for the heads of `sampled` that took a vertical-slash pattern; None with policy
-            `share`.
-        works: Work of the choice for one head that was asked, as a share of its dense attention's
-            operations: of every head, the pivots, the sharing ones, and each group of `own`.
-        covered: Mass of the sharing heads' sampled rows inside their pivots' patterns, float32
-            `[S]`; None where none may share.
-        shareable: Whether those patterns may be shared, bool `[S]`.
-        sound: For groups of `own` by their first slot, where False is a pattern of every causal
-            block for want of numbers, bool `[S]`.
-        distances: With policy `share`, JS distance of every candidate to its pivot, float32 `[H]`,
-            NaN for other heads.
-    """
-
-    codes: Tensor | None = None
-    asked: Tensor | None = None
-    works: tuple[float, ...] = (0.0,)
-    covered: Tensor | None = None
-    shareable: Tensor | None = None
-    sound: tuple[tuple[int, Tensor], ...] = ()
-    distances: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class Choice:
-    """The patterns of a layer.
-
-    Attributes:
-        bitmap: Candidates, bool `[P, n_q, n_k]`.
-        pattern: Which of them each head reads, int64 `[H]`; P: every causal block; -1: none, its
-            output is there.
-        decision: How that came.
-    """
-
-    bitmap: Tensor
-    pattern: Tensor
-    decision: Decision
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class LayerRecord:
     """What one layer did with one sequence (or one chunk of it).
 
@@ -67,17 +25,21 @@ class LayerRecord:
     Attributes:
         layer: Layer index.
         causal: Causal blocks of one head.
-        orders: What its heads were to do.
-        decision: What they were found to do.
-        totals: Listed blocks by candidate, and the candidate that each head read; None where all
+        policy_taken: See `LayerSelection`, as the next three.
+        overhead: The steps of the selection.
+        coverage: The check before sharing.
+        candidate_distances: With the paper's rule.
+        totals: Listed blocks by pattern, and the pattern that each head read; None where all
             outputs were there without.
         recall: Attention mass inside every head's pattern, float32 `[H]`, where asked for.
     """
 
     layer: int
     causal: int
-    orders: LayerOrders
-    decision: Decision
+    policy_taken: PolicyTaken
+    overhead: tuple[Overhead, ...]
+    coverage: Coverage | None
+    candidate_distances: Tensor | None
     totals: BlockLists | None
     recall: Tensor | None = None
 
@@ -87,22 +49,23 @@ class LayerRecord:
 
         A `Policy`, or one of the plan's further ones.
         """
-        codes = self.orders.codes if self.decision.codes is None else self.decision.codes
+        by_head = self.policy_taken.by_head
         if self.totals is None:
-            return codes
-        labels = self.orders.labels.clone()
-        for first, sound in self.decision.sound:
-            labels[first : first + len(sound)].masked_fill_(~sound, int(Policy.DENSE))
+            return by_head
+        by_pattern = self.policy_taken.by_pattern.clone()
+        for first, is_finite in self.policy_taken.is_finite:
+            is_dense = ~is_finite
+            by_pattern[first : first + len(is_finite)].masked_fill_(is_dense, int(Policy.DENSE))
         read = self.totals.head_to_list
         # Pivots are pivots, whatever they read.
-        is_known = (read < 0) | (codes == int(Policy.PIVOT))
-        return torch.where(is_known, codes, labels[read.clamp(min=0)])
+        is_known = (read < 0) | (by_head == int(Policy.PIVOT))
+        return torch.where(is_known, by_head, by_pattern[read.clamp(min=0)])
 
     @property
     def blocks(self) -> Tensor:
         """Blocks computed by every head, int64 `[H]`."""
         if self.totals is None:
-            return torch.full_like(self.orders.codes, self.causal)
+            return torch.full_like(self.policy_taken.by_head, self.causal)
         counts = self.totals.head_counts().long()
         return torch.where(self.totals.head_to_list < 0, self.causal, counts)
 
@@ -112,84 +75,62 @@ class LayerRecord:
 
         float32 `[H]`; NaN for other heads, and where a pivot's pattern rests on NaN or Inf.
         """
-        covered = self._nothing_found()
-        found, shareable = self.decision.covered, self.decision.shareable
-        if found is not None and shareable is not None:
-            covered[self.orders.shares.index] = torch.where(shareable, found, torch.nan)
+        covered, found = self._full(torch.nan), self.coverage
+        if found is not None:
+            covered[found.heads] = torch.where(found.pivot_is_finite, found.mass, torch.nan)
         return covered
 
     @property
     def distances(self) -> Tensor:
-        """With policy `share`, JS distance of every candidate to its pivot, float32 `[H]`.
+        """With the paper's rule, JS distance of every candidate to its pivot, float32 `[H]`.
 
         NaN for other heads.
         """
-        found = self.decision.distances
-        return self._nothing_found() if found is None else found
+        found = self.candidate_distances
+        return self._full(torch.nan) if found is None else found
 
     @property
     def work(self) -> Tensor:
         """Selection work of every head, float32 `[H]`, of its dense attention's operations."""
-        every, *others = self.decision.works
-        orders, asked = self.orders, self.decision.asked
-        work = torch.full_like(orders.codes, every, dtype=torch.float32)
-        if asked is not None:
-            groups = (
-                orders.pivots.index,
-                orders.shares.index,
-                *(asked[g.asked] for g in orders.own),
-            )
-            for heads, share in zip(groups, others, strict=True):
-                work.index_add_(0, heads.clamp(min=0), (heads >= 0).to(work.dtype) * share)
+        work = self._full(0.0)
+        for step in self.overhead:
+            share = (step.heads >= 0).to(work.dtype) * step.share
+            work.index_add_(0, step.heads.clamp(min=0), share)
         return work
 
-    def _nothing_found(self) -> Tensor:
-        return torch.full_like(self.orders.codes, torch.nan, dtype=torch.float32)
-
-    def changed(self, change: Callable[[Tensor], Tensor]) -> LayerRecord:
-        """The record with every tensor of its own changed, always in the same order."""
-
-        def maybe(tensor: Tensor | None) -> Tensor | None:
-            return None if tensor is None else change(tensor)
-
-        old, totals = self.decision, self.totals
-        decision = replace(
-            old,
-            codes=maybe(old.codes),
-            asked=maybe(old.asked),
-            covered=maybe(old.covered),
-            shareable=maybe(old.shareable),
-            sound=tuple((first, change(sound)) for first, sound in old.sound),
-            distances=maybe(old.distances),
-        )
-        if totals is not None:
-            offsets, heads = change(totals.offsets), change(totals.head_to_list)
-            empty = offsets.new_empty(0)
-            totals = replace(totals, offsets=offsets, head_to_list=heads, indices=empty)
-        return replace(self, decision=decision, totals=totals, recall=maybe(self.recall))
+    def _full(self, value: float) -> Tensor:
+        return torch.full_like(self.policy_taken.by_head, value, dtype=torch.float32)
 
 
-def on_host(records: Sequence[LayerRecord], orders: Orders) -> list[LayerRecord]:
+def on_host(records: Sequence[LayerRecord]) -> list[LayerRecord]:
     """Records brought to the host, in one copy for each kind of tensor.
 
     Args:
         records: Of any layers and devices.
-        orders: What they were made by.
     """
-    tensors: list[Tensor] = []
+    # What layers have of their plans is in many records, and copied once.
+    found: dict[int, Tensor] = {}
 
     def keep(tensor: Tensor) -> Tensor:
-        tensors.append(tensor)
-        return tensor
+        return found.setdefault(id(tensor), tensor)
 
     for record in records:
-        record.changed(keep)
-    moved = iter(_moved(tensors))
-    host = torch.device("cpu")
-    return [
-        replace(record.changed(lambda _: next(moved)), orders=orders.of(record.layer, host))
-        for record in records
-    ]
+        map_tensors(record, keep)
+    moved = dict(zip(found, _moved([*found.values()]), strict=True))
+    return [map_tensors(record, lambda tensor: moved[id(tensor)]) for record in records]
+
+
+def map_tensors(value: T, change: Callable[[Tensor], Tensor]) -> T:
+    """A value with every tensor in it changed, in dataclasses and tuples too."""
+    found: Any = value
+    if isinstance(value, Tensor):
+        found = change(value)
+    elif isinstance(value, tuple):
+        found = tuple(map_tensors(part, change) for part in value)
+    elif is_dataclass(value):
+        changed = {f.name: map_tensors(getattr(value, f.name), change) for f in fields(value)}
+        found = replace(cast(Any, value), **changed)
+    return found
 
 
 def _moved(tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import math
 import threading
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
@@ -16,13 +14,14 @@ from typing import TYPE_CHECKING, Self
 import torch
 from torch import Tensor
 
-from shareprefill.artifact import Artifact, Policy, check_fingerprint, load_artifact
+from shareprefill.artifact import Artifact, check_fingerprint, load_artifact
 from shareprefill.config import RuntimeConfig
-from shareprefill.errors import ConfigError, UnsupportedError
+from shareprefill.errors import ConfigError
 from shareprefill.models import fingerprint, geometry
 from shareprefill.runtime.attachment import Attachment, latest
+from shareprefill.runtime.core import SequenceState, SparsePrefill
 from shareprefill.runtime.crossover import crossover
-from shareprefill.runtime.distributed import HeadShard, head_shard
+from shareprefill.runtime.distributed import head_shard
 from shareprefill.runtime.interface import (
     AttentionCall,
     Sequence,
@@ -31,75 +30,12 @@ from shareprefill.runtime.interface import (
     computing_itself,
     dense_attention,
 )
-from shareprefill.runtime.ops.blocks import count_causal_blocks
-from shareprefill.runtime.orders import Orders
 from shareprefill.runtime.plan import RuntimePlan, make_plan
-from shareprefill.runtime.policies.base import LayerInputs
-from shareprefill.runtime.records import LayerRecord, on_host
-from shareprefill.runtime.sharing import LayerPass
-from shareprefill.runtime.state import ForwardState
+from shareprefill.runtime.records import LayerRecord
+from shareprefill.runtime.report import SessionReport, make_report
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-
-@dataclass(frozen=True)
-class LayerReport:
-    """What one layer's heads did, over all prefills of a session.
-
-    Attributes:
-        layer: Layer index.
-        first_head: Index of the first head that is listed: 0, but under tensor parallelism, where
-            a process lists the heads that it holds.
-        planned: Name of the policy that each head was to take.
-        policies: Name of the policy that each head took most often.
-        density: Computed share of the causal blocks, by head.
-        covered: Mean attention mass of a sharing head's sampled rows inside its pivot's pattern, by
-            head; NaN where none was checked.
-        floor: The mass from which on each of them shares; NaN for other heads.
-        distance: With policy `share`, mean JS distance to the pivot, by head; NaN where a head was
-            no candidate.
-        tau: With policy `share`, the distance under which a head shares; otherwise None.
-        recall: Attention mass inside the patterns, by head; None unless the session measures it.
-    """
-
-    layer: int
-    first_head: int
-    planned: tuple[str, ...]
-    policies: tuple[str, ...]
-    density: tuple[float, ...]
-    covered: tuple[float, ...]
-    floor: tuple[float, ...]
-    distance: tuple[float, ...]
-    tau: float | None
-    recall: tuple[float, ...] | None
-
-
-@dataclass(frozen=True)
-class SessionReport:
-    """What a session did since it began or was last reset.
-
-    Attributes:
-        prefills: Sparse prefills: passes of one sequence (or one chunk of it) through the model.
-        dense_prefills: Prefills that ran dense by themselves: too short, or with a mask that is
-            not plainly causal.
-        requested_dense: Prefills inside `session.dense()`, which the other figures leave out.
-        density: Share of the causal blocks computed, all heads and layers, dense prefills included.
-        selection_work: Work of choosing the patterns, as a share of dense attention's operations.
-        policies: Heads by policy taken, over all layers and sparse prefills.
-        thresholds: gamma, slack (with policy `share` tau) and delta in force (None: chosen head by
-            head offline).
-        layers: The same by layer and head.
-    """
-
-    prefills: int
-    dense_prefills: int
-    requested_dense: int
-    density: float
-    selection_work: float
-    policies: dict[str, int]
-    thresholds: dict[str, float | None]
-    layers: tuple[LayerReport, ...]
 
 
 class Session:
@@ -116,9 +52,9 @@ class Session:
         self.model = model
         self.artifact = artifact
         self.config = config
-        self.plan: RuntimePlan = make_plan(artifact, config)
-        self.shard: HeadShard | None = head_shard(model)
-        self.orders = Orders(self.plan, self.shard and self.shard.heads(artifact.policy.shape[1]))
+        shard = head_shard(model)
+        heads = shard and shard.heads(artifact.policy.shape[1])
+        self.prefill = SparsePrefill(make_plan(artifact, config), heads, shard)
         self.measure_recall = measure_recall
         self._pass = _Pass()
         self._lock = threading.Lock()
@@ -128,6 +64,11 @@ class Session:
         # Calls that were to be dense, by layer.
         self._requested: Counter[int] = Counter()
         self._attachments: list[Attachment] = []
+
+    @property
+    def plan(self) -> RuntimePlan:
+        """What every head of the model is to do."""
+        return self.prefill.plan
 
     def __enter__(self) -> Self:
         self._attachments.append(attach(self.model, self._attend))
@@ -174,37 +115,15 @@ class Session:
         with self._lock:
             records, dense = list(self._records), self._dense.copy()
             requested = max(self._requested.values(), default=0)
-        records = on_host(records, self.orders)
-        totals = [
-            _Totals(self.plan, n, [r for r in records if r.layer == n])
-            for n in sorted({r.layer for r in records})
-        ]
-        heads = len(self.orders.heads)
-        computed = sum(t.blocks.sum().item() for t in totals)
-        causal = sum(r.causal * heads for r in records)
-        skipped_nothing = sum(
-            count * heads * count_causal_blocks(n_query, n_key - n_query, self.plan.block_size)
-            for (_, n_query, n_key), count in dense.items()
-        )
-        taken = sum((t.taken for t in totals), Counter[str]())
-        work = sum(t.work for t in totals)
-        # The layer with most sparse prefills, as windows and others are dense in every pass.
-        sparse = Counter(r.layer for r in records)
-        seen = sparse.keys() | {layer for layer, _, _ in dense}
-        first = max(sorted(seen), key=lambda layer: sparse[layer], default=0)
-        return SessionReport(
-            prefills=sum(r.layer == first for r in records),
-            dense_prefills=sum(n for (layer, _, _), n in dense.items() if layer == first),
+        rule = {"tau": self.plan.tau} if self.plan.online else {"slack": self.config.slack}
+        thresholds = {"gamma": self.config.gamma, **rule, "delta": self.plan.delta}
+        return make_report(
+            self.plan,
+            self.prefill.heads,
+            records,
+            dense=dense,
             requested_dense=requested,
-            density=_ratio(computed + skipped_nothing, causal + skipped_nothing),
-            selection_work=_ratio(work, causal + skipped_nothing),
-            policies=dict(sorted(taken.items())),
-            thresholds={
-                "gamma": self.config.gamma,
-                **({"tau": self.plan.tau} if self.plan.online else {"slack": self.config.slack}),
-                "delta": self.plan.delta,
-            },
-            layers=tuple(t.report(self.orders.heads) for t in totals),
+            thresholds=thresholds,
         )
 
     def _attend(self, call: AttentionCall) -> Tensor:
@@ -234,10 +153,21 @@ class Session:
         self, call: AttentionCall, sequence: Sequence, states: _States, again: bool
     ) -> Tensor:
         query, key, value = call.tensors(sequence)
-        state = self._state(states, sequence, query, key)
-        inputs = LayerInputs(query, key, call.scale, state.geometry, call.softcap, call.sinks)
-        layer_pass = LayerPass(self.plan, call.layer, state, inputs, value)
-        out, record = layer_pass.run(measure_recall=self.measure_recall)
+        state = states.get(sequence.place)
+        if state is None:
+            geometry = self.plan.geometry(query.shape[1], key.shape[1], query.device)
+            state = states[sequence.place] = self.prefill.begin(geometry)
+        out, record = self.prefill.attend(
+            call.layer,
+            state,
+            query,
+            key,
+            value,
+            scale=call.scale,
+            softcap=call.softcap,
+            sinks=call.sinks,
+            measure_recall=self.measure_recall,
+        )
         if not again:
             with self._lock:
                 self._records.append(record)
@@ -250,25 +180,6 @@ class Session:
         least = self.config.min_tokens
         return keys >= (crossover(device).tokens if least is None else least)
 
-    def _state(
-        self, states: _States, sequence: Sequence, query: Tensor, key: Tensor
-    ) -> ForwardState:
-        """A sequence's state in this forward pass, on the device of the layer at hand."""
-        state = states.get(sequence.place)
-        if state is None:
-            if len(query) != len(self.orders.heads):
-                raise UnsupportedError(
-                    f"a layer has {len(query)} query heads in this process, {self.orders.heads} "
-                    "were expected: use tensor parallelism that divides every attention layer by "
-                    "its heads, or none"
-                )
-            geometry = self.plan.geometry(query.shape[1], key.shape[1], query.device)
-            state = ForwardState(geometry, self.orders, self.shard)
-        elif state.geometry.device != query.device:
-            state = _moved(state, self.plan, query.device)
-        states[sequence.place] = state
-        return state
-
     def _book_requested(self, layer: int, n_query: int) -> None:
         if n_query > 1:
             with self._lock:
@@ -279,7 +190,7 @@ class Session:
             self._dense[layer, n_query, n_key] += 1
 
 
-_States = dict[tuple[int, int], ForwardState]
+_States = dict[tuple[int, int], SequenceState]
 
 
 class _Pass(threading.local):
@@ -302,16 +213,6 @@ class _Pass(threading.local):
             self._states = {}
         self._layer, self._query = call.layer, weakref.ref(call.query)
         return self._states, again
-
-
-def _moved(state: ForwardState, plan: RuntimePlan, device: torch.device) -> ForwardState:
-    """A state on another device: with a device_map, layers are on several."""
-    moved = ForwardState(state.geometry.to(device), state.orders, state.exchange)
-    if plan.online:
-        moved.maps, moved.elected = state.maps.to(device), state.elected.to(device)
-    else:
-        moved.patterns, moved.sound = state.patterns.to(device), state.sound.to(device)
-    return moved
 
 
 def share_prefill(
@@ -357,7 +258,8 @@ def share_prefill(
         artifact = load_artifact(artifact)
     shard = head_shard(model)
     if shard is not None:
-        shard.check(geometry(model))
+        sizes = geometry(model)
+        shard.check(sizes.heads, sizes.kv_heads)
     check_fingerprint(artifact, fingerprint(model))
     session = Session(model, artifact, config or RuntimeConfig(), measure_recall=measure_recall)
     for name in ("pivot_rows", "sample_rows", "check_rows"):
@@ -367,46 +269,3 @@ def share_prefill(
                 f"{name} = {rows} is not allowed: a block has {artifact.block_size} rows"
             )
     return session
-
-
-class _Totals:
-    """One layer's records, on the host."""
-
-    def __init__(self, plan: RuntimePlan, layer: int, records: list[LayerRecord]) -> None:
-        self.plan, self.layer = plan, layer
-        policies = torch.stack([r.policies for r in records])
-        self.names = [[plan.labels[code] for code in row] for row in policies.T.tolist()]
-        self.taken = Counter(name for names in self.names for name in names)
-        self.blocks = torch.stack([r.blocks for r in records])
-        self.causal = torch.tensor([r.causal for r in records], dtype=torch.float64, device="cpu")
-        self.covered, self.distances = (
-            torch.stack(values)
-            for values in ([r.covered for r in records], [r.distances for r in records])
-        )
-        shares = torch.stack([r.work for r in records]).double()
-        self.work = (shares.sum(-1) * self.causal).sum().item()
-        recalls = [r.recall for r in records if r.recall is not None]
-        self.recall = torch.stack(recalls).mean(0).tolist() if recalls else None
-
-    def report(self, heads: range) -> LayerReport:
-        plans = [self.plan.layers[self.layer][h] for h in heads]
-        online = self.plan.online
-        return LayerReport(
-            layer=self.layer,
-            first_head=heads.start,
-            planned=tuple(self.plan.labels[plan.policy] for plan in plans),
-            policies=tuple(Counter(names).most_common(1)[0][0] for names in self.names),
-            density=tuple((self.blocks.double().sum(0) / self.causal.sum()).tolist()),
-            covered=tuple(self.covered.nanmean(0).tolist()),
-            floor=tuple(
-                plan.floor if plan.policy == Policy.SHARE and not online else math.nan
-                for plan in plans
-            ),
-            distance=tuple(self.distances.nanmean(0).tolist()),
-            tau=self.plan.tau if online else None,
-            recall=None if self.recall is None else tuple(self.recall),
-        )
-
-
-def _ratio(part: float, whole: float) -> float:
-    return part / whole if whole else 1.0

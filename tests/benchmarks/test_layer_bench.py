@@ -33,12 +33,11 @@ def inputs() -> Any:
 
 
 def test_heads_that_look_alike_share_and_others_do_not(inputs: Any) -> None:
-    from layer_cases import PLANS, UNLIKE, chosen_density, uniform_plan
+    from layer_cases import PLANS, UNLIKE, uniform_plan
 
     inputs.place(5)
     layer = inputs.layer(uniform_plan(PLANS["shared"], EVERY))()
-    chosen_density(layer)
-    shared = (layer.record.policies == int(Policy.SHARE)).nonzero()[:, 0].tolist()
+    shared = (layer.choose().record.policies == int(Policy.SHARE)).nonzero()[:, 0].tolist()
     assert shared == [head for head in range(4, 32) if head % UNLIKE != UNLIKE - 1]
 
 

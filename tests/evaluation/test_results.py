@@ -104,12 +104,14 @@ def test_bad_options(options: dict, message: str) -> None:
 
 
 def test_every_policy_gets_every_gamma_but_dense() -> None:
-    config = EvalConfig(artifact="a.st", policies=("dense", "auto", "share"), gammas=(0.8, 0.9))
+    config = EvalConfig(
+        artifact="a.st", policies=("dense", "auto", "shareprefill"), gammas=(0.8, 0.9)
+    )
     assert [(r.policy, r.gamma, r.min_tokens) for r in config.runtimes()] == [
         ("auto", 0.8, 0),
         ("auto", 0.9, 0),
-        ("share", 0.8, 0),
-        ("share", 0.9, 0),
+        ("shareprefill", 0.8, 0),
+        ("shareprefill", 0.9, 0),
     ]
     assert EvalConfig.from_dict(config.to_dict()) == config
     assert EvalConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
@@ -122,8 +124,8 @@ def test_every_policy_gets_every_gamma_but_dense() -> None:
         ({"ks": (4,)}, "needs the calibration"),
         ({"block_sizes": (48,), "calibrations": ("x",)}, "block_size = 48"),
         ({"gammas": (0.9,), "policy": "dense"}, "policy = 'dense'"),
-        ({"taus": (2.0,), "policy": "share"}, "tau = 2.0"),
-        ({"taus": (0.2,)}, "tau = 0.2 is for policy 'share', .* use slack"),
+        ({"taus": (2.0,), "policy": "shareprefill"}, "tau = 2.0"),
+        ({"taus": (0.2,)}, "tau = 0.2 is for policy 'shareprefill', .* use slack"),
         ({"slacks": (0.1, 0.1)}, "slacks = .* without repetitions"),
         ({"gammas": (0.9,), "samples": 0}, "samples = 0"),
     ],

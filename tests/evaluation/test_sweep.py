@@ -97,7 +97,7 @@ def test_slack_is_swept_for_planned_sharing_and_tau_for_the_papers_rule(folder: 
     # Heads whose check fails have their own patterns, for more work.
     strict, lenient = planned[0].points
     assert strict.selection_work > lenient.selection_work
-    online = sweep(config(folder, policy="share", taus=(0.0, 0.8))).curves
+    online = sweep(config(folder, policy="shareprefill", taus=(0.0, 0.8))).curves
     assert [(curve.parameter, curve.values) for curve in online] == [("tau", (0.0, 0.8))]
 
 

@@ -9,8 +9,7 @@ import torch
 
 from shareprefill.artifact import Policy, save_artifact
 from shareprefill.errors import ConfigError
-from shareprefill.models import ModelGeometry
-from shareprefill.runtime.distributed import HeadShard
+from shareprefill.runtime.tensor_parallel import HeadShard
 from tests.support import tensor_parallel
 from tests.support.processes import run_processes
 from tests.support.tensor_parallel import sessions
@@ -22,7 +21,7 @@ POLICIES = [[P, S, S, S], [S, R, P, V], [S, S, S, S]]
 SESSIONS: list[dict[str, Any]] = [
     {"gamma": 0.6, "slack": -0.1, "min_tokens": 0, "max_density": 1.0},
     {"gamma": 0.6, "slack": 1.0, "pivot_rows": 0, "min_tokens": 0, "max_density": 1.0},
-    {"policy": "share", "tau": 0.42, "delta": 0.9, "min_tokens": 0, "max_density": 1.0},
+    {"policy": "shareprefill", "tau": 0.42, "delta": 0.9, "min_tokens": 0, "max_density": 1.0},
 ]
 
 
@@ -79,9 +78,9 @@ def test_heads_that_do_not_divide_are_refused() -> None:
     group: Any = None
     shard = HeadShard(1, 4, group)
     assert list(shard.heads(32)) == list(range(8, 16))
-    shard.check(ModelGeometry(2, 32, 8, 64))
+    shard.check(32, 8)
     with pytest.raises(ConfigError, match="4 processes cannot share 32 query heads and 2 KV heads"):
-        shard.check(ModelGeometry(2, 32, 2, 64))
+        shard.check(32, 2)
 
 
 @pytest.mark.slow

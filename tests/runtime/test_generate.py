@@ -171,15 +171,16 @@ def test_the_report_says_why(model: Any) -> None:
         for head, (policy, taken) in enumerate(zip(row, layer.policies, strict=True)):
             assert math.isnan(layer.distance[head])
             if policy is S:
-                assert layer.floor[head] == pytest.approx(0.55)
+                assert layer.min_coverage[head] == pytest.approx(0.55)
                 assert taken == ("share" if layer.covered[head] >= 0.55 else "smoothed")
             else:
                 assert math.isnan(layer.covered[head])
-                assert math.isnan(layer.floor[head])
+                assert math.isnan(layer.min_coverage[head])
 
 
 def test_the_report_of_the_papers_rule_says_why(model: Any) -> None:
-    config = RuntimeConfig(policy="share", delta=0.9, tau=0.42, min_tokens=0, max_density=1.0)
+    thresholds = {"delta": 0.9, "tau": 0.42, "max_density": 1.0}
+    config = RuntimeConfig(policy="shareprefill", min_tokens=0, **thresholds)
     with share_prefill(model, tiny_artifact(model, POLICIES), config) as session, torch.no_grad():
         model(input_ids=token_ids(1, 160))
     report = session.report()
@@ -189,7 +190,7 @@ def test_the_report_of_the_papers_rule_says_why(model: Any) -> None:
         assert layer.tau == 0.42
         for head, taken in enumerate(layer.policies):
             assert math.isnan(layer.covered[head])
-            assert math.isnan(layer.floor[head])
+            assert math.isnan(layer.min_coverage[head])
             if not math.isnan(layer.distance[head]):
                 compared += 1
                 assert taken == ("share" if layer.distance[head] < 0.42 else "vertical-slash")

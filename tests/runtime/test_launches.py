@@ -6,11 +6,8 @@ import pytest
 import torch
 
 from shareprefill.artifact import Policy
-from shareprefill.runtime.orders import Orders
+from shareprefill.runtime.core import SequenceState, SparsePrefill
 from shareprefill.runtime.plan import HeadPlan, RuntimePlan
-from shareprefill.runtime.policies.base import LayerInputs
-from shareprefill.runtime.sharing import LayerPass
-from shareprefill.runtime.state import ForwardState
 from tests.support.launches import counted_launches
 from tests.support.plans import D, M, P, R, S, V, layer_plan
 
@@ -26,12 +23,12 @@ def plan_of(policies: tuple[Policy, ...], *, fallback: Policy, guarded: bool) ->
             fallback=fallback if policy is S else policy,
             gamma=0.7,
             fallback_gamma=0.7,
-            slack=0.05,
+            coverage_slack=0.05,
             cluster=0,
         )
         for head, policy in enumerate(policies)
     )
-    return layer_plan(heads, BLOCK, guarded=guarded)
+    return layer_plan(heads, BLOCK, slash_needs_sparsity=guarded)
 
 
 @pytest.mark.parametrize(
@@ -49,17 +46,18 @@ def test_a_planned_layer_takes_few_launches(
     policies: tuple[Policy, ...], fallback: Policy, guarded: bool, most: int
 ) -> None:
     plan = plan_of(policies, fallback=fallback, guarded=guarded)
-    orders = Orders(plan)
+    prefill = SparsePrefill(plan)
     geometry = plan.geometry(80, 80, torch.device("cpu"))
     query, key, value = torch.randn(8, 80, 16), torch.randn(2, 80, 16), torch.randn(2, 80, 16)
-    # Capped, as a CPU lets SDPA compute dense heads of plain logits.
-    inputs = LayerInputs(query, key, 0.25, geometry, softcap=30.0)
+
+    def run(state: SequenceState) -> None:
+        # Capped, as a CPU lets SDPA compute dense heads of plain logits.
+        prefill.attend(0, state, query, key, value, scale=0.25, softcap=30.0)
+
     # The second pass of a length finds what the first one has made.
-    LayerPass(plan, 0, ForwardState(geometry, orders), inputs, value).run()
-    state = ForwardState(geometry, orders)
-    # The second layer finds what the first one has made.
-    _ = state.patterns, state.sound
+    run(prefill.begin(geometry))
+    state = prefill.begin(geometry)
     with counted_launches() as found:
-        LayerPass(plan, 0, state, inputs, value).run()
+        run(state)
     assert found["count_kernel"] == found["block_sparse_kernel"] == 1
     assert found.total() <= most, found.most_common()

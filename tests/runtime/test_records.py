@@ -6,12 +6,9 @@ import pytest
 import torch
 
 from shareprefill.config import RuntimeConfig
-from shareprefill.runtime.orders import Orders
+from shareprefill.runtime.core import SparsePrefill
 from shareprefill.runtime.plan import make_plan
-from shareprefill.runtime.policies.base import LayerInputs
-from shareprefill.runtime.records import LayerRecord, on_host
-from shareprefill.runtime.sharing import LayerPass
-from shareprefill.runtime.state import ForwardState
+from shareprefill.runtime.records import LayerRecord, map_tensors, on_host
 from tests.support.plans import D, M, P, R, S, V
 from tests.support.tiny import tiny_artifact, tiny_llama
 
@@ -23,18 +20,20 @@ def model() -> Any:
     return tiny_llama()
 
 
-def records(model: Any, config: RuntimeConfig) -> tuple[list[LayerRecord], Orders]:
+def records(model: Any, config: RuntimeConfig) -> list[LayerRecord]:
     """Records of three layers, of two prefills of different lengths."""
     plan = make_plan(tiny_artifact(model, [[P, S, S, V], [R, S, M, D], [D] * 4]), config)
-    orders = Orders(plan)
+    prefill = SparsePrefill(plan)
     found = []
     for tokens in (120, 200):
-        state = ForwardState(plan.geometry(tokens, tokens, torch.device("cpu")), orders)
+        state = prefill.begin(plan.geometry(tokens, tokens, torch.device("cpu")))
         for layer in range(3):
             query, key = torch.randn(4, tokens, 16), torch.randn(2, tokens, 16)
-            inputs = LayerInputs(query, key, 0.25, state.geometry)
-            found.append(LayerPass(plan, layer, state, inputs, key).run(measure_recall=True)[1])
-    return found, orders
+            _, record = prefill.attend(
+                layer, state, query, key, key, scale=0.25, measure_recall=True
+            )
+            found.append(record)
+    return found
 
 
 def configs() -> list[RuntimeConfig]:
@@ -42,14 +41,14 @@ def configs() -> list[RuntimeConfig]:
     return [
         RuntimeConfig(slack=1.0, gamma=0.6, max_density=1.0),
         RuntimeConfig(slack=-1.0, gamma=0.6, max_density=0.8),
-        RuntimeConfig(policy="share", delta=0.9, max_density=1.0),
+        RuntimeConfig(policy="shareprefill", delta=0.9, max_density=1.0),
     ]
 
 
 @pytest.mark.parametrize("config", configs())
 def test_records_say_the_same_on_the_host(model: Any, config: RuntimeConfig) -> None:
-    found, orders = records(model, config)
-    moved = on_host(found, orders)
+    found = records(model, config)
+    moved = on_host(found)
     assert [(r.layer, r.causal) for r in moved] == [(r.layer, r.causal) for r in found]
     for record, known in zip(moved, found, strict=True):
         for name in FIELDS:
@@ -65,7 +64,7 @@ def test_records_say_the_same_on_the_host(model: Any, config: RuntimeConfig) -> 
 @pytest.mark.parametrize("config", configs())
 def test_records_keep_only_small_tensors(model: Any, config: RuntimeConfig) -> None:
     """A long session has many: nothing of a map's or a list's size stays with one."""
-    found, _ = records(model, config)
+    found = records(model, config)
     sizes = []
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
@@ -73,6 +72,6 @@ def test_records_keep_only_small_tensors(model: Any, config: RuntimeConfig) -> N
         return tensor
 
     for record in found:
-        record.changed(keep)
+        map_tensors(record, keep)
     # Less than two numbers for each head that may choose, and for each candidate.
     assert max(sizes) <= 4 + 2 * 4

@@ -11,18 +11,16 @@ import torch.nn.functional as F
 from shareprefill.artifact import Policy, Thresholds
 from shareprefill.config import RuntimeConfig
 from shareprefill.errors import DataError
-from shareprefill.runtime import sharing
+from shareprefill.runtime import core
+from shareprefill.runtime.core import LayerChoice, SequenceState, SparsePrefill
 from shareprefill.runtime.ops.block_selection import select_blocks
 from shareprefill.runtime.ops.block_sparse_attention import block_sparse_attention
 from shareprefill.runtime.ops.blocks import BlockLists, always_blocks, causal_blocks
 from shareprefill.runtime.ops.pooled_attention import pooled_attention, sample_rows
-from shareprefill.runtime.orders import Orders
 from shareprefill.runtime.plan import RuntimePlan, make_plan
 from shareprefill.runtime.policies.base import LayerInputs
 from shareprefill.runtime.policies.smoothed import Smoothed
-from shareprefill.runtime.session import _moved
-from shareprefill.runtime.sharing import LayerPass
-from shareprefill.runtime.state import ForwardState
+from shareprefill.runtime.records import LayerRecord
 from tests.support.allocation import LargestTensor
 from tests.support.maps import recall, smooth
 from tests.support.plans import D, M, P, R, S, V
@@ -51,7 +49,7 @@ def run(
     policies: list[list[Policy]],
     inputs: dict[str, torch.Tensor],
     config: RuntimeConfig | None = None,
-    state: ForwardState | None = None,
+    state: SequenceState | None = None,
     layer: int = 0,
     **changes: Any,
 ):
@@ -61,28 +59,33 @@ def run(
     plan = make_plan(tiny_artifact(model, policies, **changes), config)
     if state is None:
         state = state_of(plan, inputs)
-    layer_pass = pass_of(plan, layer, state, inputs)
-    layer_pass.out.fill_(math.nan)
-    out, record = layer_pass.run(measure_recall=True)
-    return out, record, layer_pass
+    return layer_of(plan, layer, state, inputs)
 
 
-def pass_of(
-    plan: RuntimePlan, layer: int, state: ForwardState, inputs: dict[str, torch.Tensor]
-) -> LayerPass:
-    of_layer = LayerInputs(inputs["query"], inputs["key"], 0.25, state.geometry)
-    return LayerPass(plan, layer, state, of_layer, inputs["value"])
+def layer_of(
+    plan: RuntimePlan, layer: int, state: SequenceState, inputs: dict[str, torch.Tensor]
+) -> tuple[torch.Tensor, LayerRecord, LayerChoice]:
+    """One layer's output, record and choice."""
+    choices = []
+
+    class Observed(SparsePrefill):
+        def choose(self, *args: Any) -> LayerChoice:
+            choices.append(super().choose(*args))
+            return choices[-1]
+
+    out, record = Observed(plan).attend(layer, state, **inputs, scale=0.25, measure_recall=True)
+    return out, record, choices[0]
 
 
-def state_of(plan: RuntimePlan, inputs: dict[str, torch.Tensor]) -> ForwardState:
+def state_of(plan: RuntimePlan, inputs: dict[str, torch.Tensor]) -> SequenceState:
     sizes = (inputs["query"].shape[1], inputs["key"].shape[1])
-    return ForwardState(plan.geometry(*sizes, torch.device("cpu")), Orders(plan))
+    return SparsePrefill(plan).begin(plan.geometry(*sizes, torch.device("cpu")))
 
 
-def kept(layer_pass: LayerPass, head: int) -> torch.Tensor:
+def kept(choice: LayerChoice, head: int) -> torch.Tensor:
     """The pattern that a head has read."""
-    assert layer_pass.pattern[head] >= 0
-    return layer_pass.bitmap[layer_pass.pattern[head]]
+    assert choice.head_to_pattern[head] >= 0
+    return choice.selection.patterns[choice.head_to_pattern[head]]
 
 
 def dense(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -112,14 +115,14 @@ def test_everything_selected_is_dense_attention(
 def test_a_sharing_head_computes_with_its_pivots_pattern(model: Any) -> None:
     inputs = tensors(200, 200)
     config = RuntimeConfig(slack=1.0, gamma=0.8)
-    out, record, layer_pass = run(model, [[S, P, S, D], [D] * 4, [D] * 4], inputs, config)
+    out, record, choice = run(model, [[S, P, S, D], [D] * 4, [D] * 4], inputs, config)
     # The pivot comes second, and the head before it in its layer shares too.
     assert record.policies.tolist() == [S, P, S, D]
-    assert torch.equal(kept(layer_pass, 0), kept(layer_pass, 2))
+    assert torch.equal(kept(choice, 0), kept(choice, 2))
     _, exact = pooled_attention(
         inputs["query"], inputs["key"], block_size=BLOCK, scale=0.25, impl="reference"
     )
-    pattern = kept(layer_pass, 0)
+    pattern = kept(choice, 0)
     lists = BlockLists.from_bitmap(pattern[None], torch.zeros(4).int(), BLOCK)
     expected = block_sparse_attention(**inputs, lists=lists, scale=0.25, impl="reference")
     torch.testing.assert_close(out[:3], expected[:3], rtol=1e-4, atol=1e-5)
@@ -144,20 +147,20 @@ def head_pattern_of(maps: torch.Tensor, gamma: float) -> torch.Tensor:
 def test_a_pivot_of_all_rows_gives_its_exact_pattern_and_dense_output(model: Any) -> None:
     inputs = tensors(150, 150)
     config = RuntimeConfig(pivot_rows=0, slack=1.0, gamma=0.8)
-    out, record, layer_pass = run(model, [[P, S, D, D], [D] * 4, [D] * 4], inputs, config)
+    out, record, choice = run(model, [[P, S, D, D], [D] * 4, [D] * 4], inputs, config)
     torch.testing.assert_close(out[0], dense(inputs)[0], rtol=1e-4, atol=1e-5)
     assert record.blocks[0] == record.causal
     _, exact = pooled_attention(
         inputs["query"], inputs["key"], block_size=BLOCK, scale=0.25, impl="reference"
     )
-    assert torch.equal(kept(layer_pass, 1), head_pattern_of(exact[0], 0.8))
+    assert torch.equal(kept(choice, 1), head_pattern_of(exact[0], 0.8))
 
 
 @pytest.mark.parametrize("rows", [2, 4])
 def test_a_sampled_pivot_gives_the_smoothed_pattern(model: Any, rows: int) -> None:
     inputs = tensors(208, 208)
     config = RuntimeConfig(slack=1.0, gamma=0.7, pivot_rows=rows)
-    _, record, layer_pass = run(model, [[P, S, M, D], [D] * 4, [D] * 4], inputs, config)
+    _, record, choice = run(model, [[P, S, M, D], [D] * 4, [D] * 4], inputs, config)
     _, maps = pooled_attention(
         inputs["query"],
         inputs["key"],
@@ -167,8 +170,8 @@ def test_a_sampled_pivot_gives_the_smoothed_pattern(model: Any, rows: int) -> No
         impl="reference",
     )
     expected = head_pattern_of(smooth(maps, rows)[0], 0.7)
-    assert torch.equal(kept(layer_pass, 0), expected)
-    assert torch.equal(kept(layer_pass, 1), expected)
+    assert torch.equal(kept(choice, 0), expected)
+    assert torch.equal(kept(choice, 1), expected)
     work = torch.tensor([rows, 1, 2, 0]) / BLOCK / 2
     torch.testing.assert_close(record.work, work)
 
@@ -177,8 +180,8 @@ def test_a_pivot_of_two_rows_does_as_a_smoothed_head(model: Any) -> None:
     inputs = tensors(150, 150)
     inputs["query"][1] = inputs["query"][0]
     config = RuntimeConfig(gamma=0.7, pivot_rows=2)
-    out, record, layer_pass = run(model, [[P, M, S, D], [D] * 4, [D] * 4], inputs, config)
-    assert torch.equal(kept(layer_pass, 0), kept(layer_pass, 1))
+    out, record, choice = run(model, [[P, M, S, D], [D] * 4, [D] * 4], inputs, config)
+    assert torch.equal(kept(choice, 0), kept(choice, 1))
     torch.testing.assert_close(out[0], out[1])
     assert record.work[0] == record.work[1] > 0
 
@@ -188,7 +191,7 @@ def test_a_head_shares_what_covers_enough_of_its_sampled_rows(model: Any, margin
     inputs = tensors(150, 150)
     policies = [[P, S, D, D], [D] * 4, [D] * 4]
     gamma = torch.full((3, 4), 0.8)
-    _, before, layer_pass = run(model, policies, inputs, gamma=gamma, slack=torch.full((3, 4), 1.0))
+    _, before, choice = run(model, policies, inputs, gamma=gamma, slack=torch.full((3, 4), 1.0))
     _, maps = pooled_attention(
         inputs["query"],
         inputs["key"],
@@ -197,7 +200,7 @@ def test_a_head_shares_what_covers_enough_of_its_sampled_rows(model: Any, margin
         scale=0.25,
         impl="reference",
     )
-    covered = recall(maps[1], kept(layer_pass, 1)).item()
+    covered = recall(maps[1], kept(choice, 1)).item()
     assert before.covered[1].item() == pytest.approx(covered, abs=1e-5)
     # The head's own slack decides, to either side of what is covered.
     slack = torch.full((3, 4), 0.8 - covered + margin)
@@ -214,13 +217,12 @@ def test_nothing_is_computed_for_a_fallback_that_is_not_taken(model: Any) -> Non
     asked = []
 
     class Recorded(Smoothed):
-        def place(self, inputs: LayerInputs, heads: Any, gamma: Any, out: Any) -> Any:
+        def estimate(self, inputs: LayerInputs, heads: torch.Tensor) -> torch.Tensor:
             asked.append(heads.tolist())
-            return super().place(inputs, heads, gamma, out)
+            return super().estimate(inputs, heads)
 
     plan = replace(plan, selectors={int(M): Recorded()})
-    layer_pass = pass_of(plan, 0, state_of(plan, inputs), inputs)
-    _, record = layer_pass.run()
+    _, record, _ = layer_of(plan, 0, state_of(plan, inputs), inputs)
     assert asked == [[-1, 2, 3]]
     assert record.policies.tolist() == [P, S, M, M]
     rows = torch.tensor([4 * 10, 10, 10 + 20, 20]) / 150 / 2
@@ -242,7 +244,7 @@ def test_a_head_unlike_its_pivot_falls_back(model: Any) -> None:
     inputs = tensors(150, 150)
     policies = [[P, S, S, S], [D] * 4, [D] * 4]
     fallback = torch.tensor([[1, 3, 4, 5], [0] * 4, [0] * 4], dtype=torch.int8)
-    _, record, layer_pass = run(
+    _, record, choice = run(
         model, policies, inputs, RuntimeConfig(slack=-1.0, delta=0.0), fallback=fallback
     )
     assert record.policies.tolist() == [P, R, V, M]
@@ -252,7 +254,7 @@ def test_a_head_unlike_its_pivot_falls_back(model: Any) -> None:
     assert record.work[1] > record.work[2] > record.work[3] > 0
     config = RuntimeConfig(delta=0.0, gamma=0.9)
     _, _, own = run(model, [[D, R, V, M], [D] * 4, [D] * 4], inputs, config)
-    assert all(torch.equal(kept(layer_pass, head), kept(own, head)) for head in (1, 2, 3))
+    assert all(torch.equal(kept(choice, head), kept(own, head)) for head in (1, 2, 3))
 
 
 def test_a_head_unlike_its_pivot_may_fall_back_to_dense_attention(model: Any) -> None:
@@ -263,9 +265,7 @@ def test_a_head_unlike_its_pivot_may_fall_back_to_dense_attention(model: Any) ->
     plan = make_plan(
         tiny_artifact(model, policies, fallback=fallback), replace(config, max_density=1.0)
     )
-    layer_pass = pass_of(plan, 0, state_of(plan, inputs), inputs)
-    layer_pass.out.fill_(math.nan)
-    out, record = layer_pass.run()
+    out, record, _ = layer_of(plan, 0, state_of(plan, inputs), inputs)
     assert record.policies.tolist() == [P, D, R, D]
     assert record.blocks[1] == record.causal
     torch.testing.assert_close(out[1], dense(inputs)[1], rtol=1e-4, atol=1e-5)
@@ -306,8 +306,8 @@ def test_the_papers_rule(model: Any) -> None:
     inputs["query"][2] = inputs["query"][0]
     cluster = torch.tensor([[0, 0, 1, -1], [0] * 4, [0] * 4], dtype=torch.int32)
     policies = [[D] * 4] * 3
-    config = RuntimeConfig(policy="share", tau=0.2, delta=0.8)
-    out, record, layer_pass = run(model, policies, inputs, config, cluster=cluster)
+    config = RuntimeConfig(policy="shareprefill", tau=0.2, delta=0.8)
+    out, record, choice = run(model, policies, inputs, config, cluster=cluster)
     assert record.policies.tolist() == [P, S, P, V]
     assert record.distances[1] < 0.2
     torch.testing.assert_close(out[0], dense(inputs)[0], rtol=1e-4, atol=1e-5)
@@ -320,7 +320,7 @@ def test_the_papers_rule(model: Any) -> None:
         select_blocks(exact[:1], torch.tensor([0.9]), n_query=150, n_key=150, block_size=BLOCK)[0]
         | always
     ) & causal
-    assert torch.equal(kept(layer_pass, 1), expected)
+    assert torch.equal(kept(choice, 1), expected)
     _, unlike, _ = run(model, policies, inputs, replace(config, tau=0.0), cluster=cluster)
     assert unlike.policies.tolist() == [P, V, P, V]
     _, sparse, _ = run(model, policies, inputs, replace(config, delta=0.0), cluster=cluster)
@@ -331,11 +331,11 @@ def test_heads_denser_than_the_crossover_are_computed_densely(model: Any) -> Non
     inputs = tensors(320, 320)
     row = [P, S, R, V]
     config = RuntimeConfig(gamma=1.0, slack=1.0, delta=0.0, max_density=0.5)
-    out, record, layer_pass = run(model, [row, [D] * 4, [D] * 4], inputs, config)
+    out, record, choice = run(model, [row, [D] * 4, [D] * 4], inputs, config)
     torch.testing.assert_close(out, dense(inputs), rtol=1e-4, atol=1e-5)
     assert record.policies.tolist() == [P, D, D, D]
     assert record.blocks.tolist() == [record.causal] * 4
-    assert layer_pass.pattern.tolist() == [-1] * 4
+    assert choice.head_to_pattern.tolist() == [-1] * 4
     _, sparse, _ = run(model, [row, [D] * 4, [D] * 4], inputs, replace(config, gamma=0.1))
     assert sparse.policies.tolist() == row
     assert sparse.blocks.max() < record.causal
@@ -349,8 +349,8 @@ def test_dense_heads_may_read_every_block_in_the_others_launch(
     inputs = tensors(100, 170)
     config = RuntimeConfig(pivot_rows=pivot_rows)
     usual, wanted, _ = run(model, [row] * 2, inputs, config)
-    monkeypatch.setattr(sharing, "has_fast_kernel", lambda *_: True)
-    monkeypatch.setattr(LayerPass, "_compute_dense", None)
+    monkeypatch.setattr(core, "has_fast_kernel", lambda *_: True)
+    monkeypatch.setattr(core, "_dense", None)
     found, record, _ = run(model, [row] * 2, inputs, config)
     torch.testing.assert_close(found, usual, rtol=1e-4, atol=1e-4)
     assert torch.equal(record.blocks, wanted.blocks)
@@ -364,8 +364,8 @@ def test_a_layer_of_dense_heads_is_one_call_of_sdpa(
     model: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     inputs = tensors(130, 130)
-    monkeypatch.setattr(sharing, "has_fast_kernel", lambda *_: True)
-    monkeypatch.setattr(sharing, "block_sparse_attention", None)
+    monkeypatch.setattr(core, "has_fast_kernel", lambda *_: True)
+    monkeypatch.setattr(core, "block_sparse_attention", None)
     found, _, _ = run(model, [[D] * 4] * 2, inputs)
     torch.testing.assert_close(found, dense(inputs), rtol=1e-4, atol=1e-4)
 
@@ -374,7 +374,7 @@ def test_a_layer_of_dense_heads_may_be_one_launch_of_lists(
     model: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     inputs = tensors(130, 130)
-    monkeypatch.setattr(sharing, "block_sparse_attention", None)
+    monkeypatch.setattr(core, "block_sparse_attention", None)
     monkeypatch.setattr("shareprefill.runtime.dense._is_faster_in_blocks", lambda *_: True)
     monkeypatch.setattr("shareprefill.runtime.dense.sdpa", None)
     found, _, _ = run(model, [[D] * 4] * 2, inputs)
@@ -388,7 +388,7 @@ def test_no_n_by_n_tensor_is_made(model: Any, row: list[Policy]) -> None:
     inputs = tensors(tokens, tokens)
     plan = make_plan(tiny_artifact(model, [row, [D] * 4, [D] * 4]), RuntimeConfig(slack=1.0))
     with LargestTensor() as largest:
-        pass_of(plan, 0, state_of(plan, inputs), inputs).run()
+        SparsePrefill(plan).attend(0, state_of(plan, inputs), **inputs, scale=0.25)
     assert largest.elements < tokens**2 / 4
 
 
@@ -397,22 +397,24 @@ def test_options_go_before_the_artifact(model: Any) -> None:
     plan = make_plan(artifact, RuntimeConfig())
     assert (plan.delta, plan.pivot_rows) == (0.4, 4)
     assert plan.layers[0][0].gamma == pytest.approx(0.9)
-    assert plan.layers[0][0].slack == pytest.approx(0.04)
-    assert plan.layers[0][0].floor == pytest.approx(0.86)
+    assert plan.layers[0][0].coverage_slack == pytest.approx(0.04)
+    assert plan.layers[0][0].min_coverage == pytest.approx(0.86)
     plan = make_plan(artifact, RuntimeConfig(slack=0.5, gamma=0.6, pivot_rows=0))
     assert (plan.delta, plan.pivot_rows) == (0.4, 0)
-    assert {(head.gamma, head.slack) for layer in plan.layers for head in layer} == {(0.6, 0.5)}
+    assert {(head.gamma, head.coverage_slack) for layer in plan.layers for head in layer} == {
+        (0.6, 0.5)
+    }
     plan = make_plan(artifact, RuntimeConfig(policy="sampled", gamma=0.6))
     assert {head.gamma for layer in plan.layers for head in layer} == {0.6}
-    plan = make_plan(artifact, RuntimeConfig(policy="share"))
+    plan = make_plan(artifact, RuntimeConfig(policy="shareprefill"))
     assert plan.pivot_rows == 0
     assert (plan.layers[0][0].gamma, plan.tau) == (0.7, 0.1)
-    assert make_plan(artifact, RuntimeConfig(policy="share", tau=0.5)).tau == 0.5
+    assert make_plan(artifact, RuntimeConfig(policy="shareprefill", tau=0.5)).tau == 0.5
 
 
 @pytest.mark.parametrize("name", ["query", "key"])
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-@pytest.mark.parametrize("policy", ["auto", "share"])
+@pytest.mark.parametrize("policy", ["auto", "shareprefill"])
 def test_numbers_that_are_none_stay_with_their_head(
     model: Any, policy: str, bad: float, name: str
 ) -> None:
@@ -425,9 +427,9 @@ def test_numbers_that_are_none_stay_with_their_head(
     inputs[name][0, row, 3] = bad
     policies = [[P, S, S, S], [D] * 4, [D] * 4]
     # Either check passes whatever it finds, so that only what is broken keeps a head from sharing.
-    passing = {"tau": 0.9} if policy == "share" else {"slack": 1.0}
+    passing = {"tau": 0.9} if policy == "shareprefill" else {"slack": 1.0}
     config = RuntimeConfig.from_dict({"policy": policy, "delta": 0.9, "gamma": 0.8, **passing})
-    out, record, layer_pass = run(model, policies, inputs, config)
+    out, record, choice = run(model, policies, inputs, config)
     _, before, _ = run(model, policies, clean, config)
     assert before.policies.tolist() == [P, S, S, S]
     if policy == "auto":
@@ -442,7 +444,7 @@ def test_numbers_that_are_none_stay_with_their_head(
         expected = dense(clean)[0]
         rest = torch.arange(150) != row
         torch.testing.assert_close(out[0, rest], expected[rest], rtol=1e-4, atol=1e-5)
-    assert layer_pass.pattern.dtype == torch.int64
+    assert choice.head_to_pattern.dtype == torch.int64
 
 
 @pytest.mark.parametrize("pivot_rows", [0, 4])
@@ -488,8 +490,8 @@ def test_soft_capped_logits_and_sinks(model: Any, softcap: float | None, with_si
     config = RuntimeConfig(gamma=1.0, slack=1.0, delta=0.0, max_density=1.0)
     plan = make_plan(tiny_artifact(model, [[P, S, V, D], [D] * 4, [D] * 4]), config)
     state = state_of(plan, inputs)
-    of_layer = LayerInputs(inputs["query"], inputs["key"], 0.25, state.geometry, softcap, sinks)
-    out, _ = LayerPass(plan, 0, state, of_layer, inputs["value"]).run()
+    options = {"scale": 0.25, "softcap": softcap, "sinks": sinks}
+    out, _ = SparsePrefill(plan).attend(0, state, **inputs, **options)
     keys, values = (inputs[name].repeat_interleave(2, 0) for name in ("key", "value"))
     logits = inputs["query"] @ keys.mT * 0.25
     if softcap is not None:
@@ -512,15 +514,21 @@ def test_numbers_that_are_none_can_be_an_error(model: Any) -> None:
 
 def test_what_pivots_gave_moves_along_to_another_device(model: Any) -> None:
     inputs = tensors(150, 150)
-    online = RuntimeConfig(policy="share", delta=0.9)
-    for config, names in ((RuntimeConfig(), ["patterns", "sound"]), (online, ["maps", "elected"])):
+    online = RuntimeConfig(policy="shareprefill", delta=0.9)
+    kept_by_rule = ((RuntimeConfig(), ["patterns", "is_finite"]), (online, ["maps", "elected"]))
+    for config, names in kept_by_rule:
         plan = make_plan(tiny_artifact(model, [[P, S, S, S], [D] * 4, [D] * 4]), config)
         state = state_of(plan, inputs)
-        pass_of(plan, 0, state, inputs).run()
-        moved = _moved(state, plan, torch.device("cpu"))
+        layer_of(plan, 0, state, inputs)
+        given = state.pivots
+        copied = given.to(torch.device("cpu"))
         for name in names:
-            assert getattr(state, name).any()
-            assert torch.equal(getattr(moved, name), getattr(state, name))
+            assert getattr(given, name).any()
+            assert torch.equal(getattr(copied, name), getattr(given, name))
+        state.move_to(torch.device("meta"))
+        assert state.geometry.device == torch.device("meta")
+        assert state.geometry.reads == plan.geometry(150, 150, torch.device("cpu")).reads
+        assert all(getattr(state.pivots, name).is_meta for name in names)
 
 
 def test_the_output_lies_as_the_model_reads_it(model: Any) -> None:

@@ -12,13 +12,10 @@ import torch
 import torch.nn.functional as F
 
 from shareprefill.artifact import Policy
-from shareprefill.runtime import sharing
+from shareprefill.runtime import core
+from shareprefill.runtime.core import SparsePrefill
 from shareprefill.runtime.ops.dispatch import has_fast_kernel
-from shareprefill.runtime.orders import Orders
 from shareprefill.runtime.plan import HeadPlan, RuntimePlan
-from shareprefill.runtime.policies.base import LayerInputs
-from shareprefill.runtime.sharing import LayerPass
-from shareprefill.runtime.state import ForwardState
 from tests.support.plans import D, M, P, R, S, V, layer_plan
 
 pytestmark = pytest.mark.gpu
@@ -30,7 +27,7 @@ PLANS = {
     "sampled": (R,) * HEADS,
     "smoothed": (M,) * HEADS,
     "vertical-slash": (V,) * HEADS,
-    "share": (D,) * HEADS,
+    "shareprefill": (D,) * HEADS,
 }
 
 
@@ -44,13 +41,13 @@ def plan_of(name: str) -> RuntimePlan:
             gamma=0.7,
             fallback_gamma=0.7,
             # Far from what is covered, on either side of it: every other head's check fails.
-            slack=0.5 if head % 2 else -0.5,
+            coverage_slack=0.5 if head % 2 else -0.5,
             cluster=head % 3 - 1,
         )
         for head, policy in enumerate(PLANS[name])
     )
     rows = 0 if "all rows" in name else 4
-    return layer_plan(heads, BLOCK, online=name == "share", pivot_rows=rows)
+    return layer_plan(heads, BLOCK, online=name == "shareprefill", pivot_rows=rows)
 
 
 def tensors(n_query: int, n_key: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
@@ -62,10 +59,10 @@ def tensors(n_query: int, n_key: int, dtype: torch.dtype) -> tuple[torch.Tensor,
     return query.to(dtype), key.to(dtype), value.to(dtype)
 
 
-def run(plan: RuntimePlan, orders: Orders, query: torch.Tensor, key: torch.Tensor, value):
-    geometry = plan.geometry(query.shape[1], key.shape[1], query.device)
-    inputs = LayerInputs(query, key, DIM**-0.5, geometry)
-    return LayerPass(plan, 0, ForwardState(geometry, orders), inputs, value).run()
+def run(prefill: SparsePrefill, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor):
+    geometry = prefill.plan.geometry(query.shape[1], key.shape[1], query.device)
+    state = prefill.begin(geometry)
+    return prefill.attend(0, state, query, key, value, scale=DIM**-0.5)
 
 
 @contextmanager
@@ -83,8 +80,8 @@ def never_waiting() -> Iterator[None]:
 def test_equal_to_the_cpu(name: str, sizes: tuple[int, int]) -> None:
     plan = plan_of(name)
     inputs = tensors(*sizes, torch.float32)
-    out, record = run(plan, Orders(plan), *inputs)
-    expected, wanted = run(plan, Orders(plan), *(t.cpu() for t in inputs))
+    out, record = run(SparsePrefill(plan), *inputs)
+    expected, wanted = run(SparsePrefill(plan), *(t.cpu() for t in inputs))
     assert record.policies.tolist() == wanted.policies.tolist()
     # Rounding may move a block of equal mass in or out of a pattern.
     torch.testing.assert_close(record.blocks.cpu(), wanted.blocks, rtol=0.02, atol=2)
@@ -98,31 +95,31 @@ def test_equal_to_the_cpu(name: str, sizes: tuple[int, int]) -> None:
 @pytest.mark.parametrize("name", PLANS)
 def test_nothing_waits_for_the_device(name: str) -> None:
     plan = plan_of(name)
-    orders = Orders(plan)
-    run(plan, orders, *tensors(900, 900, torch.bfloat16))
+    prefill = SparsePrefill(plan)
+    run(prefill, *tensors(900, 900, torch.bfloat16))
     inputs = tensors(1300, 1300, torch.bfloat16)
     with never_waiting():
-        out, _ = run(plan, orders, *inputs)
+        out, _ = run(prefill, *inputs)
     assert out.isfinite().all()
 
 
 @pytest.mark.parametrize("name", PLANS)
 def test_a_layer_in_a_cuda_graph(name: str) -> None:
     plan = plan_of(name)
-    orders = Orders(plan)
+    prefill = SparsePrefill(plan)
     inputs = tensors(1000, 1000, torch.bfloat16)
-    run(plan, orders, *inputs)
+    run(prefill, *inputs)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out, record = run(plan, orders, *inputs)
+        out, record = run(prefill, *inputs)
     for _ in range(2):
         fresh = tensors(1000, 1000, torch.bfloat16)
         for old, new in zip(inputs, fresh, strict=True):
             old.copy_(new)
         out.fill_(math.nan)
         graph.replay()
-        expected, wanted = run(plan, orders, *fresh)
+        expected, wanted = run(prefill, *fresh)
         assert torch.equal(record.policies, wanted.policies)
         torch.testing.assert_close(out, expected, rtol=1e-2, atol=1e-2)
 
@@ -131,7 +128,7 @@ def test_dense_heads_are_computed_with_the_others() -> None:
     """On Hopper GPUs by the block-sparse kernel, which takes blocks of 128; elsewhere by SDPA."""
     plan = replace(plan_of("mixed"), block_size=128)
     query, key, value = tensors(1000, 1000, torch.bfloat16)
-    out, record = run(plan, Orders(plan), query, key, value)
+    out, record = run(SparsePrefill(plan), query, key, value)
     head = PLANS["mixed"].index(D)
     assert record.policies[head] == D
     assert record.blocks[head] == record.causal
@@ -141,13 +138,13 @@ def test_dense_heads_are_computed_with_the_others() -> None:
     torch.testing.assert_close(out[head], expected[0, 0], rtol=2e-2, atol=2e-2)
 
 
-@pytest.mark.parametrize("name", ["mixed", "share"])
+@pytest.mark.parametrize("name", ["mixed", "shareprefill"])
 def test_numbers_that_are_none_stay_with_their_head(name: str) -> None:
     """KV head 0 serves the heads 0 to 3, the pivot among them."""
     plan = plan_of(name)
     query, key, value = tensors(1000, 1000, torch.bfloat16)
     key[0, 130] = math.nan
-    out, record = run(plan, Orders(plan), query, key, value)
+    out, record = run(SparsePrefill(plan), query, key, value)
     assert out[4:].isfinite().all()
     assert record.blocks[:4].eq(record.causal).all()
     assert int(Policy.SHARE) not in record.policies[:4].tolist()
@@ -158,9 +155,9 @@ def test_dense_heads_are_in_the_others_launch_on_hopper(monkeypatch: pytest.Monk
     inputs = tensors(1000, 1400, torch.bfloat16)
     if not has_fast_kernel(inputs[0], inputs[1], inputs[2], 128):
         pytest.skip("neither the Hopper kernel nor FlashAttention-4 runs here")
-    out, record = run(plan, Orders(plan), *inputs)
-    monkeypatch.setattr(sharing, "has_fast_kernel", lambda *_: False)
-    gathered, wanted = run(plan, Orders(plan), *inputs)
+    out, record = run(SparsePrefill(plan), *inputs)
+    monkeypatch.setattr(core, "has_fast_kernel", lambda *_: False)
+    gathered, wanted = run(SparsePrefill(plan), *inputs)
     assert torch.equal(record.blocks, wanted.blocks)
     torch.testing.assert_close(out, gathered, rtol=2e-2, atol=2e-2)
     query, key, value = (tensor.float() for tensor in inputs)
@@ -171,6 +168,6 @@ def test_dense_heads_are_in_the_others_launch_on_hopper(monkeypatch: pytest.Monk
     head = PLANS["mixed"].index(D)
     assert (out[head].float() - exact[head]).norm() <= 4e-3 * exact[head].norm()
     monkeypatch.undo()
-    monkeypatch.setattr(LayerPass, "_compute_dense", None)
-    again, _ = run(plan, Orders(plan), *inputs)
+    monkeypatch.setattr(core, "_dense", None)
+    again, _ = run(SparsePrefill(plan), *inputs)
     torch.testing.assert_close(again, out, rtol=2e-2, atol=2e-2)

@@ -11,7 +11,7 @@ from unittest.mock import patch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 # Where an operator chooses its implementation, and where it reads values on a CPU alone.
-_CHOICES = ("pooled_attention", "selection", "vertical_slash")
+_CHOICES = ("pooled_attention", "block_selection", "vertical_slash")
 _NO_LAUNCH = frozenset(
     (
         *("empty", "empty_like", "empty_strided", "new_empty", "detach", "alias", "view"),
@@ -70,8 +70,8 @@ def counted_launches() -> Iterator[Counter[str]]:
         stack.enter_context(patch(chosen, lambda *_: "triton"))
         for place in (
             *("pooled_attention.api.check_heads", "pooled_attention.api._check_rows"),
-            *("vertical_slash.api.check_heads", "selection.api.check_range"),
-            "selection.checks.check_range",
+            *("vertical_slash.api.check_heads", "block_selection.api.check_range"),
+            "block_selection.checks.check_range",
         ):
             stack.enter_context(patch(f"{ops}.{place}", nothing))
         stack.enter_context(operations)

@@ -6,7 +6,6 @@ from typing import Any
 
 from shareprefill.artifact import Policy
 from shareprefill.runtime.plan import HeadPlan, RuntimePlan
-from shareprefill.runtime.policies.smoothed import Smoothed
 
 D, P, S, R, V, M = (
     Policy.DENSE,
@@ -23,9 +22,9 @@ def layer_plan(heads: tuple[HeadPlan, ...], block_size: int, **changes: Any) -> 
     fields: dict[str, Any] = {
         "layers": (heads,),
         "labels": tuple(policy.label for policy in Policy),
-        "selectors": {int(M): Smoothed()},
+        "selectors": {},
         "online": False,
-        "guarded": True,
+        "slash_needs_sparsity": True,
         "block_size": block_size,
         "tau": 0.3,
         "delta": 0.4,

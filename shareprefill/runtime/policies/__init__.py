@@ -1,40 +1,29 @@
 """How a head's blocks are chosen: one policy a file, all behind one interface (`base`).
 
-Attention sinks take the same share of all masses of a row: they change no choice, and no policy
-looks at them.
+A policy `some-name` is the class `SomeName` of `some_name.py`, and stands in the list of
+`shareprefill.config`. Attention sinks take the same share of all masses of a row: they change no
+choice, and no policy looks at them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-from shareprefill.runtime.policies.antidiagonal import Antidiagonal
-from shareprefill.runtime.policies.base import LayerInputs, Selection, SelectionPolicy
-from shareprefill.runtime.policies.decompose import Decompose
-from shareprefill.runtime.policies.dense import Dense
-from shareprefill.runtime.policies.flash import Flash
-from shareprefill.runtime.policies.flex import Flex
-from shareprefill.runtime.policies.oracle import Oracle
-from shareprefill.runtime.policies.pooled import Pooled
-from shareprefill.runtime.policies.sampled import Sampled
-from shareprefill.runtime.policies.smoothed import Level, Smoothed
-from shareprefill.runtime.policies.streaming import Streaming
-from shareprefill.runtime.policies.vertical_slash import VerticalSlash
+from shareprefill.config import SELECTION_POLICIES
 
-POLICIES: dict[str, Callable[..., SelectionPolicy]] = {
-    "antidiagonal": Antidiagonal,
-    "decompose": Decompose,
-    "dense": Dense,
-    "flash": Flash,
-    "flex": Flex,
-    "level": Level,
-    "oracle": Oracle,
-    "pooled": Pooled,
-    "sampled": Sampled,
-    "smoothed": Smoothed,
-    "streaming": Streaming,
-    "vertical-slash": VerticalSlash,
-}
-"""Name of every selection policy, and what makes it (keyword arguments are its parameters)."""
+if TYPE_CHECKING:
+    from shareprefill.runtime.policies.base import SelectionPolicy
 
-__all__ = ["POLICIES", "LayerInputs", "Selection", "SelectionPolicy"]
+__all__ = ["SELECTION_POLICIES", "make_policy"]
+
+
+def make_policy(name: str, **parameters: Any) -> SelectionPolicy:
+    """Makes a policy.
+
+    Args:
+        name: One of `SELECTION_POLICIES`.
+        parameters: Of the policy.
+    """
+    module = import_module(f"{__name__}.{name.replace('-', '_')}")
+    return getattr(module, name.title().replace("-", ""))(**parameters)

@@ -11,8 +11,7 @@ from torch.nn.functional import pad
 from shareprefill.errors import ConfigError
 from shareprefill.runtime.ops.block_selection import select_blocks
 from shareprefill.runtime.ops.blocks import count_blocks
-from shareprefill.runtime.policies.base import LayerInputs
-from shareprefill.runtime.policies.estimating import Estimating
+from shareprefill.runtime.policies.base import LayerInputs, MapEstimator
 from shareprefill.runtime.policies.logits import (
     as_logits,
     inner_products,
@@ -23,7 +22,7 @@ from shareprefill.runtime.policies.logits import (
 
 
 @dataclass(frozen=True)
-class Antidiagonal(Estimating[Tensor]):
+class Antidiagonal(MapEstimator[Tensor]):
     """Mean logit on the antidiagonal of every `stride` x `stride` tile, softmax, sums by block.
 
     Every key and every query is on the antidiagonal of some tile, so no vertical and no slash is

@@ -12,8 +12,7 @@ from torch.nn.functional import pad
 from shareprefill.errors import ConfigError
 from shareprefill.runtime.ops.block_selection import head_blocks
 from shareprefill.runtime.ops.blocks import count_blocks
-from shareprefill.runtime.policies.base import LayerInputs
-from shareprefill.runtime.policies.estimating import Estimating
+from shareprefill.runtime.policies.base import LayerInputs, MapEstimator
 from shareprefill.runtime.policies.logits import kv_heads, pieces, real_heads
 
 # Rounds of backfitting: the fit changes by less than 1 % of its spread after this many.
@@ -21,7 +20,7 @@ _ROUNDS = 6
 
 
 @dataclass(frozen=True)
-class Decompose(Estimating[Tensor]):
+class Decompose(MapEstimator[Tensor]):
     """Fits logit(i, j) ~ h_i + v_j + s_(i-j) over all causal pairs, and keeps the blocks of mass.
 
     The fit is least squares. All it needs of the logits are their sums over every row, column and

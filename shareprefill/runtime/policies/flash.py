@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from shareprefill.runtime.ops.blocks import count_blocks
-from shareprefill.runtime.policies.base import LayerInputs
-from shareprefill.runtime.policies.estimating import Estimating
+from shareprefill.runtime.policies.base import LayerInputs, MapEstimator
 from shareprefill.runtime.policies.logits import (
     block_means,
     kv_heads,
@@ -26,7 +25,7 @@ from shareprefill.runtime.policies.pooled import pooling_work
 
 
 @dataclass(frozen=True)
-class Flash(Estimating[Tensor]):
+class Flash(MapEstimator[Tensor]):
     """Energy of a tile, E[I, J] = sum over the rows of I of 2^(s - max), on mean keys.
 
     `max` is one number a query block, over its rows and key blocks. Blocks with E of at least

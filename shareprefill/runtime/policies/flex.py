@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from shareprefill.runtime.ops.block_selection import head_blocks, js_distances
-from shareprefill.runtime.policies.base import LayerInputs
-from shareprefill.runtime.policies.estimating import Estimating
+from shareprefill.runtime.policies.base import LayerInputs, MapEstimator
 from shareprefill.runtime.policies.logits import (
     block_means,
     kv_heads,
@@ -20,7 +19,7 @@ from shareprefill.runtime.policies.vertical_slash import profile_work, profiles,
 
 
 @dataclass(frozen=True)
-class Flex(Estimating[tuple[Tensor, Tensor, Tensor]]):
+class Flex(MapEstimator[tuple[Tensor, Tensor, Tensor]]):
     """Query-aware where mean queries and keys tell the last block's distribution, else fixed lines.
 
     The test is the JS distance between the last query block's estimated distribution (mean query,

@@ -7,13 +7,12 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from shareprefill.runtime.ops.block_selection import select_blocks
-from shareprefill.runtime.policies.base import LayerInputs
-from shareprefill.runtime.policies.estimating import Estimating
+from shareprefill.runtime.policies.base import LayerInputs, MapEstimator
 from shareprefill.runtime.policies.sampled import sampled_maps
 
 
 @dataclass(frozen=True)
-class Oracle(Estimating[Tensor]):
+class Oracle(MapEstimator[Tensor]):
     """The smallest set of blocks of every query block whose true mass reaches gamma."""
 
     def estimate(self, inputs: LayerInputs, heads: Tensor) -> Tensor:

@@ -9,8 +9,7 @@ from torch import Tensor
 
 from shareprefill.runtime.ops.block_selection import select_blocks
 from shareprefill.runtime.ops.blocks import count_blocks
-from shareprefill.runtime.policies.base import LayerInputs
-from shareprefill.runtime.policies.estimating import Estimating
+from shareprefill.runtime.policies.base import LayerInputs, MapEstimator
 from shareprefill.runtime.policies.logits import (
     block_means,
     kv_heads,
@@ -25,7 +24,7 @@ from shareprefill.runtime.policies.logits import (
 
 
 @dataclass(frozen=True)
-class Pooled(Estimating[Tensor]):
+class Pooled(MapEstimator[Tensor]):
     """Every query row against the mean key of every block, its own softmax, then means by block.
 
     One softmax a row, not one maximum a tile: a row of large logits does not hide the others.

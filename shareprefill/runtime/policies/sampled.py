@@ -8,12 +8,11 @@ from torch import Tensor
 
 from shareprefill.runtime.ops.block_selection import select_blocks
 from shareprefill.runtime.ops.pooled_attention import pooled_attention
-from shareprefill.runtime.policies.base import LayerInputs
-from shareprefill.runtime.policies.estimating import Estimating
+from shareprefill.runtime.policies.base import InPlacePolicy, LayerInputs, are_finite
 
 
 @dataclass(frozen=True)
-class Sampled(Estimating[Tensor]):
+class Sampled(InPlacePolicy[Tensor]):
     """Each row's true softmax for `rows` evenly spaced rows of every query block, pooled by block.
 
     Attributes:
@@ -29,6 +28,11 @@ class Sampled(Estimating[Tensor]):
     def choose(self, inputs: LayerInputs, estimate: Tensor, gamma: Tensor) -> Tensor:
         """The smallest set of blocks of every query block whose estimated mass reaches gamma."""
         return select_blocks(estimate, gamma, **inputs.geometry.sizes)
+
+    def write(self, inputs: LayerInputs, estimate: Tensor, gamma: Tensor, out: Tensor) -> Tensor:
+        """The same blocks, and those that are always read."""
+        select_blocks(estimate, gamma, out=out, **inputs.geometry.reads)
+        return are_finite(estimate.flatten(1))
 
     def work(self, inputs: LayerInputs) -> float:
         """The share of the rows that are sampled, logits alone."""

@@ -5,12 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 
-import torch
 from torch import Tensor
 
 from shareprefill.runtime.ops.block_selection import LineWeights, head_blocks, smooth_maps
-from shareprefill.runtime.policies.base import LayerInputs
-from shareprefill.runtime.policies.estimating import Estimating, Placing
+from shareprefill.runtime.policies.base import InPlacePolicy, LayerInputs, MapEstimator
 from shareprefill.runtime.policies.sampled import sampled_maps, sampling_work
 
 # By sampled rows, of which more make a block's own samples better. Least squares on exact maps of
@@ -23,8 +21,8 @@ _WEIGHTS = {
 
 
 @dataclass(frozen=True)
-class _FewRows(Estimating[Tensor]):
-    """Exact maps of a few rows a block, averaged with the neighbouring query blocks' samples.
+class FewRows(MapEstimator[Tensor]):
+    """What is chosen from exact maps of a few rows a block, smoothed along their lines.
 
     Attributes:
         rows: Query rows a block that are sampled.
@@ -42,7 +40,7 @@ class _FewRows(Estimating[Tensor]):
 
 
 @dataclass(frozen=True)
-class Smoothed(_FewRows, Placing):
+class Smoothed(FewRows, InPlacePolicy[Tensor]):
     """Exact maps of a few rows a block, averaged with the neighbouring query blocks' samples.
 
     Attention follows key blocks (verticals) and distances (diagonals), so the samples of other
@@ -50,34 +48,15 @@ class Smoothed(_FewRows, Placing):
     head are kept: the threshold at which the always-read blocks and the kept ones cover gamma.
     """
 
+    fills_nonfinite = True
+
     def choose(self, inputs: LayerInputs, estimate: Tensor, gamma: Tensor) -> Tensor:
         """The blocks above a head's threshold; gamma is the share of the head's whole mass."""
         return head_blocks(estimate, gamma, **inputs.geometry.sizes)[0]
 
-    def place(self, inputs: LayerInputs, heads: Tensor, gamma: Tensor, out: Tensor) -> Tensor:
+    def write(self, inputs: LayerInputs, estimate: Tensor, gamma: Tensor, out: Tensor) -> Tensor:
         """The same blocks, and those that are always read."""
-        estimate = self.estimate(inputs, heads)
         return head_blocks(estimate, gamma, out=out, **inputs.geometry.reads)[1]
-
-
-@dataclass(frozen=True)
-class Level(_FewRows):
-    """The same estimate, and one threshold for the blocks of all heads and layers.
-
-    A block is kept if its estimated mass is at least -ln(gamma) times an even share, which is 1
-    over the mean number of causal blocks of a query block. Every head then works at the same gain
-    of recall by a block: of all patterns of as many blocks, these have the largest mean recall over
-    heads, and heads of even attention the least. A row skips -ln(gamma) of its estimated mass at
-    most, near 1 - gamma.
-    """
-
-    def choose(self, inputs: LayerInputs, estimate: Tensor, gamma: Tensor) -> Tensor:
-        """The blocks of at least -ln(gamma) even shares."""
-        n_q = inputs.geometry.causal.shape[0]
-        mass = estimate.sum((1, 2)).clamp(min=torch.finfo(torch.float32).tiny) / n_q
-        even = mass * (n_q / inputs.geometry.causal_count)
-        least = -gamma.to(estimate.device).log() * even
-        return (estimate >= least[:, None, None]) & (estimate > 0)
 
 
 def smoothed_maps(inputs: LayerInputs, heads: Tensor, rows: int) -> Tensor:

@@ -8,13 +8,11 @@ from torch import Tensor
 
 from shareprefill.runtime.ops.block_selection import vertical_slash_blocks
 from shareprefill.runtime.ops.vertical_slash import vertical_slash_profile
-from shareprefill.runtime.policies.base import LayerInputs
-from shareprefill.runtime.policies.estimating import Estimating
-from shareprefill.runtime.policies.logits import real_heads
+from shareprefill.runtime.policies.base import InPlacePolicy, LayerInputs, are_finite
 
 
 @dataclass(frozen=True)
-class VerticalSlash(Estimating[tuple[Tensor, Tensor]]):
+class VerticalSlash(InPlacePolicy[tuple[Tensor, Tensor]]):
     """Key blocks and block diagonals that each cover gamma of the last query block's attention.
 
     After MInference (arXiv 2407.02490, section 3.2).
@@ -22,11 +20,18 @@ class VerticalSlash(Estimating[tuple[Tensor, Tensor]]):
 
     def estimate(self, inputs: LayerInputs, heads: Tensor) -> tuple[Tensor, Tensor]:
         """Last query block's mass by key block and by block distance."""
-        return profiles(inputs, real_heads(heads))
+        return profiles(inputs, heads)
 
     def choose(self, inputs: LayerInputs, estimate: tuple[Tensor, Tensor], gamma: Tensor) -> Tensor:
         """The lines of the last query block, drawn through all query blocks."""
         return slashes(inputs, *estimate, gamma)
+
+    def write(
+        self, inputs: LayerInputs, estimate: tuple[Tensor, Tensor], gamma: Tensor, out: Tensor
+    ) -> Tensor:
+        """The same blocks, and those that are always read."""
+        write_lines(inputs, estimate, gamma, out)
+        return are_finite(estimate[0])
 
     def work(self, inputs: LayerInputs) -> float:
         """Logits of the last query block, which reads all keys."""
@@ -55,3 +60,10 @@ def profile_work(inputs: LayerInputs) -> float:
 def slashes(inputs: LayerInputs, vertical: Tensor, slash: Tensor, gamma: Tensor) -> Tensor:
     """The vertical-slash pattern of some profiles, bool `[S, n_q, n_k]`."""
     return vertical_slash_blocks(vertical, slash, gamma, **inputs.geometry.sizes)
+
+
+def write_lines(
+    inputs: LayerInputs, profile: tuple[Tensor, Tensor], gamma: Tensor, out: Tensor
+) -> None:
+    """The same into `out`, with the blocks that are always read."""
+    vertical_slash_blocks(*profile, gamma, out=out, **inputs.geometry.reads)

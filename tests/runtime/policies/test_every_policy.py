@@ -8,13 +8,14 @@ import pytest
 import torch
 
 from shareprefill.runtime.geometry import Geometry
-from shareprefill.runtime.policies import POLICIES, LayerInputs
+from shareprefill.runtime.policies import SELECTION_POLICIES, make_policy
+from shareprefill.runtime.policies.base import LayerInputs
 from tests.support.allocation import LargestTensor
 
 BLOCK = 16
-NAMES = sorted(POLICIES)
+NAMES = sorted(SELECTION_POLICIES)
 # A chunk's rows choose as they would in the whole prompt.
-ROW_LOCAL = ["antidiagonal", "dense", "flash", "oracle", "pooled", "sampled", "streaming"]
+ROW_LOCAL = ["antidiagonal", "flash", "oracle", "pooled", "sampled", "streaming"]
 
 
 def layer(
@@ -31,7 +32,7 @@ def layer(
 
 
 def patterns(name: str, inputs: LayerInputs, heads: list[int], gamma: float = 0.8) -> torch.Tensor:
-    chosen = POLICIES[name]().select(inputs, torch.tensor(heads), torch.full((len(heads),), gamma))
+    chosen = make_policy(name).select(inputs, torch.tensor(heads), torch.full((len(heads),), gamma))
     assert 0 <= chosen.work <= 0.5
     return chosen.pattern & inputs.geometry.causal
 
@@ -40,7 +41,7 @@ def patterns(name: str, inputs: LayerInputs, heads: list[int], gamma: float = 0.
 @pytest.mark.parametrize(("n_query", "n_key"), [(101, 101), (64, 64), (30, 101), (16, 16), (1, 70)])
 def test_patterns_are_bitmaps_of_blocks(name: str, n_query: int, n_key: int) -> None:
     inputs = layer(n_query, n_key)
-    found = POLICIES[name]().select(inputs, torch.arange(4), torch.full((4,), 0.8))
+    found = make_policy(name).select(inputs, torch.arange(4), torch.full((4,), 0.8))
     assert found.pattern.shape == (4, -(-n_query // BLOCK), -(-n_key // BLOCK))
     assert found.pattern.dtype == torch.bool
     whole = (found.pattern | inputs.geometry.always) & inputs.geometry.causal
@@ -52,7 +53,7 @@ def test_more_mass_takes_no_fewer_blocks(name: str) -> None:
     inputs = layer()
     counts = [int(patterns(name, inputs, [0, 1, 2, 3], g).sum()) for g in (0.3, 0.6, 0.9, 0.99)]
     assert counts == sorted(counts)
-    if name not in ("dense", "streaming"):
+    if name != "streaming":
         assert counts[0] < counts[-1]
 
 
@@ -60,7 +61,7 @@ def test_more_mass_takes_no_fewer_blocks(name: str) -> None:
 def test_heads_are_chosen_for_one_by_one(name: str) -> None:
     inputs = layer()
     gamma = torch.tensor([0.5, 0.7, 0.8, 0.9])
-    policy = POLICIES[name]()
+    policy = make_policy(name)
     whole = policy.select(inputs, torch.arange(4), gamma).pattern
     order = torch.tensor([2, 0, 3])
     some = policy.select(inputs, order, gamma[order]).pattern
@@ -71,7 +72,7 @@ def test_heads_are_chosen_for_one_by_one(name: str) -> None:
 def test_a_head_that_needs_no_pattern_disturbs_no_other(name: str) -> None:
     inputs = layer()
     gamma = torch.full((3,), 0.8)
-    found = POLICIES[name]().select(inputs, torch.tensor([-1, 3, -1]), gamma).pattern
+    found = make_policy(name).select(inputs, torch.tensor([-1, 3, -1]), gamma).pattern
     assert torch.equal(found[1:2] & inputs.geometry.causal, patterns(name, inputs, [3]))
 
 
@@ -124,7 +125,7 @@ def test_no_tensor_of_all_pairs_of_tokens_is_made(name: str) -> None:
     n = 2048
     inputs = layer(n, n, heads=2, block=64)
     with LargestTensor() as largest:
-        POLICIES[name]().select(inputs, torch.arange(2), torch.full((2,), 0.9))
+        make_policy(name).select(inputs, torch.arange(2), torch.full((2,), 0.9))
     assert largest.elements < n * n // 2
 
 
@@ -137,7 +138,7 @@ def test_a_gpu_chooses_alike_and_is_not_waited_for(name: str, n_query: int) -> N
     geometry = Geometry(n_query, 500, device, block_size=64, sink_blocks=1, local_blocks=2)
     there = LayerInputs(inputs.query.to(device), inputs.key.to(device), 0.25, geometry)
     heads, gamma = torch.tensor([3, 0, 2]), torch.tensor([0.5, 0.7, 0.9])
-    policy = POLICIES[name]()
+    policy = make_policy(name)
     arguments = (there, heads.to(device), gamma.to(device))
     policy.select(*arguments)  # compiles
     torch.cuda.set_sync_debug_mode("error")

@@ -13,14 +13,15 @@ from shareprefill.runtime.geometry import Geometry
 from shareprefill.runtime.ops.block_selection import select_blocks
 from shareprefill.runtime.ops.block_sparse_attention import block_sparse_attention
 from shareprefill.runtime.ops.blocks import BlockLists
-from shareprefill.runtime.policies import POLICIES, LayerInputs
+from shareprefill.runtime.policies import make_policy
 from shareprefill.runtime.policies.antidiagonal import Antidiagonal
+from shareprefill.runtime.policies.base import LayerInputs
 from shareprefill.runtime.policies.decompose import Decompose, densest_blocks, fit_lines
 from shareprefill.runtime.policies.flash import Flash, mean_correction
 from shareprefill.runtime.policies.flex import Flex
+from shareprefill.runtime.policies.global_threshold import GlobalThreshold
 from shareprefill.runtime.policies.pooled import Pooled
 from shareprefill.runtime.policies.sampled import sampled_maps
-from shareprefill.runtime.policies.smoothed import Level
 from tests.support.maps import head_pattern, smooth
 
 BLOCK = 4
@@ -156,7 +157,7 @@ def test_flex_switches_by_how_well_pooling_tells_the_last_block() -> None:
     key[0, 9], key[0, 10] = 8.0, -8.0
     uneven = layer(torch.ones(1, 32, 8), key)
     gamma = torch.tensor([0.7])
-    slash = POLICIES["vertical-slash"]()
+    slash = make_policy("vertical-slash")
     assert torch.equal(
         Flex(tau=0.1).select(uneven, ZERO, gamma).pattern, slash.select(uneven, ZERO, gamma).pattern
     )
@@ -211,9 +212,9 @@ def test_sampled_rows_of_a_whole_block_are_the_oracle() -> None:
     torch.testing.assert_close(sampled_maps(inputs, ZERO, BLOCK), exact)
     gamma = torch.tensor([0.8])
     expected = select_blocks(exact, gamma, **inputs.geometry.sizes)
-    assert torch.equal(POLICIES["oracle"]().select(inputs, ZERO, gamma).pattern, expected)
+    assert torch.equal(make_policy("oracle").select(inputs, ZERO, gamma).pattern, expected)
     assert torch.equal(
-        POLICIES["sampled"](rows=BLOCK).select(inputs, ZERO, gamma).pattern, expected
+        make_policy("sampled", rows=BLOCK).select(inputs, ZERO, gamma).pattern, expected
     )
 
 
@@ -266,7 +267,7 @@ def test_one_level_for_all_heads_is_the_best_mean_recall() -> None:
     inputs = random_layer(64, 64, heads=3)
     inputs.query[0] *= 4
     every = torch.arange(3)
-    policy = Level(rows=BLOCK)
+    policy = GlobalThreshold(rows=BLOCK)
     estimate = policy.estimate(inputs, every)
     share = estimate / estimate.sum((1, 2), keepdim=True)
     found = policy.choose(inputs, estimate, torch.full((3,), 0.6))
@@ -279,7 +280,7 @@ def test_one_level_for_all_heads_is_the_best_mean_recall() -> None:
 
 def test_a_level_bounds_the_estimated_mass_that_a_row_skips() -> None:
     inputs = random_layer(64, 64)
-    policy = Level()
+    policy = GlobalThreshold()
     estimate = policy.estimate(inputs, ZERO)
     kept = policy.choose(inputs, estimate, torch.tensor([0.9]))
     rows = (estimate * ~kept).sum(-1) * 16 / estimate.sum()

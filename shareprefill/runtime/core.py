@@ -1,0 +1,278 @@
+"""The core: attention of one layer and one sequence on plain tensors, with shared sparse patterns.
+
+It knows no framework. Who calls it keeps a `SequenceState` for every sequence (or chunk of one) of
+a forward pass, and gives it layer after layer, in ascending order:
+
+    prefill = SparsePrefill(plan)
+    state = prefill.begin(plan.geometry(n_query, n_key, device))
+    for layer in range(layers):
+        output, record = prefill.attend(layer, state, query, key, value, scale=scale)
+
+All decisions are made on the device, for all heads at once: nothing here waits for it. A shared
+pattern is not copied from head to head: heads point at one list.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shareprefill.errors import DataError, UnsupportedError
+from shareprefill.runtime.crossover import crossover
+from shareprefill.runtime.dense import causal_attention
+from shareprefill.runtime.geometry import Geometry
+from shareprefill.runtime.ops.block_selection import covered_mass, list_blocks
+from shareprefill.runtime.ops.block_sparse_attention import block_sparse_attention
+from shareprefill.runtime.ops.blocks import BlockLists
+from shareprefill.runtime.ops.dispatch import has_fast_kernel
+from shareprefill.runtime.ops.pooled_attention import pooled_attention
+from shareprefill.runtime.plan import RuntimePlan
+from shareprefill.runtime.policies.base import LayerInputs
+from shareprefill.runtime.records import LayerRecord
+from shareprefill.runtime.rules.base import Exchange, LayerPlan, LayerRule, LayerSelection, Pivots
+from shareprefill.runtime.rules.planned import PlannedRule
+from shareprefill.runtime.rules.shareprefill import SharePrefillRule
+
+
+@dataclass
+class SequenceState:
+    """What the layers of a forward pass share for one sequence, or for one chunk of it.
+
+    A further chunk has a state of its own: its patterns are those of its own query rows.
+
+    Attributes:
+        geometry: The sequence's blocks.
+        pivots: What the pivots of earlier layers gave.
+    """
+
+    geometry: Geometry
+    pivots: Pivots
+
+    def move_to(self, device: torch.device) -> None:
+        """Moves to the device of the next layers."""
+        if device != self.geometry.device:
+            self.geometry, self.pivots = self.geometry.to(device), self.pivots.to(device)
+
+
+@dataclass(frozen=True, eq=False)
+class LayerChoice:
+    """What one layer's heads read, before attention is computed.
+
+    Attributes:
+        selection: The rule's answer.
+        lists: The blocks that heads read, list P being of every causal block; None where no head
+            reads a list.
+        record: What was done.
+    """
+
+    selection: LayerSelection
+    lists: BlockLists | None
+    record: LayerRecord
+
+    @property
+    def head_to_pattern(self) -> Tensor:
+        """The pattern that each head reads once dense ones are known, int64 `[H]`; -1: all blocks.
+
+        Of a pattern that is denser than the crossover every causal block is read.
+        """
+        if self.lists is None:
+            return torch.full_like(self.selection.head_to_pattern, -1)
+        pattern = self.lists.head_to_list.long()
+        return torch.where(pattern == len(self.selection.patterns), -1, pattern)
+
+
+class SparsePrefill:
+    """The attention of a planned model, as far as one process holds it.
+
+    Args:
+        plan: What every head of the model is to do.
+        heads: The query heads of every layer that this process holds; None for all of them.
+        exchange: Of the other processes' heads; None where this one holds all of them.
+    """
+
+    def __init__(
+        self, plan: RuntimePlan, heads: range | None = None, exchange: Exchange | None = None
+    ) -> None:
+        self.plan = plan
+        self.heads = range(len(plan.layers[0])) if heads is None else heads
+        rule = SharePrefillRule if plan.online else PlannedRule
+        self.rule: LayerRule[Any, Any] = rule(plan, self.heads, exchange)
+
+    def begin(self, geometry: Geometry) -> SequenceState:
+        """The state of a sequence before the first layer of a forward pass.
+
+        Args:
+            geometry: Of `RuntimePlan.geometry`; sequences of equal sizes may have one in common.
+        """
+        return SequenceState(geometry, self.rule.new_pivots(geometry))
+
+    def attend(
+        self,
+        layer: int,
+        state: SequenceState,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        scale: float,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
+        measure_recall: bool = False,
+    ) -> tuple[Tensor, LayerRecord]:
+        """Computes one layer's attention for one sequence.
+
+        Keys and values are contiguous in tokens. A cache of pages is to be gathered first, or read
+        by operators that take a table of pages: `LayerInputs` is the place for that.
+
+        Args:
+            layer: Layer index.
+            state: The sequence's; this layer's pivots are added.
+            query: `[H, Nq, D]`, the last rows of the sequence.
+            key: `[G, Nk, D]`, all keys up to the last row.
+            value: `[G, Nk, Dv]`.
+            scale: The model's factor on the logits.
+            softcap: The model's soft-cap of the logits; None for none.
+            sinks: The model's attention sinks, one logit a head, `[H]`; None for none.
+            measure_recall: Also compute the exact map of every head (as much work as dense
+                attention) and with it the recall of its pattern.
+
+        Returns:
+            The output `[H, Nq, Dv]`, and what was done.
+
+        Raises:
+            UnsupportedError: the layer has other heads than the plan.
+            DataError: a tensor holds NaN or Inf, and the plan says that this is an error.
+        """
+        if len(query) != len(self.heads):
+            raise UnsupportedError(
+                f"a layer has {len(query)} query heads in this process, {self.heads} were "
+                "expected: use tensor parallelism that divides every attention layer by its "
+                "heads, or none"
+            )
+        state.move_to(query.device)
+        inputs = LayerInputs(query, key, scale, state.geometry, softcap, sinks)
+        if self.plan.refuse_nonfinite:
+            _refuse_nonfinite(layer, {"query": query, "key": key, "value": value})
+        choice = self.choose(layer, state, inputs, value)
+        output = self._compute(layer, choice, inputs, value)
+        record = choice.record
+        if measure_recall:
+            record = replace(record, recall=_recall(inputs, choice))
+        return output, record
+
+    def choose(
+        self, layer: int, state: SequenceState, inputs: LayerInputs, value: Tensor
+    ) -> LayerChoice:
+        """Chooses and lists the patterns; pivots that are computed densely have their output then.
+
+        Args:
+            layer: Layer index.
+            state: The sequence's, on the layer's device.
+            inputs: Queries and keys.
+            value: `[G, Nk, Dv]`.
+        """
+        geometry = state.geometry
+        plan: LayerPlan = self.rule.layer(layer, geometry.device)
+        selection = self.rule.select(plan, state.pivots, inputs, value)
+        lists = None
+        if plan.reads_patterns and not (plan.is_dense and inputs.is_plain):
+            lists = list_blocks(
+                selection.patterns,
+                selection.head_to_pattern,
+                max_density=self._max_density(geometry.device),
+                **geometry.sizes,
+            )
+        record = LayerRecord(
+            layer=layer,
+            causal=geometry.causal_count,
+            policy_taken=selection.policy_taken,
+            overhead=selection.overhead,
+            coverage=selection.coverage,
+            candidate_distances=selection.distances,
+            totals=None if lists is None else lists.totals(),
+        )
+        return LayerChoice(selection, lists, record)
+
+    def _compute(
+        self, layer: int, choice: LayerChoice, inputs: LayerInputs, value: Tensor
+    ) -> Tensor:
+        """Computes all heads that have no output yet."""
+        plan: LayerPlan = self.rule.layer(layer, inputs.query.device)
+        output, lists = choice.selection.output, choice.lists
+        if lists is None:
+            return _dense(inputs, value) if plan.is_dense else output
+        if inputs.is_plain:
+            # SDPA knows neither soft-capping nor sinks.
+            heads = _heads_of_sdpa(plan, choice, inputs, value)
+            if len(heads) == plan.n_heads:
+                return _dense(inputs, value)
+            if len(heads):
+                output[heads] = _dense(inputs, value, heads)
+                lists = replace(lists, head_to_list=lists.head_to_list.index_fill(0, heads, -1))
+        block_sparse_attention(
+            inputs.query,
+            inputs.key,
+            value,
+            lists,
+            scale=inputs.scale,
+            softcap=inputs.softcap,
+            sinks=inputs.sinks,
+            out=output,
+        )
+        return output
+
+    def _max_density(self, device: torch.device) -> float:
+        if self.plan.max_density is not None:
+            return self.plan.max_density
+        return crossover(device).density
+
+
+def _heads_of_sdpa(
+    plan: LayerPlan, choice: LayerChoice, inputs: LayerInputs, value: Tensor
+) -> Tensor:
+    """Heads that dense attention computes faster than a list of every block, int64 `[S]`."""
+    assert choice.lists is not None
+    if has_fast_kernel(inputs.query, inputs.key, value, choice.lists.block_size):
+        # One launch for all heads beats copies of some heads' tensors.
+        return plan.dense[:0]
+    if choice.lists.device.type == "cpu":
+        # Its values may be read at no cost, and its sparse blocks cost more than dense ones.
+        return (choice.lists.head_to_list == len(choice.selection.patterns)).nonzero()[:, 0]
+    return plan.dense
+
+
+def _dense(inputs: LayerInputs, value: Tensor, heads: Tensor | None = None) -> Tensor:
+    """Dense attention of some heads, or of all."""
+    query, key = inputs.query, inputs.key
+    if heads is not None:
+        group = heads // (len(query) // len(key))
+        query, key, value = query[heads], key[group], value[group]
+    return causal_attention(query, key, value, scale=inputs.scale)
+
+
+def _recall(inputs: LayerInputs, choice: LayerChoice) -> Tensor:
+    """Attention mass inside every head's pattern, float32 `[H]`."""
+    geometry, patterns = inputs.geometry, choice.selection.patterns
+    _, maps = pooled_attention(
+        inputs.query,
+        inputs.key,
+        block_size=geometry.block_size,
+        scale=inputs.scale,
+        softcap=inputs.softcap,
+    )
+    if choice.lists is None:
+        patterns = geometry.causal[None]
+    return covered_mass(maps, patterns, choice.head_to_pattern)
+
+
+def _refuse_nonfinite(layer: int, tensors: dict[str, Tensor]) -> None:
+    for name, tensor in tensors.items():
+        heads = (~tensor.isfinite().flatten(1).all(-1)).nonzero()[:, 0].tolist()
+        if heads:
+            raise DataError(
+                f"layer {layer} has NaN or Inf in the {name} of heads {heads}: look for "
+                "an overflow in the model's weights or dtype, or set nonfinite='dense'"
+            )

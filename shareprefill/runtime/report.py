@@ -1,0 +1,165 @@
+"""What a session did: the records of its layers, summed up by layer and head."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+
+from shareprefill.artifact import Policy
+from shareprefill.runtime.ops.blocks import count_causal_blocks
+from shareprefill.runtime.plan import RuntimePlan
+from shareprefill.runtime.records import LayerRecord, on_host
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """What one layer's heads did, over all prefills of a session.
+
+    Attributes:
+        layer: Layer index.
+        first_head: Index of the first head that is listed: 0, but under tensor parallelism, where
+            a process lists the heads that it holds.
+        planned: Name of the policy that each head was to take.
+        policies: Name of the policy that each head took most often.
+        density: Computed share of the causal blocks, by head.
+        covered: Mean attention mass of a sharing head's sampled rows inside its pivot's pattern, by
+            head; NaN where none was checked.
+        min_coverage: The mass from which on each of them shares; NaN for other heads.
+        distance: With policy `shareprefill`, mean JS distance to the pivot, by head; NaN where a
+            head was no candidate.
+        tau: With policy `shareprefill`, the distance under which a head shares; otherwise None.
+        recall: Attention mass inside the patterns, by head; None unless the session measures it.
+    """
+
+    layer: int
+    first_head: int
+    planned: tuple[str, ...]
+    policies: tuple[str, ...]
+    density: tuple[float, ...]
+    covered: tuple[float, ...]
+    min_coverage: tuple[float, ...]
+    distance: tuple[float, ...]
+    tau: float | None
+    recall: tuple[float, ...] | None
+
+
+@dataclass(frozen=True)
+class SessionReport:
+    """What a session did since it began or was last reset.
+
+    Attributes:
+        prefills: Sparse prefills: passes of one sequence (or one chunk of it) through the model.
+        dense_prefills: Prefills that ran dense by themselves: too short, or with a mask that is
+            not plainly causal.
+        requested_dense: Prefills inside `session.dense()`, which the other figures leave out.
+        density: Share of the causal blocks computed, all heads and layers, dense prefills included.
+        selection_work: Work of choosing the patterns, as a share of dense attention's operations.
+        policies: Heads by policy taken, over all layers and sparse prefills.
+        thresholds: gamma, slack (with policy `shareprefill` tau) and delta in force (None: chosen
+            head by head offline).
+        layers: The same by layer and head.
+    """
+
+    prefills: int
+    dense_prefills: int
+    requested_dense: int
+    density: float
+    selection_work: float
+    policies: dict[str, int]
+    thresholds: dict[str, float | None]
+    layers: tuple[LayerReport, ...]
+
+
+def make_report(
+    plan: RuntimePlan,
+    heads: range,
+    records: Iterable[LayerRecord],
+    *,
+    dense: Counter[tuple[int, int, int]],
+    requested_dense: int,
+    thresholds: dict[str, float | None],
+) -> SessionReport:
+    """Sums up what was done.
+
+    Args:
+        plan: What every head was to do.
+        heads: The query heads that this process holds.
+        records: Of all layers of all sparse prefills.
+        dense: Prefills that ran dense, by layer, query rows and keys.
+        requested_dense: Prefills that were to be dense.
+        thresholds: In force.
+    """
+    known = on_host([*records])
+    totals = [
+        _LayerTotals(plan, n, [r for r in known if r.layer == n])
+        for n in sorted({r.layer for r in known})
+    ]
+    computed = sum(t.blocks.sum().item() for t in totals)
+    causal = sum(r.causal * len(heads) for r in known)
+    skipped_nothing = sum(
+        count * len(heads) * count_causal_blocks(n_query, n_key - n_query, plan.block_size)
+        for (_, n_query, n_key), count in dense.items()
+    )
+    taken = sum((t.taken for t in totals), Counter[str]())
+    work = sum(t.work for t in totals)
+    # The layer with most sparse prefills, as windows and others are dense in every pass.
+    sparse = Counter(r.layer for r in known)
+    seen = sparse.keys() | {layer for layer, _, _ in dense}
+    first = max(sorted(seen), key=lambda layer: sparse[layer], default=0)
+    return SessionReport(
+        prefills=sum(r.layer == first for r in known),
+        dense_prefills=sum(n for (layer, _, _), n in dense.items() if layer == first),
+        requested_dense=requested_dense,
+        density=_ratio(computed + skipped_nothing, causal + skipped_nothing),
+        selection_work=_ratio(work, causal + skipped_nothing),
+        policies=dict(sorted(taken.items())),
+        thresholds=thresholds,
+        layers=tuple(t.report(heads) for t in totals),
+    )
+
+
+class _LayerTotals:
+    """One layer's records, on the host."""
+
+    def __init__(self, plan: RuntimePlan, layer: int, records: list[LayerRecord]) -> None:
+        self.plan, self.layer = plan, layer
+        policies = torch.stack([r.policies for r in records])
+        self.names = [[plan.labels[code] for code in row] for row in policies.T.tolist()]
+        self.taken = Counter(name for names in self.names for name in names)
+        self.blocks = torch.stack([r.blocks for r in records])
+        self.causal = torch.tensor([r.causal for r in records], dtype=torch.float64, device="cpu")
+        self.covered, self.distances = (
+            torch.stack(values)
+            for values in ([r.covered for r in records], [r.distances for r in records])
+        )
+        shares = torch.stack([r.work for r in records]).double()
+        self.work = (shares.sum(-1) * self.causal).sum().item()
+        recalls = [r.recall for r in records if r.recall is not None]
+        self.recall = torch.stack(recalls).mean(0).tolist() if recalls else None
+
+    def report(self, heads: range) -> LayerReport:
+        plans = [self.plan.layers[self.layer][h] for h in heads]
+        online = self.plan.online
+        return LayerReport(
+            layer=self.layer,
+            first_head=heads.start,
+            planned=tuple(self.plan.labels[plan.policy] for plan in plans),
+            policies=tuple(Counter(names).most_common(1)[0][0] for names in self.names),
+            density=tuple((self.blocks.double().sum(0) / self.causal.sum()).tolist()),
+            covered=tuple(self.covered.nanmean(0).tolist()),
+            min_coverage=tuple(
+                plan.min_coverage if plan.policy == Policy.SHARE and not online else math.nan
+                for plan in plans
+            ),
+            distance=tuple(self.distances.nanmean(0).tolist()),
+            tau=self.plan.tau if online else None,
+            recall=None if self.recall is None else tuple(self.recall),
+        )
+
+
+def _ratio(part: float, whole: float) -> float:
+    return part / whole if whole else 1.0
