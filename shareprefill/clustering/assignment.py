@@ -24,9 +24,9 @@ from shareprefill.errors import ConfigError
 
 NO_HEAD = -1
 
-# Worths of recall that are tried for a budget, in effective density: from "blocks are all that
+# Prices of recall that are tried for a budget, in effective density: from "blocks are all that
 # counts" to "recall is all that counts".
-_WORTHS = tuple(10 ** (-2 + 5 * step / 63) for step in range(64))
+_RECALL_PRICES = tuple(10 ** (-2 + 5 * step / 63) for step in range(64))
 
 
 @dataclass(frozen=True)
@@ -63,23 +63,24 @@ class Goal:
     Attributes:
         target: Recall that a head must reach on every held-out prompt, at the least predicted time
             (so that a head that varies from prompt to prompt is given more, or shares with no
-            other); None where recall has a worth.
-        worth: Effective density (blocks and selection work) that a recall of 1 is worth.
+            other); None where recall has a price.
+        recall_price: Effective density (blocks and selection work) that a recall of 1 is worth:
+            the Lagrange multiplier of the budget.
     """
 
     target: float | None = None
-    worth: float = 0.0
+    recall_price: float = 0.0
 
     def score(self, recall: Tensor, lowest: Tensor, density: Tensor, work: float) -> Tensor:
         """Of choices with these recalls, density and selection work, float64 of their shape."""
         if self.target is None:
-            return density + work - self.worth * recall
+            return density + work - self.recall_price * recall
         return torch.where(lowest >= self.target, predicted_cost(density, work), torch.inf)
 
     def of(self, choice: Choice) -> float:
         """Of one choice that is allowed."""
         if self.target is None:
-            return choice.density + choice.work - self.worth * choice.recall
+            return choice.density + choice.work - self.recall_price * choice.recall
         return choice.cost
 
 
@@ -105,8 +106,8 @@ def choose(
     """
     if config.budget is None:
         return _choose(labels, layers, evidence, config, Goal(target=config.target_recall))
-    low, high = 0, len(_WORTHS) - 1
-    found = _choose(labels, layers, evidence, config, Goal(worth=_WORTHS[low]))
+    low, high = 0, len(_RECALL_PRICES) - 1
+    found = _choose(labels, layers, evidence, config, Goal(recall_price=_RECALL_PRICES[low]))
     if mean_density(found) > config.budget:
         raise ConfigError(
             f"budget = {config.budget} cannot be met: the fewest blocks that can be read are a "
@@ -114,7 +115,7 @@ def choose(
         )
     while low < high:
         middle = (low + high + 1) // 2
-        tried = _choose(labels, layers, evidence, config, Goal(worth=_WORTHS[middle]))
+        tried = _choose(labels, layers, evidence, config, Goal(recall_price=_RECALL_PRICES[middle]))
         if mean_density(tried) <= config.budget:
             low, found = middle, tried
         else:

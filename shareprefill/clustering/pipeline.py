@@ -71,7 +71,7 @@ def cluster(folder: Path, config: ClusterConfig) -> tuple[Artifact, list[Cluster
     store = MapStore.open(folder)
     training, codes = load_training(folder)
     store.verify()
-    distances, agreed = _distances(store, folder, training, codes, config)
+    distances, means = _distances(store, folder, training, codes, config)
     heads = len(distances)
     if config.k is not None and config.k > heads:
         raise ConfigError(f"k = {config.k} is larger than the number of heads ({heads})")
@@ -81,20 +81,18 @@ def cluster(folder: Path, config: ClusterConfig) -> tuple[Artifact, list[Cluster
     )
     counts = candidate_counts(heads) if config.k is None else [config.k]
     labels = {k: cut(linkage, k) for k in counts}
-    likeness = {k: silhouette(distances, labels[k]) for k in counts}
+    silhouettes = {k: silhouette(distances, labels[k]) for k in counts}
     plans: dict[int, _Plan] = {}
     for pivot_rows in _pivot_rows(store, config):
         evidence = HeldOutMeasurements(store, training.split.held_out, pivot_rows)
         for k in counts:
             choices = choose(labels[k], layers, evidence, config)
-            merit = _merit(choices, config)
-            if k not in plans or merit < plans[k].merit:
-                plans[k] = _Plan(merit, evidence, choices, likeness[k])
+            objective = _objective(choices, config)
+            if k not in plans or objective < plans[k].objective:
+                plans[k] = _Plan(objective, evidence, choices, silhouettes[k])
     taken = _best(plans)
     best = plans[taken]
-    artifact = _artifact(
-        store, training, config, best.evidence, best.choices, labels[taken], agreed
-    )
+    artifact = _artifact(store, training, config, best.evidence, best.choices, labels[taken], means)
     return artifact, [plans[k].summary(k, is_best=k == taken) for k in counts]
 
 
@@ -102,7 +100,7 @@ def cluster(folder: Path, config: ClusterConfig) -> tuple[Artifact, list[Cluster
 class _Plan:
     """The best choice of policies for a number of clusters."""
 
-    merit: float
+    objective: float
     evidence: HeldOutMeasurements
     choices: list[Choice]
     silhouette: float
@@ -115,15 +113,15 @@ class _Plan:
 
 def _best(plans: dict[int, _Plan]) -> int:
     """The number of clusters to take, as `cluster` says."""
-    least = min(plan.merit for plan in plans.values())
-    close = [k for k, plan in plans.items() if plan.merit <= (1 + _AS_GOOD) * least]
+    least = min(plan.objective for plan in plans.values())
+    close = [k for k, plan in plans.items() if plan.objective <= (1 + _AS_GOOD) * least]
     defined = [k for k in close if not math.isnan(plans[k].silhouette)]
     if defined:
         return max(defined, key=lambda k: (plans[k].silhouette, -k))
-    return min(close, key=lambda k: (plans[k].merit, k))
+    return min(close, key=lambda k: (plans[k].objective, k))
 
 
-def _merit(choices: list[Choice], config: ClusterConfig) -> float:
+def _objective(choices: list[Choice], config: ClusterConfig) -> float:
     """The less the better: predicted cost, or with a budget the recall that is missing."""
     return total_cost(choices) if config.budget is None else 1 - mean_recall(choices)
 
@@ -145,13 +143,13 @@ def _distances(
 ) -> tuple[Tensor, Consensus]:
     known = sorted((*training.split.train, *training.split.validation))
     network = load_autoencoder(folder / WEIGHTS)
-    agreed = consensus(network, codes, known)
+    means = consensus(network, codes, known)
     if config.metric == "code":
-        return code_distances(agreed.code), agreed
-    maps = agreed.maps
+        return code_distances(means.code), means
+    maps = means.maps
     if config.metric == "jaccard-raw":
         maps = load_maps(store, training.config.resolution).maps[known].mean(0)
-    return jaccard_distances(gamma_patterns(maps, config.gamma)), agreed
+    return jaccard_distances(gamma_patterns(maps, config.gamma)), means
 
 
 def _artifact(
@@ -161,7 +159,7 @@ def _artifact(
     evidence: HeldOutMeasurements,
     choices: list[Choice],
     labels: Tensor,
-    agreed: Consensus,
+    means: Consensus,
 ) -> Artifact:
     geometry = store.fingerprint.geometry
     layers, heads = geometry.layers, geometry.heads
@@ -194,8 +192,8 @@ def _artifact(
         slack=spread(slacks(choices, evidence, config), torch.float32, 0.0),
         recall=spread([c.recall for c in choices], torch.float32, 1.0),
         density=spread([c.density for c in choices], torch.float32, 1.0),
-        instability=spread(agreed.instability, torch.float32, 0.0),
-        code=spread(agreed.code, torch.float32, 0.0),
+        instability=spread(means.instability, torch.float32, 0.0),
+        code=spread(means.code, torch.float32, 0.0),
         block_size=store.config.block_size,
         thresholds=Thresholds(gamma=config.gamma, tau=config.tau, delta=config.delta),
         rows=Rows(

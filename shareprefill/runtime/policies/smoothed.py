@@ -14,9 +14,11 @@ from shareprefill.runtime.policies.sampled import sampled_maps, sampling_work
 # By sampled rows, of which more make a block's own samples better. Least squares on exact maps of
 # three prompts (docs/findings.md); only their ratios matter.
 _WEIGHTS = {
-    1: LineWeights(own=0.08, beside=0.13, along=0.02, along2=0.03, column=0.01, diagonal=0.50),
-    2: LineWeights(own=0.14, beside=0.15, along=0.02, along2=0.04, diagonal=0.45),
-    4: LineWeights(own=0.24, beside=0.16, along=0.03, along2=0.04, diagonal=0.38),
+    1: LineWeights(
+        itself=0.08, vertical1=0.13, diagonal1=0.02, diagonal2=0.03, column=0.01, diagonal=0.50
+    ),
+    2: LineWeights(itself=0.14, vertical1=0.15, diagonal1=0.02, diagonal2=0.04, diagonal=0.45),
+    4: LineWeights(itself=0.24, vertical1=0.16, diagonal1=0.03, diagonal2=0.04, diagonal=0.38),
 }
 
 

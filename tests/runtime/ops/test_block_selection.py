@@ -450,7 +450,9 @@ def test_a_graph_of_all_functions_can_be_captured() -> None:
         sizes = {"n_query": shape[0], "n_key": shape[1], "max_density": 0.5}
         lists = list_blocks(chosen, index, shape[2], **sizes)
         profiles = maps[:, -1].contiguous(), torch.nn.functional.pad(maps[:, -1], (0, 1))
-        smoothed = smooth_maps(maps, LineWeights(own=1, along=1, diagonal=1), **geometry(shape))
+        smoothed = smooth_maps(
+            maps, LineWeights(itself=1, diagonal1=1, diagonal=1), **geometry(shape)
+        )
         return [
             chosen,
             smoothed,

@@ -17,7 +17,13 @@ LONG = (1160, 1200, 16)  # more rows and columns than a tile has
 GPU_SHAPES = [(8229, 8229, 128), (777, 131_072, 128), (40_000, 40_000, 32), (131_072, 131_072, 128)]
 TRITON, STRIPS = "triton", "triton, strip by strip"
 WEIGHTS = LineWeights(
-    own=0.2, beside=0.15, along=0.05, beside2=0.04, along2=0.03, column=0.1, diagonal=0.4
+    itself=0.2,
+    vertical1=0.15,
+    diagonal1=0.05,
+    vertical2=0.04,
+    diagonal2=0.03,
+    column=0.1,
+    diagonal=0.4,
 )
 # Blocks whose masses differ by less may be equal to a threshold: a step of its last bit.
 STEP = 2.0**-13
@@ -193,7 +199,9 @@ def test_smoothed_masses_entry_by_entry(shape: Shape, impl: str) -> None:
 
 @pytest.mark.interpreter
 @pytest.mark.usefixtures("poisoned")
-@pytest.mark.parametrize("weights", [WEIGHTS, LineWeights(own=1.0), LineWeights(own=0, column=2)])
+@pytest.mark.parametrize(
+    "weights", [WEIGHTS, LineWeights(itself=1.0), LineWeights(itself=0, column=2)]
+)
 @pytest.mark.parametrize("shape", [SHAPES[5], LONG], ids=str)
 def test_triton_smooths_as_the_reference_does(shape: Shape, weights: LineWeights) -> None:
     maps = random_maps(2, shape)
@@ -205,7 +213,7 @@ def test_triton_smooths_as_the_reference_does(shape: Shape, weights: LineWeights
 def test_smoothing_along_lines_knows_other_causal_blocks() -> None:
     """Every entry causal: the corner's diagonal is the corner, its column's mean is its own."""
     maps = torch.tensor([[[1.0, 2.0], [3.0, 4.0]]])
-    weights = LineWeights(own=0.0, column=1.0, diagonal=10.0)
+    weights = LineWeights(itself=0.0, column=1.0, diagonal=10.0)
     found = smooth_along_lines(maps, weights, torch.ones(2, 2, dtype=torch.bool))
     assert found.tolist() == [[[27.0, 23.0], [32.0, 28.0]]]
 
@@ -226,8 +234,8 @@ def test_user_errors_say_what_came() -> None:
         (lambda: smooth_maps(maps[0], WEIGHTS, **sizes), r"maps must be float32 \[S"),
         (lambda: smooth_maps(maps, WEIGHTS, **sizes | {"n_key": 60}), r"make maps \[.., 3, 4\]"),
         (lambda: smooth_maps(maps, WEIGHTS, **sizes, impl="fast"), "impl must be one of"),
-        (lambda: LineWeights(own=1.0, column=-0.1), "finite and at least 0, got LineWeights"),
-        (lambda: LineWeights(own=torch.inf), "finite and at least 0"),
+        (lambda: LineWeights(itself=1.0, column=-0.1), "finite and at least 0, got LineWeights"),
+        (lambda: LineWeights(itself=torch.inf), "finite and at least 0"),
     ]
     for call, message in cases:
         with pytest.raises(ConfigError, match=message):

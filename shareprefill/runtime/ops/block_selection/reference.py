@@ -201,12 +201,12 @@ def smooth_along_lines(
         float32 `[S, n_q, n_k]`.
     """
     maps = maps.masked_fill(~causal, 0.0)
-    total = maps * weights.own
+    total = maps * weights.itself
     for weight, distance, step in (
-        (weights.beside, 1, 0),
-        (weights.along, 1, 1),
-        (weights.beside2, 2, 0),
-        (weights.along2, 2, 2),
+        (weights.vertical1, 1, 0),
+        (weights.diagonal1, 1, 1),
+        (weights.vertical2, 2, 0),
+        (weights.diagonal2, 2, 2),
     ):
         if weight > 0:
             total += weight * _means_of_two(maps, causal, distance, step)

@@ -13,11 +13,11 @@ class LineWeights:
     """Weights of a block's own mass and of means over the lines of a map that it lies on.
 
     Attributes:
-        own: of the block itself.
-        beside: of the blocks one row before and after on the same key block.
-        along: of those one row before and after on the same block diagonal.
-        beside2: of those two rows before and after on the same key block.
-        along2: of those two rows before and after on the same block diagonal.
+        itself: of the block.
+        vertical1: of the blocks one row before and after on the same key block.
+        diagonal1: of those one row before and after on the same block diagonal.
+        vertical2: of those two rows before and after on the same key block.
+        diagonal2: of those two rows before and after on the same block diagonal.
         column: of all causal blocks of its key block.
         diagonal: of all causal blocks of its block diagonal.
 
@@ -25,11 +25,11 @@ class LineWeights:
         ConfigError: a weight is negative or not finite.
     """
 
-    own: float
-    beside: float = 0.0
-    along: float = 0.0
-    beside2: float = 0.0
-    along2: float = 0.0
+    itself: float
+    vertical1: float = 0.0
+    diagonal1: float = 0.0
+    vertical2: float = 0.0
+    diagonal2: float = 0.0
     column: float = 0.0
     diagonal: float = 0.0
 

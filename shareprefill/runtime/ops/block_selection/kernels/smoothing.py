@@ -94,11 +94,11 @@ def smooth_kernel(
     n_k,
     reach,
     n_diagonals,
-    own,
-    beside,
-    along,
-    beside2,
-    along2,
+    itself,
+    vertical1,
+    diagonal1,
+    vertical2,
+    diagonal2,
     column,
     diagonal,
     ROWS: tl.constexpr,
@@ -116,15 +116,15 @@ def smooth_kernel(
     b_total = tl.zeros([ROWS, CHUNK], dtype=tl.float32)
     if tl.max(m_causal.to(tl.int32)) > 0:
         b_own = tl.load(p_map + o_tile, mask=m_causal, other=0.0)
-        b_total = own * b_own
-        if beside > 0.0:
-            b_total += beside * _mean_of_two(p_map, b_own, o_m, o_n, n_q, n_k, reach, 1, 0)
-        if along > 0.0:
-            b_total += along * _mean_of_two(p_map, b_own, o_m, o_n, n_q, n_k, reach, 1, 1)
-        if beside2 > 0.0:
-            b_total += beside2 * _mean_of_two(p_map, b_own, o_m, o_n, n_q, n_k, reach, 2, 0)
-        if along2 > 0.0:
-            b_total += along2 * _mean_of_two(p_map, b_own, o_m, o_n, n_q, n_k, reach, 2, 2)
+        b_total = itself * b_own
+        if vertical1 > 0.0:
+            b_total += vertical1 * _mean_of_two(p_map, b_own, o_m, o_n, n_q, n_k, reach, 1, 0)
+        if diagonal1 > 0.0:
+            b_total += diagonal1 * _mean_of_two(p_map, b_own, o_m, o_n, n_q, n_k, reach, 1, 1)
+        if vertical2 > 0.0:
+            b_total += vertical2 * _mean_of_two(p_map, b_own, o_m, o_n, n_q, n_k, reach, 2, 0)
+        if diagonal2 > 0.0:
+            b_total += diagonal2 * _mean_of_two(p_map, b_own, o_m, o_n, n_q, n_k, reach, 2, 2)
         p_means += i_map * (n_diagonals + n_k)
         if column > 0.0:
             b_column = tl.load(p_means + n_diagonals + o_n, mask=o_n < n_k, other=0.0)
