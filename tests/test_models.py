@@ -274,7 +274,7 @@ def test_unlike_layers_and_no_attention_are_unsupported() -> None:
     mamba = transformers.MambaForCausalLM(
         transformers.MambaConfig(hidden_size=16, num_hidden_layers=1, vocab_size=16, state_size=4)
     )
-    with pytest.raises(UnsupportedError, match=r"no self-attention module .* type mamba"):
+    with pytest.raises(UnsupportedError, match=r"no layer of this Mamba.* has softmax attention"):
         geometry(mamba)
     model = tiny_llama()
     model.model.layers[2].self_attn.layer_idx = 1
