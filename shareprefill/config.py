@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, Self
 
 from shareprefill.errors import ConfigError
+from shareprefill.errors import require as _require
 
 logger = logging.getLogger(__name__)
 
@@ -37,11 +38,6 @@ def current_policy(name: str) -> str:
     if renamed is not None:
         logger.warning("policy %r is now called %r; the old word goes soon", name, renamed)
     return renamed or name
-
-
-def _require(holds: bool, name: str, value: object, allowed: str) -> None:
-    if not holds:
-        raise ConfigError(f"{name} = {value!r} is not allowed: it must be {allowed}")
 
 
 def _require_fraction(name: str, value: float) -> None:

@@ -23,3 +23,13 @@ class ArtifactError(ShareprefillError):
 
 class UnsupportedError(ShareprefillError):
     """The request is sound, but this build, device or model family cannot serve it."""
+
+
+def require(holds: bool, name: str, value: object, allowed: str) -> None:
+    """Checks an option.
+
+    Raises:
+        ConfigError: it does not hold; names the option, its value and what is allowed.
+    """
+    if not holds:
+        raise ConfigError(f"{name} = {value!r} is not allowed: it must be {allowed}")

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from shareprefill.artifact import Artifact, Policy
 from shareprefill.audit.embedding import Plane, embed_in_plane
-from shareprefill.audit.material import Calibration, Heads, has_calibration, open_calibration
-from shareprefill.audit.noise import TOO_MUCH, Noise, SourceSpread, find_noise, spread_by_source
+from shareprefill.audit.heads import Calibration, Heads, has_calibration, open_calibration
+from shareprefill.audit.map_figures import Thumbnails, load_thumbnails
+from shareprefill.audit.outliers import TOO_MUCH, Noise, SourceSpread, find_noise, spread_by_source
 from shareprefill.audit.separation import Separation, Spread, measure_separation
-from shareprefill.audit.thumbnails import Thumbnails, load_thumbnails
 from shareprefill.files import printable
 
 FORMAT_VERSION = 1

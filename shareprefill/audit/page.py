@@ -5,20 +5,26 @@ from __future__ import annotations
 from typing import Any
 
 from shareprefill.artifact import Policy
-from shareprefill.audit.figures import draw_distances, draw_planes, draw_policies, draw_spread
+from shareprefill.audit.figures import (
+    LEAVES,
+    draw_distances,
+    draw_planes,
+    draw_policies,
+    draw_spread,
+    draw_tree,
+)
 from shareprefill.audit.findings import Findings, describe_clusters
-from shareprefill.audit.grids import (
+from shareprefill.audit.head_grids import (
     Classes,
     Values,
     draw_class_grids,
     draw_value_grids,
     has_letters,
 )
-from shareprefill.audit.looks import CLUSTERS, cluster_looks, policy_looks
-from shareprefill.audit.mapstrip import draw_maps
-from shareprefill.audit.noise import UNSTABLE
+from shareprefill.audit.map_figures import draw_maps
+from shareprefill.audit.outliers import UNSTABLE
 from shareprefill.audit.separation import NAMES
-from shareprefill.audit.tree import LEAVES, draw_tree
+from shareprefill.audit.styles import CLUSTERS, cluster_looks, policy_looks
 from shareprefill.files import printable
 from shareprefill.report.drawing import figure_style
 from shareprefill.report.page import Cell, Page

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from shareprefill.artifact import Artifact
-from shareprefill.audit.material import Calibration, Heads
+from shareprefill.audit.heads import Calibration, Heads
 from shareprefill.autoencoder.dataset import resample_maps
 from shareprefill.calib.capture import FULL
 from shareprefill.clustering.distances import code_distances, gamma_patterns, jaccard_distances

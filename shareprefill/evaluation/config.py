@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from shareprefill.config import BLOCK_SIZES, POLICIES, RuntimeConfig, Stage, current_policy
-from shareprefill.errors import ConfigError
+from shareprefill.errors import ConfigError, require
 
 DENSE = "dense"
 DEFAULT_TASKS = (
@@ -19,11 +19,6 @@ DEFAULT_TASKS = (
 )
 
 _LEAST_TIMES = 3
-
-
-def _require(holds: bool, name: str, value: object, allowed: str) -> None:
-    if not holds:
-        raise ConfigError(f"{name} = {value!r} is not allowed: it must be {allowed}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,22 +71,22 @@ class EvalConfig(Stage):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "policies", tuple(map(current_policy, self.policies)))
-        _require(bool(self.artifact), "artifact", self.artifact, "the path of an artifact")
+        require(bool(self.artifact), "artifact", self.artifact, "the path of an artifact")
         for name in ("tasks", "policies", "lengths"):
-            _require(bool(getattr(self, name)), name, getattr(self, name), "at least one")
+            require(bool(getattr(self, name)), name, getattr(self, name), "at least one")
         for name in ("tasks", "policies", "lengths", "gammas"):
             values = getattr(self, name)
-            _require(len(set(values)) == len(values), name, values, "a list without repetitions")
+            require(len(set(values)) == len(values), name, values, "a list without repetitions")
         if self.others:
             names = self.names
-            _require(len(set(names)) == len(names), "artifact", names, "files of different names")
-            _require("auto" in self.policies, "policies", self.policies, "auto for more artifacts")
+            require(len(set(names)) == len(names), "artifact", names, "files of different names")
+            require("auto" in self.policies, "policies", self.policies, "auto for more artifacts")
         for length in self.lengths:
-            _require(length >= 1, "lengths", length, "at least 1")
-        _require(self.samples >= 1, "samples", self.samples, "at least 1")
-        _require(self.seed >= 0, "seed", self.seed, "0 or more")
-        _require(self.bins >= 1, "bins", self.bins, "at least 1")
-        _require(self.workers >= 1, "workers", self.workers, "at least 1")
+            require(length >= 1, "lengths", length, "at least 1")
+        require(self.samples >= 1, "samples", self.samples, "at least 1")
+        require(self.seed >= 0, "seed", self.seed, "0 or more")
+        require(self.bins >= 1, "bins", self.bins, "at least 1")
+        require(self.workers >= 1, "workers", self.workers, "at least 1")
         self.runtimes()
 
     @property
@@ -179,7 +174,7 @@ class SweepConfig(Stage):
     def __post_init__(self) -> None:
         object.__setattr__(self, "policy", current_policy(self.policy))
         varied = ("slacks", "taus", "deltas", "gammas", "block_sizes", "ks")
-        _require(
+        require(
             any(getattr(self, name) for name in varied),
             "values",
             (),
@@ -187,17 +182,17 @@ class SweepConfig(Stage):
         )
         for name in varied:
             values = getattr(self, name)
-            _require(len(set(values)) == len(values), name, values, "a list without repetitions")
+            require(len(set(values)) == len(values), name, values, "a list without repetitions")
         for size in self.block_sizes:
-            _require(size in BLOCK_SIZES, "block_size", size, f"one of {BLOCK_SIZES}")
+            require(size in BLOCK_SIZES, "block_size", size, f"one of {BLOCK_SIZES}")
         for k in self.ks:
-            _require(k >= 1, "k", k, "at least 1")
+            require(k >= 1, "k", k, "at least 1")
         if (self.block_sizes or self.ks) and not self.calibrations:
             raise ConfigError(
                 "another block size or number of clusters needs the calibration that it is "
                 "clustered from: name its folder with --calibration"
             )
-        _require(
+        require(
             self.policy in POLICIES and self.policy != DENSE,
             "policy",
             self.policy,

@@ -12,7 +12,7 @@ from types import UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from shareprefill.config import CalibrateConfig, ClusterConfig, Stage, TrainConfig
-from shareprefill.errors import ConfigError, DataError
+from shareprefill.errors import ConfigError, DataError, require
 from shareprefill.files import printable
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -45,10 +45,8 @@ class Tolerances(Stage):
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if value is not None and not 0 <= value <= 1:
-                raise ConfigError(
-                    f"{field.name} = {value!r} is not allowed: it must be a number between 0 and 1"
-                )
+            holds = value is None or 0 <= value <= 1
+            require(holds, field.name, value, "a number between 0 and 1")
 
 
 @dataclass(frozen=True, kw_only=True)

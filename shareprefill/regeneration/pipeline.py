@@ -14,9 +14,8 @@ from pathlib import Path
 from shareprefill.errors import DataError
 from shareprefill.files import make_folder, printable
 from shareprefill.regeneration.jobs import Job, load_jobs, select_jobs
-from shareprefill.regeneration.outcomes import Outcome, load_outcome
+from shareprefill.regeneration.outcomes import OUTCOME, Outcome, load_outcome
 
-OUTCOME = "outcome.json"
 _STDERR = 2  # what a library prints does not belong to the command's own output
 
 
@@ -82,9 +81,10 @@ def _in_process(
         "update": update,
         "trust_remote_code": trust_remote_code,
     }
-    # -P: nothing in the current folder is imported. The pipe ends with this process, however that
-    # ends, and the worker with the pipe.
-    command = [sys.executable, "-P", "-m", "shareprefill.regeneration", json.dumps(order)]
+    # A program, not a worker of an evaluation's pool: each model has a folder, a command line that
+    # names it and an exit status of its own. -P: nothing in the current folder is imported. The
+    # pipe ends with this process, however that ends, and the worker with the pipe.
+    command = [sys.executable, "-P", "-m", "shareprefill.regeneration.worker", json.dumps(order)]
     started = time.monotonic()
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=_STDERR) as process:  # noqa: S603
         status = process.wait()

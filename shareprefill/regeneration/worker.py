@@ -1,8 +1,15 @@
-"""One model: made anew, measured, and compared with the artifact that is committed."""
+"""One model: made anew, measured, and compared with the artifact that is committed.
+
+As a program, `python -m shareprefill.regeneration.worker` does so with its order as JSON.
+"""
 
 from __future__ import annotations
 
+import json
 import logging
+import os
+import sys
+import threading
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -18,14 +25,30 @@ from shareprefill.artifact import (
 )
 from shareprefill.clustering.comparison import compare_artifacts
 from shareprefill.errors import ArtifactError, ShareprefillError
-from shareprefill.files import locked_folder, locked_output, make_folder, printable
-from shareprefill.regeneration.comparing import Change, changed_settings, changes_of
-from shareprefill.regeneration.jobs import Job
-from shareprefill.regeneration.measuring import measure
-from shareprefill.regeneration.outcomes import Outcome, Status
-from shareprefill.regeneration.stages import ARTIFACT, make_artifact
+from shareprefill.evaluation.config import EvalConfig
+from shareprefill.evaluation.suite import evaluate
+from shareprefill.files import (
+    atomic_write_text,
+    locked_folder,
+    locked_output,
+    make_folder,
+    printable,
+)
+from shareprefill.regeneration.jobs import Job, load_jobs, select_jobs
+from shareprefill.regeneration.outcomes import (
+    OUTCOME,
+    Change,
+    Figures,
+    Outcome,
+    Status,
+    changed_settings,
+    changes_of,
+)
+from shareprefill.regeneration.stages import ARTIFACT, EVALUATE, code_digest, make_artifact
 
 logger = logging.getLogger(__name__)
+
+_POLICY = "auto"
 
 
 def run_job(
@@ -109,3 +132,72 @@ def _outcome(
         moved=moved,
         heads=heads,
     )
+
+
+def measure(job: Job, artifact: Path, folder: Path, *, trust_remote_code: bool = False) -> Figures:
+    """Evaluates an artifact on the job's tasks and lengths.
+
+    Args:
+        job: Its model, tasks, lengths and seed.
+        artifact: The artifact's file.
+        folder: Where outcomes are kept, so that dense attention is run once for both artifacts,
+            and a killed evaluation goes on.
+        trust_remote_code: Run the model repository's own code.
+
+    Raises:
+        ShareprefillError: see `evaluate`.
+    """
+    options = {name: value for name, value in job.evaluation.to_dict().items() if value is not None}
+    config = EvalConfig.from_dict(
+        {
+            "artifact": str(artifact),
+            "model": job.calibrate.model,
+            "lengths": job.lengths,
+            "policies": (_POLICY,),
+            "device": job.calibrate.device,
+            "dtype": job.calibrate.dtype,
+            **options,
+        }
+    )
+    # Outcomes of other code are not this code's.
+    out = folder / "evaluation" / code_digest(EVALUATE)[:16]
+    found = evaluate(config, out=out, trust_remote_code=trust_remote_code)
+    (summary,) = (summary for summary in found.summaries() if summary.policy == _POLICY)
+    return Figures(accuracy=summary.accuracy, density=summary.density, recall=summary.recall)
+
+
+def main() -> None:
+    """Runs the job of the order, and writes its outcome beside what the job keeps."""
+    order = json.loads(sys.argv[1])
+    threading.Thread(target=_end_with_the_parent, daemon=True).start()
+    _log_progress()
+    (job,) = select_jobs(load_jobs(order["path"]), [order["name"]])
+    os.chdir(Path(order["path"]).parent)
+    folder = Path(order["folder"])
+    outcome = run_job(
+        job, folder, update=order["update"], trust_remote_code=order["trust_remote_code"]
+    )
+    atomic_write_text(folder / OUTCOME, json.dumps(outcome.to_dict(), indent=1) + "\n")
+
+
+def _end_with_the_parent() -> None:
+    # Not through sys.stdin, whose lock this thread would hold when the interpreter ends.
+    os.read(0, 1)
+    os._exit(1)
+
+
+def _log_progress() -> None:
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    logger = logging.getLogger("shareprefill")
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except ShareprefillError as error:  # the outcome could not be written
+        sys.exit(f"sp: {error}")

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from shareprefill.artifact import Policy
-from shareprefill.audit import thumbnails
+from shareprefill.audit import map_figures
 from shareprefill.audit.findings import examine
 from shareprefill.audit.page import build_page
 from tests.audit.synthetic import clustered, made_up_artifact, made_up_calibration
@@ -115,7 +115,7 @@ def test_hostile_names_stay_text() -> None:
 
 
 def test_left_out_clusters_are_counted(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(thumbnails, "CLUSTERS_SHOWN", 1)
+    monkeypatch.setattr(map_figures, "CLUSTERS_SHOWN", 1)
     findings = examine(clustered(folder), folder)
     _, *hidden = findings.heads.sizes().values()
     html = build_page(findings).html()

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from shareprefill.artifact import Artifact
-from shareprefill.audit.material import Calibration, Heads, open_calibration
+from shareprefill.audit.heads import Calibration, Heads, open_calibration
 from shareprefill.audit.separation import BINS, measure_separation
 from tests.audit.synthetic import clustered, made_up_artifact, made_up_calibration
 

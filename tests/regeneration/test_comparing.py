@@ -6,8 +6,8 @@ import pytest
 
 from shareprefill.artifact import Artifact, Thresholds
 from shareprefill.clustering.comparison import compare_artifacts
-from shareprefill.regeneration.comparing import Change, Figures, changed_settings, changes_of
 from shareprefill.regeneration.jobs import Tolerances
+from shareprefill.regeneration.outcomes import Change, Figures, changed_settings, changes_of
 from tests.support.tiny import tiny_artifact, tiny_llama
 
 MEASURED = Figures(accuracy=0.5, density=0.3, recall=0.95)

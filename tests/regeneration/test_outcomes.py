@@ -6,8 +6,7 @@ from pathlib import Path
 import pytest
 
 from shareprefill.errors import DataError
-from shareprefill.regeneration.comparing import Change
-from shareprefill.regeneration.outcomes import Outcome, load_outcome, to_json, to_markdown
+from shareprefill.regeneration.outcomes import Change, Outcome, load_outcome, to_json, to_markdown
 
 DRIFTED = Outcome(
     name="a",

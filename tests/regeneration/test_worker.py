@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -161,3 +162,18 @@ def test_a_stage_that_fails_is_the_outcome(job: Job, tmp_path: Path) -> None:
     )
     assert outcome.status == "failed"
     assert "there is no model folder" in outcome.lines[0]
+
+
+@pytest.mark.parametrize(
+    ("stage", "parts"),
+    [("calib", stages._CAPTURE), ("autoencoder", stages._TRAIN), ("clustering", stages._CLUSTER)],
+)
+def test_a_stage_is_done_again_when_code_that_it_imports_changes(
+    stage: str, parts: tuple[str, ...]
+) -> None:
+    package = stages._PACKAGE
+    imported = set()
+    for path in (package / stage).rglob("*.py"):
+        imported |= set(re.findall(r"from shareprefill\.(\w+)", path.read_text(encoding="utf-8")))
+    # What is there for messages and folders changes no figure.
+    assert imported - {part.removesuffix(".py") for part in parts} <= {"errors", "files"}

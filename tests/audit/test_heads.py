@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from shareprefill.audit.material import Heads, has_calibration, open_calibration
+from shareprefill.audit.heads import Heads, has_calibration, open_calibration
 from shareprefill.autoencoder.pipeline import train
 from shareprefill.config import TrainConfig
 from shareprefill.errors import ArtifactError, DataError

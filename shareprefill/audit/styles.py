@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from shareprefill.artifact import Policy
-from shareprefill.audit.material import Heads
+from shareprefill.audit.heads import Heads
 from shareprefill.report.drawing import MARKERS, MUTED, SERIES
 
 # Clusters with a look of their own; the smaller ones share one.

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from shareprefill.artifact import Policy
-from shareprefill.audit import thumbnails
-from shareprefill.audit.material import Heads, open_calibration
+from shareprefill.audit import map_figures
+from shareprefill.audit.heads import Heads, open_calibration
+from shareprefill.audit.map_figures import load_thumbnails, pick_heads
 from shareprefill.audit.separation import measure_separation
-from shareprefill.audit.thumbnails import load_thumbnails, pick_heads
 from shareprefill.autoencoder.dataset import resample_maps
 from tests.audit.synthetic import clustered, made_up_artifact, made_up_calibration
 
@@ -74,7 +74,7 @@ def test_maps_and_losses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     ]
     assert shown.loss == pytest.approx(float(torch.stack(losses).detach().mean()), rel=1e-4)
 
-    monkeypatch.setattr(thumbnails, "CLUSTERS_SHOWN", 1)
+    monkeypatch.setattr(map_figures, "CLUSTERS_SHOWN", 1)
     some = load_thumbnails(heads, calibration, distances)
     sizes = [maps.picked.size for maps in whole.clusters]
     assert len(some.clusters) == 1

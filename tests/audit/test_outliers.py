@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from shareprefill.audit.material import Heads, open_calibration
-from shareprefill.audit.noise import find_noise, spread_by_source
+from shareprefill.audit.heads import Heads, open_calibration
+from shareprefill.audit.outliers import find_noise, spread_by_source
 from tests.audit.synthetic import clustered, made_up_artifact, made_up_calibration
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from shareprefill.audit.material import Calibration, Heads
+from shareprefill.audit.heads import Calibration, Heads
 
 # Share of heads from which the page warns.
 TOO_MUCH = 0.3
