@@ -168,4 +168,7 @@ def _cell(value: Cell) -> str:
 
 def _is_number(cell: Cell) -> bool:
     """Whether a text is a number, perhaps with a sign, a unit or an interval, and no words."""
-    return isinstance(cell, str) and bool(re.fullmatch(r"[-+−±]?[\d.,]+[^a-zA-Z]*%?", cell))
+    if not isinstance(cell, str):
+        return False
+    plain = re.sub(r"(?<=\d)e[-+]?\d+", "", cell)  # 8.6e-05
+    return bool(re.fullmatch(r"[-+−±]?[\d.,]+[^a-zA-Z]*%?", plain))

@@ -207,3 +207,12 @@ def test_the_browser_reports_what_is_wrong(tmp_path: Path, browser: Browser) -> 
         assert directive in complaints
     assert shown.width > 400
     assert "svg" in shown.wide
+
+
+def test_columns_of_numbers_are_set_flush_right() -> None:
+    page = Page("t")
+    page.table(
+        ["name", "kl", "words"], [["a", "8.6e-05 [1e-05, 0.001]", "4 heads"], ["b", "0.2", "x"]]
+    )
+    html = page.html()
+    assert '<th scope="col" class="number">kl</th><th scope="col">words</th>' in html
