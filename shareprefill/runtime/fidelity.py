@@ -141,6 +141,30 @@ def token_losses(model: Any, states: Tensor, input_ids: Tensor) -> Tensor:
     return torch.cat(losses).double()
 
 
+def sampled_score(model: Any, states: Tensor, generator: torch.Generator) -> Tensor:
+    """Gradient of the log likelihood of next tokens that are drawn from the model's predictions.
+
+    Over draws its mean is zero, and its outer product's mean is the Fisher information of the
+    predictions: half of it is their KL divergence for a small change of the states.
+
+    Args:
+        model: The decoder that made the states.
+        states: Final states of a prompt, `[N, hidden_size]`, on any device.
+        generator: Draws the tokens; on the output layer's device.
+
+    Returns:
+        By the states, of their shape and dtype, on the output layer's device.
+    """
+    scores = []
+    for piece in _pieces(model, states):
+        with torch.enable_grad():
+            leaf = piece.detach().requires_grad_()
+            losses = _logits(model, leaf).float().log_softmax(-1)  # [piece, vocabulary]
+            drawn = torch.multinomial(losses.detach().exp(), 1, generator=generator)
+            scores.append(torch.autograd.grad(losses.gather(1, drawn).sum(), leaf)[0])
+    return torch.cat(scores)
+
+
 def _pieces(model: Any, states: Tensor) -> Iterator[Tensor]:
     """The states on the output layer's device, as many rows at a time as may have logits."""
     vocabulary = model.config.get_text_config(decoder=True).vocab_size

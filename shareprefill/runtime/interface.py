@@ -139,6 +139,10 @@ class Handler(Protocol):
         ...
 
 
+class HasGradients:
+    """Base of handlers whose results have gradients: others are refused a model in training."""
+
+
 def dense_attention(call: AttentionCall) -> Tensor:
     """The layer's own attention, exactly as its mask says.
 
@@ -413,6 +417,7 @@ def _attention(
         attachment.note(cast(int, module.layer_idx), query.shape[2])
         own = implementation(module, attachment.replaced)
         return own(module, query, key, value, attention_mask, **options)
+    _refuse_gradients(attachment.handler, query, key, value)
     device = query.device.type
     if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         call = _call_of(module, query, key, value, attention_mask, **options)
@@ -433,6 +438,15 @@ def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.to(dtype)
 
 
+def _refuse_gradients(handler: Handler, *tensors: Tensor) -> None:
+    if isinstance(handler, HasGradients):
+        return
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        raise UnsupportedError(
+            "the sparse prefill has no backward pass: wrap the call in torch.no_grad()"
+        )
+
+
 def _call_of(
     module: torch.nn.Module,
     query: Tensor,
@@ -447,10 +461,6 @@ def _call_of(
     """What transformers calls an attention function with, checked."""
     if dropout:
         raise UnsupportedError("attention dropout is not supported: call model.eval() first")
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value)):
-        raise UnsupportedError(
-            "the sparse prefill has no backward pass: wrap the call in torch.no_grad()"
-        )
     if isinstance(attention_mask, FactMask):
         attention_mask = attention_mask.of_call(query.shape[0], query.shape[2], key.shape[2])
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling

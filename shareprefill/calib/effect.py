@@ -1,0 +1,263 @@
+"""How much a model's predictions change for the attention that each head loses.
+
+A block that a head leaves out changes its output by P (v - o), summed over the block. How much that
+matters to the predictions is a derivative: labels are drawn from the model's own predictions, and
+one backward pass of their log likelihood gives, for every block, the change of it to first order.
+Its mean square over such draws is twice the KL divergence that the change causes (the Fisher
+information): one pass stands for all blocks of all heads. The draws are few, as in Hutchinson's
+estimate of a trace.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from shareprefill.runtime.dense import sdpa
+from shareprefill.runtime.fidelity import compare_predictions, final_states, sampled_score
+from shareprefill.runtime.geometry import Geometry
+from shareprefill.runtime.interface import (
+    AttentionCall,
+    HasGradients,
+    attached,
+    dense_attention,
+)
+from shareprefill.runtime.ops.block_selection import head_blocks, list_blocks
+from shareprefill.runtime.ops.block_sparse_attention import block_sparse_attention
+
+CHANGE, LOST, DIVERGENCE = "effect_change", "effect_lost", "effect_divergence"
+
+# Backward passes a prompt: their mean square is taken over prompts, too.
+_DRAWS = 4
+# Attention mass that the patterns cover whose lost blocks are measured.
+_COVERED = 0.9
+# Probabilities that are made at once.
+_STRIP = 2**24
+
+
+@dataclass(frozen=True, eq=False)
+class _Cut:
+    """What a layer's heads lose under patterns of their own exact maps.
+
+    Attributes:
+        pattern: bool `[H, n, n]`.
+        change: First-order change of the log likelihood of drawn labels, by draw, head and query
+            block, float64 `[draws, H, n]`.
+        lost: Attention mass outside the patterns, float64 `[H, n]`.
+    """
+
+    pattern: Tensor
+    change: Tensor
+    lost: Tensor
+
+
+class _Tracer(HasGradients):
+    """Attention handler: dense attention whose outputs' gradients can be asked for."""
+
+    def __init__(self) -> None:
+        self.calls: dict[int, AttentionCall] = {}
+        self.outputs: dict[int, Tensor] = {}
+
+    def __call__(self, call: AttentionCall) -> Tensor:
+        if not call.is_shareable:
+            return dense_attention(call)
+        if call.own is None:
+            # Not by lists of blocks, which have no gradients.
+            out = sdpa(call.query, call.key, call.value, None, True, call.scale)
+        else:
+            out = dense_attention(call)
+        if not out.requires_grad:
+            out = out.detach().requires_grad_()
+        self.calls[call.layer], self.outputs[call.layer] = call, out
+        return out
+
+
+class _Sparse:
+    """Attention handler: given patterns."""
+
+    def __init__(self, patterns: dict[int, Tensor], geometry: Geometry) -> None:
+        self.patterns, self.geometry = patterns, geometry
+
+    def __call__(self, call: AttentionCall) -> Tensor:
+        pattern = self.patterns.get(call.layer)
+        if pattern is None:
+            return dense_attention(call)
+        index = torch.arange(len(pattern), device=pattern.device)
+        lists = list_blocks(pattern, index, **self.geometry.sizes)
+        return block_sparse_attention(
+            call.query[0],
+            call.key[0],
+            call.value[0],
+            lists,
+            scale=call.scale,
+            softcap=call.softcap,
+            sinks=call.sinks,
+        )[None]
+
+
+def measure_effect(
+    model: torch.nn.Module,
+    input_ids: Tensor,
+    layers: Sequence[int],
+    *,
+    block_size: int,
+    tokens: int,
+    seed: int,
+) -> dict[str, Tensor]:
+    """Measures on one prompt what lost attention mass does to the predictions.
+
+    Every head gets the pattern of its own exact map, and what lies outside it is measured twice:
+    for each head alone by derivatives, and for all heads together by a sparse prefill. Sums over
+    prompts of the three results give each head's effect (see `clustering.effects`).
+
+    Args:
+        model: A transformers decoder, in eval mode.
+        input_ids: int64 `[N]`.
+        layers: The layers to measure: those that are captured.
+        block_size: Tokens a block.
+        tokens: Positions at most: of a longer prompt its beginning and its end are taken.
+        seed: Of the labels that are drawn.
+
+    Returns:
+        `effect_change` float32 `[L, H]`, the KL divergence in nats a position that the head's lost
+        mass causes alone; `effect_lost` float32 `[L, H]`, the mean square of that mass over query
+        blocks; `effect_divergence` float32 `[1]`, the measured KL divergence of all heads.
+    """
+    if len(input_ids) > tokens:
+        input_ids = torch.cat([input_ids[: tokens // 2], input_ids[tokens // 2 - tokens :]])
+    device = cast(Any, model).get_input_embeddings().weight.device
+    ids = input_ids[None].to(device)
+    tracer = _Tracer()
+    with torch.enable_grad(), attached(model, tracer), final_states(model) as states:
+        cast(Any, model)(input_ids=ids, use_cache=False)
+    final = states()
+    with _deterministic():
+        gradients = _gradients(model, final, [tracer.outputs[n] for n in layers], seed)
+    cuts = {
+        n: _cut(tracer.calls[n], tracer.outputs[n].detach(), grads, block_size)
+        for n, grads in zip(layers, gradients, strict=True)
+    }
+    dense = final.detach()
+    geometry = _geometry(len(input_ids), block_size, device)
+    sparse = _Sparse({n: cut.pattern for n, cut in cuts.items()}, geometry)
+    with torch.no_grad(), attached(model, sparse), final_states(model) as states:
+        cast(Any, model)(input_ids=ids, use_cache=False)
+    divergence = compare_predictions(model, dense, states()).mean_kl
+    # Half the mean square of the change is the KL divergence. The changes of query blocks are taken
+    # for unlike each other: that costs a factor that all heads have in common, about, and makes
+    # few draws enough.
+    change = [cut.change.square().sum(-1).mean(0) / (2 * len(input_ids)) for cut in cuts.values()]
+    lost = [cut.lost.square().mean(-1) for cut in cuts.values()]
+    return {
+        CHANGE: torch.stack([t.cpu() for t in change]).float(),
+        LOST: torch.stack([t.cpu() for t in lost]).float(),
+        DIVERGENCE: torch.tensor([divergence], dtype=torch.float32, device="cpu"),
+    }
+
+
+@contextmanager
+def _deterministic() -> Iterator[None]:
+    """Has a GPU sum gradients in one order: a calibration that goes on gives the same bytes."""
+    before = torch.are_deterministic_algorithms_enabled()
+    warned = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=warned)
+
+
+def _gradients(
+    model: torch.nn.Module, final: Tensor, outputs: list[Tensor], seed: int
+) -> list[list[Tensor]]:
+    """Gradients of the log likelihood of drawn labels, by layer and draw: `[1, H, N, Dv]`."""
+    head = cast(Any, model).get_output_embeddings().weight.device
+    generator = torch.Generator(head).manual_seed(seed)
+    found: list[list[Tensor]] = [[] for _ in outputs]
+    for draw in range(_DRAWS):
+        score = sampled_score(model, final.detach(), generator).to(final.device)
+        grads = torch.autograd.grad(
+            final, outputs, score.to(final.dtype), retain_graph=draw < _DRAWS - 1
+        )
+        for layer, grad in zip(found, grads, strict=True):
+            layer.append(grad)
+    return found
+
+
+@torch.no_grad()
+def _cut(call: AttentionCall, output: Tensor, grads: list[Tensor], block_size: int) -> _Cut:
+    """What the heads of a layer lose."""
+    query, key, value = call.query[0].detach(), call.key[0].detach(), call.value[0].detach()
+    n_tokens = query.shape[1]
+    geometry = _geometry(n_tokens, block_size, query.device)
+    # What a unit of attention to a key adds to a row's log likelihood is gradient . (v - o).
+    ways = torch.cat(grads).float()  # [draws, H, N, Dv]
+    offsets = (ways * output.float()).sum(-1)  # [draws, H, N]
+    masses, changes = [], []
+    heads = len(query)
+    strip = max(1, _STRIP // (heads * n_tokens * block_size)) * block_size
+    repeats = heads // len(key)
+    keys, values = (t.float().repeat_interleave(repeats, 0) for t in (key, value))
+    for start in range(0, n_tokens, strip):
+        rows = slice(start, min(start + strip, n_tokens))
+        weights = _weights(call, query[:, rows].float(), keys, start)
+        masses.append(_pool(weights, block_size))
+        pieces = []
+        for way, offset in zip(ways, offsets, strict=True):
+            gain = way[:, rows] @ values.transpose(1, 2) - offset[:, rows, None]
+            pieces.append(_pool(gain.mul_(weights), block_size))
+        changes.append(torch.stack(pieces))
+    n_rows = torch.full((geometry.shape[0], 1), block_size, device=query.device)
+    n_rows[-1] = n_tokens - (len(n_rows) - 1) * block_size
+    mass, change = torch.cat(masses, 1) / n_rows, torch.cat(changes, 2)
+    gamma = torch.full((heads,), _COVERED, dtype=torch.float32, device=query.device)
+    pattern = head_blocks(mass, gamma, **geometry.reads)[0]
+    lost = (mass.double() * ~pattern).sum(-1)
+    # Those that are left are scaled up by the softmax.
+    change = (change.double() * ~pattern).sum(-1) / (1 - lost)
+    return _Cut(pattern, change, lost)
+
+
+def _weights(call: AttentionCall, query: Tensor, key: Tensor, start: int) -> Tensor:
+    """Attention probabilities of some rows, float32 `[H, R, N]`."""
+    logits = query @ key.transpose(1, 2) * call.scale
+    if call.softcap is not None:
+        logits = call.softcap * torch.tanh(logits / call.softcap)
+    rows = torch.arange(start, start + query.shape[1], device=query.device)
+    hidden = torch.arange(key.shape[1], device=query.device) > rows[:, None]
+    logits.masked_fill_(hidden, -math.inf)
+    if call.sinks is None:
+        return logits.softmax(-1)
+    sink = call.sinks.float()[:, None, None].expand(-1, logits.shape[1], 1)
+    return torch.cat([logits, sink], -1).softmax(-1)[..., :-1]
+
+
+def _pool(values: Tensor, block_size: int) -> Tensor:
+    """Sums by block: `[H, R, N]` to `[H, rows of blocks, columns of blocks]`."""
+    heads, rows, columns = values.shape
+    short = (-columns % block_size, -rows % block_size)
+    padded = F.pad(values, (0, short[0], 0, short[1]))
+    return padded.view(heads, -1, block_size, (columns + short[0]) // block_size, block_size).sum(
+        (2, 4)
+    )
+
+
+def _geometry(n_tokens: int, block_size: int, device: torch.device) -> Geometry:
+    from shareprefill.config import RuntimeConfig
+
+    runtime = RuntimeConfig()
+    return Geometry(
+        n_tokens,
+        n_tokens,
+        device,
+        block_size=block_size,
+        sink_blocks=runtime.sink_blocks,
+        local_blocks=runtime.local_blocks,
+    )

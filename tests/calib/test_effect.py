@@ -1,0 +1,112 @@
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+
+from shareprefill.calib.effect import measure_effect
+from shareprefill.runtime.fidelity import compare_predictions, final_states
+from shareprefill.runtime.interface import AttentionCall, attached, dense_attention
+from tests.support.tiny import tiny_llama, token_ids
+
+TOKENS, BLOCK = 224, 16
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    found = tiny_llama()
+    # A cut changes little, as in a trained model: where it changes much, no derivative tells.
+    with torch.no_grad():
+        for layer in found.model.layers:
+            layer.self_attn.o_proj.weight.mul_(0.1)
+    return found
+
+
+@cache
+def prompt() -> torch.Tensor:
+    return token_ids(TOKENS)
+
+
+def effect_of(model: Any, seed: int, tokens: int = TOKENS) -> dict[str, torch.Tensor]:
+    return measure_effect(model, prompt(), (0, 1, 2), block_size=BLOCK, tokens=tokens, seed=seed)
+
+
+def states_with(model: Any, handler: Any) -> torch.Tensor:
+    with torch.no_grad(), attached(model, handler), final_states(model) as get:
+        model(input_ids=prompt()[None], use_cache=False)
+    return get()
+
+
+class LosingOne:
+    """Dense attention in which one head reads its pattern alone."""
+
+    def __init__(self, layer: int, head: int, patterns: dict[int, torch.Tensor]) -> None:
+        self.layer, self.head, self.patterns = layer, head, patterns
+
+    def __call__(self, call: AttentionCall) -> torch.Tensor:
+        out = dense_attention(call)
+        if call.layer == self.layer:
+            pattern = self.patterns[call.layer][self.head]
+            keep = pattern.repeat_interleave(BLOCK, 0).repeat_interleave(BLOCK, 1)
+            group = call.query.shape[1] // call.key.shape[1]
+            query, key = call.query[0, self.head], call.key[0, self.head // group]
+            logits = query @ key.T * call.scale
+            logits = logits.masked_fill(~(keep & torch.ones_like(keep).tril()), -torch.inf)
+            out = out.clone()
+            out[0, self.head] = logits.softmax(-1) @ call.value[0, self.head // group]
+        return out
+
+
+def test_a_heads_change_goes_with_the_divergence_that_it_causes_alone(model: Any) -> None:
+    from shareprefill.calib import effect
+
+    patterns: dict[int, torch.Tensor] = {}
+    made = effect._cut
+
+    def kept(call: AttentionCall, *rest: Any) -> Any:
+        patterns[call.layer] = (cut := made(call, *rest)).pattern
+        return cut
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(effect, "_cut", kept)
+        found = torch.stack([effect_of(model, seed)["effect_change"] for seed in range(6)]).mean(0)
+    dense = states_with(model, dense_attention)
+    measured = torch.tensor(
+        [
+            [
+                compare_predictions(
+                    model, dense, states_with(model, LosingOne(layer, head, patterns))
+                ).mean_kl
+                for head in range(found.shape[1])
+            ]
+            for layer in range(3)
+        ]
+    )
+    ratio = (found / measured).log()
+    # One factor is common to all heads: the changes of a head's query blocks are somewhat alike.
+    assert ratio.mean().abs() < 1.6, (found, measured)
+    assert (ratio - ratio.mean()).abs().max() < 1, (found, measured)
+    order = torch.corrcoef(torch.stack([found.flatten().log(), measured.flatten().log()]))[0, 1]
+    assert order > 0.8, (found, measured)
+
+
+def test_all_heads_together_diverge_about_as_their_changes_sum_up_to(model: Any) -> None:
+    found = effect_of(model, 0)
+    ratio = found["effect_divergence"].item() / found["effect_change"].sum().item()
+    assert 0.3 < ratio < 3, ratio
+    assert found["effect_lost"].min() > 0
+    assert found["effect_lost"].max() < 0.1
+
+
+def test_long_prompts_are_cut_in_the_middle_and_equal_seeds_give_equal_bytes(model: Any) -> None:
+    short = effect_of(model, 1, tokens=96)
+    again = effect_of(model, 1, tokens=96)
+    other = effect_of(model, 2, tokens=96)
+    assert all(torch.equal(short[name], again[name]) for name in short)
+    assert not torch.equal(short["effect_change"], other["effect_change"])
+    assert torch.equal(short["effect_lost"], other["effect_lost"])
+    cut = torch.cat([prompt()[:48], prompt()[-48:]])
+    own = measure_effect(model, cut, (0, 1, 2), block_size=BLOCK, tokens=96, seed=1)
+    assert all(torch.equal(short[name], own[name]) for name in short)
