@@ -116,6 +116,50 @@ def import_graph() -> dict[str, set[str]]:
     return graph
 
 
+# The runtime's files in order: each may use its own group and those above it.
+RUNTIME_ORDER = (
+    {"ops"},
+    {"geometry", "dense", "crossover", "tensor_parallel"},
+    {"policies"},
+    {"plan"},
+    {"rules"},
+    {"records"},
+    {"core", "report"},
+)
+ENGINES = {"transformers", "vllm"}
+
+
+def test_the_files_of_the_core_are_in_order() -> None:
+    rank = {name: place for place, names in enumerate(RUNTIME_ORDER) for name in names}
+    for module, used in import_graph().items():
+        part = module.removeprefix("shareprefill.runtime.").split(".")[0]
+        if not module.startswith("shareprefill.runtime.") or part not in rank:
+            continue
+        ours = {n.split(".")[2] for n in used if n.startswith("shareprefill.runtime.")}
+        assert all(rank.get(n, len(rank)) <= rank[part] for n in ours), (module, ours)
+
+
+def test_the_core_knows_no_engine() -> None:
+    """Neither imported by any of its files, nor there once it is imported."""
+    # The artifact takes two dataclasses from `models`, which loads transformers inside functions.
+    graph, found, paths = import_graph(), set(), {module_of(path): path for path in FILES}
+    todo = ["shareprefill.runtime.core", "shareprefill.runtime.tensor_parallel"]
+    while todo:
+        module = todo.pop()
+        if module in found or module.startswith("shareprefill.models"):
+            continue
+        found.add(module)
+        todo += graph[module]
+    assert len(found) > 30
+    for module in found:
+        assert not {n.split(".")[0] for n in imports_of(paths[module])} & ENGINES, module
+        if module.startswith("shareprefill.runtime."):
+            assert "nn.Module" not in paths[module].read_text(encoding="utf-8"), module
+    code = "import shareprefill.runtime.core, sys; print({*sys.modules} & {'transformers', 'vllm'})"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "set()"
+
+
 def test_no_imports_form_a_circle() -> None:
     """A file can be read after the files that it uses."""
     try:
