@@ -268,10 +268,12 @@ def run(
         typer.Option(help="Prompt tokens at a time, 0 for all; by default what memory allows."),
     ] = None,
     compare_dense: Annotated[
-        bool, typer.Option("--compare-dense", help="Run dense attention too, and compare.")
+        bool,
+        typer.Option("--compare-dense", help="Run dense attention too: speed-up, KL, agreement."),
     ] = False,
     recall: Annotated[
-        bool, typer.Option("--recall", help="Measure the patterns' recall (slower).")
+        bool,
+        typer.Option("--recall", help="Measure the patterns' recall, in its own prefill."),
     ] = False,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",

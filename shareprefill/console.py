@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -242,11 +243,24 @@ def finish_run(result: Answer, *, as_json: bool) -> None:
     _line("\n" + " | ".join(parts))
     if result.dense is not None:
         same = "the same answer" if facts["same_answer"] else f"answer {facts['dense_text']!r}"
-        _line(
-            f"dense: {same} | first token {facts['dense_ttft_s']:.2f} s | speed-up "
-            f"{facts['speedup']:.2f} | relative error of the last hidden state "
-            f"{facts['hidden_error']:.2e}"
-        )
+        parts = [f"dense: {same}", f"first token {_times(result.dense_seconds)}"]
+        if facts["speedup"] is None:
+            parts.append("no speed-up: nothing was sparse")
+        else:
+            parts += [f"sparse {_times(result.seconds)}", f"speed-up {facts['speedup']:.2f}"]
+        parts += [
+            f"KL from dense {facts['kl']:.2e} nats a token",
+            f"the same first choice at {facts['top1_agreement']:.1%} of the positions",
+            f"relative error of the last hidden state {facts['hidden_error']:.2e}",
+        ]
+        _line(" | ".join(parts))
+
+
+def _times(seconds: Sequence[float]) -> str:
+    """The median, and the spread where there are several."""
+    if len(seconds) == 1:
+        return f"{seconds[0]:.2f} s"
+    return f"{median(seconds):.2f} s ({min(seconds):.2f} to {max(seconds):.2f})"
 
 
 def _run_facts(result: Answer) -> dict[str, Any]:
@@ -261,13 +275,18 @@ def _run_facts(result: Answer) -> dict[str, Any]:
         "ttft_s": generation.ttft_s,
         "decode_tokens_per_s": generation.decode_tokens_per_s,
     }
-    recalls = [value for layer in report.layers for value in layer.recall or ()]
-    if recalls:
-        facts["recall"] = sum(recalls) / len(recalls)
+    if result.recalls:
+        facts["recall"] = sum(result.recalls) / len(result.recalls)
     if result.dense is not None:
+        assert result.fidelity is not None
         facts |= {
+            "ttft_s": median(result.seconds),
+            "ttft_s_range": [min(result.seconds), max(result.seconds)],
             "dense_text": result.dense.text,
-            "dense_ttft_s": result.dense.ttft_s,
+            "dense_ttft_s": median(result.dense_seconds),
+            "dense_ttft_s_range": [min(result.dense_seconds), max(result.dense_seconds)],
+            "kl": result.fidelity.mean_kl,
+            "top1_agreement": result.fidelity.top1_agreement,
             "speedup": result.speedup,
             "hidden_error": result.hidden_error,
             "same_answer": result.same_answer,

@@ -78,12 +78,62 @@ def test_the_three_commands(work: Path, sp: Sp, tmp_path: Path) -> None:
     assert sum(facts["policies"].values()) == 12
     assert facts["new_tokens"] == 5
     assert facts["same_answer"] == (facts["text"] == facts["dense_text"])
-    for name in ("prompt_tokens", "ttft_s", "decode_tokens_per_s", "speedup", "hidden_error"):
+    for name in ("prompt_tokens", "ttft_s", "decode_tokens_per_s", "hidden_error", "kl"):
         assert facts[name] > 0
+    assert 0 < facts["top1_agreement"] <= 1
+    assert facts["speedup"] == pytest.approx(facts["dense_ttft_s"] / facts["ttft_s"])
+    low, high = facts["ttft_s_range"]
+    assert low <= facts["ttft_s"] <= high
     code, out, _ = sp("run", *options, prompt, "--max-new-tokens", 5, "--policy", "dense")
     assert code == 0
     assert facts["dense_text"] in out
     assert f"{facts['prompt_tokens']} prompt tokens" in out.splitlines()[-1]
+
+
+def test_no_speedup_where_nothing_was_sparse(work: Path, sp: Sp, tmp_path: Path) -> None:
+    (tmp_path / "prompt.txt").write_text("A line of text that is read. " * 60)
+    options = ["--artifact", work / "clusters.st", "--model", work / "model", "--max-new-tokens", 2]
+    code, out, _ = sp(
+        "run", *options, "prompt.txt", "--policy", "dense", "--compare-dense", "--json"
+    )
+    facts = json.loads(out)
+    assert (code, facts["density"], facts["speedup"]) == (0, 1.0, None)
+    assert (facts["kl"], facts["top1_agreement"]) == (0.0, 1.0)
+    code, out, _ = sp("run", *options, "prompt.txt")
+    assert code == 0
+    assert "speed-up: nothing was sparse" in out
+
+
+def test_times_do_not_hold_what_measures_recall(
+    work: Path, sp: Sp, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from shareprefill.runtime import answering
+
+    measured = []
+    session, timed = answering.share_prefill, answering._time_prefill
+
+    def share(*arguments: Any, **options: Any) -> Any:
+        measured.append(options.get("measure_recall", False))
+        return session(*arguments, **options)
+
+    runs: list[float] = []
+
+    def time_prefill(*arguments: Any) -> float:
+        runs.append(timed(*arguments))
+        return runs[-1]
+
+    monkeypatch.setattr(answering, "share_prefill", share)
+    monkeypatch.setattr(answering, "_time_prefill", time_prefill)
+    (tmp_path / "prompt.txt").write_text("A line of text that is read. " * 60)
+    options = ["--artifact", work / "clusters.st", "--model", work / "model", "--min-tokens", "0"]
+    code, out, _ = sp("run", *options, "prompt.txt", "--recall", "--compare-dense", "--json")
+    facts = json.loads(out)
+    assert (code, measured) == (0, [False, True])
+    assert facts["recall"] > 0
+    # Ours and dense attention's took turns.
+    assert len(runs) == 4
+    assert {*runs[::2]} & {*facts["ttft_s_range"], facts["ttft_s"]}
+    assert {*runs[1::2]} & {*facts["dense_ttft_s_range"], facts["dense_ttft_s"]}
 
 
 def test_a_prompt_from_standard_input(work: Path) -> None:

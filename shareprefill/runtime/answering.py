@@ -3,23 +3,34 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+from torch import Tensor
 
 from shareprefill.artifact import Artifact, model_to_load
 from shareprefill.config import RuntimeConfig
 from shareprefill.models import load_model, load_tokenizer, max_length
+from shareprefill.runtime.fidelity import Fidelity, compare_predictions, final_states
 from shareprefill.runtime.generation import (
     Generation,
     check_positions,
     encode_prompt,
     generate,
+    prefill,
     relative_error,
     warm_up,
 )
 from shareprefill.runtime.session import SessionReport, share_prefill
 
 logger = logging.getLogger(__name__)
+
+
+# Timed prefills of each attention: one of both that answers, and more in turns.
+_REPEATS = 3
 
 
 @dataclass(frozen=True)
@@ -30,16 +41,26 @@ class Answer:
         generation: The continuation with shared sparse attention.
         report: What the session did.
         dense: The continuation with dense attention, where it was asked for.
+        seconds: To the first token: of the answer, and of more prefills in turns with dense ones.
+        dense_seconds: The same of dense attention; empty where it was not asked for.
+        fidelity: Predictions at every position against dense attention's, where asked for.
+        recalls: Of every head that has a pattern; None where not asked for.
     """
 
     generation: Generation
     report: SessionReport
-    dense: Generation | None
+    dense: Generation | None = None
+    seconds: tuple[float, ...] = ()
+    dense_seconds: tuple[float, ...] = ()
+    fidelity: Fidelity | None = None
+    recalls: tuple[float, ...] | None = None
 
     @property
     def speedup(self) -> float | None:
-        """Dense time to first token over ours."""
-        return None if self.dense is None else self.dense.ttft_s / self.generation.ttft_s
+        """Median dense time to first token over ours; None where nothing was sparse."""
+        if not self.dense_seconds or self.report.density == 1:
+            return None
+        return median(self.dense_seconds) / median(self.seconds)
 
     @property
     def hidden_error(self) -> float | None:
@@ -77,8 +98,9 @@ def answer(
         config: Options of the session.
         model: The model to load, None for the artifact's if that is built in.
         max_new_tokens: Tokens at most.
-        compare_dense: Run dense attention on the same prompt afterwards.
-        measure_recall: Measure the recall of the patterns; the timings then include it.
+        compare_dense: Run dense attention on the same prompt afterwards, compare the predictions at
+            every position, and time both in turns.
+        measure_recall: Measure the recall of the patterns, in a prefill of its own.
         prefill_chunk: Tokens of the prompt at a time; 0 for all at once, None for as many as memory
             allows.
         device: `auto`, `cpu`, `cuda`, ...
@@ -102,24 +124,45 @@ def answer(
             "what comes after them may be worse",
             *(needed, longest),
         )
-    session = share_prefill(network, artifact, config, measure_recall=measure_recall)
+    session = share_prefill(network, artifact, config)
     warm_up(network, input_ids)
+
+    def generation(told: Callable[[str], None] | None) -> tuple[Generation, Tensor | None]:
+        options = {"max_new_tokens": max_new_tokens, "prefill_chunk": prefill_chunk}
+        if not compare_dense:
+            return generate(network, tokenizer, input_ids, on_text=told, **options), None
+        with final_states(network) as states:
+            found = generate(network, tokenizer, input_ids, on_text=told, **options)
+        # Off the device, where those of a long prompt would stand in the other's way.
+        return found, states()[: len(input_ids)].cpu()
+
     with session:
-        generation = generate(
-            network,
-            tokenizer,
-            input_ids,
-            max_new_tokens=max_new_tokens,
-            prefill_chunk=prefill_chunk,
-            on_text=on_text,
-        )
-    dense = None
-    if compare_dense:
-        dense = generate(
-            network,
-            tokenizer,
-            input_ids,
-            max_new_tokens=max_new_tokens,
-            prefill_chunk=prefill_chunk,
-        )
-    return Answer(generation, session.report(), dense)
+        ours, states = generation(on_text)
+    report = session.report()
+    recalls = None
+    if measure_recall:
+        # In a prefill of its own, so that no time includes it.
+        measuring = share_prefill(network, artifact, config, measure_recall=True)
+        with measuring:
+            prefill(network, input_ids, prefill_chunk)
+        layers = measuring.report().layers
+        recalls = tuple(value for layer in layers for value in layer.recall or ())
+    if not compare_dense:
+        return Answer(ours, report, seconds=(ours.ttft_s,), recalls=recalls)
+    dense, dense_states = generation(None)
+    assert states is not None
+    assert dense_states is not None
+    seconds, dense_seconds = [ours.ttft_s], [dense.ttft_s]
+    # In turns, so that whatever else the device does slows both.
+    for _ in range(_REPEATS - 1 if report.density < 1 else 0):
+        with session:
+            seconds.append(_time_prefill(network, input_ids, prefill_chunk))
+        dense_seconds.append(_time_prefill(network, input_ids, prefill_chunk))
+    fidelity = compare_predictions(network, dense_states, states)
+    return Answer(ours, report, dense, tuple(seconds), tuple(dense_seconds), fidelity, recalls)
+
+
+def _time_prefill(model: Any, input_ids: Tensor, chunk: int | None) -> float:
+    start = time.perf_counter()
+    int(prefill(model, input_ids, chunk).logits[0, -1].argmax())  # waits for the device
+    return time.perf_counter() - start
