@@ -36,7 +36,7 @@ from shareprefill.config import (
     RuntimeConfig,
     TrainConfig,
 )
-from shareprefill.errors import ConfigError, ShareprefillError
+from shareprefill.errors import ArtifactError, ConfigError, DataError, ShareprefillError
 from shareprefill.files import printable
 
 CLUSTERS = Path("clusters.st")
@@ -197,6 +197,9 @@ def cluster(
         typer.Option(help="Query rows a block of a pivot's map: auto, 0 (all rows), or a number."),
     ] = "auto",
     out: Annotated[Path, typer.Option(help="The artifact to write.")] = CLUSTERS,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace a file that is of another model, or none.")
+    ] = False,
 ) -> None:
     """Cluster the heads of a calibration, choose every head's policy, and write the artifact."""
     config = ClusterConfig.from_dict(
@@ -221,6 +224,8 @@ def cluster(
 
     folder = _calibration(calibration)
     with locked_output(out), reading_folder(folder), status("clustering"):
+        if not force:
+            _refuse_to_replace(out, folder)
         artifact, trials = cluster_stage(folder, config)
         save_artifact(artifact, out)
     show_clusterings(trials)
@@ -409,6 +414,28 @@ def _calibration(folder: Path | None) -> Path:
         folder = newest_calibration(ARTIFACTS)
         typer.echo(f"calibration: {folder} (the newest)", err=True)
     return folder
+
+
+def _refuse_to_replace(out: Path, calibration: Path) -> None:
+    """Refuses to write over a file that is no artifact of the calibration's model."""
+    from shareprefill.artifact import load_artifact
+    from shareprefill.calib.store import MapStore
+    from shareprefill.files import kind_of
+
+    if kind_of(out) is None:
+        return
+    try:
+        there = load_artifact(out)
+    except ArtifactError:
+        raise DataError(
+            f"{printable(out)} is there and no artifact that can be read: use --force to replace "
+            "it, or --out"
+        ) from None
+    if there.fingerprint != MapStore.open(calibration).fingerprint:
+        raise DataError(
+            f"{printable(out)} is an artifact of another model, {printable(there.model)}: use "
+            "--force to replace it, or --out"
+        )
 
 
 def _number_or_auto(name: str, value: str) -> int | None:

@@ -197,6 +197,24 @@ def test_cluster_says_which_calibration_it_takes(work: Path, sp: Sp, tmp_path: P
     assert load_artifact(tmp_path / "three.st").cluster.max() == 2
 
 
+def test_cluster_replaces_only_what_is_its_models(work: Path, sp: Sp, tmp_path: Path) -> None:
+    folder = work / "artifacts" / "model" / "calibration"
+    other = Path(__file__).parent / "data" / "format-1.st"
+    for name, content, word in (
+        ("other.st", other.read_bytes(), "an artifact of another model"),
+        ("notes.st", b"my notes", "no artifact"),
+        ("empty.st", b"", "no artifact"),
+    ):
+        (tmp_path / name).write_bytes(content)
+        result = sp("cluster", folder, "--k", 2, "--out", name)
+        expect_error(result, f"{name} is", word, "--force", "--out")
+        assert (tmp_path / name).read_bytes() == content
+    assert sp("cluster", folder, "--k", 2, "--out", "other.st", "--force")[0] == 0
+    # Its own model's is replaced as before.
+    assert sp("cluster", folder, "--k", 3, "--out", "other.st")[0] == 0
+    assert load_artifact(tmp_path / "other.st").cluster.max() == 2
+
+
 def test_train_alone_and_resume(work: Path, sp: Sp) -> None:
     folder = work / "artifacts" / "model" / "calibration"
     code, out, _ = sp("train", folder, "--epochs", 2, "--code-size", 8)
@@ -291,7 +309,8 @@ def test_a_full_disk_leaves_nothing_behind(work: Path, sp: Sp, tmp_path: Path) -
     try:
         folder = work / "artifacts" / "model" / "calibration"
         (disk / "clusters.st").write_bytes(b"earlier")
-        expect_error(sp("cluster", folder, "--out", disk / "clusters.st"), "disk is full")
+        full = sp("cluster", folder, "--out", disk / "clusters.st", "--force")
+        expect_error(full, "disk is full")
         assert [p.name for p in disk.iterdir()] == ["clusters.st"]
         assert (disk / "clusters.st").read_bytes() == b"earlier"
     finally:

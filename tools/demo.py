@@ -53,10 +53,13 @@ def main() -> int:
     print(f"answer:       {found['text'].strip()!r}")
     print(f"right answer: {example.answer.strip()!r}")
     print(f"dense answer: {found['dense_text'].strip()!r}")
+    speedup = "nothing was sparse"
+    if found["speedup"] is not None:
+        speedup = f"speed-up {found['speedup']:.2f}"
     print(
         f"{found['prompt_tokens']} prompt tokens, density {found['density']:.3f}, "
         f"heads {found['policies']}, first token {found['ttft_s']:.2f} s, "
-        f"dense {found['dense_ttft_s']:.2f} s, speed-up {found['speedup']:.2f}, "
+        f"dense {found['dense_ttft_s']:.2f} s, {speedup}, "
         f"relative error of the last hidden state {found['hidden_error']:.1e}"
     )
     verdict = "right" if right else "WRONG"
