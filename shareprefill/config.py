@@ -23,8 +23,10 @@ SELECTION_POLICIES: tuple[str, ...] = (
     *("sampled", "vertical-slash", "smoothed", "global-threshold", "antidiagonal", "decompose"),
     *("flash", "flex", "oracle", "pooled", "streaming"),
 )
-# What a session may run under: `auto` as the artifact says, otherwise one rule for every head.
-POLICIES: tuple[str, ...] = ("auto", "shareprefill", "dense", *SELECTION_POLICIES)
+# What a session may run under: `auto` as the artifact says and the paper's rule need an artifact;
+# otherwise one rule for every head.
+PLANNED_POLICIES: tuple[str, ...] = ("auto", "shareprefill")
+POLICIES: tuple[str, ...] = (*PLANNED_POLICIES, "dense", *SELECTION_POLICIES)
 # Words that still work in this version.
 _RENAMED_POLICIES = {"share": "shareprefill", "level": "global-threshold"}
 NONFINITE: tuple[str, ...] = ("dense", "error")

@@ -41,6 +41,7 @@ ALLOWED = {
     "regeneration": {"evaluation", "clustering", "autoencoder", "calib", "runtime", "report"},
     "bench": {"calib", "runtime"},
     "hub": {"runtime"},
+    "vllm": {"runtime"},
     "console": EVERY_STAGE,
     "commands": EVERY_STAGE | {"console"},
     "cli": EVERY_STAGE | {"console", "commands"},
@@ -81,6 +82,15 @@ def test_no_module_uses_a_later_stage(path: Path) -> None:
 )
 def test_the_runtime_needs_no_offline_library(path: Path) -> None:
     assert not {name.split(".")[0] for name in imports_of(path)} & OFFLINE_LIBRARIES
+
+
+@pytest.mark.parametrize("name", ["__init__", "options", "rows", "pages", "core"])
+def test_what_the_vllm_adapter_does_on_plain_tensors_needs_no_vllm(name: str) -> None:
+    """At import: `register` imports it when vLLM calls it."""
+    tree = ast.parse((PACKAGE / "vllm" / f"{name}.py").read_text())
+    outer = [node for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom))]
+    names = {getattr(node, "module", None) or node.names[0].name for node in outer}
+    assert not [n for n in names if n.split(".")[0] in ("vllm", "transformers")]
 
 
 @pytest.mark.parametrize(

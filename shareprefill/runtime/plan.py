@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import torch
 
-from shareprefill.artifact import Artifact, Policy
-from shareprefill.config import RuntimeConfig
+from shareprefill.artifact import Artifact, Policy, Rows, Thresholds
+from shareprefill.config import (
+    PLANNED_POLICIES,
+    SELECTION_POLICIES,
+    CalibrateConfig,
+    ClusterConfig,
+    RuntimeConfig,
+)
+from shareprefill.errors import ConfigError
 from shareprefill.runtime.geometry import Geometry
 from shareprefill.runtime.policies import make_policy
 from shareprefill.runtime.policies.base import SelectionPolicy
@@ -106,6 +113,24 @@ class RuntimePlan:
             local_blocks=self.local_blocks,
         )
 
+    def on_layers(self, layers: range) -> RuntimePlan:
+        """The plan of a process that computes some of the layers (pipeline parallelism).
+
+        Pivots stay in their process: a head whose pivot is in another one does what it would do
+        alone.
+
+        Args:
+            layers: The process's layers.
+        """
+        here = {head.head for layer in layers for head in self.layers[layer]}
+
+        def alone(head: HeadPlan) -> HeadPlan:
+            if head.policy != Policy.SHARE or head.pivot in here:
+                return head
+            return replace(head, policy=head.fallback, gamma=head.fallback_gamma, pivot=-1)
+
+        return replace(self, layers=tuple(tuple(map(alone, layer)) for layer in self.layers))
+
 
 def make_plan(artifact: Artifact, config: RuntimeConfig) -> RuntimePlan:
     """Lays a session's options over an artifact.
@@ -117,13 +142,7 @@ def make_plan(artifact: Artifact, config: RuntimeConfig) -> RuntimePlan:
     Returns:
         What every head is to do.
     """
-    online = config.policy == "shareprefill"
-    forced: int | None = _OF_ARTIFACTS.get(config.policy)
-    labels = tuple(policy.label for policy in Policy)
-    selectors: dict[int, SelectionPolicy] = {}
-    if forced is None and config.policy not in ("auto", "shareprefill"):
-        forced, labels = _FURTHER, (*labels, config.policy)
-        selectors[_FURTHER] = make_policy(config.policy)
+    forced, labels, selectors = _policy_of_all(config.policy)
     layers, heads = artifact.policy.shape
     columns = {
         name: getattr(artifact, name).reshape(-1).tolist()
@@ -147,17 +166,97 @@ def make_plan(artifact: Artifact, config: RuntimeConfig) -> RuntimePlan:
             cluster=columns["cluster"][head],
         )
 
-    thresholds, rows = artifact.thresholds, artifact.rows
-    return RuntimePlan(
-        layers=tuple(
+    return _plan(
+        config,
+        tuple(
             tuple(head_plan(layer * heads + head) for head in range(heads))
             for layer in range(layers)
         ),
+        labels,
+        selectors,
+        block_size=artifact.block_size,
+        thresholds=artifact.thresholds,
+        rows=artifact.rows,
+    )
+
+
+def plan_without_artifact(layers: int, heads: int, config: RuntimeConfig) -> RuntimePlan:
+    """The plan of a policy that treats all heads alike, for a model that was not calibrated.
+
+    Args:
+        layers: Layers of the model.
+        heads: Query heads of every layer.
+        config: Options; None takes what a calibration has by default.
+
+    Raises:
+        ConfigError: the policy needs an artifact.
+    """
+    if config.policy in PLANNED_POLICIES:
+        raise ConfigError(
+            f"policy {config.policy!r} needs an artifact: make one with sp calibrate and sp "
+            f"cluster, or name a policy for every head ({', '.join(SELECTION_POLICIES)})"
+        )
+    defaults, captured = ClusterConfig(), CalibrateConfig(model="none")
+    thresholds = Thresholds(gamma=defaults.gamma, tau=defaults.tau, delta=defaults.delta)
+    forced, labels, selectors = _policy_of_all(config.policy)
+    assert forced is not None
+    gamma = _chosen(config.gamma, thresholds.gamma)
+
+    def head_plan(head: int) -> HeadPlan:
+        return HeadPlan(
+            head=head,
+            policy=forced,
+            pivot=-1,
+            fallback=forced,
+            gamma=gamma,
+            fallback_gamma=gamma,
+            coverage_slack=0.0,
+            cluster=-1,
+        )
+
+    return _plan(
+        config,
+        tuple(
+            tuple(head_plan(layer * heads + head) for head in range(heads))
+            for layer in range(layers)
+        ),
+        labels,
+        selectors,
+        block_size=captured.block_size,
+        thresholds=thresholds,
+        rows=Rows(pivot=0, sample=captured.rows[-1], check=captured.rows[0]),
+    )
+
+
+def _policy_of_all(
+    policy: str,
+) -> tuple[int | None, tuple[str, ...], dict[int, SelectionPolicy]]:
+    """The number of a policy for every head (None: heads have their own), labels, selectors."""
+    labels = tuple(known.label for known in Policy)
+    forced: int | None = _OF_ARTIFACTS.get(policy)
+    if forced is not None or policy in PLANNED_POLICIES:
+        return forced, labels, {}
+    return _FURTHER, (*labels, policy), {_FURTHER: make_policy(policy)}
+
+
+def _plan(
+    config: RuntimeConfig,
+    layers: tuple[tuple[HeadPlan, ...], ...],
+    labels: tuple[str, ...],
+    selectors: dict[int, SelectionPolicy],
+    *,
+    block_size: int,
+    thresholds: Thresholds,
+    rows: Rows,
+) -> RuntimePlan:
+    online = config.policy == "shareprefill"
+    return RuntimePlan(
+        layers=layers,
         labels=labels,
         selectors=selectors,
         online=online,
         slash_needs_sparsity=config.policy == "auto",
-        block_size=artifact.block_size,
+        block_size=block_size,
         tau=_chosen(config.tau, thresholds.tau),
         delta=_chosen(config.delta, thresholds.delta),
         # The paper takes a pivot's pattern from all of its rows.

@@ -1,0 +1,283 @@
+"""What a vLLM attention backend becomes when long prefills are taken out of it.
+
+Three mix-ins go over vLLM's own classes (`cpu.py`, `flash.py`, `triton.py` put them together): its
+cache layout, cache writes, metadata and kernels stay. A step's metadata says which rows are long
+plain prefills; a layer computes those with `ServingCore`, and hands the others on.
+"""
+
+# vLLM lives in an environment of its own: it is not there where types are checked.
+# pyright: reportMissingImports=false
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+import vllm
+from torch import Tensor
+from vllm.forward_context import get_forward_context
+from vllm.model_executor.models.utils import extract_layer_index
+from vllm.v1.attention.backend import AttentionCGSupport, AttentionType, CommonAttentionMetadata
+
+from shareprefill.errors import UnsupportedError
+from shareprefill.vllm.core import RowState, ServingCore
+from shareprefill.vllm.engine import core_of, current_core
+from shareprefill.vllm.options import NAME
+from shareprefill.vllm.pages import gather_joined, gather_split
+from shareprefill.vllm.requests import switches
+from shareprefill.vllm.rows import Prefill, Run, divide
+
+# Fields of a step's metadata: one entry a row, one a token, what holds for all rows, and what is
+# derived again when it is asked for.
+_BY_ROW = frozenset(
+    {
+        *("seq_lens", "block_table_tensor", "is_prefilling", "seq_lens_cpu_upper_bound"),
+        *("req_idx", "rswa_prefix_lens", "dcp_local_seq_lens", "dcp_local_seq_lens_cpu"),
+        *("dcp_local_seq_lens_cpu_upper_bound", "replayssm_decode_base_cpu"),
+        *("_seq_lens_cpu", "_num_computed_tokens_cpu"),
+    }
+)
+_BY_TOKEN = frozenset({"positions"})
+_OF_A_STEP = frozenset({"max_seq_len", "causal"})
+_CACHED = frozenset({"_num_computed_tokens_cache", "_token_to_req_indices_cache"})
+
+
+@dataclass(frozen=True)
+class StepWork:
+    """What a step's metadata carries for us.
+
+    Attributes:
+        prefills: Rows that are computed sparsely, each with its request's switch.
+        runs: The other rows, each with metadata of the inner backend.
+    """
+
+    prefills: tuple[tuple[Prefill, str | None], ...]
+    runs: tuple[tuple[Run, Any], ...]
+
+
+class SharePrefillBuilder:
+    """Mix-in of metadata builders: finds the rows that are computed sparsely."""
+
+    # vLLM would copy metadata from one KV cache group to the next with another block table; the
+    # runs' own metadata has tables as well, so every group builds its own.
+    supports_update_block_table: bool = False
+
+    @classmethod
+    def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> AttentionCGSupport:
+        """At most graphs of uniform batches: a prefill's decisions may not be frozen in one."""
+        support = super().get_cudagraph_support(vllm_config, kv_cache_spec)
+        most = AttentionCGSupport.UNIFORM_BATCH
+        is_limited = core_of(vllm_config) is not None and support.value > most.value
+        return most if is_limited else support
+
+    def __init__(
+        self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: Any
+    ) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        self.core: ServingCore | None = core_of(vllm_config)
+        # Every KV cache group builds metadata of a step; the first one's layers stand for it.
+        self._books = self.core is not None and self.core.is_first_group()
+
+    def build(
+        self,
+        common_prefix_len: int,
+        common_attn_metadata: CommonAttentionMetadata,
+        fast_build: bool = False,
+    ) -> Any:
+        """The inner backend's metadata, with the work of a step that has sparse rows."""
+        common, inner = common_attn_metadata, super()
+        metadata = inner.build(common_prefix_len, common, fast_build)
+        if common_prefix_len or fast_build or not self._may_be_sparse(common):
+            return metadata
+        division = divide(
+            common.query_start_loc_cpu.tolist()[: common.num_reqs + 1],
+            common.seq_lens_cpu_upper_bound.tolist()[: common.num_reqs],
+            lambda row, n_query, n_key: self._is_sparse(n_query, n_key, _switch_of(common, row)),
+        )
+        if division.prefills:
+            # Without ahead-of-time schedules: they share one buffer, which the whole step's has.
+            runs = ((run, inner.build(0, rows_of(common, run), True)) for run in division.rest)
+            prefills = ((row, _switch_of(common, row.row)) for row in division.prefills)
+            metadata.shareprefill = StepWork(tuple(prefills), tuple(runs))
+        return metadata
+
+    def _may_be_sparse(self, common: CommonAttentionMetadata) -> bool:
+        """Whether a step is plainly causal, and has rows that are long enough."""
+        return (
+            self.core is not None
+            and common.max_query_len >= self.core.least_rows
+            and common.causal is True
+            and not common.mm_req_doc_ranges
+            and common.logits_indices_padded is None
+            and common.seq_lens_cpu_upper_bound is not None
+        )
+
+    def _is_sparse(self, n_query: int, n_key: int, switch: str | None) -> bool:
+        assert self.core is not None
+        if self._books:
+            self.core.book(n_query, n_key, switch)
+        return self.core.is_sparse(n_query, n_key, switch)
+
+
+class SharePrefillImpl:
+    """Mix-in of attention implementations: computes the sparse rows."""
+
+    # Attributes of the inner implementation.
+    scale: float
+    attn_type: str
+    alibi_slopes: Any
+    num_kv_heads: int
+    kv_cache_dtype: str
+    kv_sharing_target_layer_name: str | None
+    logits_soft_cap: float
+    sliding_window: Any
+    sinks: Tensor | None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.core = current_core()
+        self._layer: int | None = None
+        self._is_plain = (
+            self.attn_type == AttentionType.DECODER
+            and self.sliding_window in (None, -1, (-1, -1))
+            and self.alibi_slopes is None
+            and not self.kv_cache_dtype.startswith("fp8")
+            and self.kv_sharing_target_layer_name is None
+        )
+
+    def forward(
+        self,
+        layer: Any,
+        query: Tensor,
+        key: Tensor | None,
+        value: Tensor | None,
+        kv_cache: Tensor,
+        attn_metadata: Any,
+        output: Tensor,
+        output_scale: Tensor | None = None,
+        output_block_scale: Tensor | None = None,
+    ) -> Tensor:
+        """Attention of one layer over a step's tokens, in place.
+
+        Args:
+            layer: vLLM's attention layer.
+            query: `[T, H, D]`.
+            key: `[T, G, D]`, already in the cache; newer versions may leave it out.
+            value: `[T, G, D]`, likewise.
+            kv_cache: Pages, in the inner backend's layout.
+            attn_metadata: Of the step; None in the run that measures memory.
+            output: `[T, H, D]`, filled.
+            output_scale: Of an output in lower precision, which the inner backend alone writes.
+            output_block_scale: Likewise.
+
+        Returns:
+            `output`.
+        """
+        core, inner = self.core, super()
+        work: StepWork | None = getattr(attn_metadata, NAME, None)
+        if core is not None and attn_metadata is None and self._is_shared(core, layer):
+            core.reserve(query, self.num_kv_heads)
+        if (
+            core is None
+            or work is None
+            or output_scale is not None
+            or not self._is_shared(core, layer)
+        ):
+            return inner.forward(
+                layer, query, key, value, kv_cache, attn_metadata, output,
+                output_scale, output_block_scale,
+            )  # fmt: skip
+        for run, metadata in work.runs:
+            part = [None if t is None else t[run.tokens] for t in (query, key, value)]
+            inner.forward(layer, *part, kv_cache, metadata, output[run.tokens])
+        # One object a forward pass, over all KV cache groups.
+        states: dict[int, RowState] = get_forward_context().additional_kwargs.setdefault(NAME, {})
+        for prefill, switch in work.prefills:
+            if prefill.row not in states:
+                states[prefill.row] = core.begin(prefill, switch, query.device)
+            if prefill.is_whole and key is not None and value is not None:
+                # Nothing lies in the cache that is not here: no gather.
+                keys, values = (t[prefill.tokens].transpose(0, 1) for t in (key, value))
+            else:
+                table = attn_metadata.block_table[prefill.row]
+                keys, values = self.gather(layer, kv_cache, table, prefill.n_key)
+            rows = output[prefill.tokens]
+            out = core.attend(
+                self._index(layer),
+                states[prefill.row],
+                query[prefill.tokens].transpose(0, 1),
+                keys,
+                values,
+                scale=self.scale,
+                softcap=self.logits_soft_cap or None,
+                sinks=self.sinks,
+            )
+            rows.copy_(out.transpose(0, 1).reshape(rows.shape))
+        return output
+
+    def gather(
+        self, layer: Any, kv_cache: Tensor, table: Tensor, n_key: int
+    ) -> tuple[Tensor, Tensor]:
+        """Keys and values of a request out of its pages, `[G, n_key, D]` each.
+
+        Args:
+            layer: vLLM's attention layer.
+            kv_cache: Pages: two halves `[pages, 2, page size, G, D]`, or (from 0.3x on) joined
+                `[pages, G, page size, 2 D]`.
+            table: int, the request's pages.
+            n_key: Tokens of the request.
+        """
+        del layer
+        gather = gather_split if kv_cache.ndim == 5 else gather_joined
+        return gather(kv_cache, table, n_key)
+
+    def _index(self, layer: Any) -> int:
+        if self._layer is None:
+            self._layer = extract_layer_index(layer.layer_name)
+        return self._layer
+
+    def _is_shared(self, core: ServingCore, layer: Any) -> bool:
+        """Whether the artifact knows the layer (it knows no draft model's), and it is plain."""
+        return self._is_plain and self._index(layer) < core.n_layers
+
+
+def _switch_of(common: CommonAttentionMetadata, row: int) -> str | None:
+    """The switch of a row's request."""
+    # Model Runner V2 sorts rows anew at every step, and says where their requests stand.
+    places = getattr(common, "req_idx", None)
+    return switches.of(row if places is None else int(places[row]))
+
+
+def rows_of(common: CommonAttentionMetadata, run: Run) -> CommonAttentionMetadata:
+    """The metadata of a run of a step's rows.
+
+    Fields that this does not know, and that hold something by row or token, would be wrong: where a
+    version of vLLM has one, and it is set, the step is not divided but refused.
+    """
+    rows, first = run.rows, run.tokens.start
+    starts = slice(rows.start, rows.stop + 1)
+    starts_cpu = common.query_start_loc_cpu[starts] - first
+    changes: dict[str, Any] = {
+        "query_start_loc": common.query_start_loc[starts] - first,
+        "query_start_loc_cpu": starts_cpu,
+        "num_reqs": rows.stop - rows.start,
+        "num_actual_tokens": run.tokens.stop - first,
+        "max_query_len": int((starts_cpu[1:] - starts_cpu[:-1]).max()),
+        "slot_mapping": common.slot_mapping[run.tokens],
+    }
+    for field in fields(common):
+        value = getattr(common, field.name)
+        if field.name in changes or field.name in _OF_A_STEP or value is None:
+            continue
+        if field.name in _BY_TOKEN:
+            changes[field.name] = value[run.tokens]
+        elif field.name in _BY_ROW:
+            changes[field.name] = value[rows]
+        elif field.name in _CACHED:
+            changes[field.name] = None
+        else:
+            raise UnsupportedError(
+                f"vLLM {vllm.__version__} has metadata {field.name!r}, which this version of "
+                "shareprefill cannot divide: use a version of vLLM that docs/vllm.md lists"
+            )
+    return common.replace(**changes)

@@ -1,0 +1,228 @@
+"""What one process of an engine does with its rows: plans, states and counts, on plain tensors.
+
+Nothing here knows vLLM: another engine's adapter would call the same.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shareprefill.config import RuntimeConfig
+from shareprefill.runtime.core import SequenceState, SparsePrefill
+from shareprefill.runtime.crossover import crossover
+from shareprefill.runtime.ops.blocks import count_blocks
+from shareprefill.runtime.plan import RuntimePlan
+from shareprefill.runtime.records import LayerRecord
+from shareprefill.runtime.report import SessionReport, make_report
+from shareprefill.runtime.rules.base import Exchange
+from shareprefill.vllm.options import OFF
+from shareprefill.vllm.rows import Prefill
+
+# Records of layers that are kept for a report, so that a server's memory does not grow.
+_RECORDS = 8192
+
+
+@dataclass(frozen=True)
+class RowState:
+    """One row's state over the layers of a forward pass.
+
+    Attributes:
+        policy: The policy that the request asked for; None for the engine's own.
+        prefill: What its heads are to do.
+        sequence: Its blocks and pivots.
+    """
+
+    policy: str | None
+    prefill: SparsePrefill
+    sequence: SequenceState
+
+
+class ServingCore:
+    """One model's plans in one process of an engine.
+
+    Args:
+        make_plan: The plan of a policy; None asks for the engine's own.
+        config: The engine's own options.
+        heads: Query heads of every layer that this process holds; None for all.
+        exchange: Of the other processes' heads; None where this one holds all of them.
+        device: Where attention is computed.
+        max_rows: Query rows of one step at most.
+        max_keys: Keys of one request at most.
+        count: Is told of every row of at least a block: `sparse` or `dense`, its policy or the
+            reason, and its query rows.
+
+    Attributes:
+        n_layers: Layers of the plan.
+        least_rows: Query rows from which on a row may be sparse: a block.
+    """
+
+    def __init__(
+        self,
+        make_plan: Callable[[str | None], RuntimePlan],
+        config: RuntimeConfig,
+        *,
+        heads: range | None,
+        exchange: Exchange | None,
+        device: torch.device,
+        max_rows: int,
+        max_keys: int,
+        count: Callable[[str, str, int], None] = lambda *_: None,
+    ) -> None:
+        self._make_plan, self.config = make_plan, config
+        self._heads, self._exchange, self._count = heads, exchange, count
+        self.device, self.max_rows, self.max_keys = device, max_rows, max_keys
+        self._prefills: dict[str | None, SparsePrefill] = {}
+        self._records: deque[tuple[str | None, LayerRecord]] = deque(maxlen=_RECORDS)
+        self._counts: Counter[tuple[str, str]] = Counter()
+        self._has_group = False
+        plan = self._prefill(None).plan
+        self.n_layers, self.least_rows = len(plan.layers), plan.block_size
+
+    @property
+    def min_tokens(self) -> int:
+        """Keys from which on a row runs sparse."""
+        least = self.config.min_tokens
+        return crossover(self.device).tokens if least is None else least
+
+    def is_first_group(self) -> bool:
+        """True for the first caller alone, which books the rows of every step."""
+        is_first, self._has_group = not self._has_group, True
+        return is_first
+
+    def is_sparse(self, n_query: int, n_key: int, switch: str | None) -> bool:
+        """Whether a row is computed sparsely."""
+        return n_query >= self.least_rows and self._reason(n_key, switch) is None
+
+    def book(self, n_query: int, n_key: int, switch: str | None) -> None:
+        """Counts a row of a step that is computed, once for all of its layers."""
+        if n_query < self.least_rows:
+            return
+        reason = self._reason(n_key, switch)
+        kind, name = ("dense", reason) if reason else ("sparse", switch or self.config.policy)
+        self._counts[kind, name] += 1
+        self._count(kind, name, n_query)
+
+    def begin(self, row: Prefill, switch: str | None, device: torch.device) -> RowState:
+        """The state of a row before the first layer of a forward pass."""
+        prefill = self._prefill(switch)
+        geometry = prefill.plan.geometry(row.n_query, row.n_key, device)
+        return RowState(switch, prefill, prefill.begin(geometry))
+
+    def attend(
+        self,
+        layer: int,
+        row: RowState,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        scale: float,
+        softcap: float | None,
+        sinks: Tensor | None,
+    ) -> Tensor:
+        """Attention of one layer's heads on one row.
+
+        Args:
+            layer: Layer index in the model.
+            row: The row's state.
+            query: `[H, Nq, D]`, this process's heads.
+            key: `[G, Nk, D]`; query row i is at position Nk - Nq + i.
+            value: `[G, Nk, Dv]`.
+            scale: The model's factor on the logits.
+            softcap: Its soft-cap of the logits, or None.
+            sinks: Its attention sinks `[H]`, or None.
+
+        Returns:
+            `[H, Nq, Dv]`.
+        """
+        out, record = row.prefill.attend(
+            layer, row.sequence, query, key, value, scale=scale, softcap=softcap, sinks=sinks
+        )
+        self._records.append((row.policy, record))
+        return out
+
+    def worst_case_bytes(self, n_heads: int, n_groups: int, head_dim: int, itemsize: int) -> int:
+        """Memory that a step's sparse rows hold at most beside queries, cache and output.
+
+        Maps, candidate patterns and lists of all heads of a layer, pivots' patterns of all layers,
+        and keys, values and an output beside the pages.
+
+        Args:
+            n_heads: Query heads of this process.
+            n_groups: Its KV heads.
+            head_dim: Of keys and values.
+            itemsize: Bytes of a number of theirs.
+        """
+        block, plan = self.least_rows, self._prefill(None).plan
+        blocks = count_blocks(self.max_rows, block) * count_blocks(self.max_keys, block)
+        # float32 maps of two estimates, a bitmap, and int32 lists.
+        of_layer = blocks * n_heads * (2 * 4 + 1 + 4)
+        of_pivots = blocks * len({(h.pivot, h.gamma) for layer in plan.layers for h in layer})
+        copies = 2 * n_groups * self.max_keys * head_dim + n_heads * self.max_rows * head_dim
+        return of_layer + of_pivots + copies * itemsize
+
+    def reserve(self, query: Tensor, n_groups: int) -> None:
+        """Holds the worst case for a moment, in the run in which an engine measures its memory.
+
+        Args:
+            query: `[T, H, D]` of that run.
+            n_groups: KV heads of this process.
+        """
+        if query.device.type == "cpu":
+            # There the room for the cache is given; it is not what is left.
+            return
+        _, n_heads, head_dim = query.shape
+        size = self.worst_case_bytes(n_heads, n_groups, head_dim, query.element_size())
+        torch.empty(size, dtype=torch.uint8, device=query.device)
+
+    def report(self) -> dict[str, Any]:
+        """What was done since the start; waits for the device.
+
+        Returns:
+            JSON-ready. `rows`: rows of at least a block, `sparse` by policy and `dense` by reason.
+            `recent`: of the last records, by policy, what a session's report says of them
+            (`density`, `selection_work`, `policies`, ...).
+        """
+        rows: dict[str, dict[str, int]] = {"sparse": {}, "dense": {}}
+        for (kind, name), number in self._counts.items():
+            rows[kind][name] = number
+        kept = list(self._records)
+        recent = {
+            policy or self.config.policy: self._report(policy, kept)
+            for policy in dict.fromkeys(policy for policy, _ in kept)
+        }
+        return {"rows": rows, "recent": recent}
+
+    def reset(self) -> None:
+        """Forgets what the report says."""
+        self._records.clear()
+        self._counts.clear()
+
+    def _report(
+        self, policy: str | None, kept: list[tuple[str | None, LayerRecord]]
+    ) -> dict[str, Any]:
+        prefill = self._prefill(policy)
+        records = [record for of, record in kept if of == policy]
+        report: SessionReport = make_report(
+            prefill.plan, prefill.heads, records, dense=Counter(), requested_dense=0, thresholds={}
+        )
+        names = ("prefills", "density", "selection_work", "policies")
+        return {name: getattr(report, name) for name in names}
+
+    def _prefill(self, policy: str | None) -> SparsePrefill:
+        if policy not in self._prefills:
+            plan = self._make_plan(policy)
+            self._prefills[policy] = SparsePrefill(plan, self._heads, self._exchange)
+        return self._prefills[policy]
+
+    def _reason(self, n_key: int, switch: str | None) -> str | None:
+        """Why a row of at least a block runs dense; None where it does not."""
+        if switch == OFF:
+            return "request"
+        return "length" if n_key < self.min_tokens else None

@@ -1,0 +1,145 @@
+"""From an engine's configuration to a process's core; refuses at the start what would run dense."""
+
+# vLLM lives in an environment of its own: it is not there where types are checked.
+# pyright: reportMissingImports=false
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from typing import Any
+
+import torch
+import vllm
+from vllm.config import get_current_vllm_config
+from vllm.distributed.parallel_state import get_tp_group
+from vllm.logger import init_logger
+from vllm.platforms import current_platform
+
+from shareprefill.artifact import Artifact, load_artifact
+from shareprefill.errors import ArtifactError, UnsupportedError
+from shareprefill.runtime.plan import RuntimePlan, make_plan, plan_without_artifact
+from shareprefill.runtime.tensor_parallel import HeadShard
+from shareprefill.vllm import VERSIONS
+from shareprefill.vllm.core import ServingCore
+from shareprefill.vllm.metrics import count
+from shareprefill.vllm.options import ServingOptions
+from shareprefill.vllm.requests import SWITCH_VARIABLE, is_told, switch_is_on
+
+logger = init_logger("vllm.shareprefill")
+
+# The core of the engine that this process runs, and the configuration that it was made from.
+_made: tuple[Any, ServingCore | None] | None = None
+
+
+def core_of(vllm_config: Any) -> ServingCore | None:
+    """The process's core for an engine; None where it asks for nothing, and for draft models.
+
+    Raises:
+        UnsupportedError: the engine has a mode that would run without us, or wrongly.
+        ArtifactError: the artifact cannot be read, or is of another model.
+        ConfigError: an option is not allowed.
+    """
+    global _made
+    if vllm_config.model_config.runner_type == "draft":
+        return None
+    if _made is None or _made[0] is not vllm_config:
+        options = ServingOptions.find(vllm_config.additional_config, os.environ)
+        _made = vllm_config, None if options is None else _make(options, vllm_config)
+    return _made[1]
+
+
+def made_core() -> ServingCore | None:
+    """The core of the engine that runs in this process, if it has one."""
+    return None if _made is None else _made[1]
+
+
+def current_core() -> ServingCore | None:
+    """The core of the engine whose model is being built."""
+    return core_of(get_current_vllm_config())
+
+
+def check_engine(options: ServingOptions, config: Any) -> None:
+    """Refuses an engine in which our backend is not in use, or one of its modes would be wrong.
+
+    Args:
+        options: What the engine is asked for.
+        config: vLLM's configuration.
+
+    Raises:
+        UnsupportedError: says which mode, and what to do.
+    """
+    version = tuple(int(part) for part in vllm.__version__.split(".")[:2])
+    if not VERSIONS[0] <= version < VERSIONS[1]:
+        raise UnsupportedError(
+            f"shareprefill knows vLLM 0.{VERSIONS[0][1]} to 0.{VERSIONS[1][1] - 1}, this is "
+            f"{vllm.__version__}: install one of those, or run without shareprefill"
+        )
+    parallel = config.parallel_config
+    refused = {
+        "context parallelism": parallel.decode_context_parallel_size > 1
+        or getattr(parallel, "prefill_context_parallel_size", 1) > 1,
+        "LoRA adapters (their requests would read the base model's patterns: allow that with "
+        '"lora": "share")': config.lora_config is not None and options.lora is None,
+        "latent attention (MLA)": config.model_config.use_mla,
+        "the switch of single requests, of which this model runner tells nobody: set "
+        f"{SWITCH_VARIABLE}=off, or VLLM_USE_V2_MODEL_RUNNER=0": switch_is_on()
+        and not is_told(config),
+    }
+    for mode, holds in refused.items():
+        if holds:
+            raise UnsupportedError(f"shareprefill does not serve an engine with {mode}")
+
+
+def _check_artifact(artifact: Artifact, model: Any, n_layers: int, n_heads: int) -> None:
+    """Refuses an artifact of other sizes."""
+    sizes = artifact.fingerprint.geometry
+    found = (n_layers, n_heads, model.get_total_num_kv_heads(), model.get_head_size())
+    wanted = (sizes.layers, sizes.heads, sizes.kv_heads, sizes.head_dim)
+    if found != wanted:
+        raise ArtifactError(
+            f"the artifact is of another model: layers, heads, KV heads and head_dim are {wanted} "
+            f"in it, {found} in {model.model}"
+        )
+
+
+def _make(options: ServingOptions, config: Any) -> ServingCore:
+    check_engine(options, config)
+    model = config.model_config
+    n_layers = model.get_total_num_hidden_layers()
+    n_heads = model.model_arch_config.total_num_attention_heads
+    group = get_tp_group()
+    shard = None
+    if group.world_size > 1:
+        shard = HeadShard(group.rank_in_group, group.world_size, group.device_group)
+    artifact = None if options.artifact is None else load_artifact(options.artifact)
+    if artifact is not None:
+        _check_artifact(artifact, model, n_layers, n_heads)
+
+    def plan_of(policy: str | None) -> RuntimePlan:
+        runtime = options.runtime
+        if policy is not None:
+            # What was chosen for the engine's own policy does not hold for another.
+            runtime = replace(runtime, policy=policy, gamma=None, slack=None, tau=None)
+        if artifact is None:
+            plan = plan_without_artifact(n_layers, n_heads, runtime)
+        else:
+            plan = make_plan(artifact, runtime)
+        return plan.on_layers(range(*model.get_layers_start_end_indices(config.parallel_config)))
+
+    core = ServingCore(
+        plan_of,
+        options.runtime,
+        heads=shard and shard.heads(n_heads),
+        exchange=shard,
+        device=torch.device(current_platform.device_type),
+        max_rows=config.scheduler_config.max_num_batched_tokens,
+        max_keys=model.max_model_len,
+        count=count,
+    )
+    logger.info(
+        "shareprefill: policy %s, prefills of %d tokens and more are sparse",
+        options.runtime.policy,
+        core.min_tokens,
+    )
+    return core

@@ -1,0 +1,101 @@
+"""What a serving engine is asked for: an artifact or a policy, and a session's options."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, Self
+
+from shareprefill.config import PLANNED_POLICIES, SELECTION_POLICIES, RuntimeConfig
+from shareprefill.errors import ConfigError
+
+# The key in `additional_config`, in `extra_args` of a request, and in a forward pass's context.
+NAME = "shareprefill"
+ARTIFACT_VARIABLE = "SHAREPREFILL_ARTIFACT"
+POLICY_VARIABLE = "SHAREPREFILL_POLICY"
+# A request with this value of the switch is computed by the inner backend alone.
+OFF = "off"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServingOptions:
+    """Options of the plug-in, from `--additional-config` or from the environment.
+
+    Attributes:
+        artifact: Path of the artifact; None with a policy that needs no calibration.
+        runtime: A session's options (`policy`, `gamma`, `min_tokens`, ...).
+        lora: What requests with a LoRA adapter do: None refuses an engine that serves adapters,
+            `share` reads the patterns of the base model for them too.
+    """
+
+    artifact: str | None
+    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+    lora: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.artifact is None and self.runtime.policy in PLANNED_POLICIES:
+            raise ConfigError(
+                f"policy {self.runtime.policy!r} needs an artifact: name one "
+                f'({{"{NAME}": {{"artifact": "clusters.st"}}}}), or a policy that needs no '
+                f"calibration ({', '.join(SELECTION_POLICIES)})"
+            )
+        if self.lora not in (None, "share"):
+            raise ConfigError(f"lora = {self.lora!r} is not allowed: it must be 'share', or unset")
+
+    @classmethod
+    def find(
+        cls, additional_config: Mapping[str, Any] | None, environment: Mapping[str, str]
+    ) -> Self | None:
+        """The options of an engine; None where it was asked for nothing.
+
+        Args:
+            additional_config: The engine's `additional_config`, whose entry `shareprefill` holds
+                options by name. It wins over the environment.
+            environment: Environment variables.
+
+        Raises:
+            ConfigError: an option is unknown, or its value is not allowed.
+        """
+        entry = (additional_config or {}).get(NAME)
+        if entry is None:
+            named = {
+                "artifact": environment.get(ARTIFACT_VARIABLE),
+                "policy": environment.get(POLICY_VARIABLE),
+            }
+            entry = {name: value for name, value in named.items() if value}
+            if not entry:
+                return None
+        if not isinstance(entry, Mapping):
+            raise ConfigError(
+                f"additional_config[{NAME!r}] = {entry!r} is not allowed: it must be an object "
+                'like {"artifact": "clusters.st"}'
+            )
+        own = {field.name for field in fields(cls)} - {"runtime"}
+        values = {name: value for name, value in entry.items() if name in own}
+        others = {name: value for name, value in entry.items() if name not in own}
+        if values.get("artifact") is not None and not isinstance(values["artifact"], str):
+            raise ConfigError(
+                f"artifact = {values['artifact']!r} is not allowed: it must be a path"
+            )
+        return cls(
+            artifact=values.get("artifact"),
+            runtime=RuntimeConfig.from_dict(others),
+            lora=values.get("lora"),
+        )
+
+
+def check_switch(value: object) -> None:
+    """Refuses a request's switch that is neither off nor a policy.
+
+    Args:
+        value: `extra_args["shareprefill"]` of a request; None where it has none.
+
+    Raises:
+        ConfigError: says what is allowed.
+    """
+    allowed = (OFF, *SELECTION_POLICIES)
+    if value is not None and value not in allowed:
+        raise ConfigError(
+            f"extra_args[{NAME!r}] = {value!r} is not allowed: it must be one of "
+            f"{', '.join(allowed)}"
+        )

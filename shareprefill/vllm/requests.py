@@ -1,0 +1,122 @@
+"""The switch of each request: `extra_args={"shareprefill": "off"}`, or a policy.
+
+A step's metadata says nothing of requests' parameters, but vLLM tells logits processors from
+outside which requests come and where they stand. This one changes no logits; it keeps the
+switches.
+"""
+
+# vLLM lives in an environment of its own: it is not there where types are checked.
+# pyright: reportMissingImports=false
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from torch import Tensor
+from vllm import SamplingParams
+from vllm.v1.sample import logits_processor as v1
+from vllm.v1.sample.logits_processor.builtin import process_dict_updates
+
+from shareprefill.errors import ConfigError
+from shareprefill.vllm.options import NAME, check_switch
+
+try:
+    from vllm.v1.worker.gpu.sample import logits_processor as v2
+except ImportError:  # vLLM 0.24: its second model runner has none.
+    v2 = None
+
+# Engines that tell logits processors nothing start only with the switch turned off; requests that
+# carry one are refused then.
+SWITCH_VARIABLE = "SHAREPREFILL_REQUEST_SWITCH"
+_INTERFACES: tuple[type, ...] = (v1.LogitsProcessor, *(() if v2 is None else (v2.LogitsProcessor,)))
+
+
+def switch_is_on() -> bool:
+    """Whether requests may carry a switch."""
+    return os.environ.get(SWITCH_VARIABLE, "on") != "off"
+
+
+def is_told(vllm_config: Any) -> bool:
+    """Whether an engine tells every process's logits processors of its requests."""
+    if vllm_config.use_v2_model_runner:
+        # There only the last pipeline rank samples, and asks them.
+        return v2 is not None and vllm_config.parallel_config.pipeline_parallel_size == 1
+    return vllm_config.speculative_config is None
+
+
+class Switches:
+    """The switches of a process's requests, by their place.
+
+    A place is a row of the batch, or with Model Runner V2 a slot in its table of requests.
+    """
+
+    def __init__(self) -> None:
+        self._by_place: dict[int, str] = {}
+
+    def of(self, place: int) -> str | None:
+        """The switch of the request in a place; None where it has none."""
+        return self._by_place.get(place)
+
+    def put(self, place: int, switch: str | None) -> None:
+        """A request takes a place over."""
+        self._by_place.pop(place, None)
+        if switch is not None:
+            self._by_place[place] = switch
+
+    def update(self, change: Any) -> None:
+        """Follows a change of the batch (`BatchUpdate` of V1's interface, None for no change)."""
+        process_dict_updates(self._by_place, change, lambda params, *_: _switch_of(params))
+
+    def clear(self) -> None:
+        """Forgets all of them: a new engine begins."""
+        self._by_place.clear()
+
+
+switches = Switches()
+
+
+class RequestSwitch(*_INTERFACES):
+    """Keeps `switches`, by the interfaces of both model runners."""
+
+    def __init__(self, vllm_config: Any, *_states: Any) -> None:
+        switches.clear()
+
+    @classmethod
+    def validate_params(cls, sampling_params: SamplingParams) -> None:
+        """Refuses a request whose switch is not known, before it is queued.
+
+        Raises:
+            ValueError: as vLLM expects it, for an answer with status 400.
+        """
+        switch = _switch_of(sampling_params)
+        if switch is not None and not switch_is_on():
+            raise ValueError(
+                f"extra_args[{NAME!r}] is set, and this engine has no switch for single requests "
+                f"({SWITCH_VARIABLE}=off)"
+            )
+        try:
+            check_switch(switch)
+        except ConfigError as error:
+            raise ValueError(str(error)) from error
+
+    def apply(self, logits: Tensor, *_context: Any) -> Tensor:
+        """Logits as they are."""
+        return logits
+
+    def is_argmax_invariant(self) -> bool:
+        """True: V1 need not call `apply` for greedy requests."""
+        return True
+
+    def update_state(self, batch_update: Any) -> None:
+        """V1: follows a change of the batch, before a step's metadata is made."""
+        switches.update(batch_update)
+
+    def add_request(self, req_idx: int, sampling_params: SamplingParams) -> bool:
+        """V2: a request takes a slot over. False: its logits stay as they are."""
+        switches.put(req_idx, _switch_of(sampling_params))
+        return False
+
+
+def _switch_of(params: SamplingParams) -> str | None:
+    return (params.extra_args or {}).get(NAME)

@@ -1,0 +1,177 @@
+"""The plug-in inside a real vLLM on a CPU: `make test-vllm` installs it and runs these tests."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.support.vllm_engine import MODEL, prompt_tokens
+
+pytestmark = [
+    pytest.mark.skipif(
+        importlib.util.find_spec("vllm") is None, reason="vLLM is not installed: make test-vllm"
+    ),
+    pytest.mark.slow,
+    pytest.mark.timeout(900),
+]
+
+ROOT = Path(__file__).parents[2]
+ARTIFACT = str(ROOT / "artifacts" / "sp-tiny.st")
+# Every block of every head, through our operators.
+EVERYTHING = {"artifact": ARTIFACT, "min_tokens": 0, "gamma": 1.0, "max_density": 1.0}
+PLANNED = {"artifact": ARTIFACT, "min_tokens": 0, "max_density": 1.0}
+REQUESTS = [{"n": 3000}, {"seed": 1, "n": 1500}, {"seed": 2, "n": 300}, {"seed": 3, "n": 20}]
+CHUNKED = {"max_num_batched_tokens": 1000}
+
+
+def run(tmp_path: Path, *engines: dict[str, Any], **environment: str) -> list[dict[str, Any]]:
+    """Runs engines one after the other in one fresh process."""
+    out = tmp_path / "found.json"
+    request = json.dumps({"engines": engines, "out": str(out)})
+    variables = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "OMP_NUM_THREADS": "1"}
+    subprocess.run(
+        [sys.executable, str(ROOT / "tests" / "support" / "vllm_engine.py"), request],
+        env=os.environ | variables | environment,
+        check=True,
+        timeout=800,
+    )
+    return json.loads(out.read_text())
+
+
+def difference(found: dict[str, Any], wanted: dict[str, Any]) -> float:
+    """Largest difference of the likely tokens' log-probabilities, over all requests."""
+    largest = 0.0
+    for batch, other in zip(found["batches"], wanted["batches"], strict=True):
+        for one, two in zip(batch, other, strict=True):
+            assert one["tokens"] == two["tokens"]
+            common = one["logprobs"].keys() & two["logprobs"].keys()
+            assert len(common) >= 18
+            largest = max(
+                largest, *(abs(one["logprobs"][token] - two["logprobs"][token]) for token in common)
+            )
+    return largest
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What vLLM finds without any plug-in: a batch of all requests, then each alone."""
+    batches = [REQUESTS, *([request] for request in REQUESTS)]
+    (found,) = run(tmp_path_factory.mktemp("dense"), {"batches": batches}, VLLM_PLUGINS="")
+    return found
+
+
+def batch_of(found: dict[str, Any], number: int) -> dict[str, Any]:
+    """One batch of what an engine found."""
+    return {"batches": [found["batches"][number]]}
+
+
+def test_without_options_an_engine_is_as_without_the_plug_in(tmp_path: Path, dense: dict[str, Any]):
+    batches = [REQUESTS, *([request] for request in REQUESTS)]
+    (found,) = run(tmp_path, {"batches": batches})
+    assert found["batches"] == dense["batches"]
+
+
+def test_every_block_gives_what_dense_attention_gives(tmp_path: Path, dense: dict[str, Any]):
+    whole, chunked = run(
+        tmp_path,
+        {"options": EVERYTHING, "batches": [REQUESTS]},
+        {"options": EVERYTHING, "batches": [REQUESTS], "arguments": CHUNKED},
+    )
+    for found, least in ((whole, 3), (chunked, 5)):
+        assert difference(found, batch_of(dense, 0)) < 1e-4
+        (report,) = found["reports"]
+        assert report["rows"]["sparse"]["auto"] >= least
+        assert report["recent"]["auto"]["density"] == 1
+
+
+def test_a_request_that_is_switched_off_is_dense_to_the_bit(tmp_path: Path, dense: dict[str, Any]):
+    batches = [[request | {"switch": "off"}] for request in REQUESTS]
+    mixed = [REQUESTS[0] | {"switch": "off"}, REQUESTS[1]]
+    (found,) = run(tmp_path, {"options": PLANNED, "batches": [*batches, mixed, [REQUESTS[1]]]})
+    assert found["batches"][:4] == dense["batches"][1:5]
+    (report,) = found["reports"]
+    assert report["rows"] == {"sparse": {"auto": 2}, "dense": {"request": 4}}
+    assert (
+        difference(batch_of({"batches": [found["batches"][4][:1]]}, 0), batch_of(dense, 1)) < 1e-5
+    )
+
+
+def test_an_artifact_means_the_same_as_in_a_session(tmp_path: Path):
+    from shareprefill import share_prefill
+    from shareprefill.config import RuntimeConfig
+    from shareprefill.models import load_model
+
+    requests = REQUESTS[:2]
+    (found,) = run(tmp_path, {"options": PLANNED, "batches": [[r] for r in requests]})
+    model = load_model(str(MODEL), device="cpu", dtype="float32")
+    config = RuntimeConfig(min_tokens=0, max_density=1.0)
+    with torch.no_grad(), share_prefill(model, ARTIFACT, config) as session:
+        for request, (answer,) in zip(requests, found["batches"], strict=True):
+            ids = torch.tensor([prompt_tokens(request.get("seed", 0), request["n"])])
+            expected = model(ids).logits[0, -1].log_softmax(-1)
+            for token, value in answer["logprobs"].items():
+                assert abs(float(expected[int(token)]) - value) < 1e-4
+    (report,) = found["reports"]
+    of_session = session.report()
+    assert report["recent"]["auto"]["density"] == pytest.approx(of_session.density, abs=1e-6)
+    assert report["recent"]["auto"]["policies"] == of_session.policies
+
+
+def test_a_cached_prefix_is_continued_at_any_offset(tmp_path: Path, dense: dict[str, Any]):
+    short, long = {"n": 1333}, {"n": 3000}
+    (found,) = run(tmp_path, {"options": EVERYTHING, "batches": [[short], [long], [long]]})
+    cached = [batch[0]["cached"] for batch in found["batches"]]
+    assert cached[0] == 0
+    assert 1000 < cached[1] < 1333
+    assert cached[2] > 2800
+    for number in (1, 2):
+        assert difference(batch_of(found, number), batch_of(dense, 1)) < 1e-4
+
+
+def test_two_processes_choose_as_one_does(tmp_path: Path):
+    engine = {"options": PLANNED, "batches": [REQUESTS], "arguments": CHUNKED}
+    (one,) = run(tmp_path, engine)
+    divided = engine | {"arguments": CHUNKED | {"tensor_parallel_size": 2}}
+    (two,) = run(tmp_path, divided, VLLM_ENABLE_V1_MULTIPROCESSING="1")
+    assert difference(two, one) < 1e-4
+    heads = [report["recent"]["auto"]["policies"] for report in two["reports"]]
+    both = {name: sum(part.get(name, 0) for part in heads) for name in heads[0] | heads[1]}
+    assert both == one["reports"][0]["recent"]["auto"]["policies"]
+
+
+def test_preempted_requests_and_many_samples_end_right(tmp_path: Path, dense: dict[str, Any]):
+    crowded = {"num_gpu_blocks_override": 34, "enable_prefix_caching": False, **CHUNKED}
+    requests = [request | {"tokens": 40} for request in REQUESTS[:3]]
+    (found,) = run(
+        tmp_path,
+        {"options": EVERYTHING, "batches": [requests], "arguments": crowded},
+    )
+    for answer, wanted in zip(found["batches"][0], dense["batches"][0], strict=False):
+        assert answer["tokens"][0][:3] == wanted["tokens"][0]
+        assert len(answer["tokens"][0]) == 40
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"artifact": "nowhere.st"}, "nowhere.st"),
+        ({"artefact": ARTIFACT}, "needs an artifact|artefact"),
+        ({"artifact": ARTIFACT, "policy": "flax"}, "policy = 'flax'"),
+    ],
+)
+def test_what_cannot_be_served_fails_at_the_start(
+    tmp_path: Path, options: dict[str, Any], message: str, capfd: pytest.CaptureFixture[str]
+):
+    with pytest.raises(subprocess.CalledProcessError):
+        run(tmp_path, {"options": options, "batches": [[{"n": 20}]]})
+    import re
+
+    assert re.search(message, capfd.readouterr().err)

@@ -1,0 +1,50 @@
+import pytest
+
+from shareprefill.config import RuntimeConfig
+from shareprefill.errors import ConfigError
+from shareprefill.vllm.options import ServingOptions, check_switch
+
+
+def test_an_engine_that_asks_for_nothing_has_no_options():
+    assert ServingOptions.find(None, {}) is None
+    assert ServingOptions.find({"other": {}}, {"SHAREPREFILL_ARTIFACT": ""}) is None
+
+
+def test_options_come_from_the_configuration_before_the_environment():
+    environment = {"SHAREPREFILL_ARTIFACT": "a.st"}
+    assert ServingOptions.find({}, environment) == ServingOptions(artifact="a.st")
+    entry = {"artifact": "b.st", "gamma": 0.9, "min_tokens": 0}
+    found = ServingOptions.find({"shareprefill": entry}, environment)
+    runtime = RuntimeConfig(gamma=0.9, min_tokens=0)
+    assert found == ServingOptions(artifact="b.st", runtime=runtime)
+
+
+def test_a_policy_of_the_environment_needs_no_artifact():
+    found = ServingOptions.find({}, {"SHAREPREFILL_POLICY": "smoothed"})
+    assert found == ServingOptions(artifact=None, runtime=RuntimeConfig(policy="smoothed"))
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ("clusters.st", "must be an object"),
+        ({}, "needs an artifact"),
+        ({"policy": "auto"}, "needs an artifact"),
+        ({"artefact": "a.st", "policy": "flex"}, "'artefact'"),
+        ({"artifact": 3}, "must be a path"),
+        ({"artifact": "a.st", "policy": "flax"}, "policy = 'flax'"),
+        ({"artifact": "a.st", "lora": "yes"}, "lora = 'yes'"),
+        ({"artifact": "a.st", "gamma": 2}, "gamma = 2"),
+    ],
+)
+def test_wrong_options_are_refused(entry: object, message: str):
+    with pytest.raises(ConfigError, match=message):
+        ServingOptions.find({"shareprefill": entry}, {})
+
+
+def test_a_switch_is_off_or_a_policy_that_needs_no_calibration():
+    for value in (None, "off", "smoothed", "flex"):
+        check_switch(value)
+    for value in ("auto", "on", "dense", 1, True, ["off"]):
+        with pytest.raises(ConfigError, match="is not allowed"):
+            check_switch(value)
