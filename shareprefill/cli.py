@@ -23,6 +23,7 @@ from shareprefill.commands.options import (
     JsonOption,
     ModelOption,
     RemoteCodeOption,
+    parse_length,
 )
 from shareprefill.commands.regenerate import regenerate_command
 from shareprefill.commands.streams import open_streams, read_prompt, written_output
@@ -85,7 +86,9 @@ def calibrate(
         ),
     ] = list(_CALIBRATE.data),  # noqa: B006
     samples: Annotated[int, typer.Option(help="Prompts in all.")] = _CALIBRATE.samples,
-    length: Annotated[int, typer.Option(help="Tokens a prompt.")] = _CALIBRATE.length,
+    length: Annotated[
+        int, typer.Option(parser=parse_length, metavar="LENGTH", help="Tokens a prompt; or 8K.")
+    ] = _CALIBRATE.length,
     block_size: Annotated[int, typer.Option(help="Tokens a block.")] = _CALIBRATE.block_size,
     seed: Annotated[int, typer.Option(help="Seed of prompts and training.")] = _CALIBRATE.seed,
     device: DeviceOption = _CALIBRATE.device,

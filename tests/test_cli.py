@@ -273,6 +273,19 @@ def test_bad_artifacts(work: Path, sp: Sp, tmp_path: Path) -> None:
     expect_error(sp("run", *options, "prompt.txt"), "3 layers", "2 layers")
 
 
+def test_lengths_are_written_alike_in_all_commands(work: Path, sp: Sp) -> None:
+    model = ("--model", work / "model")
+    expect_error(sp("calibrate", *model, "--length", "5K"), "5120", "maximum of 4096")
+    one = (*model, "--artifact", work / "clusters.st", "--tasks", "retr_kv")
+    expect_error(sp("eval", *one, "--lengths", "5K"), "length = 5120", "maximum of 4096")
+    expect_error(sp("sweep", *one, "--gamma", 0.9, "--length", "5k"), "length = 5120")
+    expect_error(sp("eval", *one, "--lengths", "5X"), "'5X' is not allowed")
+    for command, length in ((("sweep", *one, "--gamma", 0.9), "1K,2K"), (("calibrate",), "many")):
+        code, _, err = sp(*command, *model, "--length", length)
+        assert code == 2
+        assert f"{length!r} is not allowed" in err
+
+
 def test_bad_models(sp: Sp, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     for name in ("./nowhere", "empty"):

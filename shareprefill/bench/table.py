@@ -1,38 +1,13 @@
-"""The rows of a bench as a table of Markdown, and its lengths as a user writes them."""
+"""The rows of a bench as a table of Markdown."""
 
 from __future__ import annotations
 
-import re
-
 from shareprefill.bench.measure import SHARE, BenchResult, BenchRow
-from shareprefill.errors import ConfigError
 
 _COLUMNS = (
     *("tokens", "attention", "first token, s", "speed-up", "peak GiB", "density", "selection"),
     "chunk",
 )
-_UNITS = {"": 1, "k": 1024, "m": 1024**2}
-
-
-def parse_lengths(text: str) -> tuple[int, ...]:
-    """`8K,131072,1M` as tokens.
-
-    Raises:
-        ConfigError: a part is no length.
-
-    >>> parse_lengths("8K, 1000")
-    (8192, 1000)
-    """
-    found = []
-    for part in text.split(","):
-        match = re.fullmatch(r"\s*(\d+)([kKmM]?)\s*", part)
-        if match is None or int(match[1]) == 0:
-            raise ConfigError(
-                f"lengths = {text!r} is not allowed: give numbers with commas between them, like "
-                "8K,131072"
-            )
-        found.append(int(match[1]) * _UNITS[match[2].lower()])
-    return tuple(found)
 
 
 def table(result: BenchResult) -> str:

@@ -9,7 +9,13 @@ from typing import Annotated
 import typer
 
 from shareprefill.bench.config import BenchConfig
-from shareprefill.commands.options import DeviceOption, DtypeOption, JsonOption, RemoteCodeOption
+from shareprefill.commands.options import (
+    DeviceOption,
+    DtypeOption,
+    JsonOption,
+    RemoteCodeOption,
+    parse_lengths,
+)
 
 # Defaults are read off the configuration, where alone they live.
 _BENCH = BenchConfig()
@@ -47,7 +53,7 @@ def bench_command(
     """Time prefills of several lengths, dense and with shared sparse patterns."""
     from shareprefill.artifact import load_artifact
     from shareprefill.bench.measure import run_bench
-    from shareprefill.bench.table import parse_lengths, table
+    from shareprefill.bench.table import table
 
     config = BenchConfig(
         lengths=parse_lengths(lengths),

@@ -11,7 +11,13 @@ from typing import Annotated
 import typer
 
 from shareprefill.commands.known import model_of
-from shareprefill.commands.options import DeviceOption, DtypeOption, JsonOption, RemoteCodeOption
+from shareprefill.commands.options import (
+    DeviceOption,
+    DtypeOption,
+    JsonOption,
+    RemoteCodeOption,
+    parse_lengths,
+)
 from shareprefill.config import POLICIES
 from shareprefill.errors import ConfigError
 from shareprefill.evaluation.config import EvalConfig
@@ -59,7 +65,7 @@ def eval_command(
         str, typer.Option(help=f"Policies with commas between them, or all: {', '.join(POLICIES)}.")
     ] = _POLICIES,
     lengths: Annotated[
-        str, typer.Option(help="Tokens a prompt at most, with commas between them.")
+        str, typer.Option(help="Tokens a prompt at most, with commas between them; 8K is 8192.")
     ] = _LENGTHS,
     samples: Annotated[int, typer.Option(help="Prompts of each task and length.")] = _EVAL.samples,
     gamma: Annotated[
@@ -109,7 +115,7 @@ def eval_command(
         model=model,
         tasks=listed(tasks),
         policies=POLICIES if policies == "all" else listed(policies),
-        lengths=whole_numbers("lengths", lengths),
+        lengths=parse_lengths(lengths),
         gammas=tuple(gamma or ()),
         samples=samples,
         seed=seed,
@@ -176,20 +182,6 @@ def eval_command(
 def listed(text: str) -> tuple[str, ...]:
     """The parts of a list with commas."""
     return tuple(part.strip() for part in text.split(",") if part.strip())
-
-
-def whole_numbers(name: str, text: str) -> tuple[int, ...]:
-    """The numbers of a list with commas.
-
-    Raises:
-        ConfigError: one of them is none.
-    """
-    try:
-        return tuple(int(part) for part in listed(text))
-    except ValueError:
-        raise ConfigError(
-            f"{name} = {text!r} is not allowed: give whole numbers with commas between them"
-        ) from None
 
 
 def require_folder(out: Path | None, *, html: bool) -> None:

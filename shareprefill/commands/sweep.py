@@ -20,7 +20,13 @@ from shareprefill.commands.evaluate import (
     show_table,
 )
 from shareprefill.commands.known import model_of
-from shareprefill.commands.options import DeviceOption, DtypeOption, JsonOption, RemoteCodeOption
+from shareprefill.commands.options import (
+    DeviceOption,
+    DtypeOption,
+    JsonOption,
+    RemoteCodeOption,
+    parse_length,
+)
 from shareprefill.config import POLICIES
 from shareprefill.evaluation.config import SweepConfig
 
@@ -60,7 +66,9 @@ def sweep_command(
     ] = None,
     policy: Annotated[str, typer.Option(help=f"One of {', '.join(POLICIES)}.")] = _SWEEP.policy,
     tasks: TasksOption = _TASKS,
-    length: Annotated[int, typer.Option(help="Tokens a prompt at most.")] = _SWEEP.length,
+    length: Annotated[
+        int, typer.Option(parser=parse_length, metavar="LENGTH", help="Tokens a prompt at most.")
+    ] = _SWEEP.length,
     samples: Annotated[int, typer.Option(help="Prompts of each task.")] = _SWEEP.samples,
     seed: Annotated[int, typer.Option(help="Seed of the prompts.")] = _SWEEP.seed,
     max_density: Annotated[

@@ -12,7 +12,8 @@ from shareprefill.bench.config import BenchConfig
 from shareprefill.bench.measure import run_bench
 from shareprefill.bench.shapes import SHAPES, build_shape
 from shareprefill.bench.synthetic import synthetic_artifact
-from shareprefill.bench.table import parse_lengths, table
+from shareprefill.bench.table import table
+from shareprefill.commands.options import parse_lengths
 from shareprefill.errors import ArtifactError, ConfigError
 from tests.support.checkpoint import save_checkpoint
 from tests.support.tiny import tiny_artifact, tiny_llama
