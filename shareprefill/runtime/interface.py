@@ -305,7 +305,7 @@ def is_attached(model: torch.nn.Module) -> bool:
 def _attach(model: torch.nn.Module, attachment: Attachment) -> Attachment:
     _register()
     decoder = _decoder(model)
-    attachment.attach(decoder, lambda: _switch(model, decoder), _begin_pass, _end_pass)
+    attachment.attach(decoder, lambda: _switch(model, decoder), *_checks())
     return attachment
 
 
@@ -341,7 +341,6 @@ class _Calls(threading.local):
 _calls = _Calls()
 
 
-@torch.compiler.disable
 def _begin_pass(decoder: torch.nn.Module, _inputs: Any) -> None:
     """Refuses a forward pass that would go past the session, dense and unnoticed."""
     _calls.before[decoder] = _calls.made
@@ -355,7 +354,6 @@ def _begin_pass(decoder: torch.nn.Module, _inputs: Any) -> None:
         )
 
 
-@torch.compiler.disable
 def _end_pass(decoder: torch.nn.Module, _inputs: Any, _output: Any) -> None:
     """Refuses a forward pass that went past the session, as no layer called our attention."""
     before = _calls.before.pop(decoder, None)
@@ -365,6 +363,15 @@ def _end_pass(decoder: torch.nn.Module, _inputs: Any, _output: Any) -> None:
             "pass: its layers compute attention by themselves, or have none, so that a session has "
             "no effect; run the model without a session"
         )
+
+
+@cache
+def _checks() -> tuple[Callable[..., None], Callable[..., None]]:
+    """What runs before and after every pass, which torch.compile leaves alone.
+
+    Made at the first use: torch's compiler takes long to import.
+    """
+    return _opaque(_begin_pass), _opaque(_end_pass)
 
 
 @cache
