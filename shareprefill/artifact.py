@@ -1,13 +1,17 @@
 """The artifact: what clustering found out about a model's heads, and its file format.
 
-An artifact is a safetensors file with eleven tensors and one metadata string, canonical JSON. Equal
+An artifact is a safetensors file with some tensors and one metadata string, canonical JSON. Equal
 artifacts have equal bytes. Loading trusts nothing in the file.
+
+Version 2 added the fingerprint's sketch and checkpoint. Until it is released, optional entries may
+be added to it: a line in `_TENSORS` or `_OBJECTS`, and a field of `Artifact` with the default None.
 """
 
 from __future__ import annotations
 
 import hashlib
 import io
+import math
 import os
 import re
 from collections.abc import Collection
@@ -15,7 +19,7 @@ from dataclasses import asdict, dataclass
 from enum import IntEnum
 from io import BufferedIOBase
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,27 +40,48 @@ from shareprefill.container import (
 )
 from shareprefill.errors import ArtifactError
 from shareprefill.files import atomic_write_bytes, printable
-from shareprefill.models import BUILT_IN, Fingerprint, ModelGeometry
+from shareprefill.models import BUILT_IN, Fingerprint, ModelGeometry, warn_once
+from shareprefill.weights import SKETCH_SIZE, sketch_distances
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+# The relative distance of a layer's attention weights up to which a model counts as the artifact's:
+# the same weights in 4 bits come to at most 0.17, in 2 bits to 0.5, unrelated ones to 1.3 and more
+# (docs/reliability.md).
+NEAR_WEIGHTS = 0.3
 MAX_HEADS = 1 << 20
 MAX_CODE_SIZE = 4096
 _KEY = "shareprefill"
 _REGENERATE = "regenerate it with sp calibrate and sp cluster"
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+_HEXADECIMAL = re.compile(r"[0-9a-f]*")
+
+
+class _Kind(NamedTuple):
+    """A tensor of the file: dtype, shape (L, H, Z: layers, heads, code size), values allowed."""
+
+    dtype: torch.dtype
+    shape: tuple[str | int, ...] = ("L", "H")
+    lowest: float = -math.inf
+    highest: float = math.inf
+    optional: bool = False
+
+
 _TENSORS = {
-    "cluster": torch.int32,
-    "policy": torch.int8,
-    "pivot": torch.int32,
-    "fallback": torch.int8,
-    "gamma": torch.float32,
-    "fallback_gamma": torch.float32,
-    "slack": torch.float32,
-    "recall": torch.float32,
-    "density": torch.float32,
-    "instability": torch.float32,
-    "code": torch.float32,
+    "cluster": _Kind(torch.int32),
+    "policy": _Kind(torch.int8),
+    "pivot": _Kind(torch.int32),
+    "fallback": _Kind(torch.int8),
+    "gamma": _Kind(torch.float32, lowest=0, highest=1),
+    "fallback_gamma": _Kind(torch.float32, lowest=0, highest=1),
+    "slack": _Kind(torch.float32, lowest=-1, highest=1),
+    "recall": _Kind(torch.float32, lowest=0, highest=1),
+    "density": _Kind(torch.float32, lowest=0, highest=1),
+    "instability": _Kind(torch.float32, lowest=0),
+    "code": _Kind(torch.float32, ("L", "H", "Z")),
 }
+_ABOVE_ZERO = {"gamma", "fallback_gamma"}
+# JSON objects in the metadata, and whether a file may lack them.
+_OBJECTS = {"configuration": False, "summary": False}
 _METADATA = {
     "format_version",
     "model",
@@ -65,8 +90,6 @@ _METADATA = {
     "block_size",
     "thresholds",
     "rows",
-    "configuration",
-    "summary",
     "sha256",
 }
 
@@ -120,7 +143,7 @@ class Artifact:
 
     Attributes:
         model: The model's name, as the user gave it.
-        fingerprint: The model's geometry and the hash of its attention weights.
+        fingerprint: The model's geometry, and what tells its weights from others'.
         cluster: `[L, H]` int32, the head's cluster; -1: none.
         policy: `[L, H]` int8, codes of `Policy`.
         pivot: `[L, H]` int32, id of the head whose pattern a SHARE head uses, a PIVOT head's own
@@ -224,26 +247,49 @@ def load_artifact(path: str | Path) -> Artifact:
         raise ArtifactError(f"{printable(path)} cannot be read: {error.strerror}") from error
 
 
-def check_fingerprint(artifact: Artifact, fingerprint: Fingerprint) -> None:
+def check_fingerprint(artifact: Artifact, fingerprint: Fingerprint) -> float:
     """Checks that an artifact was made for the model of this fingerprint.
+
+    Equal attention weights pass. So do weights that are near in every layer, which another dtype, a
+    quantisation, or a light fine-tune of the same weights is; a warning then says how near.
+
+    Returns:
+        The relative distance of the attention weights in the worst layer, 0 where they are equal.
 
     Raises:
         ArtifactError: it was made for another one; both are named.
     """
     made_for = artifact.fingerprint
     if made_for == fingerprint:
-        return
+        return 0.0
     way_out = f"load that model, or make an artifact for this one: {_REGENERATE}"
-    if (made_for.model_type, made_for.geometry) == (fingerprint.model_type, fingerprint.geometry):
+    if (made_for.model_type, made_for.geometry) != (fingerprint.model_type, fingerprint.geometry):
+        raise ArtifactError(
+            f"the artifact was made for {printable(artifact.model)}: {made_for.describe()}; this "
+            f"model: {fingerprint.describe()}; {way_out}"
+        )
+    distances = sketch_distances(made_for.sketch, fingerprint.sketch)
+    worst = math.inf if distances is None else distances.max().item()
+    if worst > NEAR_WEIGHTS:
+        how_far = (
+            "no distance is known"
+            if distances is None
+            else f"relative distance {worst:.2f} in layer {int(distances.argmax())} of those with "
+            f"attention, at most {NEAR_WEIGHTS} is accepted"
+        )
         raise ArtifactError(
             f"the artifact was made for {printable(artifact.model)}, whose geometry is this "
             f"model's ({made_for.describe()}) but whose attention weights differ (hash "
-            f"{made_for.weights[:12]}, this model's {fingerprint.weights[:12]}); {way_out}"
+            f"{made_for.weights[:12]}, this model's {fingerprint.weights[:12]}; {how_far}); "
+            f"{way_out}"
         )
-    raise ArtifactError(
-        f"the artifact was made for {printable(artifact.model)}: {made_for.describe()}; this "
-        f"model: {fingerprint.describe()}; {way_out}"
+    warn_once(
+        f"the attention weights are near to those that the artifact was made for, not equal "
+        f"(relative distance {worst:.3f} in the worst layer, hash {made_for.weights[:12]}, this "
+        f"model's {fingerprint.weights[:12]}), as after a change of dtype, a quantisation or a "
+        "light fine-tune: compare answers with sp run --compare-dense, or calibrate this model"
     )
+    return worst
 
 
 def model_to_load(artifact: Artifact, given: str | None, known: Collection[str] = ()) -> str:
@@ -281,8 +327,9 @@ def _encode(artifact: Artifact) -> bytes:
     _check(artifact)
     # Copies: safetensors refuses tensors that share memory, as views of one tensor do.
     tensors = {
-        name: getattr(artifact, name).detach().cpu().clone(memory_format=torch.contiguous_format)
+        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
         for name in _TENSORS
+        if (tensor := getattr(artifact, name)) is not None
     }
     metadata = {
         "format_version": FORMAT_VERSION,
@@ -292,8 +339,7 @@ def _encode(artifact: Artifact) -> bytes:
         "block_size": artifact.block_size,
         "thresholds": {k: float(v) for k, v in asdict(artifact.thresholds).items()},
         "rows": asdict(artifact.rows),
-        "configuration": artifact.configuration,
-        "summary": artifact.summary,
+        **{name: value for name in _OBJECTS if (value := getattr(artifact, name)) is not None},
     }
     metadata["sha256"] = _digest(metadata, tensors)
     data = save(tensors, metadata={_KEY: canonical_json(metadata)})
@@ -306,30 +352,38 @@ def _decode(file: BufferedIOBase, size: int) -> Artifact:
     header = read_header(file, size, _KEY)
     # A metadata string of other than ASCII characters becomes wrong JSON here, and is refused.
     metadata = parse_json(header.metadata.encode("utf-8", "replace"), size, "metadata")
-    _check_version(metadata)
-    check_keys(metadata, "metadata", _METADATA)
-    check_keys(metadata["fingerprint"], "fingerprint", {"model_type", "geometry", "weights"})
+    version = _check_version(metadata)
+    lacking = {
+        name
+        for name, optional in _OBJECTS.items()
+        if optional and (version == 1 or name not in metadata)
+    }
+    check_keys(metadata, "metadata", _METADATA | _OBJECTS.keys() - lacking)
+    added = {"sketch", "checkpoint"} if version >= 2 else set()
+    values = check_keys(
+        metadata["fingerprint"], "fingerprint", {"model_type", "geometry", "weights", *added}
+    )
     for key, kind in (("thresholds", Thresholds), ("rows", Rows)):
         check_keys(metadata[key], key, set(kind.__dataclass_fields__))
-    geometry = metadata["fingerprint"]["geometry"]
-    check_keys(geometry, "geometry", set(ModelGeometry.__dataclass_fields__))
-    fingerprint = Fingerprint(
-        metadata["fingerprint"]["model_type"],
-        ModelGeometry(**geometry),
-        metadata["fingerprint"]["weights"],
-    )
+    geometry = check_keys(values["geometry"], "geometry", set(ModelGeometry.__dataclass_fields__))
+    fingerprint = Fingerprint(**{**values, "geometry": ModelGeometry(**geometry)})
     _check_fingerprint_values(fingerprint)
     code_size = _integer(metadata["code_size"], "code_size", 1, MAX_CODE_SIZE)
-    tensors = read_tensors(file, header, _layout(fingerprint.geometry, code_size))
+    layout = {
+        name: place
+        for name, place in _layout(fingerprint.geometry, code_size).items()
+        if not _TENSORS[name].optional or (version >= 2 and name in header.entries)
+    }
+    tensors = read_tensors(file, header, layout)
+    entries: dict[str, Any] = {name: tensors.get(name) for name in _TENSORS}
+    entries |= {name: metadata.get(name) for name in _OBJECTS}
     artifact = Artifact(
         model=metadata["model"],
         fingerprint=fingerprint,
         block_size=metadata["block_size"],
         thresholds=Thresholds(**metadata["thresholds"]),
         rows=Rows(**metadata["rows"]),
-        configuration=metadata["configuration"],
-        summary=metadata["summary"],
-        **tensors,
+        **entries,
     )
     _check(artifact)
     if metadata.pop("sha256") != _digest(metadata, tensors):
@@ -345,10 +399,13 @@ def _digest(metadata: dict[str, Any], tensors: dict[str, Tensor]) -> str:
 
 
 def _layout(geometry: ModelGeometry, code_size: int) -> Layout:
-    shape = (geometry.layers, geometry.heads)
+    sizes = {"L": geometry.layers, "H": geometry.heads, "Z": code_size}
     return {
-        name: (dtype, (*shape, code_size) if name == "code" else shape)
-        for name, dtype in _TENSORS.items()
+        name: (
+            kind.dtype,
+            tuple(size if isinstance(size, int) else sizes[size] for size in kind.shape),
+        )
+        for name, kind in _TENSORS.items()
     }
 
 
@@ -365,15 +422,16 @@ def _check(artifact: Artifact) -> None:
     _integer(artifact.rows.pivot, "rows.pivot", 0, artifact.block_size)
     _integer(artifact.rows.sample, "rows.sample", 1, artifact.block_size)
     _integer(artifact.rows.check, "rows.check", 1, artifact.block_size)
-    for name in ("configuration", "summary"):
-        if not isinstance(getattr(artifact, name), dict):
-            raise RefusedError(f"{name} is {quoted(getattr(artifact, name))}, not an object")
-        check_json(getattr(artifact, name), name)
+    for name, optional in _OBJECTS.items():
+        value = getattr(artifact, name)
+        if not isinstance(value, dict) and not (optional and value is None):
+            raise RefusedError(f"{name} is {quoted(value)}, not an object")
+        check_json(value, name)
     _check_tensors(artifact)
     _check_graph(artifact)
 
 
-def _check_version(metadata: object) -> None:
+def _check_version(metadata: object) -> int:
     version = metadata.get("format_version") if isinstance(metadata, dict) else None
     if type(version) is not int or version < 1:
         raise RefusedError(f"format_version is {quoted(version)}, expected {FORMAT_VERSION}")
@@ -382,6 +440,7 @@ def _check_version(metadata: object) -> None:
             f"it has format {version}, and this version of shareprefill reads format "
             f"{FORMAT_VERSION}: upgrade with pip install --upgrade shareprefill"
         )
+    return version
 
 
 def _check_fingerprint_values(fingerprint: Fingerprint) -> None:
@@ -389,12 +448,22 @@ def _check_fingerprint_values(fingerprint: Fingerprint) -> None:
     check_text(fingerprint.model_type, "model_type", 128)
     if not isinstance(fingerprint.weights, str) or not _SHA256.fullmatch(fingerprint.weights):
         raise RefusedError(f"weights is {quoted(fingerprint.weights)}, not a sha256 in hexadecimal")
+    checkpoint, sketch = fingerprint.checkpoint, fingerprint.sketch
+    if checkpoint != "" and not (isinstance(checkpoint, str) and _SHA256.fullmatch(checkpoint)):
+        raise RefusedError(f"checkpoint is {quoted(checkpoint)}, not empty and not a sha256")
     for name in ModelGeometry.__dataclass_fields__:
         _integer(getattr(geometry, name), f"geometry.{name}", 1, MAX_HEADS)
     _integer(geometry.layers * geometry.heads, "the number of all heads", 1, MAX_HEADS)
     if geometry.heads % geometry.kv_heads:
         raise RefusedError(
             f"{geometry.heads} heads do not divide into {geometry.kv_heads} KV heads"
+        )
+    # Two characters a number; a layer without attention has none.
+    layers, rest = divmod(len(sketch), 2 * SKETCH_SIZE) if isinstance(sketch, str) else (0, 1)
+    if rest or layers > geometry.layers or not _HEXADECIMAL.fullmatch(sketch):
+        raise RefusedError(
+            f"sketch is {quoted(sketch)}, expected {2 * SKETCH_SIZE} hexadecimal digits for each "
+            f"of at most {geometry.layers} layers"
         )
 
 
@@ -403,6 +472,8 @@ def _check_tensors(artifact: Artifact) -> None:
     _integer(code_size, "code_size", 1, MAX_CODE_SIZE)
     for name, (dtype, shape) in _layout(artifact.fingerprint.geometry, code_size).items():
         tensor = getattr(artifact, name)
+        if tensor is None and _TENSORS[name].optional:
+            continue
         if not isinstance(tensor, Tensor):
             raise RefusedError(f"{name} is a {type(tensor).__name__}, not a tensor")
         if (tensor.dtype, tuple(tensor.shape)) != (dtype, shape):
@@ -410,26 +481,24 @@ def _check_tensors(artifact: Artifact) -> None:
                 f"tensor {name!r} is {tensor.dtype} {list(tensor.shape)}, "
                 f"expected {dtype} {list(shape)}"
             )
-    for name, lowest, highest, allowed in (
-        ("gamma", 0.0, 1.0, "above 0 and at most 1"),
-        ("fallback_gamma", 0.0, 1.0, "above 0 and at most 1"),
-        ("slack", -1.0, 1.0, "between -1 and 1"),
-        ("recall", 0.0, 1.0, "between 0 and 1"),
-        ("density", 0.0, 1.0, "between 0 and 1"),
-        ("instability", 0.0, float("inf"), "at least 0"),
-    ):
-        smallest, largest = _extremes(artifact, name)
-        if smallest < lowest or largest > highest or (name.endswith("gamma") and smallest == 0):
-            raise RefusedError(f"{name} holds {smallest:g} to {largest:g}, expected {allowed}")
-    _extremes(artifact, "code")
+        if dtype.is_floating_point:
+            _check_range(tensor, name, _TENSORS[name])
 
 
-def _extremes(artifact: Artifact, name: str) -> tuple[float, float]:
+def _check_range(tensor: Tensor, name: str, kind: _Kind) -> None:
     # No temporary tensor, unlike isfinite: and NaN comes out of aminmax.
-    smallest, largest = (bound.item() for bound in getattr(artifact, name).aminmax())
-    if not (abs(smallest) < float("inf") and abs(largest) < float("inf")):
+    smallest, largest = (bound.item() for bound in tensor.aminmax())
+    if not (abs(smallest) < math.inf and abs(largest) < math.inf):
         raise RefusedError(f"{name} holds values that are not finite")
-    return smallest, largest
+    above_zero = name in _ABOVE_ZERO
+    if smallest < kind.lowest or largest > kind.highest or (above_zero and smallest == 0):
+        if above_zero:
+            allowed = f"above 0 and at most {kind.highest:g}"
+        elif kind.highest == math.inf:
+            allowed = f"at least {kind.lowest:g}"
+        else:
+            allowed = f"between {kind.lowest:g} and {kind.highest:g}"
+        raise RefusedError(f"{name} holds {smallest:g} to {largest:g}, expected {allowed}")
 
 
 def _check_graph(artifact: Artifact) -> None:

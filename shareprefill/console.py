@@ -271,6 +271,7 @@ def _run_facts(result: Answer) -> dict[str, Any]:
         "new_tokens": generation.new_tokens,
         "density": report.density,
         "selection_work": report.selection_work,
+        "weights_distance": result.weights_distance,
         "policies": report.policies,
         "ttft_s": generation.ttft_s,
         "decode_tokens_per_s": generation.decode_tokens_per_s,

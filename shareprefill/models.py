@@ -12,7 +12,8 @@ import struct
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, redirect_stderr
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cache
 from importlib import resources
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 
 from shareprefill.errors import ConfigError, ModelError, UnsupportedError
 from shareprefill.files import kind_of, printable
-from shareprefill.weights import attention_weights
+from shareprefill.weights import attention_weights, has_adapters, sketch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -58,11 +59,23 @@ class ModelGeometry:
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """What an artifact fits: the architecture, and a SHA-256 of the attention weights."""
+    """What an artifact fits. Two are equal if architecture and weights are.
+
+    Attributes:
+        model_type: The architecture's name.
+        geometry: Sizes of its attention.
+        weights: SHA-256 of the attention weights.
+        sketch: Numbers that say how far other attention weights are, in hexadecimal, one layer
+            behind the other (`shareprefill.weights`); empty where there are none.
+        checkpoint: SHA-256 over the model's files (`shareprefill.checkpoint`), for engines that
+            keep weights in another shape; empty where the model did not come from such files.
+    """
 
     model_type: str
     geometry: ModelGeometry
     weights: str
+    sketch: str = field(default="", compare=False, repr=False)
+    checkpoint: str = field(default="", compare=False, repr=False)
 
     def describe(self) -> str:
         """The architecture in words, for messages."""
@@ -338,36 +351,51 @@ def fingerprint(model: PreTrainedModel) -> Fingerprint:
     The hash is over the attention modules' weights by layer and name: names, shapes, values.
     Values are first rounded to what both bfloat16 and float16 hold, so that a bfloat16 checkpoint
     has one fingerprint whether it is loaded as float32, bfloat16 or float16. Quantised weights
-    count with the values that they stand for, so a quantised model has a fingerprint of its own:
-    other weights than the model that it was made from, and the same before and after a forward
-    pass.
+    count with the values that they stand for, so a quantised model has a hash of its own, the same
+    before and after a forward pass. The sketch says how far it is from the model that it was made
+    from. Adapters (PEFT) that are not merged are left out: the fingerprint is the base model's.
 
     Raises:
         UnsupportedError: a layer has no weights, they lie on the meta device or cannot be read, or
             `geometry` refuses the model.
     """
     sizes = geometry(model)
-    digest = hashlib.sha256()
-    for layer in attention_layers(model):
-        matrices = 0
+    layers = attention_layers(model)
+    if any(has_adapters(part) for layer in layers for part in layer.module.modules()):
+        warn_once(
+            "the model's attention has adapters that are not merged: it has the fingerprint of the "
+            "model without them, and how they change its patterns is not known: compare answers "
+            "with dense attention, or calibrate the merged model"
+        )
+    digest, sketches = hashlib.sha256(), []
+    for layer in layers:
         with _in_memory(layer.module):
-            for name, weight in sorted(attention_weights(layer.module), key=lambda pair: pair[0]):
+            weights = sorted(attention_weights(layer.module), key=lambda pair: pair[0])
+            for name, weight in weights:
                 if weight.is_meta:
                     raise UnsupportedError(
                         f"the weights of layer {layer.index} are not in memory (meta device): load "
                         "the model with its weights to compare it with an artifact"
                     )
-                matrices += weight.ndim >= 2
                 digest.update(f"{layer.index} {name} {list(weight.shape)}\n".encode())
                 digest.update(_canonical_bytes(weight))
-        if matrices == 0:
+            matrices = [weight for _, weight in weights if weight.ndim >= 2]
+            sketches.append(sketch(matrices))
+        if not matrices:
             raise UnsupportedError(
                 f"no weights were found in the attention of layer {layer.index} "
                 f"({type(layer.module).__name__}): this way of storing them is not supported, so "
                 "an artifact cannot be compared with the model; load it unquantised"
             )
     model_type = model.config.get_text_config(decoder=True).model_type
-    return Fingerprint(model_type, sizes, digest.hexdigest())
+    whole = "".join(sketches) if all(sketches) else ""
+    return Fingerprint(model_type, sizes, digest.hexdigest(), whole)
+
+
+@cache
+def warn_once(text: str) -> None:
+    """Logs a warning, the first time that a process has this one."""
+    logger.warning(text)
 
 
 def max_length(model: PreTrainedModel | PreTrainedConfig) -> int | None:

@@ -1,12 +1,24 @@
-"""Weights of a module as plain tensors, however a quantisation library has packed them."""
+"""Weights of a module as plain tensors, however they are packed, and sketches to compare them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import hashlib
+from collections.abc import Iterable, Iterator
+from functools import cache
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+
+# Numbers that a layer's weights are folded into; more would tell smaller distances apart.
+SKETCH_SIZE = 64
+# A prime, so that signs and buckets meet anew all along a matrix, whatever its width.
+_SIGNS = 65_521
+_PIECE = 16 * _SIGNS
+# A sketch of norm 1 has entries of about 1/8: five times that fill an int8.
+_SCALE = 200
+_PLAIN_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 def attention_weights(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -15,6 +27,7 @@ def attention_weights(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     Parameters as they are; where a library has packed them, the values that they stand for, by that
     library's own way: torch's dynamic quantisation, torchao, quanto, bitsandbytes. Buffers count
     where they hold what a part has instead of parameters (GPTQ, AWQ): raw, as they lie there.
+    Adapters of PEFT are left out, and what they adapt has the name that it has without them.
 
     Args:
         module: An attention module.
@@ -22,10 +35,83 @@ def attention_weights(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     Yields:
         A name below the module, and a tensor on any device.
     """
-    for path, part in module.named_modules():
-        prefix = f"{path}." if path else ""
-        for name, tensor in _own(part):
-            yield prefix + name, tensor
+    base = getattr(module, "base_layer", None)
+    if isinstance(base, nn.Module) and has_adapters(module):
+        yield from attention_weights(base)
+        return
+    yield from _own(module)
+    for path, part in module.named_children():
+        for name, tensor in attention_weights(part):
+            yield f"{path}.{name}", tensor
+
+
+def has_adapters(module: nn.Module) -> bool:
+    """Whether a module is a layer that PEFT has put adapters around."""
+    return hasattr(module, "base_layer") and hasattr(module, "adapter_layer_names")
+
+
+def sketch(matrices: Iterable[Tensor]) -> str:
+    """A few numbers whose distances are those of the matrices: a random projection (count sketch).
+
+    The matrices, one behind the other, are multiplied by fixed signs, folded to `SKETCH_SIZE` sums
+    in float64, and divided by their norm. The distance of two sketches estimates the distance of
+    the matrices, each divided by its norm (Charikar, Chen, Farach-Colton 2002).
+
+    Args:
+        matrices: Of one layer, any shapes and devices.
+
+    Returns:
+        int8 numbers in hexadecimal; all zero where the norm is zero or not finite. Empty where a
+        matrix holds no plain numbers, but codes that only some library can read.
+    """
+    folded = torch.zeros(SKETCH_SIZE, dtype=torch.float64, device="cpu")
+    square, start = 0.0, 0
+    for matrix in matrices:
+        if matrix.dtype not in _PLAIN_DTYPES:
+            return ""
+        for piece in matrix.reshape(-1).split(_PIECE):
+            values = piece.to(torch.float64)
+            square += values.square().sum().item()
+            first = start % _SIGNS
+            values = values * _signs(values.device)[first : first + len(values)]
+            before = start % SKETCH_SIZE
+            padding = (before, -(before + len(values)) % SKETCH_SIZE)
+            folded += F.pad(values, padding).view(-1, SKETCH_SIZE).sum(0).cpu()
+            start += len(values)
+    scale = _SCALE / square**0.5 if 0 < square < float("inf") else 0.0
+    numbers = (folded.nan_to_num() * scale).round().clamp(-127, 127).to(torch.int8)
+    return bytes(numbers.view(torch.uint8).tolist()).hex()
+
+
+def sketch_distances(one: str, other: str) -> Tensor | None:
+    """Estimated distance of the weights that two sketches are of, each divided by its norm.
+
+    Args:
+        one: Sketches of a model's layers, one behind the other.
+        other: Of the other model's.
+
+    Returns:
+        float64 `[layers]`, 0 for equal sketches, about 1.4 for unrelated weights. None where a
+        sketch is missing, or the layers' numbers differ.
+    """
+    if not one or len(one) != len(other):
+        return None
+    first, second = (
+        torch.frombuffer(bytearray.fromhex(text), dtype=torch.int8).double()
+        for text in (one, other)
+    )
+    return (first - second).view(-1, SKETCH_SIZE).norm(dim=1) / _SCALE
+
+
+@cache
+def _signs(device: torch.device) -> Tensor:
+    """+1 and -1, with a period of `_SIGNS`, float64 `[_PIECE + _SIGNS]`."""
+    data = hashlib.shake_256(b"shareprefill sketch").digest(_SIGNS // 8 + 1)
+    numbers = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+    places = torch.arange(8, dtype=torch.uint8, device="cpu")
+    bits = (numbers[:, None] >> places) & 1
+    signs = 1 - 2 * bits.reshape(-1)[:_SIGNS].double()
+    return signs.repeat(_PIECE // _SIGNS + 1).to(device)
 
 
 def _own(part: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -15,6 +15,7 @@ import safetensors
 import safetensors.torch
 import torch
 
+from shareprefill import artifact as artifact_module
 from shareprefill.artifact import (
     FORMAT_VERSION,
     Artifact,
@@ -245,7 +246,7 @@ def _set(target: str, *keys: str, value: Any) -> Any:
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (_set("metadata", "format_version", value=2), "has format 2.*reads format 1: upgrade"),
+        (_set("metadata", "format_version", value=3), "has format 3.*reads format 2: upgrade"),
         (_set("metadata", "format_version", value=0), "format_version is 0"),
         (_set("metadata", "format_version", value=True), "format_version is True"),
         (_set("metadata", "extra", value=1), "keys of metadata: 'extra' is unknown"),
@@ -254,6 +255,21 @@ def _set(target: str, *keys: str, value: Any) -> Any:
         (_set("metadata", "rows", "more", value=1), "keys of rows: 'more' is unknown"),
         (_set("metadata", "fingerprint", value=[]), r"fingerprint is \[\], not an object"),
         (_set("metadata", "fingerprint", "weights", value="0A" * 32), "not a sha256"),
+        (
+            _set("metadata", "fingerprint", "checkpoint", value="0c"),
+            "checkpoint is '0c', not empty",
+        ),
+        (_set("metadata", "fingerprint", "checkpoint", value=None), "checkpoint is None"),
+        (
+            _set("metadata", "fingerprint", "sketch", value="0c" * 63),
+            "sketch is .* 128 hexadecimal",
+        ),
+        (_set("metadata", "fingerprint", "sketch", value="0C" * 64), "sketch is '0C"),
+        (_set("metadata", "fingerprint", "sketch", value="0c" * 192), "of at most 2 layers"),
+        (_set("metadata", "fingerprint", "sketch", value=["0c" * 64]), "sketch is .*, expected"),
+        (_set("metadata", "fingerprint", "sketch", value=0), "sketch is 0, expected"),
+        (_set("metadata", "format_version", value=1), "keys of fingerprint: 'checkpoint' is unk"),
+        (lambda parts: parts.metadata["fingerprint"].pop("sketch"), "'sketch' is missing"),
         (_set("metadata", "fingerprint", "geometry", "layers", value=3), "tensor 'cluster' has sh"),
         (_set("metadata", "fingerprint", "geometry", "layers", value=2**40), "geometry.layers is"),
         (_set("metadata", "fingerprint", "geometry", "heads", value=2**20), "number of all heads"),
@@ -390,6 +406,54 @@ def test_check_fingerprint_names_both_models() -> None:
         check_fingerprint(artifact, replace(made_for, model_type="qwen3"))
     with pytest.raises(ArtifactError, match=r"weights differ .hash 0a0a0a0a0a0a, .*ffff"):
         check_fingerprint(artifact, replace(made_for, weights="ff" * 32))
+
+
+def sketched(numbers: torch.Tensor) -> str:
+    return bytes(numbers.to(torch.int8).view(torch.uint8).tolist()).hex()
+
+
+def test_near_weights_are_accepted_with_their_distance(caplog: Any) -> None:
+    numbers = torch.randint(-60, 60, (2, 64))
+    numbers[0, 0] = 0
+    own = replace(example().fingerprint, sketch=sketched(numbers.flatten()))
+    artifact = example(fingerprint=own)
+    numbers[0, 0] = 58  # 58 of the 200 that a norm of 1 has
+    near = replace(own, weights="ee" * 32, sketch=sketched(numbers.flatten()))
+    for _ in range(2):
+        assert check_fingerprint(artifact, near) == pytest.approx(0.29)
+    assert [record.message for record in caplog.records] == [
+        record.message for record in caplog.records if "relative distance 0.290" in record.message
+    ]
+    assert len(caplog.records) == 1
+    assert check_fingerprint(artifact, own) == 0
+    numbers[0, 0] = 62
+    far = replace(near, sketch=sketched(numbers.flatten()))
+    with pytest.raises(ArtifactError, match=r"differ .*relative distance 0\.31 in layer 0"):
+        check_fingerprint(artifact, far)
+    for without in ("", sketched(numbers[0])):
+        with pytest.raises(ArtifactError, match="differ .*no distance is known"):
+            check_fingerprint(artifact, replace(near, sketch=without))
+    with pytest.raises(ArtifactError, match="made for organisation/model: llama"):
+        check_fingerprint(artifact, replace(near, model_type="qwen3"))
+
+
+def test_optional_entries_may_be_missing(monkeypatch: Any, tmp_path: Path) -> None:
+    without: dict[str, Any] = {"slack": None, "summary": None}
+    with pytest.raises(ArtifactError, match="summary is None, not an object"):
+        save_artifact(example(**without), tmp_path / "a.st")
+    monkeypatch.setitem(artifact_module._OBJECTS, "summary", True)
+    with pytest.raises(ArtifactError, match="slack is a NoneType"):
+        save_artifact(example(**without), tmp_path / "a.st")
+    kind = artifact_module._TENSORS["slack"]
+    monkeypatch.setitem(artifact_module._TENSORS, "slack", kind._replace(optional=True))
+    save_artifact(example(**without), tmp_path / "a.st")
+    loaded = load_artifact(tmp_path / "a.st")
+    assert loaded.slack is None
+    assert loaded.summary is None
+    save_artifact(example(), tmp_path / "b.st")
+    assert load_artifact(tmp_path / "b.st").summary == example().summary
+    with pytest.raises(ArtifactError, match="slack holds 2 to"):
+        validate_artifact(example(slack=torch.full((LAYERS, HEADS), 2.0)))
 
 
 def test_policy_labels() -> None:

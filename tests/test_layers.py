@@ -23,6 +23,7 @@ COMMON = {
     "__init__",
     "tokens",
     "weights",
+    "checkpoint",
 }
 EVERY_STAGE = {
     *("runtime", "calib", "autoencoder", "clustering", "evaluation"),

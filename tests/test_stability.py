@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -56,10 +57,17 @@ def test_the_format_s_number_is_on_the_page() -> None:
 def test_every_format_can_be_read() -> None:
     files = {int(path.stem.split("-")[1]): path for path in (ROOT / "tests/data").glob("format-*")}
     assert sorted(files) == list(range(1, FORMAT_VERSION + 1))
-    artifact = load_artifact(files[1])
+    artifact = load_artifact(files[2])
+    assert artifact_bytes(artifact) == files[2].read_bytes()
+    assert artifact.fingerprint.sketch == "0123456789abcdef" * 16
+    assert artifact.fingerprint.checkpoint == "0c" * 32
+    first = load_artifact(files[1])
+    assert (first.fingerprint.sketch, first.fingerprint.checkpoint) == ("", "")
+    assert artifact_bytes(replace(first, fingerprint=artifact.fingerprint)) == (
+        artifact_bytes(artifact)
+    )
     assert artifact.model == "organisation/model-1"
     counts = {"dense": 2, "pivot": 5, "share": 1, "sampled": 3, "vertical-slash": 1}
     assert {name: n for name, n in artifact.policy_counts().items() if n} == counts
     assert artifact.code.shape == (3, 4, 5)
     assert artifact.gamma[1].tolist() == pytest.approx([0.0112, 0.8100, 0.6397, 0.9743], abs=5e-5)
-    assert artifact_bytes(artifact) == files[FORMAT_VERSION].read_bytes()

@@ -77,7 +77,11 @@ def sample_artifact(
     return Artifact(
         model=f"organisation/model-{seed}",
         fingerprint=Fingerprint(
-            "llama", ModelGeometry(layers, heads, 1, 64), sha256(str(seed).encode()).hexdigest()
+            "llama",
+            ModelGeometry(layers, heads, 1, 64),
+            weights=sha256(str(seed).encode()).hexdigest(),
+            sketch=bytes(torch.randint(256, (64 * layers,), generator=generator).tolist()).hex(),
+            checkpoint="0c" * 32 if seed % 2 else "",
         ),
         cluster=cluster.reshape(shape).int(),
         policy=policy.reshape(shape).to(torch.int8),

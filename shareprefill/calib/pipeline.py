@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from shareprefill.calib.capture import PromptMaps, capture
 from shareprefill.calib.prompts import Prompt, make_prompts
 from shareprefill.calib.store import MapStore
+from shareprefill.checkpoint import checkpoint_fingerprint
 from shareprefill.config import CalibrateConfig
 from shareprefill.errors import ConfigError, DataError
 from shareprefill.files import locked_folder
@@ -73,7 +75,8 @@ def capture_maps(
                 processes.send(captured(number))
             return None
         with locked_folder(folder):
-            store = MapStore.begin(folder, config, fingerprint(model), resume=resume)
+            own = replace(fingerprint(model), checkpoint=checkpoint_fingerprint(config.model))
+            store = MapStore.begin(folder, config, own, resume=resume)
             _check_prompts(store, prompts)
             begun = processes.tell(len(store.prompts))
             for number in range(begun, len(prompts)):

@@ -88,6 +88,10 @@ class MapStore:
         if resume and (folder / INDEX).exists():
             store = cls.open(folder)
             _refuse_other(store, config, fingerprint)
+            if asdict(store.fingerprint) != asdict(fingerprint):
+                # Equal weights: an earlier version knew less of them, or the files were repacked.
+                store.fingerprint = fingerprint
+                store._write_index()
             store._remove_unnamed("maps-*.safetensors")
             return store
         make_folder(folder)

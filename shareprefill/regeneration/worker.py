@@ -112,6 +112,11 @@ def _committed(job: Job, regenerated: Artifact) -> Artifact | str:
         check_fingerprint(committed, regenerated.fingerprint)
     except ArtifactError as error:
         return str(error)
+    if committed.fingerprint != regenerated.fingerprint:
+        return (
+            f"{printable(job.artifact)} was made for a model whose attention weights differ (hash "
+            f"{committed.fingerprint.weights[:12]}, now {regenerated.fingerprint.weights[:12]})"
+        )
     return committed
 
 

@@ -45,6 +45,8 @@ class Answer:
         dense_seconds: The same of dense attention; empty where it was not asked for.
         fidelity: Predictions at every position against dense attention's, where asked for.
         recalls: Of every head that has a pattern; None where not asked for.
+        weights_distance: Relative distance of the model's attention weights from those that the
+            artifact was made for, in the worst layer; 0 where they are equal.
     """
 
     generation: Generation
@@ -54,6 +56,7 @@ class Answer:
     dense_seconds: tuple[float, ...] = ()
     fidelity: Fidelity | None = None
     recalls: tuple[float, ...] | None = None
+    weights_distance: float = 0.0
 
     @property
     def speedup(self) -> float | None:
@@ -148,7 +151,13 @@ def answer(
         layers = measuring.report().layers
         recalls = tuple(value for layer in layers for value in layer.recall or ())
     if not compare_dense:
-        return Answer(ours, report, seconds=(ours.ttft_s,), recalls=recalls)
+        return Answer(
+            ours,
+            report,
+            seconds=(ours.ttft_s,),
+            recalls=recalls,
+            weights_distance=session.weights_distance,
+        )
     dense, dense_states = generation(None)
     assert states is not None
     assert dense_states is not None
@@ -159,7 +168,16 @@ def answer(
             seconds.append(_time_prefill(network, input_ids, prefill_chunk))
         dense_seconds.append(_time_prefill(network, input_ids, prefill_chunk))
     fidelity = compare_predictions(network, dense_states, states)
-    return Answer(ours, report, dense, tuple(seconds), tuple(dense_seconds), fidelity, recalls)
+    return Answer(
+        generation=ours,
+        report=report,
+        dense=dense,
+        seconds=tuple(seconds),
+        dense_seconds=tuple(dense_seconds),
+        fidelity=fidelity,
+        recalls=recalls,
+        weights_distance=session.weights_distance,
+    )
 
 
 def _time_prefill(model: Any, input_ids: Tensor, chunk: int | None) -> float:

@@ -48,8 +48,11 @@ class Session:
         config: RuntimeConfig,
         *,
         measure_recall: bool = False,
+        weights_distance: float = 0.0,
     ) -> None:
         self.model = model
+        # 0 where the model has the artifact's attention weights, see `check_fingerprint`.
+        self.weights_distance = weights_distance
         self.artifact = artifact
         self.config = config
         shard = head_shard(model)
@@ -260,8 +263,14 @@ def share_prefill(
     if shard is not None:
         sizes = geometry(model)
         shard.check(sizes.heads, sizes.kv_heads)
-    check_fingerprint(artifact, fingerprint(model))
-    session = Session(model, artifact, config or RuntimeConfig(), measure_recall=measure_recall)
+    distance = check_fingerprint(artifact, fingerprint(model))
+    session = Session(
+        model,
+        artifact,
+        config or RuntimeConfig(),
+        measure_recall=measure_recall,
+        weights_distance=distance,
+    )
     for name in ("pivot_rows", "sample_rows", "check_rows"):
         rows = getattr(session.plan, name)
         if rows > artifact.block_size:

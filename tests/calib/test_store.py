@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -49,6 +49,15 @@ def test_resuming_keeps_what_is_there(tmp_path: Path) -> None:
     assert len(MapStore.begin(tmp_path, CONFIG, MODEL, resume=True).prompts) == 2
     assert len(MapStore.begin(tmp_path, CONFIG, MODEL, resume=False).prompts) == 0
     assert not list(tmp_path.glob("*.safetensors"))
+
+
+def test_resuming_takes_what_is_now_known_of_the_same_model(tmp_path: Path) -> None:
+    filled(tmp_path, prompts=2)
+    more = replace(MODEL, sketch="0c" * 128, checkpoint="0d" * 32)
+    assert len(MapStore.begin(tmp_path, CONFIG, more, resume=True).prompts) == 2
+    found = MapStore.open(tmp_path)
+    assert asdict(found.fingerprint) == asdict(more)
+    assert len(found.prompts) == 2
 
 
 def test_resuming_removes_what_the_index_does_not_name(tmp_path: Path) -> None:
