@@ -251,8 +251,9 @@ def attend(inputs: LayerInputs, value: Tensor, pattern: Tensor, *, corrected: bo
     """Sparse attention `[H, N, Dv]` over the patterns."""
     every = torch.arange(len(pattern), device=pattern.device)
     lists = BlockLists.from_bitmap(pattern, every.int(), inputs.geometry.block_size)
-    out, lse = block_sparse_attention(
-        inputs.query, inputs.key, value, lists, scale=inputs.scale, return_lse=True
+    lse = torch.empty(inputs.query.shape[:2], device=value.device)
+    out = block_sparse_attention(
+        inputs.query, inputs.key, value, lists, scale=inputs.scale, lse=lse
     )
     return mean_correction(inputs, value, every, pattern, out, lse) if corrected else out
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
 from typing import NamedTuple
 
 import torch
 
 from shareprefill.errors import ConfigError, UnsupportedError
-from shareprefill.runtime.ops.inputs import require_triton
 
 ATTENTION = ("reference", "blockwise", "triton", "hopper")
 
@@ -56,10 +57,33 @@ def select_attention(
     if impl not in ATTENTION:
         raise ConfigError(f"impl must be one of {', '.join(('auto', *ATTENTION))}, got {impl!r}")
     if impl == "triton":
-        require_triton(query)
+        _require_triton(query)
     refusal = _refusal(impl, query, key, value, block_size)
     if refusal is not None:
         raise UnsupportedError(f"impl={impl!r} {refusal}; or use impl='auto'")
+    return impl
+
+
+def select_impl(impl: str, known: tuple[str, ...], tensor: torch.Tensor, cpu_impl: str) -> str:
+    """Resolve `impl` for `tensor`; an explicit request is served or refused, never changed.
+
+    Args:
+        impl: "auto" or one of `known`.
+        known: implementations of the operator.
+        tensor: decides by device and dtype.
+        cpu_impl: what "auto" means where Triton does not run.
+
+    Raises:
+        ConfigError: `impl` is unknown.
+        UnsupportedError: Triton was asked for where it cannot run.
+    """
+    if impl not in ("auto", *known):
+        raise ConfigError(f"impl must be one of {', '.join(('auto', *known))}, got {impl!r}")
+    on_gpu = tensor.device.type == "cuda"
+    if impl == "auto":
+        return "triton" if on_gpu and "triton" in known else cpu_impl
+    if impl == "triton":
+        _require_triton(tensor)
     return impl
 
 
@@ -69,6 +93,41 @@ def has_fast_kernel(
     """Whether "auto" takes a kernel about as fast as the best dense one, block for block."""
     names = _faster(query.device)
     return any(_refusal(name, query, key, value, block_size) is None for name in names)
+
+
+def _require_triton(tensor: torch.Tensor) -> None:
+    """Refuse `impl="triton"` where it cannot compute `tensor`.
+
+    Raises:
+        UnsupportedError: Triton is not installed, or does not take the device or the dtype.
+    """
+    on_gpu = tensor.device.type == "cuda"
+    if importlib.util.find_spec("triton") is None:
+        raise UnsupportedError(
+            "impl='triton' needs the triton package; install shareprefill[triton], "
+            "or use impl='auto'"
+        )
+    if not on_gpu and not _interpreter_requested():
+        raise UnsupportedError(
+            f"impl='triton' needs a CUDA tensor, got one on {tensor.device}; use impl='auto', "
+            "or set TRITON_INTERPRET=1 before the start to test kernels on the CPU"
+        )
+    if tensor.dtype == torch.float64:
+        raise UnsupportedError(
+            "impl='triton' computes float16, bfloat16 and float32, got torch.float64; "
+            "use impl='reference'"
+        )
+    # Triton's interpreter multiplies bf16 bit patterns as if they were integers.
+    if not on_gpu and tensor.dtype == torch.bfloat16:
+        raise UnsupportedError(
+            "Triton's interpreter computes bfloat16 products wrongly; "
+            "test kernels on the CPU in float16 or float32"
+        )
+
+
+def _interpreter_requested() -> bool:
+    """Whether Triton's CPU interpreter was switched on before the kernels were imported."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "y", "yes")
 
 
 def _refusal(

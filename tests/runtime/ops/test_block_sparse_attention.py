@@ -10,6 +10,7 @@ from _pytest.mark import ParameterSet
 from shareprefill.errors import ConfigError, UnsupportedError
 from shareprefill.runtime.ops.block_sparse_attention import block_sparse_attention
 from shareprefill.runtime.ops.blocks import BlockLists, causal_blocks, count_blocks
+from tests.support.attention import attend_with_lse
 
 # Largest absolute error on standard normal values, against float64 of the same inputs.
 TOLERANCE = {
@@ -64,14 +65,13 @@ def expected(
     out = torch.zeros(
         (*tensors[0].shape[:2], tensors[2].shape[2]), dtype=torch.float64, device=lists.device
     )
-    return block_sparse_attention(
+    return attend_with_lse(
         *exact,
         lists,
         scale=scale,
         softcap=softcap,
         sinks=sinks,
         out=out,
-        return_lse=True,
         impl="reference",
     )
 
@@ -87,9 +87,7 @@ def test_reference_with_dense_lists_equals_sdpa(shape: tuple[int, ...]) -> None:
     query, key, value = inputs(shape, torch.float64)
     bitmap = causal_blocks(n_q, n_k - n_q, size)[None]
     lists = BlockLists.from_bitmap(bitmap, torch.zeros(heads), size)
-    actual, lse = block_sparse_attention(
-        query, key, value, lists, return_lse=True, impl="reference"
-    )
+    actual, lse = attend_with_lse(query, key, value, lists, impl="reference")
     mask = torch.arange(n_k)[None, :] <= torch.arange(n_k - n_q, n_k)[:, None]
     key, value = (tensor.repeat_interleave(heads // groups, 0) for tensor in (key, value))
     wanted = F.scaled_dot_product_attention(query[None], key[None], value[None], attn_mask=mask)
@@ -104,7 +102,7 @@ def test_reference_reads_listed_blocks_only() -> None:
     bitmap[0, 2, 1] = True
     bitmap[0, 1, 2] = True  # past the diagonal
     lists = BlockLists.from_bitmap(bitmap, torch.zeros(1), 16)
-    out, lse = block_sparse_attention(query, key, value, lists, return_lse=True, impl="reference")
+    out, lse = attend_with_lse(query, key, value, lists, impl="reference")
     weights = torch.softmax(query[0, 32:] @ key[0, 16:32].T / 8**0.5, -1)
     torch.testing.assert_close(out[0, 32:], weights @ value[0, 16:32])
     assert not out[0, :32].any()
@@ -138,9 +136,7 @@ def test_fast_versions_equal_the_reference(
     lists = lists_for(shape, density, shared_patterns(shape[0]))
     wanted, wanted_lse = expected(tensors, lists, scale=0.3)
     out = torch.full(wanted.shape, torch.nan, dtype=dtype)
-    actual, lse = block_sparse_attention(
-        *tensors, lists, scale=0.3, out=out, return_lse=True, impl=impl
-    )
+    actual, lse = attend_with_lse(*tensors, lists, scale=0.3, out=out, impl=impl)
     assert actual is out
     assert lse.dtype == torch.float32
     assert_close(actual, wanted, dtype)
@@ -196,7 +192,7 @@ def test_fast_versions_cap_and_sink_like_the_reference(
     wanted, wanted_lse = expected(tensors, lists, **options)
     out = torch.full(wanted.shape, torch.nan, dtype=dtype)
     out[1] = 0.0
-    _, lse = block_sparse_attention(*tensors, lists, out=out, return_lse=True, impl=impl, **options)
+    _, lse = attend_with_lse(*tensors, lists, out=out, impl=impl, **options)
     assert_close(out, wanted, dtype)
     assert_close(lse, wanted_lse, torch.float32)
     assert torch.isneginf(lse[1]).all()
@@ -213,7 +209,7 @@ def test_rows_without_keys_leave_their_mass_to_the_sink() -> None:
     lists = lists_for(shape, 0.0, [0, 0])
     sinks = torch.tensor([0.5, -30.0])
     for impl in ("reference", "blockwise"):
-        out, lse = block_sparse_attention(*tensors, lists, sinks=sinks, return_lse=True, impl=impl)
+        out, lse = attend_with_lse(*tensors, lists, sinks=sinks, impl=impl)
         assert not out.any()
         assert torch.equal(lse, sinks[:, None].expand(2, 32))
 
@@ -229,7 +225,7 @@ def test_left_out_heads_keep_their_rows(impl: str) -> None:
     wanted, _ = expected(tensors, lists)
     out = torch.full(wanted.shape, torch.nan)
     out[0] = 7.0
-    _, lse = block_sparse_attention(*tensors, lists, out=out, return_lse=True, impl=impl)
+    _, lse = attend_with_lse(*tensors, lists, out=out, impl=impl)
     assert (out[0] == 7.0).all()
     assert out[3].isnan().all()
     assert_close(out[1:3], wanted[1:3], torch.float32)
@@ -264,7 +260,7 @@ def test_triton_pads_odd_head_dims_and_tiles_all_block_sizes(
     lists = lists_for(shape, 0.7, [0, 1])
     wanted, wanted_lse = expected(tensors, lists)
     out = torch.full(wanted.shape, torch.nan)
-    _, lse = block_sparse_attention(*tensors, lists, out=out, return_lse=True, impl="triton")
+    _, lse = attend_with_lse(*tensors, lists, out=out, impl="triton")
     assert_close(out, wanted, torch.float32)
     assert_close(lse, wanted_lse, torch.float32)
 
@@ -278,7 +274,7 @@ def test_blockwise_takes_heads_in_parts_when_logits_are_large(
     tensors = inputs(shape, torch.float32)
     lists = lists_for(shape, 0.8, [0] * 6)
     monkeypatch.setattr(blockwise, "LOGIT_BYTES", 2 * 4 * 16 * 48)
-    out, lse = block_sparse_attention(*tensors, lists, return_lse=True, impl="blockwise")
+    out, lse = attend_with_lse(*tensors, lists, impl="blockwise")
     wanted, wanted_lse = expected(tensors, lists)
     assert_close(out, wanted, torch.float32)
     assert_close(lse, wanted_lse, torch.float32)
@@ -355,10 +351,8 @@ def test_compiled_kernel_equals_the_reference(shape: tuple[int, ...], dtype: tor
     out = torch.full((8, shape[2], shape[5]), torch.nan, dtype=dtype, device="cuda")
     wanted = torch.full_like(out, torch.nan, dtype=torch.float32)
     exact = [tensor.float() for tensor in tensors]
-    _, wanted_lse = block_sparse_attention(
-        *exact, lists, out=wanted, return_lse=True, impl="reference"
-    )
-    _, lse = block_sparse_attention(*tensors, lists, out=out, return_lse=True, impl="triton")
+    _, wanted_lse = attend_with_lse(*exact, lists, out=wanted, impl="reference")
+    _, lse = attend_with_lse(*tensors, lists, out=out, impl="triton")
     torch.testing.assert_close(
         out.float(), wanted, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype], equal_nan=True
     )
@@ -385,6 +379,6 @@ def test_compiled_kernel_caps_and_sinks(dim: int, dtype: torch.dtype) -> None:
     lists = lists_for(shape, 0.4, [0, 1, 1, 0], "cuda")
     options = {"softcap": 5.0, "sinks": torch.randn(4, device="cuda")}
     wanted, wanted_lse = expected(tensors, lists, **options)
-    out, lse = block_sparse_attention(*tensors, lists, return_lse=True, impl="triton", **options)
+    out, lse = attend_with_lse(*tensors, lists, impl="triton", **options)
     assert_close(out, wanted, dtype)
     torch.testing.assert_close(lse.double(), wanted_lse.double(), atol=1e-3, rtol=1e-3)

@@ -11,7 +11,6 @@ from torch import Tensor
 from shareprefill.errors import ConfigError
 from shareprefill.runtime.geometry import Geometry
 from shareprefill.runtime.ops.block_selection import select_blocks
-from shareprefill.runtime.ops.block_sparse_attention import block_sparse_attention
 from shareprefill.runtime.ops.blocks import BlockLists
 from shareprefill.runtime.policies import make_policy
 from shareprefill.runtime.policies.antidiagonal import Antidiagonal
@@ -22,6 +21,7 @@ from shareprefill.runtime.policies.flex import Flex
 from shareprefill.runtime.policies.global_threshold import GlobalThreshold
 from shareprefill.runtime.policies.pooled import Pooled
 from shareprefill.runtime.policies.sampled import sampled_maps
+from tests.support.attention import attend_with_lse
 from tests.support.maps import head_pattern, smooth
 
 BLOCK = 4
@@ -141,7 +141,7 @@ def test_mean_correction_is_exact_for_blocks_of_equal_keys(offset: int) -> None:
     diagonal = columns[None, :] == (torch.arange(n_query // 2) + offset // 2)[:, None]
     pattern = (pattern | diagonal) & geometry.causal
     lists = BlockLists.from_bitmap(pattern, torch.tensor([0, 1]), 2)
-    out, lse = block_sparse_attention(inputs.query, key, value, lists, scale=0.5, return_lse=True)
+    out, lse = attend_with_lse(inputs.query, key, value, lists, scale=0.5)
     found = mean_correction(inputs, value, torch.arange(2), pattern, out, lse)
     logits = inputs.query @ key.mT * 0.5
     seen = torch.arange(n_key)[None, :] <= torch.arange(offset, n_key)[:, None]

@@ -5,25 +5,17 @@ No function here waits for a CUDA device, and a new length compiles nothing.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import ModuleType
 
 import torch
 
 from shareprefill.errors import ConfigError
 from shareprefill.runtime.ops.block_selection import reference
-from shareprefill.runtime.ops.block_selection.checks import (
-    check_always,
-    check_bitmap,
-    check_geometry,
-    check_maps,
-    check_out,
-    check_partners,
-    check_range,
-    check_vector,
-)
 from shareprefill.runtime.ops.block_selection.weights import LineWeights
 from shareprefill.runtime.ops.blocks import BlockLists, count_blocks, count_causal_blocks
-from shareprefill.runtime.ops.inputs import select_impl
+from shareprefill.runtime.ops.dispatch import select_impl
+from shareprefill.runtime.ops.inputs import check_below, check_block_size, check_tensor
 
 IMPLS = ("reference", "triton")
 MAX_ENTRIES = 2**31 - 1
@@ -67,12 +59,10 @@ def select_blocks(
     Raises:
         ConfigError: shapes, dtypes, devices or ranges do not belong together.
     """
-    check_maps("maps", maps)
-    check_geometry(maps, n_query, n_key, block_size)
-    check_always(sink_blocks, local_blocks)
-    check_vector("gamma", gamma, torch.float32, len(maps), maps.device)
-    if out is not None:
-        check_out(out, torch.bool, maps.shape, maps.device)
+    n_q, n_k = _check_sizes(n_query, n_key, block_size, sink_blocks, local_blocks)
+    check_tensor("maps", maps, torch.float32, ("S", n_q, n_k), maps.device)
+    check_tensor("gamma", gamma, torch.float32, (len(maps),), maps.device)
+    _check_out(out, maps.shape, maps.device)
     module = _implementation(impl, maps)
     return module.select_blocks(
         maps, gamma, n_query, n_key, block_size, sink_blocks, local_blocks, out
@@ -131,16 +121,13 @@ def head_blocks(
     tensor([[[ True, False],
              [ True, False]]])
     """
-    check_maps("maps", maps)
-    check_geometry(maps, n_query, n_key, block_size)
-    check_always(sink_blocks, local_blocks)
-    n_patterns = len(maps) if index is None else len(index)
-    check_vector("gamma", gamma, torch.float32, n_patterns, maps.device)
+    n_q, n_k = _check_sizes(n_query, n_key, block_size, sink_blocks, local_blocks)
+    check_tensor("maps", maps, torch.float32, ("S", n_q, n_k), maps.device)
     if index is not None:
-        check_vector("index", index, torch.int64, n_patterns, maps.device)
-        check_range("index", index, len(maps))
-    if out is not None:
-        check_out(out, torch.bool, (n_patterns, *maps.shape[1:]), maps.device)
+        check_tensor("index", index, torch.int64, ("P",), maps.device, below=len(maps))
+    n_patterns = len(maps) if index is None else len(index)
+    check_tensor("gamma", gamma, torch.float32, (n_patterns,), maps.device)
+    _check_out(out, (n_patterns, n_q, n_k), maps.device)
     module = _implementation(impl, maps)
     return module.head_blocks(
         maps, gamma, index, n_query, n_key, block_size, sink_blocks, local_blocks, out
@@ -177,8 +164,8 @@ def smooth_maps(
     Raises:
         ConfigError: shapes, dtypes, devices or ranges do not belong together.
     """
-    check_maps("maps", maps)
-    check_geometry(maps, n_query, n_key, block_size)
+    n_q, n_k = _check_sizes(n_query, n_key, block_size)
+    check_tensor("maps", maps, torch.float32, ("S", n_q, n_k), maps.device)
     return _implementation(impl, maps).smooth_maps(maps, weights, n_query, n_key, block_size)
 
 
@@ -220,23 +207,12 @@ def vertical_slash_blocks(
     Raises:
         ConfigError: shapes, dtypes, devices or ranges do not belong together.
     """
-    n_k = count_blocks(n_key, block_size) if block_size > 0 else 0
-    for name, profile, width in (("vertical", vertical, n_k), ("slash", slash, n_k + 1)):
-        if (
-            profile.dtype != torch.float32
-            or profile.shape != (len(vertical), width)
-            or profile.device != vertical.device
-        ):
-            raise ConfigError(
-                f"{name} must be float32 [{len(vertical)}, {width}] on {vertical.device}, "
-                f"got {profile.dtype} of shape {tuple(profile.shape)} on {profile.device}"
-            )
-    check_geometry(None, n_query, n_key, block_size)
-    check_always(sink_blocks, local_blocks)
-    check_vector("gamma", gamma, torch.float32, len(vertical), vertical.device)
-    if out is not None:
-        shape = (len(vertical), count_blocks(n_query, block_size), n_k)
-        check_out(out, torch.bool, shape, vertical.device)
+    n_q, n_k = _check_sizes(n_query, n_key, block_size, sink_blocks, local_blocks)
+    n_patterns, device = len(vertical), vertical.device
+    check_tensor("vertical", vertical, torch.float32, ("S", n_k), device)
+    check_tensor("slash", slash, torch.float32, (n_patterns, n_k + 1), device)
+    check_tensor("gamma", gamma, torch.float32, (n_patterns,), device)
+    _check_out(out, (n_patterns, n_q, n_k), device)
     module = _implementation(impl, vertical)
     return module.vertical_slash_blocks(
         vertical, slash, gamma, n_query, n_key, block_size, sink_blocks, local_blocks, out
@@ -265,9 +241,10 @@ def js_distances(
     Raises:
         ConfigError: shapes, dtypes, devices or ranges do not belong together.
     """
-    check_maps("maps", maps)
-    check_maps("pivots", pivots)
-    check_partners("pivots", pivots, maps, index)
+    device = maps.device
+    check_tensor("maps", maps, torch.float32, ("S", "n_q", "n_k"), device)
+    check_tensor("pivots", pivots, torch.float32, ("P", *maps.shape[1:]), device)
+    check_tensor("index", index, torch.int64, (len(maps),), device, below=len(pivots))
     return _implementation(impl, maps).js_distances(maps, pivots, index)
 
 
@@ -292,9 +269,10 @@ def covered_mass(
     Raises:
         ConfigError: shapes, dtypes, devices or ranges do not belong together.
     """
-    check_maps("maps", maps)
-    check_bitmap("patterns", patterns)
-    check_partners("patterns", patterns, maps, index)
+    device = maps.device
+    check_tensor("maps", maps, torch.float32, ("S", "n_q", "n_k"), device)
+    check_tensor("patterns", patterns, torch.bool, ("P", *maps.shape[1:]), device)
+    check_tensor("index", index, torch.int64, (len(maps),), device, below=len(patterns))
     return _implementation(impl, maps).covered_mass(maps, patterns, index)
 
 
@@ -335,8 +313,8 @@ def list_blocks(
         ConfigError: shapes, dtypes, devices or ranges do not belong together, or there is no room
             for the bound in 32-bit offsets.
     """
-    check_bitmap("bitmap", bitmap)
-    check_geometry(bitmap, n_query, n_key, block_size)
+    n_q, n_k = _check_sizes(n_query, n_key, block_size)
+    check_tensor("bitmap", bitmap, torch.bool, ("P", n_q, n_k), bitmap.device)
     if (
         head_to_list.ndim != 1
         or head_to_list.dtype.is_floating_point
@@ -348,7 +326,7 @@ def list_blocks(
             f"on {head_to_list.device}"
         )
     n_lists = len(bitmap) + (max_density is not None)
-    check_range("head_to_list", head_to_list, n_lists)
+    check_below("head_to_list", head_to_list, n_lists)
     most = count_causal_blocks(n_query, n_key - n_query, block_size)
     max_blocks = None
     if max_density is not None:
@@ -364,6 +342,32 @@ def list_blocks(
         )
     module = _implementation(impl, bitmap)
     return module.list_blocks(bitmap, head_to_list, n_query, n_key, block_size, max_blocks)
+
+
+def _check_sizes(
+    n_query: int, n_key: int, block_size: int, sink_blocks: int = 0, local_blocks: int = 0
+) -> tuple[int, int]:
+    """Refuse sizes that are none of a map.
+
+    Returns:
+        Query blocks and key blocks, n_q and n_k.
+    """
+    check_block_size(block_size)
+    if not 1 <= n_query <= n_key:
+        raise ConfigError(f"need 1 <= n_query <= n_key, got {n_query} and {n_key}")
+    if sink_blocks < 0 or local_blocks < 0:
+        raise ConfigError(
+            f"sink_blocks and local_blocks must be at least 0, got {sink_blocks}, {local_blocks}"
+        )
+    return count_blocks(n_query, block_size), count_blocks(n_key, block_size)
+
+
+def _check_out(out: torch.Tensor | None, shape: Sequence[int], device: torch.device) -> None:
+    """Refuse a place for patterns that is not a contiguous bool tensor of this shape."""
+    if out is not None:
+        check_tensor("out", out, torch.bool, shape, device)
+        if not out.is_contiguous():
+            raise ConfigError(f"out must be contiguous, got strides {out.stride()}")
 
 
 def _implementation(impl: str, tensor: torch.Tensor) -> ModuleType:

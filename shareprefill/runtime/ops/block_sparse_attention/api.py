@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal, overload
 
 import torch
 
@@ -13,43 +12,9 @@ from shareprefill.runtime.ops.blocks import BlockLists, count_blocks
 from shareprefill.runtime.ops.dispatch import select_attention
 from shareprefill.runtime.ops.inputs import (
     check_attention_inputs,
-    check_sinks,
-    check_softcap,
-    resolve_scale,
+    check_tensor,
     unit_last_stride,
 )
-
-
-@overload
-def block_sparse_attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    lists: BlockLists,
-    *,
-    scale: float | None = None,
-    softcap: float | None = None,
-    sinks: torch.Tensor | None = None,
-    out: torch.Tensor | None = None,
-    return_lse: Literal[False] = False,
-    impl: str = "auto",
-) -> torch.Tensor: ...
-
-
-@overload
-def block_sparse_attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    lists: BlockLists,
-    *,
-    scale: float | None = None,
-    softcap: float | None = None,
-    sinks: torch.Tensor | None = None,
-    out: torch.Tensor | None = None,
-    return_lse: Literal[True],
-    impl: str = "auto",
-) -> tuple[torch.Tensor, torch.Tensor]: ...
 
 
 @torch.no_grad()
@@ -63,9 +28,9 @@ def block_sparse_attention(
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
-    return_lse: bool = False,
+    lse: torch.Tensor | None = None,
     impl: str = "auto",
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+) -> torch.Tensor:
     """Softmax attention of each query row over the causal keys in its listed blocks.
 
     Query row i stands at absolute position `Nk - Nq + i`. Listed blocks past the diagonal
@@ -85,42 +50,39 @@ def block_sparse_attention(
             attend to nothing. None: no sinks.
         out: `[H, Nq, Dv]` of query's dtype with a contiguous last dim, written in place; needed
             where a head's pattern is -1, as such a head's rows are left untouched.
-        return_lse: also return the natural log-sum-exp of each row's logits, scaled and bounded;
-            it counts the sink, so that `exp(logit - lse)` is the weight of a key.
+        lse: float32 `[H, Nq]`, contiguous, written in place: the natural log-sum-exp of each row's
+            logits, scaled and bounded. It counts the sink, so that `exp(logit - lse)` is the weight
+            of a key, and is -inf for heads that are not computed and for rows that see no key (with
+            sinks, such a row's is its sink). None: not wanted.
         impl: "auto" (the fastest that takes the call, see `ops.dispatch`), or one of
             "reference", "blockwise", "triton" and "hopper" (Hopper GPUs).
 
     Returns:
-        `[H, Nq, Dv]` in query's dtype; with `return_lse` also float32 `[H, Nq]`: -inf for heads
-        that are not computed and for rows that see no key (with sinks, such a row's is its sink).
+        `[H, Nq, Dv]` in query's dtype.
 
     Raises:
         ConfigError: shapes, dtypes, devices or lists do not belong together.
         UnsupportedError: the requested implementation cannot run here.
     """
-    check_attention_inputs(query, key, value)
+    scale = check_attention_inputs(query, key, value, scale=scale, softcap=softcap, sinks=sinks)
     _check_lists(query, key, lists)
-    check_softcap(softcap)
-    check_sinks(sinks, query)
     impl = select_attention(impl, query, key, value, lists.block_size)
     shape = (query.shape[0], query.shape[1], value.shape[2])
     if out is None:
         out = _new_output(query, shape, lists)
-    elif out.shape != shape or out.dtype != query.dtype or out.device != query.device:
-        raise ConfigError(
-            f"out must be {query.dtype} of shape {shape} on {query.device}, "
-            f"got {out.dtype} of shape {tuple(out.shape)} on {out.device}"
-        )
-    elif out.stride(-1) != 1:
-        raise ConfigError(f"out must have a contiguous last dim, got strides {out.stride()}")
-    lse = None
-    if return_lse:
-        lse = torch.full(shape[:2], -torch.inf, dtype=torch.float32, device=query.device)
+    else:
+        check_tensor("out", out, query.dtype, shape, query.device)
+        if out.stride(-1) != 1:
+            raise ConfigError(f"out must have a contiguous last dim, got strides {out.stride()}")
+    if lse is not None:
+        check_tensor("lse", lse, torch.float32, shape[:2], query.device)
+        if not lse.is_contiguous():
+            raise ConfigError(f"lse must be contiguous, got strides {lse.stride()}")
+        lse.fill_(-torch.inf)
     query, key, value = unit_last_stride(query), unit_last_stride(key), unit_last_stride(value)
-    scale = resolve_scale(scale, query.shape[2])
     sinks = None if sinks is None else sinks.detach().float().contiguous()
     _attend_function(impl)(query, key, value, lists, scale, out, lse, softcap, sinks)
-    return out if lse is None else (out, lse)
+    return out
 
 
 def _attend_function(impl: str) -> Callable[..., None]:

@@ -5,14 +5,11 @@ from __future__ import annotations
 import torch
 
 from shareprefill.errors import ConfigError, UnsupportedError
+from shareprefill.runtime.ops.dispatch import select_impl
 from shareprefill.runtime.ops.inputs import (
     check_attention_inputs,
     check_block_size,
-    check_heads,
-    check_sinks,
-    check_softcap,
-    resolve_scale,
-    select_impl,
+    check_tensor,
     unit_last_stride,
 )
 from shareprefill.runtime.ops.pooled_attention import blockwise, hopper, reference
@@ -68,19 +65,16 @@ def pooled_attention(
         ConfigError: shapes, dtypes, devices or ranges do not belong together.
         UnsupportedError: the requested implementation cannot run here.
     """
-    check_attention_inputs(query, key, value)
+    scale = check_attention_inputs(query, key, value, scale=scale, softcap=softcap, sinks=sinks)
     check_block_size(block_size)
     if rows is not None:
         _check_rows(rows, query, value)
     if heads is not None:
-        check_heads(heads, query.shape[0], query.device)
-    check_softcap(softcap)
-    check_sinks(sinks, query)
+        check_tensor("heads", heads, torch.int64, ("S",), query.device, below=len(query))
     is_free = impl == "auto"
     impl = select_impl(impl, IMPLS, query, "blockwise")
     query, key = unit_last_stride(query), unit_last_stride(key)
     value = None if value is None else unit_last_stride(value)
-    scale = resolve_scale(scale, query.shape[2])
     if impl == "hopper" or (is_free and impl == "triton"):
         missing = hopper.refusal(query, key, value, block_size, softcap)
         if missing is None:
@@ -105,11 +99,7 @@ def _check_rows(rows: torch.Tensor, query: torch.Tensor, value: torch.Tensor | N
         raise ConfigError(
             "value needs rows=None: the output is computed for all rows or not at all"
         )
-    if rows.dtype != torch.int64 or rows.ndim != 2 or rows.device != query.device:
-        raise ConfigError(
-            f"rows must be int64 [n_g, r] on {query.device}, "
-            f"got {rows.dtype} of shape {tuple(rows.shape)} on {rows.device}"
-        )
+    check_tensor("rows", rows, torch.int64, ("n_g", "r"), query.device)
     if rows.numel() == 0:
         raise ConfigError(f"rows must not be empty, got shape {tuple(rows.shape)}")
     if rows.device.type == "cpu":

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import torch
 
+from shareprefill.runtime.ops.dispatch import select_impl
 from shareprefill.runtime.ops.inputs import (
     check_attention_inputs,
     check_block_size,
-    check_heads,
-    check_softcap,
-    resolve_scale,
-    select_impl,
+    check_tensor,
     unit_last_stride,
 )
 from shareprefill.runtime.ops.vertical_slash import profile, reference
@@ -56,13 +54,11 @@ def vertical_slash_profile(
         ConfigError: shapes, dtypes, devices or ranges do not belong together.
         UnsupportedError: the requested implementation cannot run here.
     """
-    check_attention_inputs(query, key)
+    scale = check_attention_inputs(query, key, scale=scale, softcap=softcap)
     check_block_size(block_size)
     if heads is not None:
-        check_heads(heads, query.shape[0], query.device)
-    check_softcap(softcap)
+        check_tensor("heads", heads, torch.int64, ("S",), query.device, below=len(query))
     impl = select_impl(impl, IMPLS, query, "torch")
-    scale = resolve_scale(scale, query.shape[2])
     query, key = unit_last_stride(query), unit_last_stride(key)
     if impl == "reference":
         compute = reference.profile_last_rows
