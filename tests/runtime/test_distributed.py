@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import math
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +10,10 @@ import pytest
 import torch
 
 from shareprefill.artifact import Policy, save_artifact
+from shareprefill.config import RuntimeConfig
 from shareprefill.errors import ConfigError
+from shareprefill.runtime.core import SparsePrefill
+from shareprefill.runtime.plan import make_plan
 from shareprefill.runtime.tensor_parallel import HeadShard
 from tests.support import tensor_parallel
 from tests.support.processes import run_processes
@@ -16,6 +21,7 @@ from tests.support.tensor_parallel import sessions
 from tests.support.tiny import tiny_artifact, tiny_llama, token_ids
 
 P, S, R, V = Policy.PIVOT, Policy.SHARE, Policy.SAMPLED, Policy.VERTICAL_SLASH
+D = Policy.DENSE
 # Heads share with pivots of either process, of their own layer and of earlier ones.
 POLICIES = [[P, S, S, S], [S, R, P, V], [S, S, S, S]]
 SESSIONS: list[dict[str, Any]] = [
@@ -72,6 +78,50 @@ def test_every_process_does_as_one_alone(size: int, tmp_path: Path) -> None:
         # What is compared is sparse, and shared.
         assert min(joined(layers, "density")) < 0.9
         assert "share" in joined(layers, "policies")
+
+
+class ThreadExchange:
+    """Sums the tensors of two threads, each of which stands for a process."""
+
+    def __init__(self) -> None:
+        self.met, self.given = threading.Barrier(2, timeout=20), {}
+
+    def sum(self, tensor: torch.Tensor) -> None:
+        self.given[threading.get_ident()] = tensor.clone()
+        self.met.wait()
+        total = sum(self.given.values())
+        self.met.wait()
+        tensor.copy_(total)
+
+
+@pytest.mark.parametrize("pivot_rows", [0, 4])
+def test_a_process_of_dense_heads_gets_the_pivots_of_the_others(pivot_rows: int) -> None:
+    """Its heads of a later layer share them; and the others wait for it in the exchange."""
+    layers = [[P, S, D, D], [D, D, S, S], [D, D, D, D]]
+    artifact = tiny_artifact(tiny_llama(), layers)
+    config = RuntimeConfig(gamma=0.6, slack=1.0, max_density=1.0, pivot_rows=pivot_rows)
+    plan = make_plan(artifact, config)
+    query, key, value = torch.randn(4, 150, 16), torch.randn(2, 150, 16), torch.randn(2, 150, 16)
+
+    def attend(prefill: SparsePrefill, q: slice, kv: slice) -> list[tuple[torch.Tensor, Any]]:
+        state = prefill.begin(plan.geometry(150, 150, torch.device("cpu")))
+        tensors = query[q], key[kv], value[kv]
+        return [prefill.attend(n, state, *tensors, scale=0.25) for n in range(len(layers))]
+
+    exchange = ThreadExchange()
+
+    def part(rank: int) -> list[tuple[torch.Tensor, Any]]:
+        prefill = SparsePrefill(plan, range(2 * rank, 2 * rank + 2), exchange)
+        return attend(prefill, slice(2 * rank, 2 * rank + 2), slice(rank, rank + 1))
+
+    alone = attend(SparsePrefill(plan), slice(4), slice(2))
+    with ThreadPoolExecutor(2) as pool:
+        parts = list(pool.map(part, range(2)))
+    for number, (output, record) in enumerate(alone):
+        assert record.policies.tolist() == layers[number]
+        joined_output = torch.cat([part[number][0] for part in parts])
+        torch.testing.assert_close(joined_output, output)
+        assert [p for part in parts for p in part[number][1].policies.tolist()] == layers[number]
 
 
 def test_heads_that_do_not_divide_are_refused() -> None:

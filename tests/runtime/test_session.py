@@ -184,6 +184,24 @@ def test_the_attention_implementation_is_restored(model: Any) -> None:
     assert model.config._attn_implementation == before
 
 
+def test_a_model_of_one_layer_begins_a_pass_with_every_call() -> None:
+    """The pass before left patterns of another prompt, and of another length."""
+    model = tiny_llama(num_hidden_layers=1)
+    artifact = tiny_artifact(model, [[P, S, R, V]])
+    prompts = [token_ids(1, length) for length in (90, 150, 150)]
+
+    def alone(ids: torch.Tensor) -> torch.Tensor:
+        with share_prefill(model, artifact, SPARSE):
+            return model(input_ids=ids).logits
+
+    with torch.no_grad():
+        expected = [alone(ids) for ids in prompts]
+        with share_prefill(model, artifact, SPARSE) as session:
+            found = [model(input_ids=ids).logits for ids in prompts]
+    torch.testing.assert_close(found, expected)
+    assert session.report().prefills == len(prompts)
+
+
 @pytest.mark.parametrize("first", ["sliding_attention", "full_attention", "linear_attention"])
 def test_prefills_are_counted_whatever_the_first_layer_is(first: str) -> None:
     """Layers that are never sparse say nothing of a pass."""
