@@ -27,6 +27,7 @@ from shareprefill.calib.tasks import generate as make_example
 from shareprefill.config import RuntimeConfig
 from shareprefill.models import load_tokenizer, resolve_model
 from shareprefill.runtime.generation import relative_error
+from shareprefill.tokens import encode
 
 REPEATS = 3
 
@@ -58,7 +59,7 @@ def measured(options: argparse.Namespace, size: int) -> dict[str, Any]:
     model = load(options, size)
     tokenizer = load_tokenizer(options.model)
     example = make_example("retr_kv", tokenizer, options.length, seed=1001)
-    ids = torch.tensor(tokenizer(example.prompt).input_ids)[None].to(model.device)
+    ids = encode(tokenizer, example.prompt)[None].to(model.device)
 
     def run() -> torch.Tensor:
         return model(input_ids=ids, use_cache=False, logits_to_keep=1).logits[0, -1].float().cpu()

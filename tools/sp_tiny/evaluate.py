@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from shareprefill.calib.tasks import TASKS, generate
+from shareprefill.tokens import encode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -34,7 +35,7 @@ def encode_question(data: Path, question: tuple[str, int, int]) -> tuple[str, li
     tokenizer = _load_tokenizer(data)
     answer_room = 48
     example = generate(task, tokenizer, length - answer_room, seed)
-    prompt = tokenizer(example.prompt).input_ids
+    prompt = encode(tokenizer, example.prompt).tolist()
     answer = tokenizer(example.answer, add_special_tokens=False).input_ids
     assert len(answer) <= answer_room
     return task, prompt + answer, len(answer)
