@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import re
+import shutil
+import sys
+import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -11,9 +15,11 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
+from rich.box import SIMPLE_HEAD
+from rich.cells import cell_len
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 if TYPE_CHECKING:
     from shareprefill.artifact import Artifact
@@ -23,9 +29,134 @@ if TYPE_CHECKING:
     from shareprefill.diagnosis import Check
     from shareprefill.runtime.answering import Answer
 
-# A table that is piped into a file or a log keeps its columns.
-_PIPED_WIDTH = 100
 _MOVED_ROWS = 20
+_LONGEST_VALUE = 1000
+_GAP = 2  # between two columns
+_NARROWEST_PROSE = 16
+_FIGURE = re.compile(r"[-+.]?\d|-$")
+
+
+def show_table(
+    title: str,
+    columns: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    *,
+    less_important: Sequence[str] = (),
+    prose: Sequence[str] = (),
+) -> None:
+    """Prints a table that breaks no word and cuts no value, however narrow the terminal is.
+
+    Where it does not fit, texts are wrapped between words, then columns are left out, then each row
+    is printed as a block of lines. A file or a pipe gets all columns, each as wide as it needs.
+
+    Args:
+        title: The line above it.
+        columns: Names; the first column says what a row is about.
+        rows: A cell a column.
+        less_important: Columns that may be left out, the least important first; those that the
+            table does not have are passed over.
+        prose: Columns of texts that may be wrapped.
+    """
+    from shareprefill.files import printable
+
+    rows = [[printable(cell, sys.maxsize) for cell in row] for row in rows]
+    width, shown = _width(), list(range(len(columns)))
+    passed_over = [columns.index(name) for name in less_important if name in columns]
+    while (widths := _fit(columns, rows, shown, prose, width)) is None and passed_over:
+        shown.remove(passed_over.pop(0))
+    show_line(title, bold=True)
+    if widths is None:
+        _show_blocks(columns, rows)
+    else:
+        _show_columns(columns, rows, shown, widths)
+    show_line("")
+
+
+def show_line(text: str, *, bold: bool = False) -> None:
+    """Prints a line of prose; a terminal gets it wrapped between words."""
+    width = _width()
+    lines = [text] if width is None else _wrapped(text, width)
+    # Text, not markup: names may hold what rich takes for it.
+    console = Console(width=max(map(cell_len, lines), default=1) or 1)
+    console.print(Text("\n".join(lines), style="bold" if bold else ""), soft_wrap=True)
+
+
+def _width() -> int | None:
+    """The terminal's columns; None where output goes into a file or a pipe."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+
+
+def _fit(
+    columns: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    shown: Sequence[int],
+    prose: Sequence[str],
+    width: int | None,
+) -> list[int] | None:
+    """Widths of the columns that are shown; None where the terminal is too narrow for them."""
+    texts = [[columns[number], *(row[number] for row in rows)] for number in shown]
+    widths = [max(map(cell_len, column)) for column in texts]
+    least = [
+        _least(column, full) if columns[number] in prose else full
+        for number, column, full in zip(shown, texts, widths, strict=True)
+    ]
+    room = None if width is None else width - _GAP * (len(shown) - 1)
+    if room is None or sum(widths) <= room:
+        return widths
+    if sum(least) > room:
+        return None
+    while sum(widths) > room:
+        spare = [full - small for full, small in zip(widths, least, strict=True)]
+        widths[spare.index(max(spare))] -= 1
+    return widths
+
+
+def _least(texts: Sequence[str], full: int) -> int:
+    """The width that a column of prose needs at least."""
+    words = (cell_len(word) for text in texts for word in text.split())
+    return max(min(full, _NARROWEST_PROSE), *words)
+
+
+def _show_columns(
+    columns: Sequence[str], rows: Sequence[Sequence[str]], shown: Sequence[int], widths: list[int]
+) -> None:
+    table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, _GAP - 1, 0, 0))
+    for number, size in zip(shown, widths, strict=True):
+        is_figure = number > 0 and all(_FIGURE.match(row[number]) for row in rows if row[number])
+        table.add_column(
+            Text(columns[number]), justify="right" if is_figure else "left", width=size
+        )
+    for row in rows:
+        table.add_row(*(Text(row[number]) for number in shown))
+    Console(width=sum(widths) + _GAP * len(widths)).print(table)
+    left_out = [name for number, name in enumerate(columns) if number not in shown]
+    if left_out:
+        show_line(f"not shown for lack of width: {'; '.join(left_out)}")
+
+
+def _show_blocks(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    for row in rows:
+        show_line(f"{columns[0]}: {row[0]}")
+        for name, cell in zip(columns[1:], row[1:], strict=True):
+            if cell not in ("", "-"):
+                show_line(f"  {name}: {cell}")
+
+
+def _wrapped(text: str, width: int) -> list[str]:
+    """Lines of whole words; what follows the first is set in as that is, and two more."""
+    indent = " " * (len(text) - len(text.lstrip()))
+    return [
+        line
+        for part in text.split("\n")
+        for line in textwrap.wrap(
+            part,
+            max(width, 1),
+            subsequent_indent=f"{indent}  ",
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+        or [""]
+    ]
 
 
 @contextmanager
@@ -56,19 +187,21 @@ def status(what: str) -> Iterator[None]:
 def show_training(folder: Path, training: Training) -> None:
     """The autoencoder's loss on held-out prompts, beside what it has to beat."""
     losses = training.losses
-    table = _table(f"maps and autoencoder in {folder}", "held-out loss", "mean Hellinger² per row")
     size = training.config.code_size
-    for name, loss in (
+    rows = [
         (f"autoencoder-{size}", losses.autoencoder),
         (f"PCA-{size}, rows normalised", losses.pca),
         (f"PCA-{size}", losses.pca_linear),
         ("mean map of each head", losses.head_mean),
         ("mean map", losses.mean),
-    ):
-        table.add_row(name, f"{loss:.5f}")
-    _print(table)
+    ]
+    show_table(
+        f"maps and autoencoder in {folder}",
+        ("held-out loss", "mean Hellinger² per row"),
+        [(name, f"{loss:.5f}") for name, loss in rows],
+    )
     verdict = "beats" if losses.beats_pca else "does not beat"
-    _line(
+    show_line(
         f"{training.epochs} epochs on {len(training.split.train)} prompts, "
         f"{len(training.split.held_out)} held out: the autoencoder {verdict} PCA"
     )
@@ -76,40 +209,42 @@ def show_training(folder: Path, training: Training) -> None:
 
 def show_clusterings(trials: list[Clustering]) -> None:
     """The numbers of clusters that were tried, the one that was taken marked."""
+    rows = [
+        (
+            f"{trial.k} *" if trial.is_best else f"{trial.k}",
+            f"{trial.cost:.4f}",
+            f"{trial.recall:.4f}",
+            "-" if math.isnan(trial.silhouette) else f"{trial.silhouette:.3f}",
+            f"{trial.sharing}",
+        )
+        for trial in trials
+    ]
     columns = ("k", "cost", "recall", "silhouette", "sharing heads")
-    table = _table("predicted on held-out prompts", *columns)
-    for trial in trials:
-        score = "-" if math.isnan(trial.silhouette) else f"{trial.silhouette:.3f}"
-        mark = " *" if trial.is_best else ""
-        figures = (f"{trial.cost:.4f}", f"{trial.recall:.4f}", score, str(trial.sharing))
-        table.add_row(f"{trial.k}{mark}", *figures)
-    _print(table)
+    show_table("predicted on held-out prompts", columns, rows, less_important=("silhouette",))
 
 
 def summarize(artifact: Artifact, path: Path) -> None:
     """An artifact in tables: its origin, its heads by policy, and its sharing clusters."""
     facts = describe(artifact)
-    policies = _table("heads by policy", "policy", "heads", "recall", "density")
-    for policy in facts["policies"]:
-        policies.add_row(
-            policy["policy"],
-            str(policy["heads"]),
-            f"{policy['recall']:.3f}",
-            f"{policy['density']:.3f}",
+    policies = [
+        (row["policy"], f"{row['heads']}", f"{row['recall']:.3f}", f"{row['density']:.3f}")
+        for row in facts["policies"]
+    ]
+    show_table("heads by policy", ("policy", "heads", "recall", "density"), policies)
+    clusters = [
+        (
+            f"{row['cluster']}",
+            f"{row['heads']}",
+            " ".join(row["pivots"]),
+            f"{row['sharing']}",
+            f"{row['recall']:.3f}",
         )
-    _print(policies)
-    if facts["clusters"]:
-        clusters = _table("sharing clusters", "cluster", "heads", "pivots", "sharing", "recall")
-        for cluster in facts["clusters"]:
-            clusters.add_row(
-                str(cluster["cluster"]),
-                str(cluster["heads"]),
-                " ".join(cluster["pivots"]),
-                str(cluster["sharing"]),
-                f"{cluster['recall']:.3f}",
-            )
-        _print(clusters)
-    _line(
+        for row in facts["clusters"]
+    ]
+    if clusters:
+        columns = ("cluster", "heads", "pivots", "sharing", "recall")
+        show_table("sharing clusters", columns, clusters, prose=("pivots",))
+    show_line(
         f"{path}: {facts['model']}, {facts['heads']} heads, block {facts['block_size']}, "
         f"{facts['sharing_share']:.0%} of heads share; expected density "
         f"{facts['density']:.3f}, recall {facts['recall']:.3f}"
@@ -179,35 +314,37 @@ def _sharing_clusters(artifact: Artifact) -> list[dict[str, Any]]:
 def show_comparison(comparison: Comparison) -> None:
     """What `sp diff` found."""
     if not comparison.differs:
-        _line(f"the artifacts are equal: {comparison.heads} heads of {comparison.models[0]}")
+        show_line(f"the artifacts are equal: {comparison.heads} heads of {comparison.models[0]}")
         return
-    figures = _table("expected", "figure", "before", "after", "change")
-    for name in ("density", "recall", "cost"):
-        old, new = getattr(comparison, name)
-        texts = ["-" if value is None else f"{value:.4f}" for value in (old, new)]
-        change = "-" if old is None or new is None else f"{new - old:+.4f}"
-        figures.add_row(name, *texts, change)
-    _print(figures)
+    figures = [
+        (name, *_before_and_after(*getattr(comparison, name)))
+        for name in ("density", "recall", "cost")
+    ]
+    show_table("expected", ("figure", "before", "after", "change"), figures)
     if comparison.moved:
-        moved = _table("heads that moved", "layer.head", "policy", "pivot", "cluster")
-        for head in comparison.moved[:_MOVED_ROWS]:
-            pairs = (head.policy, head.pivot, head.cluster)
-            moved.add_row(head.head, *(_change(*pair) for pair in pairs))
-        _print(moved)
+        moved = [
+            (head.head, _change(*head.policy), _change(*head.pivot), _change(*head.cluster))
+            for head in comparison.moved[:_MOVED_ROWS]
+        ]
+        columns = ("layer.head", "policy", "pivot", "cluster")
+        show_table("heads that moved", columns, moved, prose=("policy",))
         if len(comparison.moved) > _MOVED_ROWS:
-            _line(f"and {len(comparison.moved) - _MOVED_ROWS} more; --json has all")
+            show_line(f"and {len(comparison.moved) - _MOVED_ROWS} more; --json has all")
     if comparison.settings:
-        settings = _table("settings", "name", "before", "after")
-        for setting in comparison.settings:
-            settings.add_row(escape(setting.name), _value(setting.before), _value(setting.after))
-        _print(settings)
+        settings = [(s.name, _value(s.before), _value(s.after)) for s in comparison.settings]
+        show_table("settings", ("name", "before", "after"), settings, prose=("before", "after"))
     if comparison.values:
         counts = ", ".join(f"{name} {count}" for name, count in comparison.values.items())
-        _line(f"heads with other values: {counts}")
-    _line(
+        show_line(f"heads with other values: {counts}")
+    show_line(
         f"{len(comparison.moved)} of {comparison.heads} heads moved; adjusted Rand index of the "
         f"clusters {comparison.rand_index:.4f}"
     )
+
+
+def _before_and_after(old: float | None, new: float | None) -> tuple[str, str, str]:
+    texts = ["-" if value is None else f"{value:.4f}" for value in (old, new)]
+    return texts[0], texts[1], "-" if old is None or new is None else f"{new - old:+.4f}"
 
 
 def _change(old: object, new: object) -> str:
@@ -219,8 +356,9 @@ def _value(value: object) -> str:
     from shareprefill.clustering.comparison import ABSENT
     from shareprefill.files import printable
 
-    # Escaped: a file's text may hold what rich takes for markup.
-    return "(absent)" if value is ABSENT else escape(printable(json.dumps(value), 60))
+    if value is ABSENT:
+        return "(absent)"
+    return printable(json.dumps(value, ensure_ascii=False), _LONGEST_VALUE)
 
 
 def finish_run(result: Answer, *, as_json: bool) -> None:
@@ -240,7 +378,8 @@ def finish_run(result: Answer, *, as_json: bool) -> None:
     ]
     if facts.get("recall") is not None:
         parts.insert(2, f"recall {facts['recall']:.3f}")
-    _line("\n" + " | ".join(parts))
+    _line("")
+    show_line(" | ".join(parts))
     if result.dense is not None:
         same = "the same answer" if facts["same_answer"] else f"answer {facts['dense_text']!r}"
         parts = [f"dense: {same}", f"first token {_times(result.dense_seconds)}"]
@@ -253,7 +392,7 @@ def finish_run(result: Answer, *, as_json: bool) -> None:
             f"the same first choice at {facts['top1_agreement']:.1%} of the positions",
             f"relative error of the last hidden state {facts['hidden_error']:.2e}",
         ]
-        _line(" | ".join(parts))
+        show_line(" | ".join(parts))
 
 
 def _times(seconds: Sequence[float]) -> str:
@@ -297,24 +436,8 @@ def _run_facts(result: Answer) -> dict[str, Any]:
 
 def show_checks(checks: list[Check]) -> None:
     """What `sp doctor` found."""
-    table = _table("sp doctor", "what", "state", "detail")
-    for check in checks:
-        table.add_row(check.name, check.state, check.detail)
-    _print(table)
-
-
-def _table(title: str, *columns: str) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold")
-    for column in columns:
-        table.add_column(column, justify="left" if column == columns[0] else "right")
-    return table
-
-
-def _print(table: Table) -> None:
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=_PIPED_WIDTH)
-    console.print(table)
+    rows = [(check.name, check.state, check.detail) for check in checks]
+    show_table("sp doctor", ("what", "state", "detail"), rows, prose=("state", "detail"))
 
 
 def _line(text: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -16,6 +16,9 @@ from shareprefill.commands.options import (
     RemoteCodeOption,
     parse_lengths,
 )
+
+if TYPE_CHECKING:
+    from shareprefill.bench.measure import BenchResult
 
 # Defaults are read off the configuration, where alone they live.
 _BENCH = BenchConfig()
@@ -53,7 +56,6 @@ def bench_command(
     """Time prefills of several lengths, dense and with shared sparse patterns."""
     from shareprefill.artifact import load_artifact
     from shareprefill.bench.measure import run_bench
-    from shareprefill.bench.table import table
 
     config = BenchConfig(
         lengths=parse_lengths(lengths),
@@ -72,4 +74,18 @@ def bench_command(
         trust_remote_code=trust_remote_code,
         progress=lambda row: typer.echo(f"{row.tokens} {row.attention}", err=True),
     )
-    typer.echo(json.dumps(result.to_dict(), indent=1) if as_json else table(result))
+    if as_json:
+        typer.echo(json.dumps(result.to_dict(), indent=1))
+    else:
+        show_bench(result)
+
+
+def show_bench(result: BenchResult) -> None:
+    """What was measured, the rows, and the notes."""
+    from shareprefill.bench.table import COLUMNS, LESS_IMPORTANT, table_rows
+    from shareprefill.console import show_line, show_table
+
+    title = f"{result.model}, {result.dtype}, {result.device}"
+    show_table(title, COLUMNS, table_rows(result), less_important=LESS_IMPORTANT)
+    for note in result.notes:
+        show_line(f"- {note}")

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -22,11 +21,13 @@ from shareprefill.config import POLICIES
 from shareprefill.errors import ConfigError
 from shareprefill.evaluation.config import EvalConfig
 
+if TYPE_CHECKING:
+    from shareprefill.evaluation.results import Evaluation
+
 # Defaults are read off the configuration, where alone they live.
 _EVAL = EvalConfig(artifact="-")
 _TASKS, _POLICIES = ",".join(_EVAL.tasks), ",".join(_EVAL.policies)
 _LENGTHS = ",".join(map(str, _EVAL.lengths))
-_PIPED_WIDTH = 140
 
 ArtifactOption = Annotated[Path, typer.Option(help="Artifact of the model.")]
 OtherModelOption = Annotated[
@@ -132,15 +133,8 @@ def eval_command(
     require_plot(plot, measure=measure)
     from shareprefill.console import progress
     from shareprefill.evaluation.figures import frontier_figure
-    from shareprefill.evaluation.frontier import TARGET_RECALL
     from shareprefill.evaluation.pages import evaluation_page
     from shareprefill.evaluation.suite import evaluate
-    from shareprefill.evaluation.tables import (
-        density_table,
-        reached_table,
-        short_table,
-        summary_table,
-    )
     from shareprefill.evaluation.tables import markdown as as_markdown
     from shareprefill.files import atomic_write_bytes, atomic_write_text, locked_output
     from shareprefill.report.drawing import figure_file
@@ -169,14 +163,23 @@ def eval_command(
     if as_json:
         typer.echo(found.to_json(), nl=False)
         return
-    show_table("policies, over all tasks and lengths", *summary_table(found))
+    show_evaluation(found)
+
+
+def show_evaluation(found: Evaluation) -> None:
+    """The tables of an evaluation that a terminal has room for."""
+    from shareprefill.console import show_table
+    from shareprefill.evaluation import tables
+    from shareprefill.evaluation.frontier import TARGET_RECALL
+
     for title, (columns, rows) in (
-        (f"at a mean recall of {TARGET_RECALL}", reached_table(found)),
-        ("at equal effective density", density_table(found)),
+        ("policies, over all tasks and lengths", tables.summary_table(found)),
+        (f"at a mean recall of {TARGET_RECALL}", tables.reached_table(found)),
+        ("at equal effective density", tables.density_table(found)),
+        ("by task, with 95 % intervals over prompts", tables.short_table(found.cells)),
     ):
         if rows:
-            show_table(title, columns, rows)
-    show_table("by task, with 95 % intervals over prompts", *short_table(found.cells))
+            show_table(title, columns, rows, less_important=tables.LESS_IMPORTANT)
 
 
 def listed(text: str) -> tuple[str, ...]:
@@ -208,21 +211,3 @@ def require_plot(plot: Path | None, *, measure: bool) -> None:
         raise ConfigError(f"plot = {str(plot)!r} is not allowed: it must end in .svg or .png")
     if not measure:
         raise ConfigError("--plot shows recall, which --no-measure leaves out: drop one of them")
-
-
-def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Prints a table; piped into a file, it keeps its columns."""
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
-
-    table = Table(title=title, title_justify="left", title_style="bold")
-    for number, column in enumerate(columns):
-        words = rows and not rows[0][number][:1].isdigit()
-        table.add_column(column, justify="left" if number == 0 or words else "right")
-    for row in rows:
-        table.add_row(*map(escape, row))
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=_PIPED_WIDTH)
-    console.print(table)

@@ -67,27 +67,19 @@ def regenerate_command(
     if as_json:
         typer.echo(to_json(outcomes))
     else:
-        _show(outcomes)
+        show_outcomes(outcomes)
     if any(outcome.failed for outcome in outcomes):
         raise typer.Exit(1)
 
 
-def _show(outcomes: list[Outcome]) -> None:
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
-
+def show_outcomes(outcomes: list[Outcome]) -> None:
+    """The table, and below it why models are not equal."""
+    from shareprefill.console import show_line, show_table
     from shareprefill.files import printable
-    from shareprefill.regeneration.outcomes import HEADINGS
+    from shareprefill.regeneration.outcomes import HEADINGS, LESS_IMPORTANT
 
-    table = Table(title="regenerated artifacts", title_justify="left", title_style="bold")
-    for heading in HEADINGS:
-        table.add_column(heading)
-    for outcome in outcomes:
-        table.add_row(*map(escape, outcome.cells()))
-    console = Console()
-    # A table that is piped into a file or a log keeps its columns.
-    (console if console.is_terminal else Console(width=120)).print(table)
+    rows = [outcome.cells() for outcome in outcomes]
+    show_table("regenerated artifacts", HEADINGS, rows, less_important=LESS_IMPORTANT)
     for outcome in outcomes:
         for line in outcome.lines:
-            typer.echo(f"{outcome.name}: {outcome.status}: {printable(line, 1000)}")
+            show_line(f"{outcome.name}: {outcome.status}: {printable(line, 1000)}")

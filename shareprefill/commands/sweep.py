@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -17,7 +17,6 @@ from shareprefill.commands.evaluate import (
     TasksOption,
     listed,
     require_folder,
-    show_table,
 )
 from shareprefill.commands.known import model_of
 from shareprefill.commands.options import (
@@ -29,6 +28,9 @@ from shareprefill.commands.options import (
 )
 from shareprefill.config import POLICIES
 from shareprefill.evaluation.config import SweepConfig
+
+if TYPE_CHECKING:
+    from shareprefill.evaluation.sweep import Sweep
 
 # Defaults are read off the configuration, where alone they live.
 _SWEEP = SweepConfig(artifact="-", gammas=(0.9,))
@@ -108,7 +110,6 @@ def sweep_command(
     from shareprefill.console import progress
     from shareprefill.evaluation.pages import sweep_page
     from shareprefill.evaluation.sweep import sweep
-    from shareprefill.evaluation.tables import curve_table, knee_table
     from shareprefill.files import atomic_write_text
 
     with progress("outcomes") as advance:
@@ -126,6 +127,16 @@ def sweep_command(
     if as_json:
         typer.echo(found.to_json(), nl=False)
         return
+    show_sweep(found)
+
+
+def show_sweep(found: Sweep) -> None:
+    """The curve and the knees of every parameter."""
+    from shareprefill.console import show_table
+    from shareprefill.evaluation.tables import LESS_IMPORTANT, curve_table, knee_table
+
     for curve in found.curves:
-        show_table(f"{curve.parameter}, over all tasks", *curve_table(curve, found.dense))
-        show_table("knees", *knee_table(curve))
+        columns, rows = curve_table(curve, found.dense)
+        title = f"{curve.parameter}, over all tasks"
+        show_table(title, columns, rows, less_important=LESS_IMPORTANT)
+        show_table("knees", *knee_table(curve), prose=("knee of",))

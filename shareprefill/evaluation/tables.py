@@ -20,6 +20,11 @@ from shareprefill.files import printable
 
 Table = tuple[list[str], list[list[str]]]
 """Columns and rows."""
+LESS_IMPORTANT = (
+    *("error", "selection", "worst 5 %", "top 1", "density", "to oracle", "first token, s"),
+    *("perplexity", "against dense", "KL", "recall"),
+)
+"""Columns that a narrow terminal goes without, the least important first."""
 NAMES = {
     "recall": "recall",
     "accuracy": "accuracy",

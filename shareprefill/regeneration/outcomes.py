@@ -21,6 +21,8 @@ Status = Literal["equal", "unchanged", "drifted", "missing", "failed", "updated"
 _FAILURES = ("drifted", "missing", "failed")
 _COLUMNS = ("accuracy", "density", "recall")
 HEADINGS = ("model", "status", *_COLUMNS, "heads moved", "seconds")
+# Columns that a narrow terminal goes without, the least important first.
+LESS_IMPORTANT = ("seconds", "recall", "density", "heads moved", "accuracy")
 # What an artifact is made with. `summary` and `rows` are outcomes, the model's name and the device
 # say where it was made.
 _SETTINGS = ("block_size", "configuration.", "model_type", "thresholds.", "weights")
