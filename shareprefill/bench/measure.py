@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 DENSE, SHARE = "dense", "share"
-# Prefills of at most so many tokens are timed several times, and warm the longer ones up.
+# Tokens of the prefill that warms longer ones up; prefills of each kind, whose median counts.
 _SHORT, _REPEATS = 32768, 3
 
 
@@ -38,7 +38,7 @@ class BenchRow:
         tokens: Of the prompt.
         attention: `dense` or `share`.
         chunk: Tokens at a time; 0 for all at once.
-        ttft_s: Seconds to the first token: prefill and the last token's logits.
+        ttft_s: Seconds to the first token: prefill and the last token's logits; the median.
         peak_gib: Most device memory held, weights and cache included; None on a CPU.
         density: Computed share of the causal blocks.
         selection_work: Work of choosing the patterns, as a share of dense attention's operations.
@@ -126,10 +126,10 @@ def run_bench(
     bench.warm_up(max(prompts, key=len))
     rows = []
     for prompt in prompts:
-        for attention in (DENSE, SHARE) if config.dense else (SHARE,):
-            rows.append(bench.measure(prompt, attention))
+        for row in bench.measure(prompt):
+            rows.append(row)
             if progress is not None:
-                progress(rows[-1])
+                progress(row)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     layers = model.config.get_text_config(decoder=True).num_hidden_layers
     return BenchResult(
@@ -153,37 +153,45 @@ class _Bench:
     ) -> None:
         self.config, self.model, self.device = config, model, device
         self.session = Session(model, artifact, RuntimeConfig(min_tokens=0))
+        self.kinds = (DENSE, SHARE) if config.dense else (SHARE,)
 
     def warm_up(self, prompt: Tensor) -> None:
         """Compiles the kernels, fills the allocator, and imports what chunks need."""
         short = prompt[:_SHORT]
-        for attention in (DENSE, SHARE) if self.config.dense else (SHARE,):
+        for attention in self.kinds:
             self._prefill(short, attention, 0)
             if 0 < self._chunk(prompt) < len(prompt):
                 self._prefill(short, attention, -(-len(short) // 2))
 
-    def measure(self, prompt: Tensor, attention: str) -> BenchRow:
-        """Times one prompt."""
+    def measure(self, prompt: Tensor) -> list[BenchRow]:
+        """Times one prompt, its kinds of attention in turns: a clock that drifts slows both."""
         chunk = self._chunk(prompt)
+        seconds: dict[str, list[float]] = {attention: [] for attention in self.kinds}
+        peaks: dict[str, float | None] = dict.fromkeys(self.kinds)
+        self.session.reset()
         cuda = self.device.type == "cuda"
         if cuda:
             torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats(self.device)
-        self.session.reset()
-        repeats = _REPEATS if len(prompt) <= _SHORT else 1
-        seconds = statistics.median(
-            [self._prefill(prompt, attention, chunk) for _ in range(repeats)]
-        )
+        for _ in range(_REPEATS):
+            for attention in self.kinds:
+                if cuda:
+                    torch.cuda.reset_peak_memory_stats(self.device)
+                seconds[attention].append(self._prefill(prompt, attention, chunk))
+                if cuda:
+                    peaks[attention] = torch.cuda.max_memory_allocated(self.device) / 2**30
         report = self.session.report()
-        return BenchRow(
-            tokens=len(prompt),
-            attention=attention,
-            chunk=chunk if chunk < len(prompt) else 0,
-            ttft_s=seconds,
-            peak_gib=torch.cuda.max_memory_allocated(self.device) / 2**30 if cuda else None,
-            density=report.density if attention == SHARE else 1.0,
-            selection_work=report.selection_work if attention == SHARE else 0.0,
-        )
+        return [
+            BenchRow(
+                tokens=len(prompt),
+                attention=attention,
+                chunk=chunk if chunk < len(prompt) else 0,
+                ttft_s=statistics.median(seconds[attention]),
+                peak_gib=peaks[attention],
+                density=report.density if attention == SHARE else 1.0,
+                selection_work=report.selection_work if attention == SHARE else 0.0,
+            )
+            for attention in self.kinds
+        ]
 
     def _chunk(self, prompt: Tensor) -> int:
         """Tokens of a prompt at a time; 0 for all at once."""
@@ -194,7 +202,10 @@ class _Bench:
     def notes(self, rows: list[BenchRow]) -> tuple[str, ...]:
         """What the rows do not say of themselves."""
         least = crossover(self.device).tokens
-        found = ["dense: the model's own attention (torch SDPA)"]
+        found = [
+            f"times: medians of {_REPEATS} prefills, dense and shared in turns",
+            "dense: the model's own attention (torch SDPA)",
+        ]
         if any(row.tokens < least for row in rows):
             found.append(
                 f"share is forced at every length: a session runs prompts below {least} tokens "

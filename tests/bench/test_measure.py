@@ -74,10 +74,30 @@ def test_what_is_timed_was_warmed_up(monkeypatch: pytest.MonkeyPatch, chunk: int
     monkeypatch.setattr(measure, "_SHORT", 600)
     run_bench(tiny(lengths=(1000,), chunk=chunk))
     *warm, dense, share = taken
-    assert {dense, share} <= set(warm)
+    assert {dense, share} <= set(warm[:-4])
     taken.clear()
     run_bench(tiny(lengths=(1000,), chunk=chunk, dense=False))
     assert {attention for attention, _ in taken} == {"share"}
+
+
+def test_dense_and_shared_take_turns_and_the_median_counts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    taken: list[str] = []
+    clock = iter([5.0, 40.0, 9.0, 20.0, 1.0, 30.0])
+
+    def timed(_bench: Any, prompt: torch.Tensor, attention: str, _chunk: int) -> float:
+        if len(prompt) <= 600:
+            return 0.0  # It warms up.
+        taken.append(attention)
+        return next(clock)
+
+    monkeypatch.setattr(measure._Bench, "_prefill", timed)
+    monkeypatch.setattr(measure, "_SHORT", 600)
+    result = run_bench(tiny(lengths=(1000,)))
+    assert taken == ["dense", "share"] * 3
+    assert [row.ttft_s for row in result.rows] == [5.0, 30.0]
+    assert "medians of 3 prefills" in table(result)
 
 
 def test_a_model_with_its_artifact(tmp_path: Path) -> None:
