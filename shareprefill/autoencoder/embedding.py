@@ -12,17 +12,6 @@ from shareprefill.autoencoder.network import MapAutoencoder
 
 
 @dataclass(frozen=True)
-class Embedding:
-    """The code of each head in each prompt.
-
-    Attributes:
-        codes: float32 `[P, K, Z]`.
-    """
-
-    codes: Tensor
-
-
-@dataclass(frozen=True)
 class Consensus:
     """What each head looks like over prompts.
 
@@ -39,10 +28,14 @@ class Consensus:
 
 
 @torch.no_grad()
-def embed(network: MapAutoencoder, maps: Tensor) -> Embedding:
-    """Encodes maps `[P, K, R, R]`, rows summing to 1, prompt by prompt."""
+def embed(network: MapAutoencoder, maps: Tensor) -> Tensor:
+    """Encodes maps `[P, K, R, R]`, rows summing to 1, prompt by prompt.
+
+    Returns:
+        The code of each head in each prompt, float32 `[P, K, Z]`.
+    """
     network.eval()
-    return Embedding(torch.stack([network.encode(prompt) for prompt in maps]))
+    return torch.stack([network.encode(prompt) for prompt in maps])
 
 
 @torch.no_grad()

@@ -80,7 +80,7 @@ def train(
         dataset = load_maps(store, config.resolution)
         split = dataset.split([record.source for record in store.prompts])
         trained = train_autoencoder(dataset.maps, config, split=split, on_epoch=on_epoch)
-        codes = embed(trained.network, dataset.maps).codes
+        codes = embed(trained.network, dataset.maps)
         training = Training(config, split, trained.losses, len(trained.history) - 1)
         save_autoencoder(folder / WEIGHTS, trained, config)
         atomic_write_bytes(folder / CODES, save({"codes": codes}))

@@ -23,7 +23,7 @@ def random_maps(prompts: int, heads: int, n: int) -> torch.Tensor:
 def test_codes_are_those_of_the_encoder() -> None:
     maps = random_maps(4, 6, 9)
     network = small_network(maps)
-    codes = embed(network, maps).codes
+    codes = embed(network, maps)
     assert codes.shape == (4, 6, 5)
     assert codes.dtype == torch.float32
     assert not codes.requires_grad
@@ -48,5 +48,5 @@ def test_consensus_by_hand() -> None:
 def test_a_head_that_never_changes_has_no_instability() -> None:
     maps = random_maps(1, 6, 9).expand(3, 6, 9, 9)
     network = small_network(maps)
-    agreed = consensus(network, embed(network, maps).codes)
+    agreed = consensus(network, embed(network, maps))
     torch.testing.assert_close(agreed.instability, torch.zeros(6), rtol=0, atol=1e-6)

@@ -1,7 +1,8 @@
-"""Tile sizes of the Triton kernels, fixed per head dim, dtype and GPU generation."""
+"""What launchers share: tiles, fixed per head dim, dtype and GPU generation; logits' factors."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -127,3 +128,14 @@ def check_tile_block_size(block_size: int) -> None:
             "the Triton kernels take a block_size that is a power of two of at least 16, "
             f"got {block_size}; use impl='reference'"
         )
+
+
+def logit_factors(scale: float, softcap: float | None) -> tuple[float, float]:
+    """The kernels' `scale_log2` and `softcap_log2`, by which logits are in units of log2.
+
+    With a soft-cap the first one holds what `cap_logits` wants: `2 log2(e) / softcap`.
+    """
+    log2e = 1.0 / math.log(2.0)
+    if softcap is None:
+        return scale * log2e, 0.0
+    return 2.0 * log2e * scale / softcap, softcap * log2e

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -10,7 +9,7 @@ import torch
 from shareprefill.runtime.ops.blocks import BlockLists
 from shareprefill.runtime.ops.devices import device_of
 from shareprefill.runtime.ops.hopper import launch
-from shareprefill.runtime.ops.triton_tiles import multiprocessors
+from shareprefill.runtime.ops.triton_tiles import logit_factors, multiprocessors
 
 # Keys and values of the heads that run at one time: of the 50 MB of L2, which queries and outputs
 # pass through as well.
@@ -71,7 +70,6 @@ def attend(
         has_softcap=softcap is not None,
         has_sinks=sinks is not None,
     )
-    log2e = 1.0 / math.log(2.0)
     with device_of(query):
         block_sparse_hopper_kernel[(min(lists.n_q * n_heads, multiprocessors(query.device)),)](
             launch.describe_tiles(query, launch.BLOCK // 2),
@@ -92,8 +90,7 @@ def attend(
             lists.n_q,
             n_q_tokens,
             key.shape[1],
-            scale * log2e if softcap is None else 2.0 * log2e * scale / softcap,
-            0.0 if softcap is None else softcap * log2e,
+            *logit_factors(scale, softcap),
             **constants,
             **launch_options(),
         )

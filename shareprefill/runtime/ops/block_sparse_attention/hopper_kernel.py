@@ -5,46 +5,31 @@ are issued before the last block's product, and the softmax runs beside the prod
 FlashAttention-3 (arXiv 2407.08608, section 3.2), which here runs on from tile to tile.
 """
 
-# Gluon is typed by its compiler, which knows constexpr, program-wide scalars and tiles.
-# pyright: reportGeneralTypeIssues=false, reportOperatorIssue=false, reportArgumentType=false
-# pyright: reportAssignmentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
-# pyright: reportIndexIssue=false, reportOptionalMemberAccess=false
-
 from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
-    warpgroup_mma_wait,
-)
+from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma_wait
 
 from shareprefill.runtime.ops.block_sparse_attention.hopper_schedule import schedule
 from shareprefill.runtime.ops.hopper.pipeline import (
     QUERIES,
+    cap_logits,
+    first_logits,
     free_tile,
     hide_later_keys,
     issue_logits,
     issue_values,
-    make_barriers,
     max_of_rows,
+    store_rows,
     sum_of_threads,
     sum_within_threads,
     wait_tile,
 )
-from shareprefill.runtime.ops.hopper.work_queue import ROUNDS, produce, read_work
+from shareprefill.runtime.ops.hopper.work_queue import make_rings, produce, read_work
 
 LOG2E = gl.constexpr(1.4426950408889634)
 LN2 = gl.constexpr(0.6931471805599453)
-
-
-@gluon.jit
-def _cap(b_logits, scales, HAS_SOFTCAP: gl.constexpr):
-    """Soft-capped logits in units of log2, as `triton_steps.cap_logits`; others as they are."""
-    if HAS_SOFTCAP:
-        scale_log2, softcap_log2 = scales
-        b_logits = softcap_log2 * (1.0 - 2.0 / (gl.exp2(b_logits * scale_log2) + 1.0))
-    return b_logits
 
 
 @gluon.jit
@@ -54,7 +39,8 @@ def _softmax(b_logits, b_max, scales, HAS_SOFTCAP: gl.constexpr):
     Maxima are in the logits' unit, which is log2 after a soft-cap and not scaled otherwise. Sums
     are `[M, 4]`, one in each of a row's threads.
     """
-    factor = 1.0 if HAS_SOFTCAP else scales[0]
+    scale_log2, _softcap_log2 = scales
+    factor = 1.0 if HAS_SOFTCAP else scale_log2
     b_new = gl.maximum(b_max, max_of_rows(b_logits))
     # A row that has seen no key keeps a finite pivot: -inf - -inf would be NaN.
     b_pivot = gl.where(b_new == float("-inf"), 0.0, b_new * factor)
@@ -87,14 +73,10 @@ def _store(
 ):
     """Normalise and write rows of one head."""
     p_out, p_lse, p_sinks, stride_oh, stride_on, n_q_tokens = output
-    ROWS: gl.constexpr = b_acc.shape[0]
-    BLOCK_D: gl.constexpr = b_acc.shape[1]
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BLOCK_D, BLOCK_D // 8], [4, 1], [1, 0])
-    o_m = i_row + gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
-    o_d = gl.arange(0, BLOCK_D, layout=gl.SliceLayout(0, layout))
     row_layout: gl.constexpr = b_max.type.layout
     b_sum = sum_of_threads(b_sum, row_layout)
-    b_top = b_max * (1.0 if HAS_SOFTCAP else scales[0])
+    scale_log2, _softcap_log2 = scales
+    b_top = b_max * (1.0 if HAS_SOFTCAP else scale_log2)
     b_factor = gl.where(b_sum == 0.0, 1.0, 1.0 / b_sum)
     if HAS_SINKS:
         # One more key without a value. It may be far above all logits, so it can be the pivot.
@@ -104,16 +86,11 @@ def _store(
         b_factor = gl.exp2(b_old - b_top)
         b_sum = b_sum * b_factor + gl.exp2(sink - b_top)
         b_factor = b_factor / b_sum
-    b_factor = gl.convert_layout(b_factor, gl.SliceLayout(1, b_acc.type.layout))
-    b_out = gl.convert_layout((b_acc * b_factor[:, None]).to(DTYPE), layout)
-    m_out = (o_m < n_q_tokens)[:, None]
-    if HEAD_DIM != BLOCK_D:
-        m_out = m_out & (o_d < HEAD_DIM)[None, :]
-    p_rows = p_out + i_head.to(gl.int64) * stride_oh + o_m.to(gl.int64) * stride_on
-    gl.store(p_rows[:, None] + o_d[None, :], b_out, mask=m_out)
+    p_rows = p_out + i_head.to(gl.int64) * stride_oh
+    store_rows(b_acc, b_factor, p_rows, stride_on, i_row, n_q_tokens, DTYPE, HEAD_DIM)
     if HAS_LSE:
         # Where no key is seen the maximum and the sum's logarithm are -inf.
-        o_row = i_row + gl.arange(0, ROWS, layout=b_sum.type.layout)
+        o_row = i_row + gl.arange(0, b_sum.shape[0], layout=row_layout)
         p_row = p_lse + i_head.to(gl.int64) * n_q_tokens
         gl.store(p_row + o_row, (b_top + gl.log2(b_sum)) * LN2, mask=o_row < n_q_tokens)
 
@@ -140,6 +117,7 @@ def _consume(
     is under way, or it serialises them.
     """
     queue, q_ring, k_ring, v_ring = rings
+    _out, _lse, _sinks, _stride_oh, _stride_on, n_q_tokens = output
     q_tiles, q_ready, q_free = q_ring
     k_tiles, k_ready, k_free = k_ring
     v_tiles, v_ready, v_free = v_ring
@@ -148,19 +126,15 @@ def _consume(
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
     row_layout: gl.constexpr = gl.SliceLayout(1, s_layout)
     b_unseen = gl.full([ROWS], float("-inf"), gl.float32, row_layout)
-    i_offset = HALF * ROWS + n_k_tokens - output[5]
+    i_offset = HALF * ROWS + n_k_tokens - n_q_tokens
 
     i_step = 0
     i_round = 0
     i_head, i_tile, _start, n_listed, i_last, i_second = read_work(queue, i_round)
     b_logits = gl.zeros([ROWS, BLOCK], gl.float32, s_layout)
     if i_head >= 0:
-        wait_tile(q_ready, i_round)
-        wait_tile(k_ready, i_step)
-        b_logits = issue_logits(q_tiles, HALF, k_tiles, i_step, s_layout)
-        b_logits = warpgroup_mma_wait(0, deps=[b_logits])
-        free_tile(k_free, i_step)
-        b_logits = _cap(b_logits, scales, HAS_SOFTCAP)
+        b_logits = first_logits(q_ring, k_ring, HALF, s_layout)
+        b_logits = cap_logits(b_logits, scales, HAS_SOFTCAP)
         b_logits = hide_later_keys(b_logits, i_tile * BLOCK + i_offset, i_last * BLOCK)
     b_weights, b_max, b_sum, b_rescale = _softmax(b_logits, b_unseen, scales, HAS_SOFTCAP)
     while i_head >= 0:
@@ -170,7 +144,7 @@ def _consume(
         b_acc = gl.zeros([ROWS, BLOCK_D], gl.float32, o_layout)
         i_end = i_step + n_listed
         # Of the others only the next can hold keys past a row.
-        i_diagonal = (i_tile * BLOCK + n_k_tokens - output[5] + 1) // BLOCK
+        i_diagonal = (i_tile * BLOCK + n_k_tokens - n_q_tokens + 1) // BLOCK
         i_masked = gl.where(i_second >= i_diagonal, i_step + 1, -1)
         if n_listed > 1:
             wait_tile(k_ready, i_step + 1)
@@ -180,7 +154,7 @@ def _consume(
             b_acc = issue_values(b_weights, v_tiles, i_k - 1, b_acc)
             b_logits = warpgroup_mma_wait(1, deps=[b_logits])
             free_tile(k_free, i_k)
-            b_logits = _cap(b_logits, scales, HAS_SOFTCAP)
+            b_logits = cap_logits(b_logits, scales, HAS_SOFTCAP)
             if i_k == i_masked:
                 b_logits = hide_later_keys(b_logits, i_position, i_second * BLOCK)
             b_weights, b_max, b_mass, b_rescale = _softmax(b_logits, b_max, scales, HAS_SOFTCAP)
@@ -207,7 +181,7 @@ def _consume(
             b_acc = issue_values(b_weights, v_tiles, i_step - 1, b_acc)
             b_logits = warpgroup_mma_wait(1, deps=[b_logits])
             free_tile(k_free, i_step)
-            b_logits = _cap(b_logits, scales, HAS_SOFTCAP)
+            b_logits = cap_logits(b_logits, scales, HAS_SOFTCAP)
             b_logits = hide_later_keys(b_logits, n_tile * BLOCK + i_offset, i_last * BLOCK)
             b_weights, b_max, b_sum, b_rescale = _softmax(b_logits, b_unseen, scales, HAS_SOFTCAP)
             wait_tile(v_ready, i_step - 1)
@@ -273,21 +247,8 @@ def block_sparse_hopper_kernel(
 
     `p_next` is an int32 that is zero before the launch and after it.
     """
-    DTYPE: gl.constexpr = k_desc.dtype
-    HALF: gl.constexpr = BLOCK // 2
-    q_tiles = gl.allocate_shared_memory(DTYPE, [QUERIES * 2, 1, HALF, BLOCK_D], q_desc.layout)
-    k_tiles = gl.allocate_shared_memory(DTYPE, [STAGES, 1, BLOCK, BLOCK_D], k_desc.layout)
-    v_tiles = gl.allocate_shared_memory(DTYPE, [STAGES, 1, BLOCK, BLOCK_D], v_desc.layout)
-    line: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[0])
-    items = gl.allocate_shared_memory(gl.int32, [ROUNDS, 32], line)
-    # Places are freed by both warpgroups, work items by the loading warp too.
-    queue = (items, make_barriers(ROUNDS, 1), make_barriers(ROUNDS, 3))
-    q_ring = (q_tiles, make_barriers(QUERIES, 1), make_barriers(QUERIES, 2))
-    k_ring = (k_tiles, make_barriers(STAGES, 1), make_barriers(STAGES, 2))
-    v_ring = (v_tiles, make_barriers(STAGES, 1), make_barriers(STAGES, 2))
-    fence_async_shared()
-
-    rings = (queue, q_ring, k_ring, v_ring)
+    rings = make_rings(q_desc, k_desc, v_desc, BLOCK, BLOCK_D, STAGES)
+    queue, _q_ring, _k_ring, _v_ring = rings
     output = (p_out, p_lse, p_sinks, stride_oh, stride_on, n_q_tokens)
     scales = (scale_log2, softcap_log2)
     # fmt: off

@@ -1,16 +1,16 @@
 """The warp that draws the work of the Hopper kernel."""
 
-# Gluon is typed by its compiler, which knows constexpr, program-wide scalars and tiles.
-# pyright: reportGeneralTypeIssues=false, reportOperatorIssue=false, reportArgumentType=false
-# pyright: reportAssignmentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
-# pyright: reportIndexIssue=false, reportOptionalMemberAccess=false
-
 from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from shareprefill.runtime.ops.hopper.work_queue import place_work, write_work, zero_rows
+from shareprefill.runtime.ops.hopper.work_queue import (
+    draw_work,
+    place_work,
+    write_work,
+    zero_rows,
+)
 
 
 @gluon.jit
@@ -57,7 +57,7 @@ def schedule(
     HAS_SINKS: gl.constexpr,
 ):
     """One warp: draws tiles from the counter that all programs share, and reads their lists."""
-    n_q_tokens = output[5]
+    _out, _lse, _sinks, _stride_oh, _stride_on, n_q_tokens = output
     lane = gl.arange(0, 32, layout=gl.BlockedLayout([1], [32], [1], [0]))
     n_work = n_heads * n_q
     i_round = 0
@@ -89,9 +89,5 @@ def schedule(
                 _write_unseen(
                     output, i_head, i_tile * BLOCK, HEAD_DIM, BLOCK_D, BLOCK, HAS_LSE, HAS_SINKS
                 )
-        # Every tile is followed by one draw; the last of all draws leaves the counter at zero.
-        i_draw = gl.atomic_add(p_next, 1, sem="relaxed")
-        if i_draw == n_work - 1:
-            gl.store(p_next, 0)
-        i_work = i_draw + gl.num_programs(0)
+        i_work = draw_work(p_next, n_work)
     write_work(queue, i_round, -1, 0, 0, 0, 0, 0)

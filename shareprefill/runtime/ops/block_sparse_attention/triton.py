@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from functools import lru_cache
 from typing import Any
 
@@ -16,6 +15,7 @@ from shareprefill.runtime.ops.triton_tiles import (
     Tiles,
     check_tile_block_size,
     device_capability,
+    logit_factors,
     padded_dim,
     select_tiles,
 )
@@ -95,7 +95,7 @@ def attend(
             lists.n_q,
             n_q_tokens,
             n_k_tokens,
-            *_scales(scale, softcap),
+            *logit_factors(scale, softcap),
             **constants,
             **tiles.launch_options(),
         )
@@ -149,11 +149,3 @@ def _made_settings(
         has_sinks=has_sinks,
     )
     return tiles, constants
-
-
-def _scales(scale: float, softcap: float | None) -> tuple[float, float]:
-    """The kernels' `scale_log2` and `softcap_log2`."""
-    log2e = 1.0 / math.log(2.0)
-    if softcap is None:
-        return scale * log2e, 0.0
-    return 2.0 * log2e * scale / softcap, softcap * log2e

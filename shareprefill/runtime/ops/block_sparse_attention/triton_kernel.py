@@ -1,15 +1,11 @@
 """The Triton kernel of block-sparse attention: FlashAttention-2 (arXiv 2307.08691) over lists."""
 
-# Triton's language is typed by its compiler, which knows constexpr, program-wide scalars and tiles.
-# pyright: reportGeneralTypeIssues=false, reportOperatorIssue=false, reportArgumentType=false
-# pyright: reportAssignmentType=false, reportAttributeAccessIssue=false
-
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from shareprefill.runtime.ops.triton_steps import load_tile, softmax_step
+from shareprefill.runtime.ops.triton_steps import cap_logits, load_tile, softmax_step
 
 
 @triton.jit
@@ -54,8 +50,7 @@ def _attend_keys(
         b_logits = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION, out_dtype=tl.float32)
         b_logits *= scale_log2
         if HAS_SOFTCAP:
-            # tanh(x) = 1 - 2 / (exp(2 x) + 1); the scale holds the factor 2 log2(e) / softcap.
-            b_logits = softcap_log2 * (1.0 - 2.0 / (tl.exp2(b_logits) + 1.0))
+            b_logits = cap_logits(b_logits, softcap_log2)
         if MASKED:
             # Positions end at Nk - 1, so this hides the tail of the last block as well.
             b_logits = tl.where(o_keys[None, :] <= o_positions[:, None], b_logits, float("-inf"))

@@ -4,16 +4,16 @@ A ring is `(tiles, ready, free)`: places in shared memory, and for each place a 
 is filled and one that says it was read. Runs on Triton 3.6 and compiles on 3.7 and 3.9.
 """
 
-# Gluon is typed by its compiler, which knows constexpr, program-wide scalars and tiles.
-# pyright: reportGeneralTypeIssues=false, reportOperatorIssue=false, reportArgumentType=false
-# pyright: reportAssignmentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
-# pyright: reportIndexIssue=false, reportOptionalMemberAccess=false
-
 from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma
+from triton.experimental.gluon.language.nvidia.hopper import (
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
 
 # Triton 3.6 knows `async_copy_global_to_shared` and `thread_barrier`, 3.9 the other names only.
 load_tile = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
@@ -78,6 +78,28 @@ def issue_values(b_weights, v_tiles, i_step, b_acc):
 
 
 @gluon.jit
+def first_logits(q_ring, k_ring, HALF: gl.constexpr, layout: gl.constexpr):
+    """Logits of half of the first query tile and the first block of keys, waited for."""
+    q_tiles, q_ready, _q_free = q_ring
+    k_tiles, k_ready, k_free = k_ring
+    wait_tile(q_ready, 0)
+    wait_tile(k_ready, 0)
+    b_logits = issue_logits(q_tiles, HALF, k_tiles, 0, layout)  # [M, N]
+    b_logits = warpgroup_mma_wait(0, deps=[b_logits])
+    free_tile(k_free, 0)
+    return b_logits
+
+
+@gluon.jit
+def cap_logits(b_logits, scales, HAS_SOFTCAP: gl.constexpr):
+    """Soft-capped logits in units of log2, as `triton_steps.cap_logits`; others as they are."""
+    if HAS_SOFTCAP:
+        scale_log2, softcap_log2 = scales
+        b_logits = softcap_log2 * (1.0 - 2.0 / (gl.exp2(b_logits * scale_log2) + 1.0))
+    return b_logits
+
+
+@gluon.jit
 def hide_later_keys(b_logits, i_position, i_key):
     """-inf where a key stands past its row; `i_position`, `i_key`: those of the first."""
     layout: gl.constexpr = b_logits.type.layout
@@ -110,3 +132,21 @@ def sum_within_threads(b_weights):
 def sum_of_threads(b_sums, layout: gl.constexpr):
     """Sum of each row `[M]` from those in its four threads."""
     return gl.convert_layout(gl.sum(b_sums, 1), layout, assert_trivial=True)
+
+
+@gluon.jit
+def store_rows(
+    b_acc, b_factor, p_rows, stride_on, i_row, n_q_tokens, DTYPE: gl.constexpr, DIM: gl.constexpr
+):
+    """Scale the rows of one head and write those that exist."""
+    ROWS: gl.constexpr = b_acc.shape[0]
+    BLOCK_D: gl.constexpr = b_acc.shape[1]
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BLOCK_D, BLOCK_D // 8], [4, 1], [1, 0])
+    o_m = i_row + gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
+    o_d = gl.arange(0, BLOCK_D, layout=gl.SliceLayout(0, layout))
+    b_factor = gl.convert_layout(b_factor, gl.SliceLayout(1, b_acc.type.layout))
+    b_out = gl.convert_layout((b_acc * b_factor[:, None]).to(DTYPE), layout)
+    m_out = (o_m < n_q_tokens)[:, None]
+    if DIM != BLOCK_D:
+        m_out = m_out & (o_d < DIM)[None, :]
+    gl.store(p_rows + (o_m.to(gl.int64) * stride_on)[:, None] + o_d[None, :], b_out, mask=m_out)

@@ -3,20 +3,54 @@
 A work item is a tile of query rows of one head. One warp writes items, the others read them.
 """
 
-# Gluon is typed by its compiler, which knows constexpr, program-wide scalars and tiles.
-# pyright: reportGeneralTypeIssues=false, reportOperatorIssue=false, reportArgumentType=false
-# pyright: reportAssignmentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
-# pyright: reportIndexIssue=false, reportOptionalMemberAccess=false
-
 from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
-from shareprefill.runtime.ops.hopper.pipeline import QUERIES, load_tile, wait_free, wait_tile
+from shareprefill.runtime.ops.hopper.pipeline import (
+    QUERIES,
+    load_tile,
+    make_barriers,
+    wait_free,
+    wait_tile,
+)
 
 ROUNDS = gl.constexpr(2)  # work items between the scheduler and the others
+
+
+@gluon.jit
+def make_rings(
+    q_desc, k_desc, v_desc, BLOCK: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr
+):
+    """The queue of work items, and the rings of query, key and value tiles, in shared memory."""
+    DTYPE: gl.constexpr = k_desc.dtype
+    HALF: gl.constexpr = BLOCK // 2
+    q_tiles = gl.allocate_shared_memory(DTYPE, [QUERIES * 2, 1, HALF, BLOCK_D], q_desc.layout)
+    k_tiles = gl.allocate_shared_memory(DTYPE, [STAGES, 1, BLOCK, BLOCK_D], k_desc.layout)
+    v_tiles = gl.allocate_shared_memory(DTYPE, [STAGES, 1, BLOCK, BLOCK_D], v_desc.layout)
+    line: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[0])
+    items = gl.allocate_shared_memory(gl.int32, [ROUNDS, 32], line)
+    # Places are freed by both warpgroups, work items by the loading warp too.
+    queue = (items, make_barriers(ROUNDS, 1), make_barriers(ROUNDS, 3))
+    q_ring = (q_tiles, make_barriers(QUERIES, 1), make_barriers(QUERIES, 2))
+    k_ring = (k_tiles, make_barriers(STAGES, 1), make_barriers(STAGES, 2))
+    v_ring = (v_tiles, make_barriers(STAGES, 1), make_barriers(STAGES, 2))
+    fence_async_shared()
+    return queue, q_ring, k_ring, v_ring
+
+
+@gluon.jit
+def draw_work(p_next, n_work):
+    """The next work item, from the counter that all programs share.
+
+    Every item is followed by one draw; the last of all draws leaves the counter at zero.
+    """
+    i_draw = gl.atomic_add(p_next, 1, sem="relaxed")
+    if i_draw == n_work - 1:
+        gl.store(p_next, 0)
+    return i_draw + gl.num_programs(0)
 
 
 @gluon.jit

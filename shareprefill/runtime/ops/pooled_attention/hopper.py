@@ -1,11 +1,10 @@
 """Launch of the Hopper kernel of pooled attention."""
 
-# The checker does not know that a Gluon kernel takes launch options.
+# The checker does not know what a launch of a kernel takes.
 # pyright: reportCallIssue=false
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from shareprefill.runtime.ops.blocks import count_blocks
 from shareprefill.runtime.ops.devices import device_of
 from shareprefill.runtime.ops.hopper import launch
 from shareprefill.runtime.ops.pooled_attention.launches import Attended, Division, Masses
-from shareprefill.runtime.ops.triton_tiles import multiprocessors
+from shareprefill.runtime.ops.triton_tiles import logit_factors, multiprocessors
 
 # Keys and values of heads that run at one time should stay in the 50 MB of L2.
 L2_BYTES = 32 * 2**20
@@ -147,7 +146,7 @@ def _pool_all(
         n_k,
         n_q_tokens,
         n_k_tokens,
-        scale / math.log(2.0),
+        logit_factors(scale, None)[0],
         **kernel_constants(head_dim, has_heads=heads is not None, has_sinks=sinks is not None),
         num_warps=4,
     )

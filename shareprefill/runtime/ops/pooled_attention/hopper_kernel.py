@@ -6,35 +6,29 @@ logits before the last block's product and computes the softmax meanwhile, is Fl
 become means as in `triton_kernel.py`.
 """
 
-# Gluon is typed by its compiler, which knows constexpr, program-wide scalars and tiles.
-# pyright: reportGeneralTypeIssues=false, reportOperatorIssue=false, reportArgumentType=false
-# pyright: reportAssignmentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
-# pyright: reportIndexIssue=false, reportOptionalMemberAccess=false
-
 from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
-    warpgroup_mma_wait,
-)
+from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma_wait
 
 from shareprefill.runtime.ops.hopper.pipeline import (
     QUERIES,
     barrier,
+    first_logits,
     free_tile,
     hide_later_keys,
     issue_logits,
     issue_values,
-    make_barriers,
     max_of_rows,
+    store_rows,
     sum_of_threads,
     sum_within_threads,
     wait_tile,
 )
 from shareprefill.runtime.ops.hopper.work_queue import (
-    ROUNDS,
+    draw_work,
+    make_rings,
     place_work,
     produce,
     read_work,
@@ -85,11 +79,7 @@ def _schedule(
         else:
             p_rows = p_out + i_slot.to(gl.int64) * stride_oh
             zero_rows(p_rows, stride_on, i_tile * BLOCK, n_q_tokens, HEAD_DIM, BLOCK_D, BLOCK)
-        # Every tile is followed by one draw; the last of all draws leaves the counter at zero.
-        i_draw = gl.atomic_add(p_next, 1, sem="relaxed")
-        if i_draw == n_work - 1:
-            gl.store(p_next, 0)
-        i_work = i_draw + gl.num_programs(0)
+        i_work = draw_work(p_next, n_work)
     write_work(queue, i_round, -1, 0, 0, 0, 0, 0)
 
 
@@ -118,24 +108,6 @@ def _keep_mass(b_sum, b_mass, b_max, p_block):
     o_row = gl.arange(0, b_sum.shape[0], layout=layout)
     gl.store(p_block + o_row, b_max + b_log)
     return b_sum + b_mass
-
-
-@gluon.jit
-def _store_rows(
-    b_acc, b_factor, p_rows, stride_on, i_row, n_q_tokens, DTYPE: gl.constexpr, DIM: gl.constexpr
-):
-    """Scale the rows of one head and write those that exist."""
-    ROWS: gl.constexpr = b_acc.shape[0]
-    BLOCK_D: gl.constexpr = b_acc.shape[1]
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BLOCK_D, BLOCK_D // 8], [4, 1], [1, 0])
-    o_m = i_row + gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
-    o_d = gl.arange(0, BLOCK_D, layout=gl.SliceLayout(0, layout))
-    b_factor = gl.convert_layout(b_factor, gl.SliceLayout(1, b_acc.type.layout))
-    b_out = gl.convert_layout((b_acc * b_factor[:, None]).to(DTYPE), layout)
-    m_out = (o_m < n_q_tokens)[:, None]
-    if DIM != BLOCK_D:
-        m_out = m_out & (o_d < DIM)[None, :]
-    gl.store(p_rows + (o_m.to(gl.int64) * stride_on)[:, None] + o_d[None, :], b_out, mask=m_out)
 
 
 @gluon.jit
@@ -194,7 +166,7 @@ def _store(
         sink = gl.load(p_sinks + i_head).to(gl.float32) * LOG2E
         b_factor = b_factor / (1.0 + gl.exp2(sink - b_lse))
     p_rows = p_out + i_slot.to(gl.int64) * stride_oh
-    _store_rows(b_acc, b_factor, p_rows, stride_on, i_row, n_q_tokens, DTYPE, HEAD_DIM)
+    store_rows(b_acc, b_factor, p_rows, stride_on, i_row, n_q_tokens, DTYPE, HEAD_DIM)
     share = 1.0 / gl.minimum(n_q_tokens - i_tile * BLOCK, BLOCK).to(gl.float32)
     p_map = p_maps + (i_slot.to(gl.int64) * n_q + i_tile) * n_k
     _add_means(p_mass, p_map, b_lse, share, n_seen)
@@ -221,7 +193,7 @@ def _consume(
     k_tiles, k_ready, k_free = k_ring
     v_tiles, v_ready, v_free = v_ring
     _slots, _q, n_k, n_q_tokens, n_k_tokens = sizes
-    scale_log2 = results[6]
+    _out, _maps, p_mass, _sinks, _stride_oh, _stride_on, scale_log2 = results
     ROWS: gl.constexpr = BLOCK // 2
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, 16])
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
@@ -229,18 +201,14 @@ def _consume(
     b_unseen = gl.full([ROWS], float("-inf"), gl.float32, row_layout)
     b_none = gl.zeros([ROWS], gl.float32, row_layout)
     i_offset = HALF * ROWS + n_k_tokens - n_q_tokens
-    p_mass = results[2] + (gl.program_id(0) * 2 + HALF).to(gl.int64) * n_k * ROWS
+    p_mass += (gl.program_id(0) * 2 + HALF).to(gl.int64) * n_k * ROWS
 
     i_step = 0
     i_round = 0
     i_head, i_tile, i_slot, n_seen, i_last, _second = read_work(queue, i_round)
     b_logits = gl.zeros([ROWS, BLOCK], gl.float32, s_layout)
     if i_head >= 0:
-        wait_tile(q_ready, i_round)
-        wait_tile(k_ready, i_step)
-        b_logits = issue_logits(q_tiles, HALF, k_tiles, i_step, s_layout)
-        b_logits = warpgroup_mma_wait(0, deps=[b_logits])
-        free_tile(k_free, i_step)
+        b_logits = first_logits(q_ring, k_ring, HALF, s_layout)
         b_logits = hide_later_keys(b_logits, i_tile * BLOCK + i_offset, i_last * BLOCK)
     b_weights, b_max, b_mass, b_sum, _rescale = _softmax(b_logits, b_unseen, b_none, scale_log2)
     while i_head >= 0:
@@ -358,21 +326,8 @@ def pooled_hopper_kernel(
 
     `p_next` is an int32 that is zero before the launch and after it.
     """
-    DTYPE: gl.constexpr = k_desc.dtype
-    HALF: gl.constexpr = BLOCK // 2
-    q_tiles = gl.allocate_shared_memory(DTYPE, [QUERIES * 2, 1, HALF, BLOCK_D], q_desc.layout)
-    k_tiles = gl.allocate_shared_memory(DTYPE, [STAGES, 1, BLOCK, BLOCK_D], k_desc.layout)
-    v_tiles = gl.allocate_shared_memory(DTYPE, [STAGES, 1, BLOCK, BLOCK_D], v_desc.layout)
-    line: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[0])
-    items = gl.allocate_shared_memory(gl.int32, [ROUNDS, 32], line)
-    # Places are freed by both warpgroups, work items by the loading warp too.
-    queue = (items, make_barriers(ROUNDS, 1), make_barriers(ROUNDS, 3))
-    q_ring = (q_tiles, make_barriers(QUERIES, 1), make_barriers(QUERIES, 2))
-    k_ring = (k_tiles, make_barriers(STAGES, 1), make_barriers(STAGES, 2))
-    v_ring = (v_tiles, make_barriers(STAGES, 1), make_barriers(STAGES, 2))
-    fence_async_shared()
-
-    rings = (queue, q_ring, k_ring, v_ring)
+    rings = make_rings(q_desc, k_desc, v_desc, BLOCK, BLOCK_D, STAGES)
+    queue, _q_ring, _k_ring, _v_ring = rings
     sizes = (n_slots, n_q, n_k, n_q_tokens, n_k_tokens)
     results = (p_out, p_maps, p_mass, p_sinks, stride_oh, stride_on, scale_log2)
     # fmt: off

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from shareprefill.runtime.ops.blocks import count_blocks
-from shareprefill.runtime.ops.triton_tiles import multiprocessors
+from shareprefill.runtime.ops.triton_tiles import logit_factors, multiprocessors
 
 # Programs of a launch for each one that runs at a time: work ends evenly.
 PROGRAMS_PER_SLOT = 16
@@ -51,10 +50,7 @@ class Attended:
 
     def logit_factors(self) -> tuple[float, float]:
         """Factor of the products and of the capped logits, in units of log2."""
-        log2e = 1.0 / math.log(2.0)
-        if self.softcap is None:
-            return self.scale * log2e, 0.0
-        return 2.0 * log2e * self.scale / self.softcap, self.softcap * log2e
+        return logit_factors(self.scale, self.softcap)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Launches of the Triton kernels of pooled attention."""
 
-# The checker does not know how many sizes a launch gets.
+# The checker does not know what a launch of a kernel takes.
 # pyright: reportCallIssue=false
 
 from __future__ import annotations

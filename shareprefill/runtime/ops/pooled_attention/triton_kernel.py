@@ -7,10 +7,6 @@ for its rows (`pooled_kernel`). Where it is not, programs share the keys of a ro
 (`mass_kernel`), and a second launch turns masses into means (`means_kernel`).
 """
 
-# Triton's language is typed by its compiler, which knows constexpr, program-wide scalars and tiles.
-# pyright: reportGeneralTypeIssues=false, reportOperatorIssue=false, reportArgumentType=false
-# pyright: reportAssignmentType=false, reportAttributeAccessIssue=false
-
 from __future__ import annotations
 
 import triton

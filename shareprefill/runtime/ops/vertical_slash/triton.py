@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from functools import lru_cache
 from typing import Any
 
@@ -15,6 +14,7 @@ from shareprefill.runtime.ops.triton_tiles import (
     Tiles,
     check_tile_block_size,
     device_capability,
+    logit_factors,
     map_tiles,
     padded_dim,
 )
@@ -133,7 +133,6 @@ def profile_last_rows(
     peaks = query.new_empty(places * n_splits * 2 * block_m, dtype=torch.float32)
     # Without a choice of heads the kernels do not touch it.
     chosen = vertical if heads is None else heads.contiguous()
-    log2e = 1.0 / math.log(2.0)
     sizes = (n_splits, split_blocks, n_q_tokens, n_k_tokens, n_k)
     with device_of(query):
         sums_kernel[(places * n_splits,)](
@@ -148,8 +147,7 @@ def profile_last_rows(
             key.stride(1),
             n_slots,
             *sizes,
-            scale * log2e if softcap is None else 2.0 * log2e * scale / softcap,
-            0.0 if softcap is None else softcap * log2e,
+            *logit_factors(scale, softcap),
             **constants,
             **tiles.launch_options(),
         )

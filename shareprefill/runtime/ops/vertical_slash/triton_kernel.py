@@ -7,10 +7,6 @@ all that is needed. They are kept relative to the row's maximum so far, and beco
 launch, when the rows' log-sum-exp is known.
 """
 
-# Triton's language is typed by its compiler, which knows constexpr, program-wide scalars and tiles.
-# pyright: reportGeneralTypeIssues=false, reportOperatorIssue=false, reportArgumentType=false
-# pyright: reportAssignmentType=false, reportAttributeAccessIssue=false
-
 from __future__ import annotations
 
 import triton

@@ -5,10 +5,6 @@ order positive numbers: each pass over the row, which stays in the L1 cache, sum
 three thresholds. One warp serves one row, so that no sum crosses warps.
 """
 
-# Triton's language is typed by its compiler, which knows constexpr, program-wide scalars and tiles.
-# pyright: reportGeneralTypeIssues=false, reportOperatorIssue=false, reportArgumentType=false
-# pyright: reportAssignmentType=false, reportAttributeAccessIssue=false
-
 from __future__ import annotations
 
 import triton

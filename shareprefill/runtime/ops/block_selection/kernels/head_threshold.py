@@ -6,10 +6,6 @@ candidates. One program serves one pattern, so that a search needs no other prog
 is enough; `head_threshold_large.py` divides the maps of long prompts.
 """
 
-# Triton's language is typed by its compiler, which knows constexpr, program-wide scalars and tiles.
-# pyright: reportGeneralTypeIssues=false, reportOperatorIssue=false, reportArgumentType=false
-# pyright: reportAssignmentType=false, reportAttributeAccessIssue=false
-
 from __future__ import annotations
 
 import triton

@@ -6,10 +6,6 @@ thresholds, and the next launch's programs add the strips up, in one order, and 
 these.
 """
 
-# Triton's language is typed by its compiler, which knows constexpr, program-wide scalars and tiles.
-# pyright: reportGeneralTypeIssues=false, reportOperatorIssue=false, reportArgumentType=false
-# pyright: reportAssignmentType=false, reportAttributeAccessIssue=false
-
 from __future__ import annotations
 
 import triton

@@ -1,9 +1,5 @@
 """Triton kernels that turn bitmaps into block lists: count, lay out, write."""
 
-# Triton's language is typed by its compiler, which knows constexpr, program-wide scalars and tiles.
-# pyright: reportGeneralTypeIssues=false, reportOperatorIssue=false, reportArgumentType=false
-# pyright: reportAssignmentType=false, reportAttributeAccessIssue=false
-
 from __future__ import annotations
 
 import triton
