@@ -36,7 +36,7 @@ _CPU = Crossover(5120, 0.6, "2 CPU cores, sp-ref and sp-tiny, end to end")
 # and 3.4 at 16K. Between the linear layers of a model of 8B, which hide that time, sharing gains
 # from 6K on; other models have smaller ones. A block takes about as long as in dense attention,
 # but with 0.95 for 0.7 sp-ref's artifact of most sharing heads loses 6.7 points of retr_kv for .010
-# of density (docs/findings.md).
+# of density (docs/findings-record.md).
 _HOPPER = Crossover(
     16384, 0.7, "one H100: a layer of 32 heads, D=128 (30d13c9), and sp-ref's answers (5e089ea)"
 )

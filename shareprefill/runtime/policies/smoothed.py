@@ -12,7 +12,7 @@ from shareprefill.runtime.policies.base import InPlacePolicy, LayerInputs, MapEs
 from shareprefill.runtime.policies.sampled import sampled_maps, sampling_work
 
 # By sampled rows, of which more make a block's own samples better. Least squares on exact maps of
-# three prompts (docs/findings.md); only their ratios matter.
+# three prompts (docs/findings-record.md); only their ratios matter.
 _WEIGHTS = {
     1: LineWeights(
         itself=0.08, vertical1=0.13, diagonal1=0.02, diagonal2=0.03, column=0.01, diagonal=0.50
