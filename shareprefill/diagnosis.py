@@ -202,10 +202,15 @@ def _compare(implementation: str, device: str) -> Check:
     generator = torch.Generator().manual_seed(0)
     dtype = torch.float32 if device == "cpu" else torch.float16
     query, key, value = (
-        torch.randn(heads, 300, 64, generator=generator).to(device, dtype) for heads in (4, 2, 2)
+        torch.randn(heads, 300, 64, generator=generator, dtype=torch.float32, device="cpu").to(
+            device, dtype
+        )
+        for heads in (4, 2, 2)
     )
     bitmap = causal_blocks(300, 0, 128, device=query.device)[None]
-    lists = BlockLists.from_bitmap(bitmap, torch.zeros(4, device=query.device).int(), 128)
+    lists = BlockLists.from_bitmap(
+        bitmap, torch.zeros(4, dtype=torch.int32, device=query.device), 128
+    )
     found = block_sparse_attention(query, key, value, lists, impl=implementation)
     expected = block_sparse_attention(query, key, value, lists, impl="reference")
     error = (found - expected).abs().max().item()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,28 +23,35 @@ PLANNED = [[P, S, R, V], [S, S, P, R], [V, R, S, S]]
 # Factories whose dtype follows the default one, and those of integers.
 FLOATS = {"empty", "eye", "full", "linspace", "ones", "rand", "randn", "zeros"}
 FACTORIES = FLOATS | {"arange", "as_tensor", "randint", "randperm", "tensor", "triu_indices"}
-CHECKED = ("runtime", "calib", "clustering", "autoencoder", "audit", "artifact.py", "models.py")
+CHECKED = (
+    *("runtime", "calib", "clustering", "autoencoder", "audit", "evaluation", "bench", "data"),
+    *("artifact.py", "models.py", "diagnosis.py", "weights.py"),
+)
 
 
-@pytest.fixture(params=["float64", "bfloat16", "float16", "meta", "cpu"])
-def defaults(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Sets a default when it is called, and takes it back after the test."""
-    yield request.param
-    torch.set_default_dtype(torch.float32)
-    torch.set_default_device(None)
+DEFAULTS: list[tuple[torch.dtype, str | None]] = [
+    (torch.float64, None),
+    (torch.bfloat16, "meta"),
+    (torch.float16, "cpu"),
+    (torch.float32, "meta"),
+]
 
 
-def set_defaults(name: str) -> None:
-    if name in ("meta", "cpu"):
-        torch.set_default_device(name)
-    else:
-        torch.set_default_dtype(getattr(torch, name))
+@contextmanager
+def defaults(dtype: torch.dtype, device: str | None) -> Iterator[None]:
+    torch.set_default_dtype(dtype)
+    torch.set_default_device(device)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
 
 
 @pytest.mark.parametrize("policy", POLICIES)
 @torch.no_grad()
-def test_sessions_compute_the_same_under_other_defaults(defaults: str, policy: str) -> None:
-    model, ids = tiny_llama(), token_ids(1, 120)
+def test_sessions_compute_the_same_under_other_defaults(policy: str) -> None:
+    model, ids = tiny_llama(), token_ids(1, 60)
     artifact = tiny_artifact(model, PLANNED)
     config = RuntimeConfig(policy=policy, min_tokens=0, max_density=1.0, gamma=0.7)
 
@@ -52,30 +60,30 @@ def test_sessions_compute_the_same_under_other_defaults(defaults: str, policy: s
             return model(input_ids=ids).logits, session.report()
 
     expected, report = run()
-    # What the model itself makes anew would follow the defaults, too.
-    set_defaults(defaults)
-    found, other = run()
-    assert found.dtype == torch.float32
-    assert torch.equal(found, expected)
-    assert repr(other) == repr(report)
+    for dtype, device in DEFAULTS:
+        # What the model itself makes anew would follow the defaults, too.
+        with defaults(dtype, device):
+            found, other = run()
+        assert found.dtype == torch.float32
+        assert torch.equal(found, expected)
+        assert repr(other) == repr(report)
 
 
 @torch.no_grad()
-def test_capture_and_artifacts_are_the_same_under_other_defaults(
-    defaults: str, tmp_path: Path
-) -> None:
+def test_capture_and_artifacts_are_the_same_under_other_defaults(tmp_path: Path) -> None:
     model, ids = tiny_llama(), token_ids(120)
     artifact, path = tiny_artifact(model, PLANNED), tmp_path / "clusters.st"
     save_artifact(artifact, path)
     expected = capture(model, ids, block_size=16, rows=(2,))
     loaded = load_artifact(path)
-    set_defaults(defaults)
-    found, again = capture(model, ids, block_size=16, rows=(2,)), load_artifact(path)
-    save_artifact(again, tmp_path / "again.st")
-    for name, maps in expected.tensors.items():
-        assert torch.equal(found.tensors[name], maps)
-    assert torch.equal(again.gamma, loaded.gamma)
-    assert (tmp_path / "again.st").read_bytes() == path.read_bytes()
+    for dtype, device in DEFAULTS:
+        with defaults(dtype, device):
+            found, again = capture(model, ids, block_size=16, rows=(2,)), load_artifact(path)
+            save_artifact(again, tmp_path / "again.st")
+        for name, maps in expected.tensors.items():
+            assert torch.equal(found.tensors[name], maps)
+        assert torch.equal(again.gamma, loaded.gamma)
+        assert (tmp_path / "again.st").read_bytes() == path.read_bytes()
 
 
 def test_every_tensor_is_made_with_its_dtype_and_device() -> None:

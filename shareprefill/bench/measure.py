@@ -110,7 +110,9 @@ def run_bench(
         model, notes = _random_model(config, device)
         artifact = synthetic_artifact(model, config.density)
         vocabulary = model.config.get_text_config(decoder=True).vocab_size
-        prompts = [torch.randint(3, vocabulary, (tokens,)) for tokens in config.lengths]
+        prompts = [
+            torch.randint(3, vocabulary, (tokens,), device="cpu") for tokens in config.lengths
+        ]
     else:
         if artifact is None:
             raise ConfigError("a model that is named needs its artifact (--artifact clusters.st)")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -39,14 +39,18 @@ def synthetic_artifact(model: PreTrainedModel, density: float) -> Artifact:
     """
     sizes = geometry(model)
     shape = (sizes.layers, sizes.heads)
-    row = torch.tensor([int(MIX[head * len(MIX) // sizes.heads]) for head in range(sizes.heads)])
+    row = torch.tensor(
+        [int(MIX[head * len(MIX) // sizes.heads]) for head in range(sizes.heads)], device="cpu"
+    )
     policy = row.to(torch.int8).repeat(sizes.layers, 1)
-    heads = torch.arange(sizes.layers * sizes.heads).view(shape)
+    heads = torch.arange(sizes.layers * sizes.heads, device="cpu").view(shape)
     first = int((row == Policy.PIVOT).nonzero()[0])
     pivot = torch.where(policy == Policy.PIVOT, heads, -1)
     pivot = torch.where(policy == Policy.SHARE, heads[:, first : first + 1], pivot)
-    mass = torch.where(pivot >= 0, density ** (1 / _PIVOT_EXPONENT), density)
-    cluster = torch.where(pivot >= 0, torch.arange(sizes.layers)[:, None], -1)
+    floats: Any = {"dtype": torch.float32, "device": "cpu"}
+    mass = torch.full(shape, density, **floats)
+    mass[pivot >= 0] = density ** (1 / _PIVOT_EXPONENT)
+    cluster = torch.where(pivot >= 0, torch.arange(sizes.layers, device="cpu")[:, None], -1)
     return Artifact(
         model="synthetic",
         fingerprint=Fingerprint(model.config.model_type, sizes, "0" * 64),
@@ -55,12 +59,12 @@ def synthetic_artifact(model: PreTrainedModel, density: float) -> Artifact:
         pivot=pivot.int(),
         fallback=torch.where(policy == Policy.SHARE, int(Policy.SMOOTHED), policy).to(torch.int8),
         gamma=mass,
-        fallback_gamma=torch.full(shape, density),
-        slack=torch.ones(shape),
-        recall=torch.full(shape, density),
-        density=torch.full(shape, density),
-        instability=torch.zeros(shape),
-        code=torch.zeros(*shape, 1),
+        fallback_gamma=torch.full(shape, density, **floats),
+        slack=torch.ones(shape, **floats),
+        recall=torch.full(shape, density, **floats),
+        density=torch.full(shape, density, **floats),
+        instability=torch.zeros(shape, **floats),
+        code=torch.zeros(*shape, 1, **floats),
         block_size=BLOCK_SIZE,
         thresholds=Thresholds(gamma=density, tau=1.0, delta=0.0),
         rows=Rows(pivot=2, sample=8, check=1),

@@ -214,7 +214,7 @@ def _cut(call: AttentionCall, output: Tensor, grads: list[Tensor], block_size: i
             gain = way[:, rows] @ values.transpose(1, 2) - offset[:, rows, None]
             pieces.append(_pool(gain.mul_(weights), block_size))
         changes.append(torch.stack(pieces))
-    n_rows = torch.full((geometry.shape[0], 1), block_size, device=query.device)
+    n_rows = torch.full((geometry.shape[0], 1), block_size, dtype=torch.int64, device=query.device)
     n_rows[-1] = n_tokens - (len(n_rows) - 1) * block_size
     mass, change = torch.cat(masses, 1) / n_rows, torch.cat(changes, 2)
     gamma = torch.full((heads,), _COVERED, dtype=torch.float32, device=query.device)

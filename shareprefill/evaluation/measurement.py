@@ -168,8 +168,9 @@ class PromptMeasurement:
             seconds = self._prefill()
         kept = states()
         losses = token_losses(self.model, kept, ids)
-        place = torch.arange(1, len(ids)) * self.bins // self.length
-        sums = torch.zeros(self.bins, dtype=torch.float64).index_add(0, place, losses)
+        place = torch.arange(1, len(ids), device="cpu") * self.bins // self.length
+        sums = torch.zeros(self.bins, dtype=torch.float64, device="cpu")
+        sums = sums.index_add(0, place, losses)
         means = sums / place.bincount(minlength=self.bins).clamp(min=1)
         hidden, bins = kept[-1].float().cpu(), tuple(means.tolist())
         return _Answer(losses.mean().item(), "", seconds, hidden, kept.cpu(), bins)

@@ -162,7 +162,7 @@ def _outcomes(
 ) -> list[Outcome]:
     runner, variants = _loaded(setting)
     ids, *rest = asked
-    job = PromptJob(Question(torch.tensor(ids), *rest), length, columns, warm_up)
+    job = PromptJob(Question(torch.tensor(ids, device="cpu"), *rest), length, columns, warm_up)
     return [outcome for _, _, outcome in runner.run(variants, [job])]
 
 

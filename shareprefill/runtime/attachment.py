@@ -17,6 +17,12 @@ from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
+IMPLEMENTATION = "shareprefill"
+# The same for models that ran with eager attention, whose masks are added to the logits: layers
+# that compute with a mask get it in the form in which they would have it without us.
+ADDED_MASKS = "shareprefill_eager"
+IMPLEMENTATIONS = (IMPLEMENTATION, ADDED_MASKS)
+
 # Called with the layer and the query rows of a call that a model computes by itself.
 Note = Callable[[int, int], None]
 
@@ -141,6 +147,25 @@ _of_module: WeakKeyDictionary[nn.Module, tuple[Attachment, ...]] = WeakKeyDictio
 _uses: dict[int, _Use] = {}
 # A generator that holds a session may be collected, and detach it, while its thread has the lock.
 _lock = threading.RLock()
+
+
+class _Calls(threading.local):
+    """Attention calls that a thread has made."""
+
+    made = 0
+
+
+_calls = _Calls()
+
+
+def count_call() -> None:
+    """Notes that a layer called our attention in this thread."""
+    _calls.made += 1
+
+
+def calls_made() -> int:
+    """How often layers called our attention in this thread."""
+    return _calls.made
 
 
 def is_attached(decoder: nn.Module) -> bool:

@@ -8,19 +8,26 @@ own name through its public interfaces, at the first use.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any, Protocol, cast
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
 from shareprefill.errors import UnsupportedError
-from shareprefill.runtime.attachment import Attachment, Note, attachment_of, own_implementation
+from shareprefill.runtime.attachment import (
+    ADDED_MASKS,
+    IMPLEMENTATION,
+    IMPLEMENTATIONS,
+    Attachment,
+    Note,
+    attachment_of,
+    count_call,
+    own_implementation,
+)
 from shareprefill.runtime.attachment import is_attached as has_attachment
 from shareprefill.runtime.dense import causal_attention, sdpa, whole_attention
 from shareprefill.runtime.masks import (
@@ -39,16 +46,6 @@ from shareprefill.runtime.own_attention import (
     own_attention,
     own_reason,
     rows_at_once,
-)
-
-IMPLEMENTATION = "shareprefill"
-# The same for models that ran with eager attention, whose masks are added to the logits: layers
-# that compute with a mask get it in the form in which they would have it without us.
-_ADDED_MASKS = "shareprefill_eager"
-_OURS = (IMPLEMENTATION, _ADDED_MASKS)
-_NO_WHOLE_GRAPH = (
-    "a session reads values on the way, which no whole graph can hold: inside a session, compile "
-    "the model without fullgraph=True"
 )
 
 
@@ -134,7 +131,7 @@ class AttentionCall:
 class Handler(Protocol):
     """Computes the attention of one layer."""
 
-    def __call__(self, call: AttentionCall) -> Tensor:
+    def __call__(self, call: AttentionCall, /) -> Tensor:
         """Returns the output `[B, H, Lq, Dv]`."""
         ...
 
@@ -305,7 +302,10 @@ def is_attached(model: torch.nn.Module) -> bool:
 def _attach(model: torch.nn.Module, attachment: Attachment) -> Attachment:
     _register()
     decoder = _decoder(model)
-    attachment.attach(decoder, lambda: _switch(model, decoder), *_checks())
+    # Not at the top: importing it imports torch's compiler, which takes long.
+    from shareprefill.runtime.passes import begin_pass, end_pass
+
+    attachment.attach(decoder, lambda: _switch(model, decoder), begin_pass, end_pass)
     return attachment
 
 
@@ -318,11 +318,11 @@ def _decoder(model: torch.nn.Module) -> Any:
 
 def _switch(model: torch.nn.Module, decoder: Any) -> None:
     current = decoder.config._attn_implementation
-    if current not in _OURS:
+    if current not in IMPLEMENTATIONS:
         decoder.set_attn_implementation(
-            _ADDED_MASKS if current in (None, "eager") else IMPLEMENTATION
+            ADDED_MASKS if current in (None, "eager") else IMPLEMENTATION
         )
-    if decoder.config._attn_implementation not in _OURS:
+    if decoder.config._attn_implementation not in IMPLEMENTATIONS:
         raise UnsupportedError(
             f"{type(model).__name__} computes attention by itself instead of through transformers' "
             "attention interface, so its prefill cannot be made sparse; use a model family that "
@@ -330,65 +330,23 @@ def _switch(model: torch.nn.Module, decoder: Any) -> None:
         )
 
 
-class _Calls(threading.local):
-    """Attention calls of a thread: all of them, and those before a decoder's present pass."""
-
-    def __init__(self) -> None:
-        self.made = 0
-        self.before: WeakKeyDictionary[torch.nn.Module, int] = WeakKeyDictionary()
-
-
-_calls = _Calls()
-
-
-def _begin_pass(decoder: torch.nn.Module, _inputs: Any) -> None:
-    """Refuses a forward pass that would go past the session, dense and unnoticed."""
-    _calls.before[decoder] = _calls.made
-    chosen = cast(Any, decoder).config._attn_implementation
-    # Copies of a model have its hooks, and are of no session.
-    if chosen not in _OURS and has_attachment(decoder):
-        raise UnsupportedError(
-            f"the model was set to the attention implementation {chosen!r} inside a session, which "
-            "would leave the session without effect (continuous batching does so): leave the "
-            "session first, or use generate() instead of generate_batch()"
-        )
-
-
-def _end_pass(decoder: torch.nn.Module, _inputs: Any, _output: Any) -> None:
-    """Refuses a forward pass that went past the session, as no layer called our attention."""
-    before = _calls.before.pop(decoder, None)
-    if before == _calls.made and has_attachment(decoder):
-        raise UnsupportedError(
-            f"no layer of {type(decoder).__name__} called the session's attention in this forward "
-            "pass: its layers compute attention by themselves, or have none, so that a session has "
-            "no effect; run the model without a session"
-        )
-
-
-@cache
-def _checks() -> tuple[Callable[..., None], Callable[..., None]]:
-    """What runs before and after every pass, which torch.compile leaves alone.
-
-    Made at the first use: torch's compiler takes long to import.
-    """
-    return _opaque(_begin_pass), _opaque(_end_pass)
-
-
 @cache
 def _register() -> None:
     from transformers import AttentionInterface, AttentionMaskInterface
 
     # Values choose the blocks, which no graph can hold: compiled models call both as they are.
-    for name in _OURS:
-        masks = partial(_mask, additive=name == _ADDED_MASKS)
-        AttentionInterface.register(name, _opaque(_attention))
-        AttentionMaskInterface.register(name, _opaque(masks))
+    for name in IMPLEMENTATIONS:
+        additive = name == ADDED_MASKS
+        AttentionInterface.register(name, _opaque(partial(_attention, additive=additive)))
+        AttentionMaskInterface.register(name, _opaque(partial(_mask, additive=additive)))
 
 
 def _opaque(function: Callable[..., Any]) -> Callable[..., Any]:
     """A function that torch.compile leaves alone."""
+    from shareprefill.runtime.passes import NO_WHOLE_GRAPH
+
     return torch.compiler.disable(
-        lambda *args, **options: function(*args, **options), reason=_NO_WHOLE_GRAPH
+        lambda *args, **options: function(*args, **options), reason=NO_WHOLE_GRAPH
     )
 
 
@@ -410,14 +368,18 @@ def _attention(
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
+    *,
+    additive: bool = False,
     **options: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    _calls.made += 1
+    count_call()
     attachment = attachment_of(module)
     if attachment is None:
         raise UnsupportedError(
             f"a layer of {type(module).__name__} is set to the attention implementation "
-            f"{IMPLEMENTATION!r} outside a session; call it inside `with share_prefill(...)`"
+            f"{IMPLEMENTATION!r} outside a session: call it inside `with share_prefill(...)`; or, "
+            "if it shares its configuration with another model that is in a session, give it a "
+            "copy of its own: copy.deepcopy(config)"
         )
     if attachment.handler is None:
         assert attachment.note is not None
@@ -425,6 +387,8 @@ def _attention(
         own = implementation(module, attachment.replaced)
         return own(module, query, key, value, attention_mask, **options)
     _refuse_gradients(attachment.handler, query, key, value)
+    if attention_mask is None:
+        attention_mask = _implied_mask(module, query, key, additive, options)
     device = query.device.type
     if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         call = _call_of(module, query, key, value, attention_mask, **options)
@@ -438,6 +402,22 @@ def _attention(
         if call.facts is None and call.mask is not None and call.mask.is_floating_point():
             call.mask = _cast(call.mask, dtype)
         return attachment.handler(call).transpose(1, 2).contiguous(), None
+
+
+def _implied_mask(
+    module: torch.nn.Module, query: Tensor, key: Tensor, additive: bool, options: dict[str, Any]
+) -> Tensor | None:
+    """What a layer without a mask means: nothing is hidden in eager attention, in SDPA the future.
+
+    SDPA's `is_causal` is aligned at the first key.
+    """
+    rows, keys = query.shape[2], key.shape[2]
+    if rows == 1 or not is_causal(module, options):
+        return None
+    if additive:
+        return torch.ones(1, 1, rows, keys, dtype=torch.bool, device=query.device)
+    facts = MaskFacts(0, 0, None, None)
+    return FactMask.make((1, 1, rows, keys), query.device, facts) if rows <= keys else None
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:

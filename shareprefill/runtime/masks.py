@@ -88,6 +88,12 @@ class MaskFacts:
         """Whether rows of a batch may have different masks."""
         return self.padding is not None or self.packed is not None
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is what SDPA's `is_causal` says."""
+        hides_more = self.differ_by_row or self.window is not None
+        return not hides_more and self.q_offset == self.kv_offset == 0
+
     def allow_all(self, keys: int) -> bool:
         """Whether the first query row may read all of so many keys."""
         if self.differ_by_row or self.kv_offset + keys > self.q_offset + 1:
@@ -210,7 +216,9 @@ class FactMask(torch.Tensor):
             # Inference tensors do not count what is written into them.
             with torch.inference_mode(False), torch.no_grad():
                 seen = allowed_mask(self.facts, batch, slice(0, rows), slice(0, keys), self.device)
-                self._real = seen if self.dtype == torch.bool else as_added(seen, self.dtype)
+                # Of its own memory, row by row: layers may write into it.
+                own = seen.contiguous() if self.dtype == torch.bool else as_added(seen, self.dtype)
+                self._real = own
         return self._real
 
     @property
@@ -414,6 +422,9 @@ def mask_facts(*, additive: bool = False, **arguments: Any) -> Tensor | None:
     if additive or arguments["q_length"] > 1:
         facts = _causal_facts(**arguments)
         if facts is not None:
+            # Layers that treat a call without a mask apart are to see what they see without us.
+            if facts.is_plain and not additive and arguments.get("allow_is_causal_skip", True):
+                return None
             shape = (arguments["batch_size"], 1, arguments["q_length"], arguments["kv_length"])
             dtype = arguments.get("dtype", torch.float32) if additive else torch.bool
             return FactMask.make(shape, arguments.get("device", "cpu"), facts, dtype)

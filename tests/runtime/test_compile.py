@@ -15,7 +15,9 @@ from shareprefill.runtime.session import Session
 from tests.support.tiny import tiny_artifact, tiny_llama, token_ids
 
 P, S, R, V = Policy.PIVOT, Policy.SHARE, Policy.SAMPLED, Policy.VERTICAL_SLASH
-POLICIES = [[P, S, R, V], [S, S, P, R], [V, R, S, S]]
+# Two layers and few tokens: every layer is compiled anew, for each length and each session.
+POLICIES = [[P, S, R, V], [S, R, P, V]]
+LAYERS, TOKENS = 2, 60
 SPARSE = RuntimeConfig(gamma=0.6, min_tokens=0, max_density=1.0)
 CLOSE: Any = {"rtol": 1e-4, "atol": 1e-4}
 
@@ -28,7 +30,7 @@ def nothing_compiled() -> Iterator[None]:
 
 
 def fresh() -> Any:
-    model = tiny_llama()
+    model = tiny_llama(num_hidden_layers=LAYERS)
     model.set_attn_implementation("sdpa")
     return model
 
@@ -51,11 +53,6 @@ def in_place(model: Any, **options: Any) -> Any:
     return model
 
 
-def forward(model: Any, **options: Any) -> Any:
-    model.forward = torch.compile(model.forward, **options)
-    return model
-
-
 def layers(model: Any, **options: Any) -> Any:
     for layer in model.model.layers:
         layer.compile(**options)
@@ -74,12 +71,13 @@ def mlps(model: Any, **options: Any) -> Any:
     return model
 
 
-WAYS = [whole, in_place, forward, layers, attention, mlps]
+# Compiled in place, and by its `forward`: in the tests of caches and of generation.
+WAYS = [whole, layers, attention, mlps]
 
 
 @pytest.mark.parametrize("way", WAYS)
 def test_a_compiled_model_gives_what_an_uncompiled_one_gives(way: Callable[..., Any]) -> None:
-    plain, model, ids = fresh(), fresh(), token_ids(1, 120)
+    plain, model, ids = fresh(), fresh(), token_ids(1, TOKENS)
     own = logits(plain, ids)
     with session_of(plain) as session:
         sparse = logits(plain, ids)
@@ -99,7 +97,7 @@ def test_a_compiled_model_gives_what_an_uncompiled_one_gives(way: Callable[..., 
 
 
 def test_a_model_compiled_inside_a_session_may_leave_it() -> None:
-    model, ids = fresh(), token_ids(1, 120)
+    model, ids = fresh(), token_ids(1, TOKENS)
     own = logits(model, ids)
     with session_of(model) as session:
         sparse = logits(model, ids)
@@ -114,7 +112,7 @@ def test_lengths_may_change_in_a_dynamically_compiled_model() -> None:
     plain, model = fresh(), fresh()
     compiled = torch.compile(model, backend="eager", dynamic=True)
     with session_of(plain) as expected, session_of(model) as session:
-        for tokens in (90, 120, 5):
+        for tokens in (40, 60, 5):
             ids = token_ids(2, tokens)
             torch.testing.assert_close(logits(compiled, ids), logits(plain, ids), **CLOSE)
     found, wanted = session.report(), expected.report()
@@ -125,14 +123,14 @@ def test_lengths_may_change_in_a_dynamically_compiled_model() -> None:
 @torch.no_grad()
 def test_a_compiled_model_takes_padding_chunks_and_caches() -> None:
     plain, model = fresh(), fresh()
-    compiled = torch.compile(model, backend="eager")
-    ids, mask = token_ids(2, 120), torch.ones(2, 120, dtype=torch.int64)
-    mask[1, :37] = 0
+    compiled = in_place(model, backend="eager")
+    ids, mask = token_ids(2, TOKENS), torch.ones(2, TOKENS, dtype=torch.int64)
+    mask[1, :17] = 0
 
     def run(runner: Any) -> list[torch.Tensor]:
         padded = runner(input_ids=ids, attention_mask=mask).logits[mask.bool()]
-        step = runner(input_ids=ids[:, :70], use_cache=True)
-        rest = runner(input_ids=ids[:, 70:], past_key_values=step.past_key_values).logits
+        step = runner(input_ids=ids[:, :32], use_cache=True)
+        rest = runner(input_ids=ids[:, 32:], past_key_values=step.past_key_values).logits
         return [padded, step.logits, rest]
 
     with session_of(plain), session_of(model):
@@ -142,7 +140,7 @@ def test_a_compiled_model_takes_padding_chunks_and_caches() -> None:
 
 def test_generation_of_a_compiled_model_with_a_static_cache() -> None:
     plain, model = fresh(), fresh()
-    ids, options = token_ids(1, 120), {"max_new_tokens": 5, "do_sample": False}
+    ids, options = token_ids(1, TOKENS), {"max_new_tokens": 5, "do_sample": False}
     with session_of(plain):
         expected = plain.generate(ids, cache_implementation="static", **options)
     model.forward = torch.compile(model.forward, backend="eager")
@@ -153,7 +151,7 @@ def test_generation_of_a_compiled_model_with_a_static_cache() -> None:
 
 @pytest.mark.parametrize("inside", [False, True])
 def test_a_whole_graph_is_refused_with_what_to_do(inside: bool) -> None:
-    model, ids = fresh(), token_ids(1, 120)
+    model, ids = fresh(), token_ids(1, TOKENS)
     own = logits(model, ids)
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     if not inside:
@@ -169,7 +167,7 @@ def test_a_whole_graph_is_refused_with_what_to_do(inside: bool) -> None:
 
 @pytest.mark.slow
 def test_a_model_compiled_by_inductor_with_less_overhead() -> None:
-    plain, model, ids = fresh(), fresh(), token_ids(1, 120)
+    plain, model, ids = fresh(), fresh(), token_ids(1, TOKENS)
     compiled = torch.compile(model, mode="reduce-overhead")
     with session_of(plain), session_of(model):
         torch.testing.assert_close(logits(compiled, ids), logits(plain, ids), **CLOSE)

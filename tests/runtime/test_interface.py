@@ -589,3 +589,44 @@ def test_a_pass_in_which_no_layer_calls_ours_is_refused(
         monkeypatch.setattr(LlamaAttention, "forward", hybrid)
         own = logits(model, input_ids=ids)
         torch.testing.assert_close(logits(model, dense_attention, input_ids=ids), own, **CLOSE)
+
+
+CHANGES_OF_MASKS: dict[str, Callable[[Any], Any]] = {
+    "only where there is one": lambda mask: None if mask is None else _without_column(mask),
+    "taken away": lambda mask: None,
+    "always one": lambda mask: _without_column(torch.zeros(2, 1, 40, 40) if mask is None else mask),
+    "a copy that is written to": lambda mask: None if mask is None else _hidden_in(mask.clone()),
+}
+
+
+def _without_column(mask: torch.Tensor) -> torch.Tensor:
+    return mask & (torch.arange(40) != 3) if mask.dtype == torch.bool else mask + 3 * torch.eye(40)
+
+
+def _hidden_in(mask: torch.Tensor) -> torch.Tensor:
+    hidden = 0 if mask.dtype == torch.bool else -1e9
+    return mask.index_fill_(-1, torch.tensor([3]), hidden)
+
+
+@pytest.mark.parametrize("padding", [0, 9])
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("change", CHANGES_OF_MASKS)
+def test_layers_that_look_whether_there_is_a_mask_see_what_they_see_without_us(
+    change: str, implementation: str, padding: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SDPA gets no mask where it is causal alone, and takes none for causal; eager for open."""
+    from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+    own_forward, model = LlamaDecoderLayer.forward, tiny_llama()
+    model.set_attn_implementation(implementation)
+    made = CHANGES_OF_MASKS[change]
+
+    def forward(self: Any, hidden: Any, attention_mask: Any = None, **options: Any) -> Any:
+        return own_forward(self, hidden, attention_mask=made(attention_mask), **options)
+
+    monkeypatch.setattr(LlamaDecoderLayer, "forward", forward)
+    mask = torch.ones(2, 40, dtype=torch.int64)
+    mask[1, :padding] = 0
+    inputs = {"input_ids": token_ids(2, 40), "attention_mask": mask}
+    found, own = logits(model, dense_attention, **inputs), logits(model, **inputs)
+    torch.testing.assert_close(found[mask.bool()], own[mask.bool()], **CLOSE)
