@@ -128,6 +128,9 @@ def compare_artifacts(before: Artifact, after: Artifact) -> Comparison:
 def match_clusters(before: Tensor, after: Tensor) -> Tensor:
     """The second labels in the first ones' numbers, such that most heads keep their cluster.
 
+    Of matchings that are as good, it is the one whose keeping heads come first: the least sum of
+    their ids.
+
     Args:
         before: int64 `[K]`, labels from 0; -1: no cluster.
         after: int64 `[K]`, likewise.
@@ -144,7 +147,10 @@ def match_clusters(before: Tensor, after: Tensor) -> Tensor:
     first, second = int(before.max()) + 1, int(after.max()) + 1
     overlap = torch.zeros(first, second, dtype=torch.int64, device="cpu")
     both = (before >= 0) & (after >= 0)
-    overlap.index_put_((before[both], after[both]), torch.tensor(1, device="cpu"), accumulate=True)
+    # A head counts more than all preferences among heads together.
+    heads = torch.arange(len(before), device="cpu")
+    weights = len(before) ** 2 + len(before) - heads
+    overlap.index_put_((before[both], after[both]), weights[both], accumulate=True)
     numbers = torch.full(
         (second + 1,), -1, dtype=torch.int64, device="cpu"
     )  # the last one is for -1

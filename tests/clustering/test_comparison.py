@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import json
 from dataclasses import replace
 from typing import Any
@@ -137,6 +138,13 @@ def test_matching_keeps_the_most_heads() -> None:
     order = torch.randperm(5)
     renamed = torch.where(random < 0, random, order[random])
     assert torch.equal(match_clusters(random, renamed), random)
+
+
+def test_of_equal_matchings_the_first_heads_keep_their_cluster() -> None:
+    before = torch.tensor([0, 0, 1, 2])
+    for labels in itertools.permutations(range(3)):
+        after = torch.tensor(labels)[[1, 0, 2, 2]]
+        assert match_clusters(before, after).tolist() == [0, 3, 1, 1]
 
 
 def test_the_table_shows_twenty_heads(model: Any, capfd: pytest.CaptureFixture[str]) -> None:
