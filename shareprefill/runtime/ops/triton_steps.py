@@ -28,11 +28,11 @@ def softmax_step(b_logits, b_max, b_sum, MASKED: tl.constexpr):
     weights relative to the new maximum, their row sums, the new maximum and sum, and the factor of
     what was accumulated before.
     """
-    b_new = tl.maximum(b_max, tl.max(b_logits, 1))
+    b_new = tl.maximum(b_max, tl.max(b_logits, 1))  # [M]
     # A row that has seen no key keeps a finite pivot: -inf - -inf would be NaN.
     b_pivot = tl.where(b_new == float("-inf"), 0.0, b_new) if MASKED else b_new
-    b_weights = tl.exp2(b_logits - b_pivot[:, None])
-    b_mass = tl.sum(b_weights, 1)
+    b_weights = tl.exp2(b_logits - b_pivot[:, None])  # [M, N]
+    b_mass = tl.sum(b_weights, 1)  # [M]
     b_rescale = tl.exp2(b_max - b_pivot)
     return b_weights, b_mass, b_new, b_sum * b_rescale + b_mass, b_rescale
 

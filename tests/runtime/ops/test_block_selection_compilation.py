@@ -32,7 +32,7 @@ TYPES = {
     **dict.fromkeys(["p_q", "p_k", "p_v", "p_out"], "*" + dtype),
     **dict.fromkeys(["p_rows", "p_heads", "p_index", "p_head_to_list"], "*i64"),
     **dict.fromkeys(["p_counts", "p_offsets", "p_listed", "p_indices"], "*i32"),
-    **dict.fromkeys(["p_bitmap", "p_patterns", "p_columns", "p_distances", "p_sound"], "*u8"),
+    **dict.fromkeys(["p_bitmap", "p_patterns", "p_columns", "p_distances", "p_finite"], "*u8"),
     **dict.fromkeys(["scale_log2", "softcap_log2"], "fp32"),
     **dict.fromkeys(smoothing.smooth_kernel.arg_names[7:14], "fp32"),
 }

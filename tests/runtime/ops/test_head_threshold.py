@@ -76,9 +76,9 @@ def assert_is_a_threshold(maps: torch.Tensor, gamma: list[float], chosen: torch.
 def test_blocks_are_the_smallest_cover_of_a_map(shape: Shape, search: str) -> None:
     maps = random_maps(4, shape)
     gamma = [0.9, 0.3, 0.999, 1.0]
-    chosen, sound = head_blocks(maps, torch.tensor(gamma), **geometry(shape), impl=search)
+    chosen, is_finite = head_blocks(maps, torch.tensor(gamma), **geometry(shape), impl=search)
     assert_is_a_threshold(maps, gamma, chosen)
-    assert sound.all()
+    assert is_finite.all()
 
 
 @pytest.mark.interpreter
@@ -98,10 +98,10 @@ def test_triton_takes_what_the_reference_takes(
     options = geometry(shape) | {"sink_blocks": 1, "local_blocks": 2}
     wanted, _ = head_blocks(maps, gamma, index, **options, impl="reference")
     chosen = torch.ones_like(wanted)
-    found, sound = head_blocks(maps, gamma, index, **options, impl="triton", out=chosen)
+    found, is_finite = head_blocks(maps, gamma, index, **options, impl="triton", out=chosen)
     assert found is chosen
     assert torch.equal(chosen, wanted)
-    assert sound.all()
+    assert is_finite.all()
 
 
 def test_only_what_is_always_read_of_maps_without_mass(search: str) -> None:
@@ -110,7 +110,7 @@ def test_only_what_is_always_read_of_maps_without_mass(search: str) -> None:
     options = geometry(shape) | {"sink_blocks": 1, "local_blocks": 2, "impl": search}
     for maps in (torch.zeros(1, 4, 8), torch.zeros(0, 4, 8)):
         some = index if len(maps) else index[1:]
-        chosen, sound = head_blocks(maps, torch.full(some.shape, 0.9), some, **options)
+        chosen, is_finite = head_blocks(maps, torch.full(some.shape, 0.9), some, **options)
         # The first rows of the query blocks lie in key blocks 3, 4, 5 and 6, their last rows in
         # 4, 5, 6 and 7.
         wanted = [
@@ -121,7 +121,7 @@ def test_only_what_is_always_read_of_maps_without_mass(search: str) -> None:
         ]
         for one in chosen:
             assert one.int().tolist() == wanted
-        assert sound.all()
+        assert is_finite.all()
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf], ids=str)
@@ -134,8 +134,8 @@ def test_a_map_that_is_no_number_takes_every_causal_block(bad: float, search: st
     # Outside the causal blocks nothing is looked at.
     maps[2, 0, 7] = bad
     gamma = torch.tensor([0.5, 0.9, 0.8])
-    chosen, sound = head_blocks(maps, gamma, **geometry(shape), impl=search)
-    assert sound.tolist() == [True, False, True]
+    chosen, is_finite = head_blocks(maps, gamma, **geometry(shape), impl=search)
+    assert is_finite.tolist() == [True, False, True]
     assert torch.equal(chosen[1], causal)
     for place in (0, 2):
         alone = whole[place : place + 1]
@@ -247,9 +247,9 @@ def test_user_errors_say_what_came() -> None:
 def test_compiled_thresholds_and_smoothed_maps(shape: Shape) -> None:
     maps, gamma = random_maps(3, shape, device="cuda"), [0.95, 0.5, 1.0]
     limits = torch.tensor(gamma, device="cuda")
-    chosen, sound = head_blocks(maps, limits, **geometry(shape))
+    chosen, is_finite = head_blocks(maps, limits, **geometry(shape))
     assert_is_a_threshold(maps, gamma, chosen)
-    assert sound.all()
+    assert is_finite.all()
     again, _ = head_blocks(maps, limits, **geometry(shape))
     assert torch.equal(again, chosen)
     wanted = smooth_maps(maps, WEIGHTS, **geometry(shape), impl="reference")

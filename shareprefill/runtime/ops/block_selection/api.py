@@ -110,8 +110,8 @@ def head_blocks(
         impl: as in `select_blocks`.
 
     Returns:
-        `(patterns, sound)`: bool `[P, n_q, n_k]`, causal; and bool `[P]`, False where the sum of
-        the pattern's map is NaN or Inf.
+        `(patterns, is_finite)`: bool `[P, n_q, n_k]`, causal; and bool `[P]`, False where the sum
+        of the pattern's map is NaN or Inf.
 
     Raises:
         ConfigError: shapes, dtypes, devices or ranges do not belong together.

@@ -73,9 +73,9 @@ def head_blocks(
     if index is not None:
         # One map of zeros stands for none.
         maps = torch.cat([maps, torch.zeros_like(causal, dtype=maps.dtype)[None]])[index]
-    sound = maps.sum((1, 2)).isfinite()
-    chosen = blocks_above_threshold(maps, gamma).logical_or_(~sound[:, None, None])
-    return _placed(chosen.logical_or_(always).logical_and_(causal), out), sound
+    is_finite = maps.sum((1, 2)).isfinite()
+    chosen = blocks_above_threshold(maps, gamma).logical_or_(~is_finite[:, None, None])
+    return _placed(chosen.logical_or_(always).logical_and_(causal), out), is_finite
 
 
 def blocks_above_threshold(maps: torch.Tensor, gamma: torch.Tensor) -> torch.Tensor:

@@ -133,10 +133,10 @@ def head_blocks(
     maps, gamma = maps.contiguous(), gamma.contiguous()
     n_patterns, (n_q, n_k) = len(gamma), maps.shape[1:]
     chosen = _pattern((n_patterns, n_q, n_k), maps, out)
-    sound = torch.empty(n_patterns, dtype=torch.bool, device=maps.device)
+    is_finite = torch.empty(n_patterns, dtype=torch.bool, device=maps.device)
     has_index: dict[str, Any] = {"HAS_INDEX": index is not None}
     inputs = (maps, gamma, gamma if index is None else index.contiguous())
-    results = (chosen.view(torch.uint8), sound.view(torch.uint8))
+    results = (chosen.view(torch.uint8), is_finite.view(torch.uint8))
     reach, always = _reach(n_query, n_key, block_size), (sink_blocks, local_blocks)
     if n_patterns:
         with device_of(maps):
@@ -149,7 +149,7 @@ def head_blocks(
                     *(*inputs, *results, n_q, n_k, *reach, *always),
                     **(HEAD_OPTIONS | has_index),
                 )
-    return chosen, sound
+    return chosen, is_finite
 
 
 @lru_cache(maxsize=64)

@@ -41,10 +41,10 @@ def _softmax(b_logits, b_max, scales, HAS_SOFTCAP: gl.constexpr):
     """
     scale_log2, _softcap_log2 = scales
     factor = 1.0 if HAS_SOFTCAP else scale_log2
-    b_new = gl.maximum(b_max, max_of_rows(b_logits))
+    b_new = gl.maximum(b_max, max_of_rows(b_logits))  # [M]
     # A row that has seen no key keeps a finite pivot: -inf - -inf would be NaN.
     b_pivot = gl.where(b_new == float("-inf"), 0.0, b_new * factor)
-    b_weights = gl.exp2(b_logits * factor - b_pivot[:, None])
+    b_weights = gl.exp2(b_logits * factor - b_pivot[:, None])  # [M, N]
     b_rescale = gl.exp2(b_max * factor - b_pivot)
     return b_weights, b_new, sum_within_threads(b_weights), b_rescale
 
@@ -125,15 +125,15 @@ def _consume(
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, 16])
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
     row_layout: gl.constexpr = gl.SliceLayout(1, s_layout)
-    b_unseen = gl.full([ROWS], float("-inf"), gl.float32, row_layout)
+    b_unseen = gl.full([ROWS], float("-inf"), gl.float32, row_layout)  # [M]
     i_offset = HALF * ROWS + n_k_tokens - n_q_tokens
 
     i_step = 0
     i_round = 0
     i_head, i_tile, _start, n_listed, i_last, i_second = read_work(queue, i_round)
-    b_logits = gl.zeros([ROWS, BLOCK], gl.float32, s_layout)
+    b_logits = gl.zeros([ROWS, BLOCK], gl.float32, s_layout)  # [M, N]
     if i_head >= 0:
-        b_logits = first_logits(q_ring, k_ring, HALF, s_layout)
+        b_logits = first_logits(q_ring, k_ring, HALF, s_layout)  # [M, N]
         b_logits = cap_logits(b_logits, scales, HAS_SOFTCAP)
         b_logits = hide_later_keys(b_logits, i_tile * BLOCK + i_offset, i_last * BLOCK)
     b_weights, b_max, b_sum, b_rescale = _softmax(b_logits, b_unseen, scales, HAS_SOFTCAP)
@@ -141,7 +141,7 @@ def _consume(
         # The weights of the tile's last block are there.
         i_position = i_tile * BLOCK + i_offset
         i_query = (i_round % QUERIES) * 2 + HALF
-        b_acc = gl.zeros([ROWS, BLOCK_D], gl.float32, o_layout)
+        b_acc = gl.zeros([ROWS, BLOCK_D], gl.float32, o_layout)  # [M, D]
         i_end = i_step + n_listed
         # Of the others only the next can hold keys past a row.
         i_diagonal = (i_tile * BLOCK + n_k_tokens - n_q_tokens + 1) // BLOCK
@@ -149,9 +149,9 @@ def _consume(
         if n_listed > 1:
             wait_tile(k_ready, i_step + 1)
         for i_k in range(i_step + 1, i_end):
-            b_logits = issue_logits(q_tiles, i_query, k_tiles, i_k, s_layout)
+            b_logits = issue_logits(q_tiles, i_query, k_tiles, i_k, s_layout)  # [M, N]
             wait_tile(v_ready, i_k - 1)
-            b_acc = issue_values(b_weights, v_tiles, i_k - 1, b_acc)
+            b_acc = issue_values(b_weights, v_tiles, i_k - 1, b_acc)  # [M, D]
             b_logits = warpgroup_mma_wait(1, deps=[b_logits])
             free_tile(k_free, i_k)
             b_logits = cap_logits(b_logits, scales, HAS_SOFTCAP)
@@ -176,7 +176,7 @@ def _consume(
             wait_tile(q_ready, i_round)
             wait_tile(k_ready, i_step)
             i_other = (i_round % QUERIES) * 2 + HALF
-            b_logits = issue_logits(q_tiles, i_other, k_tiles, i_step, s_layout)
+            b_logits = issue_logits(q_tiles, i_other, k_tiles, i_step, s_layout)  # [M, N]
             wait_tile(v_ready, i_step - 1)
             b_acc = issue_values(b_weights, v_tiles, i_step - 1, b_acc)
             b_logits = warpgroup_mma_wait(1, deps=[b_logits])

@@ -55,7 +55,7 @@ def _attend_keys(
             # Positions end at Nk - 1, so this hides the tail of the last block as well.
             b_logits = tl.where(o_keys[None, :] <= o_positions[:, None], b_logits, float("-inf"))
         b_weights, _, b_max, b_sum, b_rescale = softmax_step(b_logits, b_max, b_sum, MASKED)
-        b_acc = b_acc * b_rescale[:, None]
+        b_acc = b_acc * b_rescale[:, None]  # [M, Dv]
         b_v = load_tile(p_v_tile + i_key * stride_vn, m_n, m_dv, MASKED, VALUE_DIM != BLOCK_DV)
         b_acc = tl.dot(
             b_weights.to(b_v.dtype), b_v, b_acc, input_precision=PRECISION, out_dtype=tl.float32
@@ -118,15 +118,15 @@ def _attend_tile(
     p_q_tile = p_q + o_m[:, None] * stride_qn + o_d[None, :]
     p_k_tile = p_k + o_n[:, None] * stride_kn + o_d[None, :]
     p_v_tile = p_v + o_n[:, None] * stride_vn + o_dv[None, :]
-    b_q = load_tile(p_q_tile, m_m, o_d < HEAD_DIM, True, HEAD_DIM != BLOCK_D)
-    b_acc = tl.zeros([BLOCK_M, BLOCK_DV], dtype=tl.float32)
+    b_q = load_tile(p_q_tile, m_m, o_d < HEAD_DIM, True, HEAD_DIM != BLOCK_D)  # [M, D]
+    b_acc = tl.zeros([BLOCK_M, BLOCK_DV], dtype=tl.float32)  # [M, Dv]
     if HAS_SINKS:
         # The sink is a key that was seen before all others and has no value.
         LOG2E: tl.constexpr = 1.4426950408889634
-        b_max = tl.zeros([BLOCK_M], dtype=tl.float32) + tl.load(p_sinks) * LOG2E
+        b_max = tl.zeros([BLOCK_M], dtype=tl.float32) + tl.load(p_sinks) * LOG2E  # [M]
         b_sum = tl.full([BLOCK_M], 1.0, dtype=tl.float32)
     else:
-        b_max = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
+        b_max = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)  # [M]
         b_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
     for MASKED in tl.static_range(2):
         b_acc, b_max, b_sum = _attend_keys(
@@ -157,7 +157,7 @@ def _attend_tile(
         )
 
     b_divisor = tl.where(b_sum == 0.0, 1.0, b_sum)
-    b_out = b_acc / b_divisor[:, None]
+    b_out = b_acc / b_divisor[:, None]  # [M, Dv]
     p_out_tile = p_out + o_m[:, None] * stride_on + o_dv[None, :]
     m_out = m_m[:, None] & (o_dv < VALUE_DIM)[None, :]
     tl.store(p_out_tile, b_out.to(p_out.dtype.element_ty), mask=m_out)

@@ -57,8 +57,8 @@ def issue_logits(q_tiles, i_tile, k_tiles, i_step, layout: gl.constexpr):
     ROWS: gl.constexpr = q_tiles.shape[2]
     BLOCK: gl.constexpr = k_tiles.shape[2]
     BLOCK_D: gl.constexpr = k_tiles.shape[3]
-    b_q = q_tiles.index(i_tile).reshape([ROWS, BLOCK_D])
-    b_k = k_tiles.index(i_step % k_tiles.shape[0]).reshape([BLOCK, BLOCK_D])
+    b_q = q_tiles.index(i_tile).reshape([ROWS, BLOCK_D])  # [M, D]
+    b_k = k_tiles.index(i_step % k_tiles.shape[0]).reshape([BLOCK, BLOCK_D])  # [N, D]
     b_zero = gl.zeros([ROWS, BLOCK], gl.float32, layout)
     return warpgroup_mma(b_q, b_k.permute((1, 0)), b_zero, use_acc=False, is_async=True)
 
@@ -72,8 +72,8 @@ def issue_values(b_weights, v_tiles, i_step, b_acc):
     BLOCK: gl.constexpr = v_tiles.shape[2]
     BLOCK_D: gl.constexpr = v_tiles.shape[3]
     layout: gl.constexpr = gl.DotOperandLayout(0, b_acc.type.layout, 2)
-    b_p = gl.convert_layout(b_weights.to(v_tiles.dtype), layout)
-    b_v = v_tiles.index(i_step % v_tiles.shape[0]).reshape([BLOCK, BLOCK_D])
+    b_p = gl.convert_layout(b_weights.to(v_tiles.dtype), layout)  # [M, N]
+    b_v = v_tiles.index(i_step % v_tiles.shape[0]).reshape([BLOCK, BLOCK_D])  # [N, Dv]
     return warpgroup_mma(b_p, b_v, b_acc, is_async=True)
 
 
@@ -105,7 +105,7 @@ def hide_later_keys(b_logits, i_position, i_key):
     layout: gl.constexpr = b_logits.type.layout
     o_row = gl.arange(0, b_logits.shape[0], layout=gl.SliceLayout(1, layout))
     o_key = gl.arange(0, b_logits.shape[1], layout=gl.SliceLayout(0, layout))
-    b_seen = o_key[None, :] <= (o_row + (i_position - i_key))[:, None]
+    b_seen = o_key[None, :] <= (o_row + (i_position - i_key))[:, None]  # [M, N]
     return gl.where(b_seen, b_logits, float("-inf"))
 
 
@@ -145,7 +145,7 @@ def store_rows(
     o_m = i_row + gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
     o_d = gl.arange(0, BLOCK_D, layout=gl.SliceLayout(0, layout))
     b_factor = gl.convert_layout(b_factor, gl.SliceLayout(1, b_acc.type.layout))
-    b_out = gl.convert_layout((b_acc * b_factor[:, None]).to(DTYPE), layout)
+    b_out = gl.convert_layout((b_acc * b_factor[:, None]).to(DTYPE), layout)  # [M, Dv]
     m_out = (o_m < n_q_tokens)[:, None]
     if DIM != BLOCK_D:
         m_out = m_out & (o_d < DIM)[None, :]

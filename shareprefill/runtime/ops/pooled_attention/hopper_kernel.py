@@ -87,10 +87,10 @@ def _schedule(
 def _softmax(b_logits, b_max, b_sum, scale_log2):
     """Weights relative to the new maximum; that maximum, in units of log2; the block's mass, in a
     row's four threads; the sums so far, and their factor, relative to the new maximum."""
-    b_new = gl.maximum(b_max, max_of_rows(b_logits) * scale_log2)
+    b_new = gl.maximum(b_max, max_of_rows(b_logits) * scale_log2)  # [M]
     # A row that has seen no key keeps a finite pivot: -inf - -inf would be NaN.
     b_pivot = gl.where(b_new == float("-inf"), 0.0, b_new)
-    b_weights = gl.exp2(b_logits * scale_log2 - b_pivot[:, None])
+    b_weights = gl.exp2(b_logits * scale_log2 - b_pivot[:, None])  # [M, N]
     b_rescale = gl.exp2(b_max - b_pivot)
     return b_weights, b_new, sum_within_threads(b_weights), b_sum * b_rescale, b_rescale
 
@@ -127,8 +127,8 @@ def _add_means(p_mass, p_map, b_lse, share, n_seen):
         i_blocks = i_block + o_j
         m_seen = i_blocks < n_seen
         p_logs = p_mass + (i_blocks * ROWS)[:, None] + o_m[None, :]
-        b_log = gl.load(p_logs, mask=m_seen[:, None], other=float("-inf"))
-        b_mean = gl.sum(gl.exp2(b_log - b_lse[None, :]), 1) * share
+        b_log = gl.load(p_logs, mask=m_seen[:, None], other=float("-inf"))  # [J, M]
+        b_mean = gl.sum(gl.exp2(b_log - b_lse[None, :]), 1) * share  # [J]
         gl.atomic_add(p_map + i_blocks, b_mean, mask=m_seen, sem="relaxed")
     barrier()
 
@@ -198,7 +198,7 @@ def _consume(
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, 16])
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
     row_layout: gl.constexpr = gl.SliceLayout(1, s_layout)
-    b_unseen = gl.full([ROWS], float("-inf"), gl.float32, row_layout)
+    b_unseen = gl.full([ROWS], float("-inf"), gl.float32, row_layout)  # [M]
     b_none = gl.zeros([ROWS], gl.float32, row_layout)
     i_offset = HALF * ROWS + n_k_tokens - n_q_tokens
     p_mass += (gl.program_id(0) * 2 + HALF).to(gl.int64) * n_k * ROWS
@@ -206,16 +206,16 @@ def _consume(
     i_step = 0
     i_round = 0
     i_head, i_tile, i_slot, n_seen, i_last, _second = read_work(queue, i_round)
-    b_logits = gl.zeros([ROWS, BLOCK], gl.float32, s_layout)
+    b_logits = gl.zeros([ROWS, BLOCK], gl.float32, s_layout)  # [M, N]
     if i_head >= 0:
-        b_logits = first_logits(q_ring, k_ring, HALF, s_layout)
+        b_logits = first_logits(q_ring, k_ring, HALF, s_layout)  # [M, N]
         b_logits = hide_later_keys(b_logits, i_tile * BLOCK + i_offset, i_last * BLOCK)
     b_weights, b_max, b_mass, b_sum, _rescale = _softmax(b_logits, b_unseen, b_none, scale_log2)
     while i_head >= 0:
         # The weights of the tile's last block are there.
         i_position = i_tile * BLOCK + i_offset
         i_query = (i_round % QUERIES) * 2 + HALF
-        b_acc = gl.zeros([ROWS, BLOCK_D], gl.float32, o_layout)
+        b_acc = gl.zeros([ROWS, BLOCK_D], gl.float32, o_layout)  # [M, D]
         i_end = i_step + n_seen
         # Of the others only the next can hold keys past a row.
         i_diagonal = (i_tile * BLOCK + n_k_tokens - n_q_tokens + 1) // BLOCK
@@ -223,11 +223,11 @@ def _consume(
         if n_seen > 1:
             wait_tile(k_ready, i_step + 1)
         for i_k in range(i_step + 1, i_end):
-            b_logits = issue_logits(q_tiles, i_query, k_tiles, i_k, s_layout)
+            b_logits = issue_logits(q_tiles, i_query, k_tiles, i_k, s_layout)  # [M, N]
             p_block = p_mass + (i_end - i_k) * ROWS
             b_sum = _keep_mass(b_sum, b_mass, b_max, p_block)
             wait_tile(v_ready, i_k - 1)
-            b_acc = issue_values(b_weights, v_tiles, i_k - 1, b_acc)
+            b_acc = issue_values(b_weights, v_tiles, i_k - 1, b_acc)  # [M, D]
             b_logits = warpgroup_mma_wait(1, deps=[b_logits])
             free_tile(k_free, i_k)
             if i_k == i_masked:
@@ -252,7 +252,7 @@ def _consume(
             wait_tile(q_ready, i_round)
             wait_tile(k_ready, i_step)
             i_other = (i_round % QUERIES) * 2 + HALF
-            b_logits = issue_logits(q_tiles, i_other, k_tiles, i_step, s_layout)
+            b_logits = issue_logits(q_tiles, i_other, k_tiles, i_step, s_layout)  # [M, N]
             wait_tile(v_ready, i_step - 1)
             b_acc = issue_values(b_weights, v_tiles, i_step - 1, b_acc)
             b_logits = warpgroup_mma_wait(1, deps=[b_logits])

@@ -91,10 +91,10 @@ def _hide(b_logits, b_position, i_unit, i_full):
 def _add_unit(b_logits, b_max, b_sum, scale_log2, p_unit):
     """Store log2 of the rows' mass in a unit; their maxima, in units of log2, and sums with it."""
     layout: gl.constexpr = b_max.type.layout
-    b_new = gl.maximum(b_max, max_of_rows(b_logits) * scale_log2)
+    b_new = gl.maximum(b_max, max_of_rows(b_logits) * scale_log2)  # [M]
     # A row that has seen no key keeps a finite pivot: -inf - -inf would be NaN.
     b_pivot = gl.where(b_new == float("-inf"), 0.0, b_new)
-    b_weights = gl.exp2(b_logits * scale_log2 - b_pivot[:, None])
+    b_weights = gl.exp2(b_logits * scale_log2 - b_pivot[:, None])  # [M, N]
     b_mass = sum_of_threads(sum_within_threads(b_weights), layout)
     # Its error of 2^-22 is below what storing the logarithm costs.
     b_log = gl.inline_asm_elementwise(
@@ -143,7 +143,7 @@ def _consume(
     m_q = (b_position >= 0)[:, None]
     if HEAD_DIM != BLOCK_D:
         m_q = m_q & (o_d < HEAD_DIM)[None, :]
-    b_q = gl.load(p_q + i_start[:, None] + o_d[None, :], mask=m_q, other=0.0)
+    b_q = gl.load(p_q + i_start[:, None] + o_d[None, :], mask=m_q, other=0.0)  # [M, D]
     q_tiles.index(HALF).reshape([HALF_M, BLOCK_D]).store(b_q)
     fence_async_shared()
     barrier()
@@ -157,14 +157,14 @@ def _consume(
     p_mass += o_m
     if i_first < i_end:
         wait_tile(k_ready, 0)
-        b_logits = issue_logits(q_tiles, HALF, k_tiles, 0, s_layout)
+        b_logits = issue_logits(q_tiles, HALF, k_tiles, 0, s_layout)  # [M, N]
         b_logits = warpgroup_mma_wait(0, deps=[b_logits])
         free_tile(k_free, 0)
         b_logits = _hide(b_logits, b_position, i_first, i_full)
         for i_unit in range(i_first, i_end - 1):
             i_next = i_unit + 1 - i_first
             wait_tile(k_ready, i_next)
-            b_next = issue_logits(q_tiles, HALF, k_tiles, i_next, s_layout)
+            b_next = issue_logits(q_tiles, HALF, k_tiles, i_next, s_layout)  # [M, N]
             b_max, b_sum = _add_unit(b_logits, b_max, b_sum, scale_log2, p_mass + i_unit * BLOCK_M)
             b_next = warpgroup_mma_wait(0, deps=[b_next])
             free_tile(k_free, i_next)

@@ -109,7 +109,7 @@ def _pool_keys(
     m_d = tl.arange(0, BLOCK_D) < HEAD_DIM
     m_dv = tl.arange(0, BLOCK_DV) < VALUE_DIM
     for i_unit in range(i_first, i_end):
-        b_unit = tl.zeros([BLOCK_M], dtype=tl.float32)
+        b_unit = tl.zeros([BLOCK_M], dtype=tl.float32)  # [M]
         for STEP in tl.static_range(STEPS):
             i_key = (i_unit * STEPS + STEP) * BLOCK_N
             o_keys = i_key + o_n
@@ -123,20 +123,20 @@ def _pool_keys(
                 factor = 1.0
             if MASKED:
                 b_logits = tl.where(o_keys[None, :] <= b_position[:, None], b_logits, float("-inf"))
-            b_new = tl.maximum(b_max, tl.max(b_logits, 1) * factor)
+            b_new = tl.maximum(b_max, tl.max(b_logits, 1) * factor)  # [M]
             # A row that has seen no key keeps a finite pivot: -inf - -inf would be NaN.
             b_pivot = tl.where(b_new == float("-inf"), 0.0, b_new) if MASKED else b_new
-            b_weights = tl.exp2(b_logits * factor - b_pivot[:, None])
-            b_mass = tl.sum(b_weights, 1)
+            b_weights = tl.exp2(b_logits * factor - b_pivot[:, None])  # [M, N]
+            b_mass = tl.sum(b_weights, 1)  # [M]
             b_rescale = tl.exp2(b_max - b_pivot)
             b_max = b_new
             b_sum = b_sum * b_rescale + b_mass
             b_unit = b_unit * b_rescale + b_mass
             if HAS_VALUE:
-                b_acc = b_acc * b_rescale[:, None]
+                b_acc = b_acc * b_rescale[:, None]  # [M, Dv]
                 b_v = load_tile(
                     p_v_tile + i_key * stride_vn, m_n, m_dv, MASKED, VALUE_DIM != BLOCK_DV
-                )
+                )  # [N, Dv]
                 b_acc = tl.dot(
                     b_weights.to(b_v.dtype),
                     b_v,
@@ -174,11 +174,11 @@ def _store_means(
             p_mass + i_units[:, None] * stride_unit + o_m[None, :],
             mask=(i_units < n_seen)[:, None],
             other=float("-inf"),
-        )
-        b_mass = tl.exp2(b_log - b_lse[None, :]) * b_share[None, :]
+        )  # [J * pieces, rows]
+        b_mass = tl.exp2(b_log - b_lse[None, :]) * b_share[None, :]  # [J * pieces, rows]
         b_mass = tl.reshape(b_mass, [BLOCK_J * PIECES, SEGMENTS, ROWS_HERE // SEGMENTS])
-        b_mass = tl.reshape(tl.sum(b_mass, 2), [BLOCK_J, PIECES, SEGMENTS])
-        b_mass = tl.sum(b_mass, 1)
+        b_mass = tl.reshape(tl.sum(b_mass, 2), [BLOCK_J, PIECES, SEGMENTS])  # [J, pieces, segments]
+        b_mass = tl.sum(b_mass, 1)  # [J, segments]
         m_j = i_block + o_j < n_k
         tl.store(
             p_map[None, :] + (i_block + o_j)[:, None], b_mass, mask=m_j[:, None] & m_map[None, :]
@@ -285,8 +285,8 @@ def pooled_kernel(
             o_d < HEAD_DIM,
             True,
             HEAD_DIM != BLOCK_D,
-        )
-        b_acc = tl.zeros([BLOCK_M, BLOCK_DV], dtype=tl.float32)
+        )  # [M, D]
+        b_acc = tl.zeros([BLOCK_M, BLOCK_DV], dtype=tl.float32)  # [M, Dv]
         b_max = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
         b_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
         for MASKED in tl.static_range(2):
@@ -455,7 +455,7 @@ def mass_kernel(
             o_d < HEAD_DIM,
             True,
             HEAD_DIM != BLOCK_D,
-        )
+        )  # [M, D]
         i_place = tl.cast(i_z * n_tiles + i_local, tl.int64)
         p_mass += i_place * n_units * BLOCK_M
         b_max = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
@@ -568,11 +568,11 @@ def means_kernel(
     for i_split in range(0, n_live, BLOCK_S):
         p_tile = p_peaks + (i_split + o_s)[:, None] * (2 * BLOCK_M) + o_m[None, :]
         m_tile = (i_split + o_s < n_live)[:, None]
-        b_part_max = tl.load(p_tile, mask=m_tile, other=float("-inf"))
+        b_part_max = tl.load(p_tile, mask=m_tile, other=float("-inf"))  # [S, rows]
         b_part_sum = tl.load(p_tile + BLOCK_M, mask=m_tile, other=0.0)
         b_new = tl.maximum(b_max, tl.max(b_part_max, 0))
         b_pivot = tl.where(b_new == float("-inf"), 0.0, b_new)
-        b_parts = b_part_sum * tl.exp2(b_part_max - b_pivot[None, :])
+        b_parts = b_part_sum * tl.exp2(b_part_max - b_pivot[None, :])  # [S, rows]
         b_sum = b_sum * tl.exp2(b_max - b_pivot) + tl.sum(b_parts, 0)
         b_max = b_new
     m_seen = b_position >= 0

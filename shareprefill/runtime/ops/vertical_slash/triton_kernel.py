@@ -80,7 +80,7 @@ def sums_kernel(
         p_k_tile = p_k_tile + o_n[:, None] * stride_kn + o_d[None, :]
         b_q = load_tile(
             p_q_rows[:, None] + o_d[None, :], m_m, o_d < HEAD_DIM, True, HEAD_DIM != BLOCK_D
-        )
+        )  # [M, D]
         i_place = (i_slot * PARTS + i_part).to(tl.int64)
         p_sums += i_place * n_k * 4 * BLOCK_M
         b_inside = (b_position % BLOCK_SIZE).to(tl.float32)
@@ -101,10 +101,10 @@ def sums_kernel(
                         o_d < HEAD_DIM,
                         MASKED,
                         HEAD_DIM != BLOCK_D,
-                    )
+                    )  # [N, D]
                     b_logits = tl.dot(
                         b_q, tl.trans(b_k), input_precision=PRECISION, out_dtype=tl.float32
-                    )
+                    )  # [M, N]
                     factor = scale_log2
                     if HAS_SOFTCAP:
                         b_logits = cap_logits(b_logits * scale_log2, softcap_log2)
@@ -112,15 +112,15 @@ def sums_kernel(
                     if MASKED:
                         m_seen = o_keys[None, :] <= b_position[:, None]
                         b_logits = tl.where(m_seen, b_logits, float("-inf"))
-                    b_new = tl.maximum(b_max, tl.max(b_logits, 1) * factor)
+                    b_new = tl.maximum(b_max, tl.max(b_logits, 1) * factor)  # [M]
                     # A row that has seen no key keeps a finite pivot: -inf - -inf would be NaN.
                     b_pivot = tl.where(b_new == float("-inf"), 0.0, b_new) if MASKED else b_new
-                    b_weights = tl.exp2(b_logits * factor - b_pivot[:, None])
+                    b_weights = tl.exp2(b_logits * factor - b_pivot[:, None])  # [M, N]
                     b_rescale = tl.exp2(b_max - b_pivot)
                     b_max = b_new
-                    b_step = tl.sum(b_weights, 1)
+                    b_step = tl.sum(b_weights, 1)  # [M]
                     b_ahead = (b_inside[:, None] - (STEP * BLOCK_N + o_n)[None, :]) / BLOCK_SIZE
-                    b_ahead = b_weights * b_ahead
+                    b_ahead = b_weights * b_ahead  # [M, N]
                     b_mass = b_mass * b_rescale + b_step
                     b_next = b_next * b_rescale + tl.sum(tl.maximum(b_ahead, 0.0), 1)
                     b_previous = b_previous * b_rescale - tl.sum(tl.minimum(b_ahead, 0.0), 1)
@@ -180,11 +180,11 @@ def profiles_kernel(
         for i_split in range(0, n_live, BLOCK_S):
             p_split = p_tile + (i_split + o_s)[:, None] * (2 * BLOCK_M) + o_m[None, :]
             m_split = (i_split + o_s < n_live)[:, None] & m_m[None, :]
-            b_part_max = tl.load(p_split, mask=m_split, other=float("-inf"))
+            b_part_max = tl.load(p_split, mask=m_split, other=float("-inf"))  # [S, M]
             b_part_sum = tl.load(p_split + BLOCK_M, mask=m_split, other=0.0)
             b_new = tl.maximum(b_max, tl.max(b_part_max, 0))
             b_pivot = tl.where(b_new == float("-inf"), 0.0, b_new)
-            b_parts = b_part_sum * tl.exp2(b_part_max - b_pivot[None, :])
+            b_parts = b_part_sum * tl.exp2(b_part_max - b_pivot[None, :])  # [S, M]
             b_sum = b_sum * tl.exp2(b_max - b_pivot) + tl.sum(b_parts, 0)
             b_max = b_new
         b_lse = tl.where(m_m, b_max + tl.log2(tl.where(m_m, b_sum, 1.0)), float("inf"))
@@ -210,7 +210,7 @@ def _sum_rows(p_place, i_block, b_own, b_lse, o_m, KIND: tl.constexpr, BLOCK_M: 
     """
     m_tile = (i_block >= 0) & (i_block <= b_own[None, :])
     p_tile = p_place + i_block.to(tl.int64) * (4 * BLOCK_M) + o_m[None, :]
-    b_max = tl.load(p_tile, mask=m_tile, other=float("-inf"))
+    b_max = tl.load(p_tile, mask=m_tile, other=float("-inf"))  # [J, M]
     if KIND < 2:
         b_mass = tl.load(p_tile + BLOCK_M, mask=m_tile, other=0.0)
         if KIND == 1:

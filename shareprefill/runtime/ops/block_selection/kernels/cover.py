@@ -36,7 +36,7 @@ def _smallest_taken(p_row, n_columns, limit, CHUNK: tl.constexpr):
         b_three = tl.zeros([CHUNK], dtype=tl.float32)
         for i_column in range(0, n_columns, CHUNK):
             m_n = i_column + o_n < n_columns
-            b_mass = tl.load(p_row + i_column + o_n, mask=m_n, other=0.0)
+            b_mass = tl.load(p_row + i_column + o_n, mask=m_n, other=0.0)  # [chunk]
             b_bits = b_mass.to(tl.int32, bitcast=True)
             b_one += tl.where(b_bits > i_one, b_mass, 0.0)
             b_two += tl.where(b_bits > i_two, b_mass, 0.0)
@@ -72,7 +72,7 @@ def _store_cover(p_row, p_out, n_seen, n_columns, limit, n_sink, i_local, CHUNK:
     n_equal = 0
     for i_column in range(0, n_columns, CHUNK):
         o_n = i_column + tl.arange(0, CHUNK)
-        b_mass = tl.load(p_row + o_n, mask=o_n < n_seen, other=0.0)
+        b_mass = tl.load(p_row + o_n, mask=o_n < n_seen, other=0.0)  # [chunk]
         b_bits = b_mass.to(tl.int32, bitcast=True)
         # Of equal values the lower columns come first.
         b_equal = (b_bits == i_taken).to(tl.int32)
@@ -171,7 +171,7 @@ def vertical_slash_kernel(
     for i_column in range(0, n_k, CHUNK):
         o_n = i_column + tl.arange(0, CHUNK)
         m_n = o_n <= i_last
-        b_taken = tl.load(p_columns + i_head * n_k + o_n, mask=m_n, other=0)
+        b_taken = tl.load(p_columns + i_head * n_k + o_n, mask=m_n, other=0)  # [chunk]
         b_taken |= tl.load(p_distances + (i_last - o_n), mask=m_n, other=0)
         b_taken |= tl.load(p_distances + (i_first - o_n), mask=o_n <= i_first, other=0)
         m_taken = (b_taken > 0) | (o_n < n_sink) | ((o_n > i_first - n_local) & (n_local > 0))

@@ -42,7 +42,7 @@ def sum_rows(
 ):
     """Of rows `i_row .. i_end - 1` the sum of all masses, and the bits of the largest."""
     p_rows = p_map + i_row * n_k
-    b_sum = tl.zeros([ROWS, CHUNK], dtype=tl.float32)
+    b_sum = tl.zeros([ROWS, CHUNK], dtype=tl.float32)  # [rows, chunk]
     b_peak = tl.zeros([ROWS, CHUNK], dtype=tl.int32)
     for i_strip in range(i_row, i_end, ROWS):
         i_last = last_blocks(tl.minimum(i_strip + ROWS, i_end) - 1, n_k, reach)
@@ -71,7 +71,7 @@ def _sum_above(
 ):
     """The sums of the masses whose bits are at least each of three numbers."""
     p_rows = p_map
-    b_one = tl.zeros([ROWS, CHUNK], dtype=tl.float32)
+    b_one = tl.zeros([ROWS, CHUNK], dtype=tl.float32)  # [rows, chunk]
     b_two = tl.zeros([ROWS, CHUNK], dtype=tl.float32)
     b_three = tl.zeros([ROWS, CHUNK], dtype=tl.float32)
     for i_row in range(0, n_q, ROWS):
@@ -89,12 +89,12 @@ def _sum_above(
 
 
 @triton.jit
-def least_bits(i_low, is_sound, SHIFT: tl.constexpr):
+def least_bits(i_low, is_finite, SHIFT: tl.constexpr):
     """The bits of the least mass that is taken, where `i_low` is the threshold.
 
     Blocks without mass are below every threshold; all blocks are taken where sums are no numbers.
     """
-    return tl.where(is_sound, tl.maximum(i_low << SHIFT, 1), -(2**31))
+    return tl.where(is_finite, tl.maximum(i_low << SHIFT, 1), -(2**31))
 
 
 @triton.jit
@@ -135,7 +135,7 @@ def head_kernel(
     p_gamma,
     p_index,
     p_out,
-    p_sound,
+    p_finite,
     n_q,
     n_k,
     first,
@@ -169,11 +169,11 @@ def head_kernel(
     gamma = tl.load(p_gamma + i_pattern)
 
     total, i_peak = sum_rows(p_map, 0, n_read, n_k, reach, ROWS, CHUNK, UNROLL)
-    is_sound = tl.abs(total) < float("inf")
+    is_finite = tl.abs(total) < float("inf")
     wanted = gamma * total * (1.0 - ROUNDING)
     i_high = i_peak >> SHIFT
     i_low = tl.maximum(i_high - SPAN, 0)
-    if (gamma >= 1.0) | (is_sound == 0):
+    if (gamma >= 1.0) | (is_finite == 0):
         i_low = 0
         i_high = 0
     while i_low < i_high:
@@ -204,8 +204,8 @@ def head_kernel(
         else:
             i_high = i_one - 1
 
-    i_least = least_bits(i_low, is_sound, SHIFT)
-    tl.store(p_sound + i_pattern, is_sound.to(tl.int8))
+    i_least = least_bits(i_low, is_finite, SHIFT)
+    tl.store(p_finite + i_pattern, is_finite.to(tl.int8))
     p_out += i_pattern * n_q * n_k
     for i_row in range(0, n_q, ROWS):
         mark_rows(

@@ -53,7 +53,7 @@ def _interval(
 ):
     """Where a pattern's threshold lies after the last step, and whether its sum is a number."""
     o_strip = tl.arange(0, STRIPS)
-    b_total = tl.zeros([STRIPS], dtype=tl.float32)
+    b_total = tl.zeros([STRIPS], dtype=tl.float32)  # [strips]
     b_peak = tl.zeros([STRIPS], dtype=tl.int32)
     for i_strip in range(0, n_strips, STRIPS):
         i_place = i_pattern * n_strips + i_strip + o_strip
@@ -61,11 +61,11 @@ def _interval(
         b_total += tl.load(p_totals + i_place, mask=m_strip, other=0.0)
         b_peak = tl.maximum(b_peak, tl.load(p_peaks + i_place, mask=m_strip, other=0))
     total = tl.sum(b_total)
-    is_sound = tl.abs(total) < float("inf")
+    is_finite = tl.abs(total) < float("inf")
     if IS_FIRST:
         i_high = tl.max(b_peak) >> SHIFT
         i_low = tl.maximum(i_high - SPAN, 0)
-        if (gamma >= 1.0) | (is_sound == 0):
+        if (gamma >= 1.0) | (is_finite == 0):
             i_low = 0
             i_high = 0
     else:
@@ -74,7 +74,7 @@ def _interval(
         if i_low < i_high:
             wanted = gamma * total * (1.0 - ROUNDING)
             o_number = tl.arange(0, CANDIDATES)
-            b_sums = tl.zeros([CANDIDATES, STRIPS], dtype=tl.float32)
+            b_sums = tl.zeros([CANDIDATES, STRIPS], dtype=tl.float32)  # [candidates, strips]
             for i_strip in range(0, n_strips, STRIPS):
                 i_place = (i_pattern * CANDIDATES + o_number)[:, None] * n_strips
                 i_place += (i_strip + o_strip)[None, :]
@@ -86,7 +86,7 @@ def _interval(
             i_above = _candidates(i_low, i_high, n_reached, CANDIDATES) - 1
             i_low = tl.where(n_reached > 0, i_below, i_low)
             i_high = tl.where(n_reached < CANDIDATES, i_above, i_high)
-    return i_low, i_high, is_sound
+    return i_low, i_high, is_finite
 
 
 @triton.jit(do_not_specialize=["n_q", "n_k", "reach", "n_strips"])
@@ -144,7 +144,7 @@ def narrow_kernel(
 ):
     """One program: what one strip has at or above the next candidates of one pattern."""
     i_pattern = tl.program_id(1).to(tl.int64)
-    i_low, i_high, _sound = _interval(
+    i_low, i_high, _finite = _interval(
         p_totals,
         p_peaks,
         p_before,
@@ -169,7 +169,7 @@ def narrow_kernel(
         p_rows = p_maps + i_map * n_q * n_k + i_row * n_k
         o_number = tl.arange(0, CANDIDATES)
         b_bits = (_candidates(i_low, i_high, o_number, CANDIDATES) << SHIFT)[:, None, None]
-        b_sums = tl.zeros([CANDIDATES, ROWS, CHUNK], dtype=tl.float32)
+        b_sums = tl.zeros([CANDIDATES, ROWS, CHUNK], dtype=tl.float32)  # [candidates, rows, chunk]
         for i_column in range(0, last_blocks(i_end - 1, n_k, reach) + 1, CHUNK * UNROLL):
             for i_tile in tl.static_range(UNROLL):
                 i_start = i_column + i_tile * CHUNK
@@ -190,7 +190,7 @@ def mark_kernel(
     p_before,
     p_sums,
     p_out,
-    p_sound,
+    p_finite,
     n_q,
     n_k,
     first,
@@ -209,7 +209,7 @@ def mark_kernel(
 ):
     """One program: one strip of one pattern, after the last step."""
     i_pattern = tl.program_id(1).to(tl.int64)
-    i_low, _high, is_sound = _interval(
+    i_low, _high, is_finite = _interval(
         p_totals,
         p_peaks,
         p_before,
@@ -225,12 +225,12 @@ def mark_kernel(
         SPAN,
     )
     if tl.program_id(0) == 0:
-        tl.store(p_sound + i_pattern, is_sound.to(tl.int8))
+        tl.store(p_finite + i_pattern, is_finite.to(tl.int8))
     i_map, n_read = _read_rows(p_index, i_pattern, n_q, HAS_INDEX)
     mark_rows(
         p_maps + i_map * n_q * n_k,
         p_out + i_pattern * n_q * n_k,
-        least_bits(i_low, is_sound, SHIFT),
+        least_bits(i_low, is_finite, SHIFT),
         tl.program_id(0) * ROWS,
         n_read,
         n_q,

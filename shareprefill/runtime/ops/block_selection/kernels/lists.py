@@ -36,7 +36,7 @@ def count_kernel(
         b_count = tl.zeros([CHUNK], dtype=tl.int32)
         for i_column in range(0, n_seen, CHUNK):
             o_n = i_column + tl.arange(0, CHUNK)
-            b_set = tl.load(p_bitmap + i_row * n_k + o_n, mask=o_n < n_seen, other=0)
+            b_set = tl.load(p_bitmap + i_row * n_k + o_n, mask=o_n < n_seen, other=0)  # [chunk]
             b_count += (b_set > 0).to(tl.int32)
         n_listed = tl.sum(b_count, 0)
     tl.store(p_counts + i_row, n_listed)
@@ -85,12 +85,12 @@ def offsets_kernel(
     n_over = 0
     for i_first in range(0, i_pattern, PATTERNS):
         o_p = i_first + tl.arange(0, PATTERNS)
-        b_counts = tl.zeros([PATTERNS, ROWS], dtype=tl.int32)
+        b_counts = tl.zeros([PATTERNS, ROWS], dtype=tl.int32)  # [patterns, rows]
         for i_row in range(0, n_q, ROWS):
             m_tile = (o_p < i_pattern)[:, None] & (i_row + o_r < n_q)[None, :]
             p_tile = p_counts + (o_p * n_q + i_row)[:, None] + o_r[None, :]
             b_counts += tl.load(p_tile, mask=m_tile, other=0)
-        b_total = tl.sum(b_counts, 1)
+        b_total = tl.sum(b_counts, 1)  # [patterns]
         if HAS_BOUND:
             n_over += tl.sum((b_total > max_blocks).to(tl.int32), 0)
             b_total = tl.where(b_total > max_blocks, 0, b_total)
@@ -152,7 +152,7 @@ def write_kernel(
         n_all = n_seen - n_read
         for i_column in range(0, n_seen, CHUNK):
             o_n = i_column + tl.arange(0, CHUNK)
-            b_set = tl.load(p_bitmap + i_row * n_k + o_n, mask=o_n < n_read, other=0)
+            b_set = tl.load(p_bitmap + i_row * n_k + o_n, mask=o_n < n_read, other=0)  # [chunk]
             b_set = ((b_set > 0) | (o_n < n_all)).to(tl.int32)
             o_entry = i_next + tl.cumsum(b_set, 0) - 1
             tl.store(p_indices + o_entry, o_n, mask=b_set > 0)

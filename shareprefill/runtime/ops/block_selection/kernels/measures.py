@@ -38,14 +38,14 @@ def js_kernel(
         for i_row in range(i_start, i_end, ROWS):
             o_m = i_row + tl.arange(0, ROWS)
             o_row = (o_m.to(tl.int64) * n_k)[:, None]
-            b_sum = tl.zeros([ROWS, CHUNK], dtype=tl.float32)
+            b_sum = tl.zeros([ROWS, CHUNK], dtype=tl.float32)  # [rows, chunk]
             for i_column in range(0, n_k, CHUNK):
                 o_n = i_column + tl.arange(0, CHUNK)
                 m_tile = (o_m < i_end)[:, None] & (o_n < n_k)[None, :]
-                b_p = tl.load(p_map + o_row + o_n[None, :], mask=m_tile, other=0.0)
+                b_p = tl.load(p_map + o_row + o_n[None, :], mask=m_tile, other=0.0)  # [rows, chunk]
                 b_q = tl.load(p_pivot + o_row + o_n[None, :], mask=m_tile, other=0.0)
                 b_sum += _xlog2(b_p) + _xlog2(b_q) - 2.0 * _xlog2((b_p + b_q) * 0.5)
-            b_divergence = tl.sum(b_sum, 1) * HALF_LN2
+            b_divergence = tl.sum(b_sum, 1) * HALF_LN2  # [rows]
             # Not a maximum with 0, which would turn NaN into 0.
             b_distance += tl.sqrt(tl.where(b_divergence < 0.0, 0.0, b_divergence))
         share = tl.sum(b_distance, 0) / n_q
@@ -73,7 +73,7 @@ def covered_kernel(
     p_pattern = p_patterns + i_pattern * n_q * n_k
     i_start = tl.program_id(0) * n_rows
     i_end = tl.minimum(i_start + n_rows, n_q)
-    b_sum = tl.zeros([ROWS, CHUNK], dtype=tl.float32)
+    b_sum = tl.zeros([ROWS, CHUNK], dtype=tl.float32)  # [rows, chunk]
     for i_row in range(i_start, i_end, ROWS):
         o_m = i_row + tl.arange(0, ROWS)
         o_row = (o_m.to(tl.int64) * n_k)[:, None]
@@ -82,7 +82,7 @@ def covered_kernel(
             m_tile = (o_m < i_end)[:, None] & (o_n < n_k)[None, :]
             m_listed = (o_m < i_end)[:, None] & (o_n < n_listed)[None, :]
             b_taken = tl.load(p_pattern + o_row + o_n[None, :], mask=m_listed, other=1)
-            b_mass = tl.load(p_map + o_row + o_n[None, :], mask=m_tile, other=0.0)
+            b_mass = tl.load(p_map + o_row + o_n[None, :], mask=m_tile, other=0.0)  # [rows, chunk]
             # A mass that is not a number counts wherever it is: it covers nothing.
             b_sum += tl.where((b_taken > 0) | (b_mass != b_mass), b_mass, 0.0)
     share = tl.sum(tl.sum(b_sum, 1), 0) / n_q

@@ -39,7 +39,7 @@ def lines_kernel(
     i_reach = last_blocks(0, n_k, reach)
     i_above = tl.where(is_column, i_start - i_reach, 1 - i_start - LINES)
     p_map = p_maps + i_map * n_q * n_k
-    b_sum = tl.zeros([ROWS, LINES], dtype=tl.float32)
+    b_sum = tl.zeros([ROWS, LINES], dtype=tl.float32)  # [rows, lines]
     b_count = tl.zeros([ROWS, LINES], dtype=tl.float32)
     for i_row in range(tl.maximum(i_above, 0), n_q, ROWS):
         o_m = i_row + tl.arange(0, ROWS)
@@ -48,7 +48,7 @@ def lines_kernel(
         m_tile = (o_m < n_q)[:, None] & (o_n >= 0) & (o_n <= b_last[:, None])
         b_sum += tl.load(p_map + (o_m.to(tl.int64) * n_k)[:, None] + o_n, mask=m_tile, other=0.0)
         b_count += m_tile.to(tl.float32)
-    b_mean = tl.sum(b_sum, 0) / tl.maximum(tl.sum(b_count, 0), 1.0)
+    b_mean = tl.sum(b_sum, 0) / tl.maximum(tl.sum(b_count, 0), 1.0)  # [lines]
     p_line = p_means + i_map * (n_diagonals + n_k) + tl.where(is_column, n_diagonals, 0)
     tl.store(p_line + o_line, b_mean, mask=o_line < n_lines)
 
@@ -109,9 +109,9 @@ def smooth_kernel(
     m_causal = (o_m < n_q)[:, None] & (o_n[None, :] <= b_last[:, None])
     p_map = p_maps + i_map * n_q * n_k
     o_tile = (o_m.to(tl.int64) * n_k)[:, None] + o_n[None, :]
-    b_total = tl.zeros([ROWS, CHUNK], dtype=tl.float32)
+    b_total = tl.zeros([ROWS, CHUNK], dtype=tl.float32)  # [rows, chunk]
     if tl.max(m_causal.to(tl.int32)) > 0:
-        b_own = tl.load(p_map + o_tile, mask=m_causal, other=0.0)
+        b_own = tl.load(p_map + o_tile, mask=m_causal, other=0.0)  # [rows, chunk]
         b_total = itself * b_own
         if vertical1 > 0.0:
             b_total += vertical1 * _mean_of_two(p_map, b_own, o_m, o_n, n_q, n_k, reach, 1, 0)
@@ -123,7 +123,7 @@ def smooth_kernel(
             b_total += diagonal2 * _mean_of_two(p_map, b_own, o_m, o_n, n_q, n_k, reach, 2, 2)
         p_means += i_map * (n_diagonals + n_k)
         if column > 0.0:
-            b_column = tl.load(p_means + n_diagonals + o_n, mask=o_n < n_k, other=0.0)
+            b_column = tl.load(p_means + n_diagonals + o_n, mask=o_n < n_k, other=0.0)  # [chunk]
             b_total += column * b_column[None, :]
         if diagonal > 0.0:
             o_line = o_n[None, :] - o_m[:, None] + (n_q - 1)
