@@ -1,10 +1,13 @@
 """Sparse prefills inside an unpatched vLLM, as an attention backend from outside."""
 
+# vLLM lives in an environment of its own: it is not there where types are checked.
+# pyright: reportMissingImports=false
+
 from __future__ import annotations
 
 import os
 
-from shareprefill.vllm.options import ARTIFACT_VARIABLE, POLICY_VARIABLE
+from shareprefill.vllm.options import ARTIFACT_VARIABLE, POLICY_VARIABLE, SWITCH_VARIABLE
 
 # Versions that the plug-in was written for, [first, first that is not].
 VERSIONS = ((0, 24), (0, 34))
@@ -25,8 +28,6 @@ def register() -> None:
     a GPU, too, so that no further option is needed.
 
     Raises:
-        UnsupportedError: vLLM's version is not one that this was written for, and the environment
-            asks for us.
         ConfigError: `SHAREPREFILL_INNER_BACKEND` names no backend.
     """
     from vllm.platforms import current_platform
@@ -42,6 +43,10 @@ def register() -> None:
             f"{INNER_VARIABLE} = {inner!r} is not allowed: it must be one of {', '.join(_BACKENDS)}"
         )
     register_backend(AttentionBackendEnum.CUSTOM, _BACKENDS[inner])
-    is_asked = any(os.environ.get(name) for name in (ARTIFACT_VARIABLE, POLICY_VARIABLE))
+    # An engine with the switch turned off makes no `RequestSwitch`, which would find that another
+    # backend was chosen: it is to need no choice.
+    is_asked = any(
+        os.environ.get(name) for name in (ARTIFACT_VARIABLE, POLICY_VARIABLE, SWITCH_VARIABLE)
+    )
     if current_platform.is_cpu() or is_asked:
         register_backend(AttentionBackendEnum[inner], _BACKENDS[inner])

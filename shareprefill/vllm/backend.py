@@ -6,7 +6,7 @@ plain prefills; a layer computes those with `ServingCore`, and hands the others 
 """
 
 # vLLM lives in an environment of its own: it is not there where types are checked.
-# pyright: reportMissingImports=false
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false, reportCallIssue=false
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ from typing import Any
 
 import vllm
 from torch import Tensor
+from vllm.config import get_current_vllm_config
 from vllm.forward_context import get_forward_context
+from vllm.logger import init_logger
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.attention.backend import AttentionCGSupport, AttentionType, CommonAttentionMetadata
 
@@ -24,8 +26,9 @@ from shareprefill.vllm.core import RowState, ServingCore
 from shareprefill.vllm.engine import core_of, current_core
 from shareprefill.vllm.options import NAME
 from shareprefill.vllm.pages import gather_joined, gather_split
-from shareprefill.vllm.requests import switches
 from shareprefill.vllm.rows import Prefill, Run, divide
+
+logger = init_logger("vllm.shareprefill")
 
 # Fields of a step's metadata: one entry a row, one a token, what holds for all rows, and what is
 # derived again when it is asked for.
@@ -75,8 +78,8 @@ class SharePrefillBuilder:
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self.core: ServingCore | None = core_of(vllm_config)
-        # Every KV cache group builds metadata of a step; the first one's layers stand for it.
-        self._books = self.core is not None and self.core.is_first_group()
+        if self.core is not None:
+            _check_layers(vllm_config)
 
     def build(
         self,
@@ -87,36 +90,45 @@ class SharePrefillBuilder:
         """The inner backend's metadata, with the work of a step that has sparse rows."""
         common, inner = common_attn_metadata, super()
         metadata = inner.build(common_prefix_len, common, fast_build)
-        if common_prefix_len or fast_build or not self._may_be_sparse(common):
+        if (
+            common_prefix_len
+            or fast_build
+            or self.core is None
+            or not self._may_be_sparse(common, self.core)
+        ):
             return metadata
+        core = self.core
+        # Every KV cache group builds metadata of a step; the first one books it.
+        books = core.is_new_step(common.query_start_loc_cpu)
+
+        def is_sparse(row: int, n_query: int, n_key: int) -> bool:
+            switch = _switch_of(core, common, row)
+            if books:
+                core.book(n_query, n_key, switch)
+            return core.is_sparse(n_query, n_key, switch)
+
         division = divide(
             common.query_start_loc_cpu.tolist()[: common.num_reqs + 1],
             common.seq_lens_cpu_upper_bound.tolist()[: common.num_reqs],
-            lambda row, n_query, n_key: self._is_sparse(n_query, n_key, _switch_of(common, row)),
+            is_sparse,
         )
         if division.prefills:
             # Without ahead-of-time schedules: they share one buffer, which the whole step's has.
             runs = ((run, inner.build(0, rows_of(common, run), True)) for run in division.rest)
-            prefills = ((row, _switch_of(common, row.row)) for row in division.prefills)
+            prefills = ((row, _switch_of(core, common, row.row)) for row in division.prefills)
             metadata.shareprefill = StepWork(tuple(prefills), tuple(runs))
         return metadata
 
-    def _may_be_sparse(self, common: CommonAttentionMetadata) -> bool:
+    @staticmethod
+    def _may_be_sparse(common: CommonAttentionMetadata, core: ServingCore) -> bool:
         """Whether a step is plainly causal, and has rows that are long enough."""
         return (
-            self.core is not None
-            and common.max_query_len >= self.core.least_rows
+            common.max_query_len >= core.least_rows
             and common.causal is True
             and not common.mm_req_doc_ranges
             and common.logits_indices_padded is None
             and common.seq_lens_cpu_upper_bound is not None
         )
-
-    def _is_sparse(self, n_query: int, n_key: int, switch: str | None) -> bool:
-        assert self.core is not None
-        if self._books:
-            self.core.book(n_query, n_key, switch)
-        return self.core.is_sparse(n_query, n_key, switch)
 
 
 class SharePrefillImpl:
@@ -137,13 +149,21 @@ class SharePrefillImpl:
         super().__init__(*args, **kwargs)
         self.core = current_core()
         self._layer: int | None = None
-        self._is_plain = (
-            self.attn_type == AttentionType.DECODER
-            and self.sliding_window in (None, -1, (-1, -1))
-            and self.alibi_slopes is None
-            and not self.kv_cache_dtype.startswith("fp8")
-            and self.kv_sharing_target_layer_name is None
-        )
+        self.why_dense = self._why_dense()
+        if self.core is not None and self.why_dense is not None:
+            logger.info_once("shareprefill: layers with %s run dense", self.why_dense)
+
+    def _why_dense(self) -> str | None:
+        """What our kernels do not know of the layer; None where it is plain attention."""
+        dtype = str(get_current_vllm_config().model_config.dtype).removeprefix("torch.")
+        unknown = {
+            f"attention of type {self.attn_type}": self.attn_type != AttentionType.DECODER,
+            "a sliding window": self.sliding_window not in (None, -1, (-1, -1)),
+            "ALiBi": self.alibi_slopes is not None,
+            f"a cache of {self.kv_cache_dtype}": self.kv_cache_dtype not in ("auto", dtype),
+            "another layer's keys and values": self.kv_sharing_target_layer_name is not None,
+        }
+        return next((name for name, holds in unknown.items() if holds), None)
 
     def forward(
         self,
@@ -176,7 +196,7 @@ class SharePrefillImpl:
         core, inner = self.core, super()
         work: StepWork | None = getattr(attn_metadata, NAME, None)
         if core is not None and attn_metadata is None and self._is_shared(core, layer):
-            core.reserve(query, self.num_kv_heads)
+            core.prepare(query, self.num_kv_heads, **self._arguments())
         if (
             core is None
             or work is None
@@ -199,6 +219,7 @@ class SharePrefillImpl:
                 # Nothing lies in the cache that is not here: no gather.
                 keys, values = (t[prefill.tokens].transpose(0, 1) for t in (key, value))
             else:
+                assert attn_metadata is not None
                 table = attn_metadata.block_table[prefill.row]
                 keys, values = self.gather(layer, kv_cache, table, prefill.n_key)
             rows = output[prefill.tokens]
@@ -208,9 +229,7 @@ class SharePrefillImpl:
                 query[prefill.tokens].transpose(0, 1),
                 keys,
                 values,
-                scale=self.scale,
-                softcap=self.logits_soft_cap or None,
-                sinks=self.sinks,
+                **self._arguments(),
             )
             rows.copy_(out.transpose(0, 1).reshape(rows.shape))
         return output
@@ -231,21 +250,47 @@ class SharePrefillImpl:
         gather = gather_split if kv_cache.ndim == 5 else gather_joined
         return gather(kv_cache, table, n_key)
 
+    def _arguments(self) -> dict[str, Any]:
+        """What the model's attention has beside its tensors."""
+        softcap = self.logits_soft_cap or None
+        return {"scale": self.scale, "softcap": softcap, "sinks": self.sinks}
+
     def _index(self, layer: Any) -> int:
         if self._layer is None:
-            self._layer = extract_layer_index(layer.layer_name)
+            self._layer = int(extract_layer_index(layer.layer_name))
         return self._layer
 
     def _is_shared(self, core: ServingCore, layer: Any) -> bool:
         """Whether the artifact knows the layer (it knows no draft model's), and it is plain."""
-        return self._is_plain and self._index(layer) < core.n_layers
+        return self.why_dense is None and self._index(layer) < core.n_layers
 
 
-def _switch_of(common: CommonAttentionMetadata, row: int) -> str | None:
+def _check_layers(vllm_config: Any) -> None:
+    """Refuses an engine in which nothing would be sparse.
+
+    A rank of a pipeline may hold dense layers alone; where there is one rank, it holds them all.
+
+    Raises:
+        UnsupportedError: says why its layers run dense.
+    """
+    if vllm_config.parallel_config.pipeline_parallel_size > 1:
+        return
+    layers = vllm_config.compilation_config.static_forward_context.values()
+    impls = [
+        layer.impl for layer in layers if isinstance(getattr(layer, "impl", None), SharePrefillImpl)
+    ]
+    if all(impl.why_dense for impl in impls):
+        reasons = ", ".join(sorted({impl.why_dense for impl in impls}))
+        raise UnsupportedError(
+            f"shareprefill would compute nothing in this engine: every layer has {reasons}"
+        )
+
+
+def _switch_of(core: ServingCore, common: CommonAttentionMetadata, row: int) -> str | None:
     """The switch of a row's request."""
     # Model Runner V2 sorts rows anew at every step, and says where their requests stand.
     places = getattr(common, "req_idx", None)
-    return switches.of(row if places is None else int(places[row]))
+    return core.switches.get(row if places is None else int(places[row]))
 
 
 def rows_of(common: CommonAttentionMetadata, run: Run) -> CommonAttentionMetadata:

@@ -5,6 +5,7 @@ Nothing here knows vLLM: another engine's adapter would call the same.
 
 from __future__ import annotations
 
+import weakref
 from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,6 +27,8 @@ from shareprefill.vllm.rows import Prefill
 
 # Records of layers that are kept for a report, so that a server's memory does not grow.
 _RECORDS = 8192
+# Blocks of the prefill that compiles the kernels: enough for every part of a pattern.
+_WARM_BLOCKS = 16
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,7 @@ class ServingCore:
     Attributes:
         n_layers: Layers of the plan.
         least_rows: Query rows from which on a row may be sparse: a block.
+        switches: Of requests that carry one, by their places in the engine's batch.
     """
 
     def __init__(
@@ -80,7 +84,9 @@ class ServingCore:
         self._prefills: dict[str | None, SparsePrefill] = {}
         self._records: deque[tuple[str | None, LayerRecord]] = deque(maxlen=_RECORDS)
         self._counts: Counter[tuple[str, str]] = Counter()
-        self._has_group = False
+        self._is_prepared = False
+        self._last_step: weakref.ref[Tensor] | None = None
+        self.switches: dict[int, str] = {}
         plan = self._prefill(None).plan
         self.n_layers, self.least_rows = len(plan.layers), plan.block_size
 
@@ -90,10 +96,15 @@ class ServingCore:
         least = self.config.min_tokens
         return crossover(self.device).tokens if least is None else least
 
-    def is_first_group(self) -> bool:
-        """True for the first caller alone, which books the rows of every step."""
-        is_first, self._has_group = not self._has_group, True
-        return is_first
+    def is_new_step(self, starts: Tensor) -> bool:
+        """True once a step, however many groups of layers ask.
+
+        Args:
+            starts: The step's offsets on the host, one object for all groups.
+        """
+        is_new = self._last_step is None or self._last_step() is not starts
+        self._last_step = weakref.ref(starts)
+        return is_new
 
     def is_sparse(self, n_query: int, n_key: int, switch: str | None) -> bool:
         """Whether a row is computed sparsely."""
@@ -167,19 +178,70 @@ class ServingCore:
         copies = 2 * n_groups * self.max_keys * head_dim + n_heads * self.max_rows * head_dim
         return of_layer + of_pivots + copies * itemsize
 
-    def reserve(self, query: Tensor, n_groups: int) -> None:
-        """Holds the worst case for a moment, in the run in which an engine measures its memory.
+    def prepare(
+        self,
+        query: Tensor,
+        n_groups: int,
+        *,
+        scale: float,
+        softcap: float | None,
+        sinks: Tensor | None,
+    ) -> None:
+        """Once, in the run in which an engine measures its memory: reserves, and compiles kernels.
+
+        The worst case is held for a moment, so that the engine leaves room for it. On a CPU there
+        is nothing to do: the room for the cache is given there, and nothing is compiled.
 
         Args:
             query: `[T, H, D]` of that run.
             n_groups: KV heads of this process.
+            scale: See `attend`.
+            softcap: See `attend`.
+            sinks: See `attend`.
         """
-        if query.device.type == "cpu":
-            # There the room for the cache is given; it is not what is left.
+        if self._is_prepared or query.device.type == "cpu":
             return
+        self._is_prepared = True
         _, n_heads, head_dim = query.shape
         size = self.worst_case_bytes(n_heads, n_groups, head_dim, query.element_size())
         torch.empty(size, dtype=torch.uint8, device=query.device)
+        self.warm(query, n_groups, scale=scale, softcap=softcap, sinks=sinks)
+
+    def warm(
+        self,
+        query: Tensor,
+        n_groups: int,
+        *,
+        scale: float,
+        softcap: float | None,
+        sinks: Tensor | None,
+    ) -> None:
+        """Runs every layer on random tensors, whole and as a later chunk; nothing is counted.
+
+        Args:
+            query: `[T, H, D]`, whose sizes, dtype and device are taken.
+            n_groups: KV heads of this process.
+            scale: See `attend`.
+            softcap: See `attend`.
+            sinks: See `attend`.
+        """
+        _, n_heads, head_dim = query.shape
+        n_key = _WARM_BLOCKS * self.least_rows
+        for n_query in (n_key, n_key // 2):
+            # As an engine's tensors lie: heads inside tokens.
+            shapes = ((n_query, n_heads), (n_key, n_groups), (n_key, n_groups))
+            rows, keys, values = (
+                torch.randn(*shape, head_dim, dtype=query.dtype, device=query.device).transpose(
+                    0, 1
+                )
+                for shape in shapes
+            )
+            state = self.begin(Prefill(0, slice(0, n_query), n_key), None, query.device)
+            for layer in range(self.n_layers):
+                state.prefill.attend(
+                    layer, state.sequence, rows, keys, values,
+                    scale=scale, softcap=softcap, sinks=sinks,
+                )  # fmt: skip
 
     def report(self) -> dict[str, Any]:
         """What was done since the start; waits for the device.

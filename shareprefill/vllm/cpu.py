@@ -1,7 +1,7 @@
 """The backend over vLLM's CPU kernels."""
 
 # vLLM lives in an environment of its own: it is not there where types are checked.
-# pyright: reportMissingImports=false
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false
 
 from __future__ import annotations
 
@@ -41,6 +41,8 @@ class CPUImpl(SharePrefillImpl, CPUAttentionBackendImpl):
 
 class SharePrefillCPUBackend(CPUAttentionBackend):
     """vLLM's CPU backend, with long prefills taken out of it; its name stays the inner one's."""
+
+    is_of_shareprefill = True
 
     @staticmethod
     def get_impl_cls() -> type[CPUImpl]:

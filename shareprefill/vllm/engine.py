@@ -1,35 +1,40 @@
 """From an engine's configuration to a process's core; refuses at the start what would run dense."""
 
 # vLLM lives in an environment of its own: it is not there where types are checked.
-# pyright: reportMissingImports=false
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false
 
 from __future__ import annotations
 
 import os
+import weakref
 from dataclasses import replace
 from typing import Any
 
 import torch
 import vllm
-from vllm.config import get_current_vllm_config
+from vllm.config import get_current_vllm_config, set_current_vllm_config
 from vllm.distributed.parallel_state import get_tp_group
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
+from vllm.v1.attention.selector import get_attn_backend
 
 from shareprefill.artifact import Artifact, load_artifact
+from shareprefill.checkpoint import check_checkpoint
 from shareprefill.errors import ArtifactError, UnsupportedError
 from shareprefill.runtime.plan import RuntimePlan, make_plan, plan_without_artifact
 from shareprefill.runtime.tensor_parallel import HeadShard
-from shareprefill.vllm import VERSIONS
+from shareprefill.vllm import INNER_VARIABLE, VERSIONS
 from shareprefill.vllm.core import ServingCore
 from shareprefill.vllm.metrics import count
-from shareprefill.vllm.options import ServingOptions
-from shareprefill.vllm.requests import SWITCH_VARIABLE, is_told, switch_is_on
+from shareprefill.vllm.options import SWITCH_VARIABLE, ServingOptions
+from shareprefill.vllm.requests import is_told, switch_is_on
 
 logger = init_logger("vllm.shareprefill")
 
-# The core of the engine that this process runs, and the configuration that it was made from.
-_made: tuple[Any, ServingCore | None] | None = None
+# The cores of a process's engines, by the identity of their compilation configurations: these hold
+# the layers with their caches, and copies of an engine's configuration share them. An entry goes
+# when its engine does, so that nothing here keeps a cache.
+_cores: dict[int, tuple[weakref.ref[Any], ServingCore | None]] = {}
 
 
 def core_of(vllm_config: Any) -> ServingCore | None:
@@ -40,18 +45,15 @@ def core_of(vllm_config: Any) -> ServingCore | None:
         ArtifactError: the artifact cannot be read, or is of another model.
         ConfigError: an option is not allowed.
     """
-    global _made
     if vllm_config.model_config.runner_type == "draft":
         return None
-    if _made is None or _made[0] is not vllm_config:
+    owner = vllm_config.compilation_config
+    key = id(owner)
+    if key not in _cores:
         options = ServingOptions.find(vllm_config.additional_config, os.environ)
-        _made = vllm_config, None if options is None else _make(options, vllm_config)
-    return _made[1]
-
-
-def made_core() -> ServingCore | None:
-    """The core of the engine that runs in this process, if it has one."""
-    return None if _made is None else _made[1]
+        core = None if options is None else _make(options, vllm_config)
+        _cores[key] = weakref.ref(owner, lambda _: _cores.pop(key, None)), core
+    return _cores[key][1]
 
 
 def current_core() -> ServingCore | None:
@@ -91,8 +93,39 @@ def check_engine(options: ServingOptions, config: Any) -> None:
             raise UnsupportedError(f"shareprefill does not serve an engine with {mode}")
 
 
+def check_backend(backend: type, named: str | None) -> None:
+    """Refuses an engine whose backend would never call us.
+
+    Args:
+        backend: What vLLM chooses for a layer of plain attention.
+        named: The engine's option; None where vLLM chooses by itself.
+
+    Raises:
+        UnsupportedError: says what to start the engine with.
+    """
+    if not getattr(backend, "is_of_shareprefill", False):
+        raise UnsupportedError(
+            f"shareprefill was asked for, but attention is computed by {backend.__name__} "
+            f"(--attention-backend {named or 'is not set'}): start with --attention-backend CUSTOM "
+            f"on a GPU; on a CPU, with {INNER_VARIABLE} unset"
+        )
+
+
+def _chosen_backend(config: Any) -> type:
+    """The backend that vLLM chooses for the engine's layers of plain attention."""
+    with set_current_vllm_config(config):
+        return get_attn_backend(
+            config.model_config.get_head_size(),
+            config.model_config.dtype,
+            config.cache_config.cache_dtype,
+        )
+
+
 def _check_artifact(artifact: Artifact, model: Any, n_layers: int, n_heads: int) -> None:
-    """Refuses an artifact of other sizes."""
+    """Refuses an artifact of other sizes, or of another checkpoint's files.
+
+    vLLM fuses and splits weights, so that what it has loaded cannot be compared.
+    """
     sizes = artifact.fingerprint.geometry
     found = (n_layers, n_heads, model.get_total_num_kv_heads(), model.get_head_size())
     wanted = (sizes.layers, sizes.heads, sizes.kv_heads, sizes.head_dim)
@@ -101,10 +134,13 @@ def _check_artifact(artifact: Artifact, model: Any, n_layers: int, n_heads: int)
             f"the artifact is of another model: layers, heads, KV heads and head_dim are {wanted} "
             f"in it, {found} in {model.model}"
         )
+    check_checkpoint(artifact, model.model, model.revision)
 
 
 def _make(options: ServingOptions, config: Any) -> ServingCore:
     check_engine(options, config)
+    named = config.attention_config.backend
+    check_backend(_chosen_backend(config), named and named.name)
     model = config.model_config
     n_layers = model.get_total_num_hidden_layers()
     n_heads = model.model_arch_config.total_num_attention_heads
@@ -115,7 +151,9 @@ def _make(options: ServingOptions, config: Any) -> ServingCore:
     artifact = None if options.artifact is None else load_artifact(options.artifact)
     if artifact is not None:
         _check_artifact(artifact, model, n_layers, n_heads)
+    layers = range(*model.get_layers_start_end_indices(config.parallel_config))
 
+    # The core may not keep the engine's configuration: it would keep the engine's caches.
     def plan_of(policy: str | None) -> RuntimePlan:
         runtime = options.runtime
         if policy is not None:
@@ -125,7 +163,7 @@ def _make(options: ServingOptions, config: Any) -> ServingCore:
             plan = plan_without_artifact(n_layers, n_heads, runtime)
         else:
             plan = make_plan(artifact, runtime)
-        return plan.on_layers(range(*model.get_layers_start_end_indices(config.parallel_config)))
+        return plan.on_layers(layers)
 
     core = ServingCore(
         plan_of,

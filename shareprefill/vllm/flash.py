@@ -25,6 +25,8 @@ class FlashImpl(SharePrefillImpl, FlashAttentionImpl):
 class SharePrefillFlashBackend(FlashAttentionBackend):
     """vLLM's backend, with long prefills taken out of it; its name stays the inner one's."""
 
+    is_of_shareprefill = True
+
     @staticmethod
     def get_impl_cls() -> type[FlashImpl]:
         """The implementation."""

@@ -41,6 +41,9 @@ def count(kind: str, name: str, tokens: int) -> None:
 class ReportExtension:
     """For `--worker-extension-cls shareprefill.vllm.metrics.ReportExtension`."""
 
+    # Of the worker that this extends.
+    vllm_config: Any
+
     def shareprefill_report(self, reset: bool = False) -> dict[str, Any]:
         """A worker's report, by `LLM.collective_rpc("shareprefill_report")`; waits for the device.
 
@@ -51,9 +54,9 @@ class ReportExtension:
             UnsupportedError: the engine runs without shareprefill.
         """
         from shareprefill.errors import UnsupportedError
-        from shareprefill.vllm.engine import made_core
+        from shareprefill.vllm.engine import core_of
 
-        core = made_core()
+        core = core_of(self.vllm_config)
         if core is None:
             raise UnsupportedError("this engine runs without shareprefill: there is no report")
         report = core.report()

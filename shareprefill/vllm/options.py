@@ -13,6 +13,9 @@ from shareprefill.errors import ConfigError
 NAME = "shareprefill"
 ARTIFACT_VARIABLE = "SHAREPREFILL_ARTIFACT"
 POLICY_VARIABLE = "SHAREPREFILL_POLICY"
+# Engines that tell logits processors nothing start only with the switch turned off; requests that
+# carry one are refused then.
+SWITCH_VARIABLE = "SHAREPREFILL_REQUEST_SWITCH"
 # A request with this value of the switch is computed by the inner backend alone.
 OFF = "off"
 

@@ -2,11 +2,11 @@
 
 A step's metadata says nothing of requests' parameters, but vLLM tells logits processors from
 outside which requests come and where they stand. This one changes no logits; it keeps the
-switches.
+switches by their requests' places: a row of the batch, or with Model Runner V2 a slot in its table.
 """
 
 # vLLM lives in an environment of its own: it is not there where types are checked.
-# pyright: reportMissingImports=false
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false
 
 from __future__ import annotations
 
@@ -19,16 +19,13 @@ from vllm.v1.sample import logits_processor as v1
 from vllm.v1.sample.logits_processor.builtin import process_dict_updates
 
 from shareprefill.errors import ConfigError
-from shareprefill.vllm.options import NAME, check_switch
+from shareprefill.vllm.options import NAME, SWITCH_VARIABLE, check_switch
 
 try:
     from vllm.v1.worker.gpu.sample import logits_processor as v2
 except ImportError:  # vLLM 0.24: its second model runner has none.
     v2 = None
 
-# Engines that tell logits processors nothing start only with the switch turned off; requests that
-# carry one are refused then.
-SWITCH_VARIABLE = "SHAREPREFILL_REQUEST_SWITCH"
 _INTERFACES: tuple[type, ...] = (v1.LogitsProcessor, *(() if v2 is None else (v2.LogitsProcessor,)))
 
 
@@ -45,42 +42,17 @@ def is_told(vllm_config: Any) -> bool:
     return vllm_config.speculative_config is None
 
 
-class Switches:
-    """The switches of a process's requests, by their place.
+class RequestSwitch(*_INTERFACES):
+    """Keeps the switches of an engine's core, by the interfaces of both model runners.
 
-    A place is a row of the batch, or with Model Runner V2 a slot in its table of requests.
+    It is made before the model's layers are, so an engine that cannot be served fails here.
     """
 
-    def __init__(self) -> None:
-        self._by_place: dict[int, str] = {}
-
-    def of(self, place: int) -> str | None:
-        """The switch of the request in a place; None where it has none."""
-        return self._by_place.get(place)
-
-    def put(self, place: int, switch: str | None) -> None:
-        """A request takes a place over."""
-        self._by_place.pop(place, None)
-        if switch is not None:
-            self._by_place[place] = switch
-
-    def update(self, change: Any) -> None:
-        """Follows a change of the batch (`BatchUpdate` of V1's interface, None for no change)."""
-        process_dict_updates(self._by_place, change, lambda params, *_: _switch_of(params))
-
-    def clear(self) -> None:
-        """Forgets all of them: a new engine begins."""
-        self._by_place.clear()
-
-
-switches = Switches()
-
-
-class RequestSwitch(*_INTERFACES):
-    """Keeps `switches`, by the interfaces of both model runners."""
-
     def __init__(self, vllm_config: Any, *_states: Any) -> None:
-        switches.clear()
+        from shareprefill.vllm.engine import core_of
+
+        core = core_of(vllm_config)
+        self._switches: dict[int, str] = {} if core is None else core.switches
 
     @classmethod
     def validate_params(cls, sampling_params: SamplingParams) -> None:
@@ -110,11 +82,14 @@ class RequestSwitch(*_INTERFACES):
 
     def update_state(self, batch_update: Any) -> None:
         """V1: follows a change of the batch, before a step's metadata is made."""
-        switches.update(batch_update)
+        process_dict_updates(self._switches, batch_update, lambda params, *_: _switch_of(params))
 
     def add_request(self, req_idx: int, sampling_params: SamplingParams) -> bool:
         """V2: a request takes a slot over. False: its logits stay as they are."""
-        switches.put(req_idx, _switch_of(sampling_params))
+        self._switches.pop(req_idx, None)
+        switch = _switch_of(sampling_params)
+        if switch is not None:
+            self._switches[req_idx] = switch
         return False
 
 

@@ -25,6 +25,8 @@ class TritonImpl(SharePrefillImpl, TritonAttentionImpl):
 class SharePrefillTritonBackend(TritonAttentionBackend):
     """vLLM's backend, with long prefills taken out of it; its name stays the inner one's."""
 
+    is_of_shareprefill = True
+
     @staticmethod
     def get_impl_cls() -> type[TritonImpl]:
         """The implementation."""

@@ -3,8 +3,9 @@
     python tests/support/vllm_engine.py '{"engines": [{"options": {}, "batches": [[{"n": 300}]]}]}'
 
 A request is `{"seed": S, "n": N}` (N random tokens; the same seed begins with the same tokens) with
-`"switch"` for its `extra_args`, and `"tokens"` to generate. An engine is `options` (its entry in
-`additional_config`, null for none), `arguments` of `vllm.LLM`, and `batches` of requests.
+`"switch"` for its `extra_args`, `"tokens"` and `"samples"` to generate, and `"abort"`: the step
+after which it is given up. An engine is `options` (its entry in `additional_config`, null for
+none), `arguments` of `vllm.LLM`, and `batches` of requests; one that `fails` gives its error.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import json
 import os
 import random
 import sys
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -34,18 +36,19 @@ def prompt_tokens(seed: int, n: int) -> list[int]:
 
 def run_engine(engine: dict[str, Any]) -> dict[str, Any]:
     """Starts an engine, runs its batches, and gives it back."""
-    from vllm import LLM, SamplingParams
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    from shareprefill.errors import ShareprefillError
 
     options = engine.get("options")
-    llm = LLM(
-        engine.get("model", str(MODEL)),
-        dtype="float32",
-        seed=0,
-        hf_overrides={"architectures": ["LlamaForCausalLM"]},
-        additional_config={} if options is None else {"shareprefill": options},
-        worker_extension_cls="shareprefill.vllm.metrics.ReportExtension",
-        **{"enforce_eager": True, "max_model_len": 4096} | engine.get("arguments", {}),
-    )
+    if engine.get("fails"):
+        try:
+            _start(engine)
+        except ShareprefillError as error:
+            return {"error": f"{type(error).__name__}: {error}"}
+        return {"error": None}
+    llm = _start(engine)
     batches = []
     for batch in engine["batches"]:
         prompts = [{"prompt_token_ids": prompt_tokens(r.get("seed", 0), r["n"])} for r in batch]
@@ -55,16 +58,59 @@ def run_engine(engine: dict[str, Any]) -> dict[str, Any]:
                 logprobs=20,
                 max_tokens=r.get("tokens", 3),
                 n=r.get("samples", 1),
+                output_kind=RequestOutputKind.FINAL_ONLY,
                 extra_args={"shareprefill": r["switch"]} if "switch" in r else None,
             )
             for r in batch
         ]
-        outputs = llm.generate(prompts, parameters, use_tqdm=False)
+        if any("abort" in r for r in batch):
+            aborts = [r.get("abort") for r in batch]
+            outputs = _with_aborts(llm.llm_engine, prompts, parameters, aborts)
+        else:
+            outputs = llm.generate(prompts, parameters, use_tqdm=False)
         batches.append([_found(output) for output in outputs])
     reports = [] if options is None else llm.collective_rpc("shareprefill_report")
-    del llm
+    found = {"batches": batches, "reports": reports}
+    if not engine.get("arguments", {}).get("disable_log_stats", True):
+        found["metrics"] = {m.name: m.value for m in llm.get_metrics() if hasattr(m, "value")}
+    layers = llm.llm_engine.vllm_config.compilation_config.static_forward_context.values()
+    caches = [weakref.ref(layer.kv_cache) for layer in layers if hasattr(layer, "kv_cache")]
+    del llm, layers
     gc.collect()
-    return {"batches": batches, "reports": reports}
+    left = sum(cache() is not None for cache in caches)
+    return found | {"caches": len(caches), "left": left}
+
+
+def _start(engine: dict[str, Any]) -> Any:
+    from vllm import LLM
+
+    options = engine.get("options")
+    return LLM(
+        engine.get("model", str(MODEL)),
+        dtype="float32",
+        seed=0,
+        additional_config={} if options is None else {"shareprefill": options},
+        worker_extension_cls="shareprefill.vllm.metrics.ReportExtension",
+        **{"enforce_eager": True, "max_model_len": 4096} | engine.get("arguments", {}),
+    )
+
+
+def _with_aborts(
+    engine: Any, prompts: list[Any], parameters: list[Any], aborts: list[int | None]
+) -> list[Any]:
+    """What the requests end with that are not given up, in their order."""
+    ids = [
+        engine.add_request(str(number), prompt, parameter)
+        for number, (prompt, parameter) in enumerate(zip(prompts, parameters, strict=True))
+    ]
+    found, step = {}, 0
+    while engine.has_unfinished_requests():
+        found |= {output.request_id: output for output in engine.step() if output.finished}
+        step += 1
+        given_up = [of for of, after in zip(ids, aborts, strict=True) if after == step]
+        if given_up:
+            engine.abort_request(given_up, internal=True)
+    return [found[str(number)] for number, after in enumerate(aborts) if after is None]
 
 
 def _found(output: Any) -> dict[str, Any]:

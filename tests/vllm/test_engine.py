@@ -5,14 +5,19 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from shareprefill.artifact import load_artifact, save_artifact
+from shareprefill.checkpoint import checkpoint_fingerprint
 from tests.support.vllm_engine import MODEL, prompt_tokens
 
 pytestmark = [
@@ -30,6 +35,8 @@ EVERYTHING = {"artifact": ARTIFACT, "min_tokens": 0, "gamma": 1.0, "max_density"
 PLANNED = {"artifact": ARTIFACT, "min_tokens": 0, "max_density": 1.0}
 REQUESTS = [{"n": 3000}, {"seed": 1, "n": 1500}, {"seed": 2, "n": 300}, {"seed": 3, "n": 20}]
 CHUNKED = {"max_num_batched_tokens": 1000}
+# All requests in one step.
+WHOLE = {"max_num_batched_tokens": 8192}
 
 
 def run(tmp_path: Path, *engines: dict[str, Any], **environment: str) -> list[dict[str, Any]]:
@@ -92,16 +99,30 @@ def test_every_block_gives_what_dense_attention_gives(tmp_path: Path, dense: dic
         assert report["recent"]["auto"]["density"] == 1
 
 
+def test_an_ended_engine_frees_its_caches(tmp_path: Path):
+    batches = [[{"n": 300}]]
+    same_files = _artifact_with(tmp_path, "a.st", checkpoint=checkpoint_fingerprint(str(MODEL)))
+    options = PLANNED | {"artifact": same_files}
+    for found in run(tmp_path, {"options": options, "batches": batches}, {"batches": batches}):
+        assert found["caches"] == 6
+        assert found["left"] == 0
+
+
 def test_a_request_that_is_switched_off_is_dense_to_the_bit(tmp_path: Path, dense: dict[str, Any]):
-    batches = [[request | {"switch": "off"}] for request in REQUESTS]
-    mixed = [REQUESTS[0] | {"switch": "off"}, REQUESTS[1]]
-    (found,) = run(tmp_path, {"options": PLANNED, "batches": [*batches, mixed, [REQUESTS[1]]]})
-    assert found["batches"][:4] == dense["batches"][1:5]
-    (report,) = found["reports"]
-    assert report["rows"] == {"sparse": {"auto": 2}, "dense": {"request": 4}}
-    assert (
-        difference(batch_of({"batches": [found["batches"][4][:1]]}, 0), batch_of(dense, 1)) < 1e-5
+    off = [request | {"switch": "off"} for request in REQUESTS]
+    uncached = {"enable_prefix_caching": False}
+    alone, mixed = run(
+        tmp_path,
+        {"options": PLANNED, "batches": [off, *([request] for request in off)]},
+        {"options": PLANNED, "batches": [[off[0], *REQUESTS[1:]]], "arguments": uncached},
     )
+    assert alone["batches"] == dense["batches"]
+    assert alone["reports"][0]["rows"]["sparse"] == {}
+    (report,) = mixed["reports"]
+    assert report["rows"]["sparse"]["auto"] >= 2
+    assert report["rows"]["dense"]["request"] >= 1
+    first = [{"batches": [found["batches"][0][:1]]} for found in (mixed, dense)]
+    assert difference(first[0], first[1]) < 1e-5
 
 
 def test_an_artifact_means_the_same_as_in_a_session(tmp_path: Path):
@@ -159,19 +180,100 @@ def test_preempted_requests_and_many_samples_end_right(tmp_path: Path, dense: di
         assert len(answer["tokens"][0]) == 40
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"artifact": "nowhere.st"}, "nowhere.st"),
-        ({"artefact": ARTIFACT}, "needs an artifact|artefact"),
-        ({"artifact": ARTIFACT, "policy": "flax"}, "policy = 'flax'"),
-    ],
-)
-def test_what_cannot_be_served_fails_at_the_start(
-    tmp_path: Path, options: dict[str, Any], message: str, capfd: pytest.CaptureFixture[str]
-):
-    with pytest.raises(subprocess.CalledProcessError):
-        run(tmp_path, {"options": options, "batches": [[{"n": 20}]]})
-    import re
+def test_requests_choose_policies_and_short_ones_stay_dense(tmp_path: Path):
+    options = PLANNED | {"min_tokens": 2000}
+    requests = [REQUESTS[0] | {"switch": "pooled"}, *REQUESTS]
+    # Else the second request reads what the first one writes in the same step.
+    uncached = {"enable_prefix_caching": False, **WHOLE}
+    (found,) = run(tmp_path, {"options": options, "batches": [requests], "arguments": uncached})
+    (report,) = found["reports"]
+    assert report["rows"] == {"sparse": {"pooled": 1, "auto": 1}, "dense": {"length": 2}}
 
-    assert re.search(message, capfd.readouterr().err)
+
+def test_a_compiled_engine_gives_what_an_eager_one_gives(tmp_path: Path):
+    engine = {"options": PLANNED, "batches": [REQUESTS]}
+    eager, compiled = run(tmp_path, engine, engine | {"arguments": {"enforce_eager": False}})
+    assert difference(compiled, eager) < 1e-4
+    for name in ("rows", "recent"):
+        assert compiled["reports"][0][name] == eager["reports"][0][name]
+
+
+@pytest.fixture(scope="module")
+def window_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Random weights: every second layer has a window, all cap their logits."""
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    config = Gemma2Config(
+        vocab_size=4096,
+        hidden_size=128,
+        intermediate_size=128,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=64,
+        query_pre_attn_scalar=64,
+        sliding_window=128,
+        max_position_embeddings=4096,
+        initializer_range=0.3,
+    )
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("gemma2")
+    Gemma2ForCausalLM(config).save_pretrained(folder)
+    for file in MODEL.glob("tokenizer*"):
+        shutil.copy(file, folder)
+    return folder
+
+
+def test_layers_with_a_window_stay_dense(tmp_path: Path, window_model: Path):
+    engine = {
+        "model": str(window_model),
+        "batches": [REQUESTS],
+        "arguments": {"num_gpu_blocks_override": 200, **WHOLE},
+    }
+    options = {"policy": "pooled", "min_tokens": 0, "gamma": 1.0, "max_density": 1.0}
+    plain, found = run(tmp_path, engine, engine | {"options": options})
+    assert difference(found, plain) < 1e-4
+    (report,) = found["reports"]
+    # Two of four layers are shared; both groups of layers build a step's metadata, one books it.
+    assert report["rows"]["sparse"] == {"pooled": 3}
+    assert report["recent"]["pooled"]["policies"] == {"pooled": 2 * 4 * 3}
+
+
+def _artifact_with(folder: Path, name: str, **changes: Any) -> str:
+    """sp-tiny's artifact with another fingerprint."""
+    artifact, path = load_artifact(ARTIFACT), folder / name
+    save_artifact(replace(artifact, fingerprint=replace(artifact.fingerprint, **changes)), path)
+    return str(path)
+
+
+def test_what_cannot_be_served_fails_at_the_start(tmp_path: Path, window_model: Path):
+    sizes = replace(load_artifact(ARTIFACT).fingerprint.geometry, head_dim=128)
+    other_sizes = _artifact_with(tmp_path, "sizes.st", geometry=sizes)
+    other_files = _artifact_with(tmp_path, "files.st", checkpoint="0" * 64)
+    window = {"sliding_window": 64, "layer_types": ["sliding_attention"] * 4}
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({"options": {"artifact": "nowhere.st"}}, "ArtifactError: .*nowhere.st"),
+        ({"options": {"artefact": ARTIFACT}}, "ConfigError: .*artefact"),
+        ({"options": PLANNED | {"policy": "flax"}}, "ConfigError: policy = 'flax'"),
+        ({"options": {"artifact": other_sizes}}, "of another model"),
+        ({"options": {"artifact": other_files}}, "from other files"),
+        (
+            {
+                "model": str(window_model),
+                "options": {"policy": "pooled"},
+                "arguments": {"hf_overrides": window},
+            },
+            "every layer has a sliding window",
+        ),
+        ({"options": PLANNED, "arguments": {"enable_lora": True}}, "LoRA"),
+    ]
+    found = run(tmp_path, *({"fails": True} | engine for engine, _ in cases))
+    for (_, message), answer in zip(cases, found, strict=True):
+        assert re.search(message, answer["error"] or "started")
+
+
+def test_an_engine_with_another_backend_fails_at_the_start(tmp_path: Path):
+    # The plug-in takes another name than that of the backend that a CPU uses.
+    engine = {"options": PLANNED, "fails": True}
+    (found,) = run(tmp_path, engine, SHAREPREFILL_INNER_BACKEND="TRITON_ATTN")
+    assert "attention is computed by CPUAttentionBackend" in found["error"]

@@ -1,0 +1,66 @@
+import pytest
+import torch
+
+from shareprefill.config import RuntimeConfig
+from shareprefill.runtime.core import SparsePrefill
+from shareprefill.runtime.plan import RuntimePlan, plan_without_artifact
+from shareprefill.vllm.core import ServingCore
+
+
+def serving_core(**options: object) -> ServingCore:
+    config = RuntimeConfig.from_dict({"policy": "pooled", "min_tokens": 0} | options)
+
+    def plan_of(policy: str | None) -> RuntimePlan:
+        assert policy is None
+        return plan_without_artifact(2, 4, config)
+
+    return ServingCore(
+        plan_of,
+        config,
+        heads=None,
+        exchange=None,
+        device=torch.device("cpu"),
+        max_rows=1024,
+        max_keys=4096,
+    )
+
+
+def test_a_step_is_new_once_however_many_groups_ask():
+    core = serving_core()
+    first = torch.arange(3)
+    assert [core.is_new_step(first) for _ in range(3)] == [True, False, False]
+    # Builders that come later (an engine makes its own twice) book the next step all the same.
+    second = first.clone()
+    assert [core.is_new_step(second), core.is_new_step(second)] == [True, False]
+    del first, second
+    assert core.is_new_step(torch.arange(3))
+
+
+def test_warming_runs_every_layer_and_counts_nothing(monkeypatch: pytest.MonkeyPatch):
+    core, seen = serving_core(), []
+    attend = SparsePrefill.attend
+
+    def noted(self: SparsePrefill, layer: int, *args: torch.Tensor, **options: object) -> object:
+        found = attend(self, layer, *args, **options)  # pyright: ignore[reportArgumentType]
+        seen.append((layer, args[1].shape[1], args[2].shape[1]))
+        assert found[0].isfinite().all()
+        return found
+
+    monkeypatch.setattr(SparsePrefill, "attend", noted)
+    core.warm(torch.empty(5, 4, 32), 2, scale=0.2, softcap=None, sinks=None)
+    n_key = 16 * core.least_rows
+    assert seen == [(layer, rows, n_key) for rows in (n_key, n_key // 2) for layer in (0, 1)]
+    assert core.report() == {"rows": {"sparse": {}, "dense": {}}, "recent": {}}
+
+
+def test_a_reports_records_are_bounded_and_forgotten():
+    core = serving_core(min_tokens=300)
+    for n_key, switch in ((400, None), (400, "off"), (200, None)):
+        core.book(128, n_key, switch)
+    core.book(127, 400, None)
+    assert core.report()["rows"] == {
+        "sparse": {"pooled": 1},
+        "dense": {"request": 1, "length": 1},
+    }
+    core.reset()
+    assert core.report()["rows"] == {"sparse": {}, "dense": {}}
