@@ -1,0 +1,133 @@
+"""Keeps a vLLM engine with the plug-in busy, and looks at its errors and its memory.
+
+    python tools/soak_vllm.py --minutes 30
+
+Requests of mixed lengths come and go: some are aborted, some ask for several samples, some carry
+the switch, many begin alike. There are too few pages for all of them, so requests are preempted.
+Every answer that ends must have as many tokens as it was asked for. The process's memory is read
+once a round; after a third of the rounds it may not grow by more than `--growth` MiB.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+SETTINGS = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+}
+
+
+def resident_mib() -> float:
+    """Memory of this process."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+def soak_round(llm: Any, draw: random.Random, number: int, counts: Counter[str]) -> None:
+    """Twelve requests from their arrival to their end or abortion.
+
+    Raises:
+        RuntimeError: a request that was not aborted did not end as it should.
+    """
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    engine, wanted, aborts = llm.llm_engine, {}, {}
+    for place in range(12):
+        name = f"{number}-{place}"
+        shared = random.Random(draw.randrange(4))
+        length = draw.choice((20, 150, 700, 1500, 3000))
+        prompt = [1, *(shared.randrange(20, 4000) for _ in range(length - 1))]
+        switch = draw.choice((None, None, "off", "pooled"))
+        samples, tokens = draw.choice((1, 1, 3)), draw.randrange(1, 30)
+        parameters = SamplingParams(
+            n=samples,
+            max_tokens=tokens,
+            ignore_eos=True,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+            extra_args=None if switch is None else {"shareprefill": switch},
+        )
+        internal = engine.add_request(name, {"prompt_token_ids": prompt}, parameters)
+        if draw.random() < 0.25:
+            aborts[internal] = draw.randrange(1, 8)
+        else:
+            wanted[name] = (samples, tokens)
+    step = 0
+    while engine.has_unfinished_requests():
+        for output in engine.step():
+            if not output.finished or output.request_id not in wanted:
+                continue
+            samples, tokens = wanted.pop(output.request_id)
+            found = [len(one.token_ids) for one in output.outputs]
+            if found != [tokens] * samples:
+                raise RuntimeError(f"{output.request_id}: {found} tokens, not {samples} x {tokens}")
+            counts["ended"] += 1
+        step += 1
+        given_up = [internal for internal, after in aborts.items() if after == step]
+        if given_up:
+            engine.abort_request(given_up, internal=True)
+            counts["aborted"] += len(given_up)
+    if wanted:
+        raise RuntimeError(f"requests without an end: {sorted(wanted)}")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--minutes", type=float, default=30)
+    parser.add_argument("--growth", type=float, default=64, help="MiB that are allowed")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    for name, value in SETTINGS.items():
+        os.environ.setdefault(name, value)
+    from vllm import LLM
+
+    llm = LLM(
+        str(ROOT / "shareprefill" / "assets" / "sp-tiny"),
+        dtype="float32",
+        max_model_len=4096,
+        max_num_batched_tokens=1000,
+        max_num_seqs=8,
+        num_gpu_blocks_override=40,
+        enforce_eager=True,
+        disable_log_stats=False,
+        worker_extension_cls="shareprefill.vllm.metrics.ReportExtension",
+        additional_config={
+            "shareprefill": {"artifact": str(ROOT / "artifacts" / "sp-tiny.st"), "min_tokens": 0}
+        },
+    )
+    draw, counts, sizes = random.Random(args.seed), Counter[str](), []
+    end = time.monotonic() + 60 * args.minutes
+    while time.monotonic() < end or len(sizes) < 3:
+        soak_round(llm, draw, len(sizes), counts)
+        sizes.append(resident_mib())
+        print(f"round {len(sizes)}: {dict(counts)}, {sizes[-1]:.0f} MiB", flush=True)
+    metrics = {m.name: m.value for m in llm.get_metrics() if hasattr(m, "value")}
+    (report,) = llm.collective_rpc("shareprefill_report")
+    grown = sizes[-1] - sizes[len(sizes) // 3]
+    print(f"preemptions {metrics['vllm:num_preemptions']}, rows {report['rows']}")
+    print(f"memory {grown:+.0f} MiB after round {len(sizes) // 3 + 1}")
+    if not metrics["vllm:num_preemptions"] or not counts["aborted"]:
+        print("nothing was preempted or aborted: run longer", file=sys.stderr)
+        return 1
+    if grown > args.growth:
+        print(f"memory grew by more than {args.growth:.0f} MiB", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
