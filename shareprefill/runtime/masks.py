@@ -428,6 +428,9 @@ def mask_facts(*, additive: bool = False, **arguments: Any) -> Tensor | None:
             shape = (arguments["batch_size"], 1, arguments["q_length"], arguments["kv_length"])
             dtype = arguments.get("dtype", torch.float32) if additive else torch.bool
             return FactMask.make(shape, arguments.get("device", "cpu"), facts, dtype)
+    if arguments.get("local_size") is not None and arguments["q_length"] > 1:
+        # A chunked layer gets none while all is one chunk, and is no causal layer for that.
+        arguments["allow_is_causal_skip"] = False
     return (eager_mask if additive else sdpa_mask)(**arguments)
 
 
