@@ -61,7 +61,7 @@ def atomic_write_bytes(path: str | Path, data: bytes) -> None:
     Raises:
         DataError: the file cannot be written; an earlier file is untouched and nothing is left.
     """
-    path = Path(path)
+    path = _named(path)
     mark = _mark(path)
     temporary = path.with_name(_TEMPORARY.format(f"{mark}-{secrets.token_hex(8)}"))
     try:
@@ -76,7 +76,7 @@ def atomic_write_bytes(path: str | Path, data: bytes) -> None:
             with suppress(OSError):
                 temporary.unlink()
         _sync_folder(path.parent)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise _cannot_write(path, error) from error
 
 
@@ -98,7 +98,7 @@ def make_folder(path: str | Path) -> Path:
     path = Path(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise _cannot_write(path, error) from error
     return path
 
@@ -131,7 +131,7 @@ def reading_folder(path: str | Path) -> Iterator[Path]:
     folder = Path(path)
     try:
         descriptor = os.open(folder / LOCK_NAME, os.O_RDWR | os.O_CREAT, 0o666)
-    except OSError:
+    except (OSError, ValueError):
         # There is no such folder, as its reader will say, or it is read-only.
         yield folder
         return
@@ -157,7 +157,7 @@ def locked_output(path: str | Path) -> Iterator[Path]:
     Raises:
         DataError: another process holds the file, or its folder cannot be written or locked.
     """
-    path = Path(path)
+    path = _named(path)
     lock = path.with_name(_OUTPUT_LOCK.format(_mark(path)))
     with _held(lock, path):
         try:
@@ -176,7 +176,7 @@ def _held(lock: Path, target: Path) -> Iterator[None]:
     while True:
         try:
             descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
-        except OSError as error:
+        except (OSError, ValueError) as error:
             raise _cannot_write(target, error) from error
         try:
             try:
@@ -196,6 +196,24 @@ def _is_at(descriptor: int, path: Path) -> bool:
         return os.path.samestat(os.fstat(descriptor), os.stat(path))
     except FileNotFoundError:
         return False
+
+
+def _named(path: str | Path) -> Path:
+    """`path` as that of a file; `.` and `/` have no name of their own.
+
+    Raises:
+        DataError: no file can have this name.
+    """
+    path = Path(path)
+    if not path.name:
+        raise _cannot_write(path, IsADirectoryError(errno.EISDIR, ""))
+    try:
+        path.lstat()
+    except ValueError as error:
+        raise _cannot_write(path, error) from error
+    except OSError:
+        pass  # as whoever opens it will say
+    return path
 
 
 def _mark(path: Path) -> str:
@@ -270,6 +288,9 @@ def _cannot_lock(path: Path, error: OSError) -> DataError:
     )
 
 
-def _cannot_write(path: Path, error: OSError) -> DataError:
-    advice = _ADVICE.get(error.errno or 0, error.strerror or str(error))
+def _cannot_write(path: Path, error: OSError | ValueError) -> DataError:
+    if isinstance(error, OSError):
+        advice = _ADVICE.get(error.errno or 0, error.strerror or str(error))
+    else:
+        advice = "no file can have this name: choose another path"
     return DataError(f"cannot write {printable(path)}: {advice}")

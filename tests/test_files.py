@@ -314,3 +314,20 @@ def test_printable_is_one_short_line() -> None:
     assert printable("a\x1b[2J\nb") == r"a\x1b[2J\nb"
     assert printable("\ud800") == r"\ud800"
     assert len(printable("x" * 999, 50)) == 50
+
+
+@pytest.mark.parametrize("name", ["a\0b", "\ud800", "folder/a\0b", ".", "", "/"])
+def test_names_that_no_file_can_have(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match="cannot write"):
+        atomic_write_bytes(name, b"")
+    with pytest.raises(DataError, match="cannot write"), locked_output(name):
+        pass
+    if name not in (".", "", "/"):  # folders
+        with pytest.raises(DataError, match="no file can have this name"):
+            make_folder(name)
+        with reading_folder(name):  # its reader says that there is none
+            pass
+    assert list(tmp_path.iterdir()) == []
