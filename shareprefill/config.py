@@ -174,8 +174,8 @@ class ClusterConfig(Stage):
     """How heads are clustered, and how each head's policy is chosen.
 
     Attributes:
-        k: Number of clusters; None chooses the one whose heads are most alike (silhouette) of those
-            that cost at most 1 % more than the least.
+        k: Number of clusters; `auto` (None) chooses the one whose heads are most alike (silhouette)
+            of those that cost at most 1 % more than the least.
         metric: `jaccard` (patterns of the consensus maps), `jaccard-raw` (patterns of the mean
             maps, no autoencoder), `code` (cosine distance of mean codes).
         linkage: Agglomerative linkage on the precomputed distances.
@@ -192,7 +192,8 @@ class ClusterConfig(Stage):
         delta: Jensen-Shannon distance to the uniform distribution above which a head whose check
             fails counts as highly sparse and takes a vertical-slash pattern.
         pivot_rows: Query rows a block that a pivot's pattern is taken from: 0 for all of them, as
-            in the paper; otherwise one of the captured row counts; None takes what costs least.
+            in the paper; otherwise one of the captured row counts; `auto` (None) takes what costs
+            least.
     """
 
     k: int | None = None

@@ -99,7 +99,7 @@ def test_no_speedup_where_nothing_was_sparse(work: Path, sp: Sp, tmp_path: Path)
     facts = json.loads(out)
     assert (code, facts["density"], facts["speedup"]) == (0, 1.0, None)
     assert (facts["kl"], facts["top1_agreement"]) == (0.0, 1.0)
-    code, out, _ = sp("run", *options, "prompt.txt")
+    code, out, _ = sp("run", *options, "prompt.txt", "--compare-dense")
     assert code == 0
     assert "speed-up: nothing was sparse" in out
 

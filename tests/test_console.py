@@ -19,7 +19,17 @@ from shareprefill.autoencoder.losses import Losses
 from shareprefill.bench.measure import BenchResult, BenchRow
 from shareprefill.clustering.comparison import MovedHead, compare_artifacts
 from shareprefill.clustering.pipeline import Clustering
-from shareprefill.commands import bench, evaluate, regenerate, sweep
+from shareprefill.commands import (
+    bench,
+    cluster,
+    diff,
+    doctor,
+    evaluate,
+    inspect,
+    regenerate,
+    sweep,
+    train,
+)
 from shareprefill.diagnosis import Check
 from shareprefill.evaluation.config import SweepConfig
 from shareprefill.evaluation.statistics import Estimate
@@ -52,18 +62,18 @@ def training() -> None:
     found = SimpleNamespace(
         config=SimpleNamespace(code_size=64), split=split, losses=losses, epochs=7
     )
-    console.show_training(Path("artifacts/model/calibration"), found)  # type: ignore[arg-type]
+    train.show_training(Path("artifacts/model/calibration"), found)  # type: ignore[arg-type]
 
 
 def clusterings() -> None:
     sizes = {"cost": 0.2, "recall": 0.95, "sharing": 300}
-    console.show_clusterings(
+    cluster.show_clusterings(
         [Clustering(k=k, silhouette=k / 1000, is_best=k == 9, **sizes) for k in (2, 9, 1000)]  # type: ignore[arg-type]
     )
 
 
 def inspected() -> None:
-    console.summarize(load_artifact(ARTIFACT), Path("clusters.st"))
+    inspect.summarize(load_artifact(ARTIFACT), Path("clusters.st"))
 
 
 def inspected_with_many_pivots() -> None:
@@ -72,7 +82,7 @@ def inspected_with_many_pivots() -> None:
     policy[0, 0] = Policy.SHARE
     same = {name: torch.zeros(60, 32) for name in ("recall", "density", "cluster")}
     fields = {**vars(artifact), **same, "policy": policy, "heads": policy.numel()}
-    console.summarize(SimpleNamespace(**fields), Path("clusters.st"))  # type: ignore[arg-type]
+    inspect.summarize(SimpleNamespace(**fields), Path("clusters.st"))  # type: ignore[arg-type]
 
 
 def compared() -> None:
@@ -81,11 +91,11 @@ def compared() -> None:
     configuration = {**before.configuration, "calibrate": {"data": data}}
     found = compare_artifacts(before, replace(before, configuration=configuration))
     head = MovedHead("31.31", ("vertical-slash", "global-threshold"), (None, "31.30"), (0, 127))
-    console.show_comparison(replace(found, moved=(head,) * 24))
+    diff.show_comparison(replace(found, moved=(head,) * 24))
 
 
 def checked() -> None:
-    console.show_checks(
+    doctor.show_checks(
         [
             Check("attention: blockwise", "works", "plain torch; for CPUs and for checks " * 4),
             Check("layers 0, 2, 4, 6", "window, dense", "sliding window of 24"),

@@ -15,11 +15,12 @@ class BenchConfig:
 
     Attributes:
         lengths: Tokens of the prompts.
-        shape: A shape with random weights; not used where a model is named.
+        shape: A shape with random weights, `llama-3.1-8b`, `llama-3.2-1b` or `llama-3.1-70b`; not
+            used where a model is named.
         model: A model to load instead; it needs an artifact.
-        layers: Layers of the shape; None for all of them.
+        layers: Layers of the shape; None: all of them.
         density: Share of the causal blocks that the synthetic patterns are to cover.
-        chunk: Tokens of a prefill at a time; 0 for all at once, None for as many as memory allows.
+        chunk: Tokens of a prefill at a time; 0 for all at once; None: as many as memory allows.
         dense: Time dense attention too.
         device: `auto`, `cpu`, `cuda`, ...
         dtype: `auto` (float32 on a CPU, bfloat16 on a GPU), `float32`, `bfloat16` or `float16`.

@@ -5,17 +5,22 @@ from __future__ import annotations
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from shareprefill.commands.known import model_of
+from shareprefill.commands.known import CLUSTERS, model_of
 from shareprefill.commands.options import (
-    DeviceOption,
-    DtypeOption,
     JsonOption,
+    OtherModelOption,
     RemoteCodeOption,
-    parse_lengths,
+    Written,
+    lengths_option,
+    listed,
+    named,
+    options_of,
+    repeated,
+    with_commas,
 )
 from shareprefill.config import POLICIES
 from shareprefill.errors import ConfigError
@@ -24,23 +29,7 @@ from shareprefill.evaluation.config import EvalConfig
 if TYPE_CHECKING:
     from shareprefill.evaluation.results import Evaluation
 
-# Defaults are read off the configuration, where alone they live.
-_EVAL = EvalConfig(artifact="-")
-_TASKS, _POLICIES = ",".join(_EVAL.tasks), ",".join(_EVAL.policies)
-_LENGTHS = ",".join(map(str, _EVAL.lengths))
-
 ArtifactOption = Annotated[Path, typer.Option(help="Artifact of the model.")]
-OtherModelOption = Annotated[
-    str | None,
-    typer.Option("--model", help="The model; by default the artifact's, if calibrated here."),
-]
-TasksOption = Annotated[
-    str,
-    typer.Option(
-        help="Generated tasks, perplexity, perplexity:<file>, or ruler:, infinitebench: or "
-        "longbench:<file or hub:...>, with commas between them."
-    ),
-]
 OutOption = Annotated[
     Path | None, typer.Option(help="Folder that keeps every outcome, to go on with, and results.")
 ]
@@ -52,7 +41,28 @@ HtmlOption = Annotated[
 ]
 
 
+def policies_option(option: Written) -> Written:
+    """Names with commas, or `all`."""
+
+    def read(text: str) -> tuple[str, ...]:
+        return POLICIES if text == "all" else listed(text)
+
+    text = f"{option.help} With commas between them, or all: {', '.join(POLICIES)}."
+    return replace(with_commas(option), help=text, read=read)
+
+
+@options_of(
+    EvalConfig,
+    leave_out=("artifact", "others", "model"),
+    tasks=with_commas,
+    policies=policies_option,
+    lengths=lengths_option,
+    gammas=repeated("--gamma"),
+    samples=named("--samples-per-task", "--samples"),
+    cut_middle=named("--cut-middle"),
+)
 def eval_command(
+    options: dict[str, Any],
     artifact: Annotated[
         list[Path] | None,
         typer.Option(
@@ -61,40 +71,6 @@ def eval_command(
         ),
     ] = None,
     model: OtherModelOption = None,
-    tasks: TasksOption = _TASKS,
-    policies: Annotated[
-        str, typer.Option(help=f"Policies with commas between them, or all: {', '.join(POLICIES)}.")
-    ] = _POLICIES,
-    lengths: Annotated[
-        str, typer.Option(help="Tokens a prompt at most, with commas between them; 8K is 8192.")
-    ] = _LENGTHS,
-    samples: Annotated[int, typer.Option(help="Prompts of each task and length.")] = _EVAL.samples,
-    gamma: Annotated[
-        list[float] | None,
-        typer.Option(help="Attention mass to cover; may be repeated. By head by default."),
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the prompts.")] = _EVAL.seed,
-    measure: Annotated[
-        bool,
-        typer.Option(
-            "--measure/--no-measure",
-            help="Measure recall, the attention's errors and KL from dense attention.",
-        ),
-    ] = _EVAL.measure,
-    max_density: Annotated[
-        float | None,
-        typer.Option(help="Compute heads of denser patterns densely; the device's by default."),
-    ] = _EVAL.max_density,
-    bins: Annotated[int, typer.Option(help="Ranges of position of perplexity.")] = _EVAL.bins,
-    cut_middle: Annotated[
-        bool, typer.Option("--cut-middle", help="Cut the middle out of rows that are too long.")
-    ] = _EVAL.cut_middle,
-    device: DeviceOption = _EVAL.device,
-    dtype: DtypeOption = _EVAL.dtype,
-    workers: Annotated[
-        int,
-        typer.Option(help="Processes with a model each that divide the prompts on the device."),
-    ] = _EVAL.workers,
     out: OutOption = None,
     resume: FreshOption = True,
     html: HtmlOption = False,
@@ -109,28 +85,11 @@ def eval_command(
     as_json: JsonOption = False,
 ) -> None:
     """Measure accuracy, fidelity, recall, density and time of policies against dense attention."""
-    first, *others = artifact or [Path("clusters.st")]
-    config = EvalConfig(
-        artifact=str(first),
-        others=tuple(map(str, others)),
-        model=model,
-        tasks=listed(tasks),
-        policies=POLICIES if policies == "all" else listed(policies),
-        lengths=parse_lengths(lengths),
-        gammas=tuple(gamma or ()),
-        samples=samples,
-        seed=seed,
-        device=device,
-        dtype=dtype,
-        measure=measure,
-        max_density=max_density,
-        bins=bins,
-        cut_middle=cut_middle,
-        workers=workers,
-    )
+    first, *others = artifact or [CLUSTERS]
+    config = EvalConfig(**options, artifact=str(first), others=tuple(map(str, others)), model=model)
     config = replace(config, model=model_of(first, model))
     require_folder(out, html=html)
-    require_plot(plot, measure=measure)
+    require_plot(plot, measure=config.measure)
     from shareprefill.console import progress
     from shareprefill.evaluation.figures import frontier_figure
     from shareprefill.evaluation.pages import evaluation_page
@@ -180,11 +139,6 @@ def show_evaluation(found: Evaluation) -> None:
     ):
         if rows:
             show_table(title, columns, rows, less_important=tables.LESS_IMPORTANT)
-
-
-def listed(text: str) -> tuple[str, ...]:
-    """The parts of a list with commas."""
-    return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
 def require_folder(out: Path | None, *, html: bool) -> None:

@@ -1,10 +1,30 @@
-"""The models that a user has named here: those that were calibrated under `artifacts/`."""
+"""What is here: the calibrations under `artifacts/`, and the models that they name."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated
+
+import typer
 
 ARTIFACTS = Path("artifacts")
+CLUSTERS = Path("clusters.st")
+
+CalibrationArgument = Annotated[
+    Path | None,
+    typer.Argument(help="Calibration folder; the newest one under artifacts/ by default."),
+]
+
+
+def calibration_folder(given: Path | None) -> Path:
+    """The folder given, or the newest calibration under `artifacts/`, which is said."""
+    from shareprefill.calib.store import newest_calibration
+
+    if given is not None:
+        return given
+    folder = newest_calibration(ARTIFACTS)
+    typer.echo(f"calibration: {folder} (the newest)", err=True)
+    return folder
 
 
 def model_of(artifact: Path, given: str | None) -> str:

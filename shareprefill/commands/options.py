@@ -1,19 +1,23 @@
-"""Options that several commands have."""
+"""Options: those of a configuration's fields, and those that several commands have."""
 
 from __future__ import annotations
 
+import inspect
+import os
 import re
-from typing import Annotated
+from collections.abc import Callable, Iterable
+from dataclasses import MISSING, Field, dataclass, fields, replace
+from functools import wraps
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import typer
 
-from shareprefill.errors import ConfigError
+from shareprefill.errors import ConfigError, DataError
+from shareprefill.files import printable
 
 _UNITS = {"": 1, "k": 1024, "m": 1024**2}
 
-ModelOption = Annotated[
-    str, typer.Option("--model", help="Hub id, local folder, .gguf file, or the built-in sp-tiny.")
-]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
 DtypeOption = Annotated[
     str, typer.Option(help="auto (float32 on a CPU), float32, bfloat16 or float16.")
@@ -22,6 +26,14 @@ RemoteCodeOption = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run code from the model's repository.")
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")]
+
+OtherModelOption = Annotated[
+    str | None,
+    typer.Option("--model", help="The model; by default the artifact's, if calibrated here."),
+]
+RepositoryArgument = Annotated[str, typer.Argument(help="organisation/name.")]
+FileOption = Annotated[str | None, typer.Option("--file", help="Its name in the repository.")]
+ForceOption = Annotated[bool, typer.Option("--force", help="Replace what is there.")]
 
 
 def parse_lengths(text: str) -> tuple[int, ...]:
@@ -55,3 +67,213 @@ def parse_length(text: str | int) -> int:
     if len(found) != 1:
         raise ConfigError(f"length = {text!r} is not allowed: give one number, like 8K or 8192")
     return found[0]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Written:
+    """How a field's option is written.
+
+    Attributes:
+        field: Its name.
+        type: What typer reads.
+        default: Of the option; `...` where it must be given.
+        names: The option's names; none: the field's own.
+        help: Its line in the help.
+        parser: Makes the value of one word; its errors are those of a wrong option.
+        metavar: What the word stands for, in the help.
+        read: Makes the field's value of the option's.
+    """
+
+    field: str
+    type: Any
+    default: Any
+    help: str
+    names: tuple[str, ...] = ()
+    parser: Callable[[str], Any] | None = None
+    metavar: str | None = None
+    read: Callable[[Any], Any] = lambda value: value
+
+    def parameter(self) -> inspect.Parameter:
+        """The parameter of a command that typer makes the option from."""
+        option = typer.Option(*self.names, help=self.help, parser=self.parser, metavar=self.metavar)
+        return inspect.Parameter(
+            self.field,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=inspect.Parameter.empty if self.default is ... else self.default,
+            annotation=Annotated[self.type, option],
+        )
+
+
+Writing = Callable[[Written], Written]
+"""Changes how an option is written from how its field's type says."""
+
+
+def options_of(
+    configuration: type, *, leave_out: Iterable[str] = (), **writings: Writing
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Gives a command an option for each field of a configuration, in place of `options`.
+
+    Names, types and defaults are the fields', help is what the docstring says of them. The command
+    gets the values as the dictionary `options`.
+
+    Args:
+        configuration: A dataclass whose docstring has `Attributes`.
+        leave_out: Fields without an option.
+        writings: For fields that are written otherwise.
+    """
+    said, types = attributes_of(configuration), get_type_hints(configuration)
+    written = {
+        field.name: writings.pop(field.name, lambda same: same)(
+            _written(field, types[field.name], said[field.name])
+        )
+        for field in fields(configuration)
+        if field.name not in leave_out
+    }
+    assert not writings, f"{configuration.__name__} has no {', '.join(writings)}"
+
+    def with_options(command: Callable[..., None]) -> Callable[..., None]:
+        @wraps(command)
+        def run(**values: Any) -> None:
+            options = {name: option.read(values.pop(name)) for name, option in written.items()}
+            command(options=options, **values)
+
+        hints = get_type_hints(command, include_extras=True)
+        parameters = []
+        for name, own in inspect.signature(command).parameters.items():
+            if name == "options":
+                parameters += [option.parameter() for option in written.values()]
+            else:
+                keyword = inspect.Parameter.KEYWORD_ONLY
+                parameters.append(own.replace(annotation=hints[name], kind=keyword))
+        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        run.__annotations__ = {own.name: own.annotation for own in parameters}
+        return run
+
+    return with_options
+
+
+def attributes_of(configuration: type) -> dict[str, str]:
+    """What a docstring's `Attributes` say, by name, in one line for a help text.
+
+    >>> from shareprefill.config import TrainConfig
+    >>> attributes_of(TrainConfig)["code_size"]
+    'Dimensions of a code.'
+    """
+    _, _, listed = (inspect.getdoc(configuration) or "").partition("Attributes:\n")
+    found = {field.name: "" for field in fields(configuration)}
+    for part in re.split(r"(?m)^    (?=\w)", listed)[1:]:
+        name, _, text = part.partition(": ")
+        text = " ".join(text.replace("`", "").split()).replace(" (None)", "")
+        # On the command line, None is what an option has where it is not given.
+        found[name] = text.replace("; None:", "; by default:").replace("None:", "By default:")
+    return found
+
+
+def _written(field: Field[Any], kind: Any, text: str) -> Written:
+    default = ... if field.default is MISSING else field.default
+    if get_origin(kind) is Literal:
+        words = get_args(kind)
+        if not all(word in text for word in words):
+            text = f"{text} One of {', '.join(words)}."
+        kind = str
+    return Written(field=field.name, type=kind, default=default, help=text)
+
+
+def explained(more: str) -> Writing:
+    """Adds a sentence to the help."""
+    return lambda option: replace(option, help=f"{option.help} {more}")
+
+
+def named(*names: str) -> Writing:
+    """Other names, among them `--flag` alone for a flag that is off by default."""
+    return lambda option: replace(option, names=names)
+
+
+def required(text: str) -> Writing:
+    """An option that must be given, with a help of its own."""
+    return lambda option: replace(option, default=..., help=text)
+
+
+def repeated(name: str, text: str | None = None) -> Writing:
+    """A tuple as an option that is given once a value."""
+
+    def write(option: Written) -> Written:
+        (kind, _) = get_args(option.type)
+        return replace(
+            option,
+            type=list[kind] | None,
+            default=list(option.default) or None,
+            names=(name,),
+            help=text or f"{option.help} May be repeated.",
+            read=lambda values: tuple(values or ()),
+        )
+
+    return write
+
+
+def with_commas(option: Written) -> Written:
+    """A tuple of words as one option with commas."""
+    text = f"{option.help} With commas between them."
+    return replace(option, type=str, default=",".join(option.default), help=text, read=listed)
+
+
+def lengths_option(option: Written) -> Written:
+    """Several lengths, as `8K,128K`."""
+    text = f"{option.help} With commas between them; 8K is 8192."
+    default = ",".join(map(str, option.default))
+    return replace(option, type=str, default=default, help=text, read=parse_lengths)
+
+
+def length_option(option: Written) -> Written:
+    """One length, as `8K`."""
+    text = f"{option.help} 8K is 8192."
+    return replace(option, help=text, parser=parse_length, metavar="LENGTH")
+
+
+def number_or_auto(option: Written) -> Written:
+    """A number, or `auto` for None."""
+
+    def read(value: str) -> int | None:
+        if value == "auto":
+            return None
+        try:
+            return int(value)
+        except ValueError:
+            raise ConfigError(
+                f"{option.field} = {value!r} is not allowed: give auto or a number"
+            ) from None
+
+    return replace(option, type=str, default="auto", read=read)
+
+
+def with_home(command: Callable[..., None]) -> Callable[..., None]:
+    """Puts home folders for `~` and `~user` in all paths that a command is given.
+
+    A shell does so where it sees a path, which it does not in `--out=~/x`.
+    """
+
+    @wraps(command)
+    def run(**values: Any) -> None:
+        command(**{name: _expanded(value) for name, value in values.items()})
+
+    return run
+
+
+def _expanded(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_expanded(part) for part in value]
+    if not isinstance(value, Path) or not str(value).startswith("~"):
+        return value
+    # Not `Path.expanduser`, which raises where there is no such user.
+    found = os.path.expanduser(value)
+    if found == str(value):
+        raise DataError(
+            f"{printable(value)}: there is no such user; write {printable('./' + found)} for a "
+            "path in this folder"
+        )
+    return Path(found)
+
+
+def listed(text: str) -> tuple[str, ...]:
+    """The parts of a list with commas."""
+    return tuple(part.strip() for part in text.split(",") if part.strip())

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from shareprefill.errors import DataError
 from shareprefill.files import printable
@@ -21,6 +22,7 @@ def open_streams() -> None:
 
     Characters that a terminal's encoding lacks are written as escapes: an answer is not lost for
     one of them. A closed stream's number is taken, so that no file that is opened later gets it.
+    What a full standard error cannot take is lost.
 
     Raises:
         DataError: standard output is closed.
@@ -32,11 +34,24 @@ def open_streams() -> None:
             os.open(os.devnull, os.O_RDWR)
     if sys.stderr is None:
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+    elif sys.stderr is sys.__stderr__:  # not where a caller has put a stream of its own
+        kept = io.BufferedWriter(_Lossy(sys.stderr.fileno(), "wb", closefd=False))
+        sys.stderr = io.TextIOWrapper(kept, sys.stderr.encoding, line_buffering=True)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
             stream.reconfigure(errors="backslashreplace")
     if sys.stdout is None:
         raise DataError("standard output is closed: send it to a file, or to /dev/null")
+
+
+class _Lossy(io.FileIO):
+    """Standard error: a notice that cannot be written is lost, and the work goes on."""
+
+    def write(self, data: Any, /) -> int:
+        try:
+            return super().write(data)
+        except OSError:
+            return len(data)
 
 
 @contextmanager
@@ -88,3 +103,9 @@ def read_prompt(path: Path) -> str:
         reason = error.strerror if isinstance(error, OSError) else str(error)
         raise DataError(f"{name} cannot be read as UTF-8 text: {printable(reason)}") from error
     return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def print_now(text: str) -> None:
+    """Prints a piece of an answer as it is, at once."""
+    # Not `typer.echo`, which takes sequences that look like a terminal's out of the text.
+    print(text, end="", flush=True)  # noqa: T201

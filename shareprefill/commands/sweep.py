@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -12,19 +11,20 @@ from shareprefill.commands.evaluate import (
     ArtifactOption,
     FreshOption,
     HtmlOption,
-    OtherModelOption,
     OutOption,
-    TasksOption,
-    listed,
     require_folder,
 )
-from shareprefill.commands.known import model_of
+from shareprefill.commands.known import CLUSTERS, model_of
 from shareprefill.commands.options import (
-    DeviceOption,
-    DtypeOption,
     JsonOption,
+    OtherModelOption,
     RemoteCodeOption,
-    parse_length,
+    explained,
+    length_option,
+    named,
+    options_of,
+    repeated,
+    with_commas,
 )
 from shareprefill.config import POLICIES
 from shareprefill.evaluation.config import SweepConfig
@@ -32,53 +32,26 @@ from shareprefill.evaluation.config import SweepConfig
 if TYPE_CHECKING:
     from shareprefill.evaluation.sweep import Sweep
 
-# Defaults are read off the configuration, where alone they live.
-_SWEEP = SweepConfig(artifact="-", gammas=(0.9,))
-_TASKS = ",".join(_SWEEP.tasks)
 
-
+@options_of(
+    SweepConfig,
+    leave_out=("artifact", "model"),
+    slacks=repeated("--slack"),
+    taus=repeated("--tau"),
+    deltas=repeated("--delta"),
+    gammas=repeated("--gamma"),
+    block_sizes=repeated("--block-size"),
+    ks=repeated("--k"),
+    calibrations=repeated("--calibration"),
+    policy=explained(f"One of {', '.join(POLICIES)}."),
+    tasks=with_commas,
+    length=length_option,
+    samples=named("--samples-per-task", "--samples"),
+)
 def sweep_command(
-    artifact: ArtifactOption = Path("clusters.st"),
+    options: dict[str, Any],
+    artifact: ArtifactOption = CLUSTERS,
     model: OtherModelOption = None,
-    slack: Annotated[
-        list[float] | None,
-        typer.Option(help="Mass below gamma at which a head still shares; may be repeated."),
-    ] = None,
-    tau: Annotated[
-        list[float] | None,
-        typer.Option(help="JS distance to share, with policy shareprefill; may be repeated."),
-    ] = None,
-    delta: Annotated[
-        list[float] | None, typer.Option(help="JS distance to uniform; may be repeated.")
-    ] = None,
-    gamma: Annotated[
-        list[float] | None, typer.Option(help="Attention mass to cover; may be repeated.")
-    ] = None,
-    block_size: Annotated[
-        list[int] | None,
-        typer.Option(help="Tokens a block, of a calibration that is named; may be repeated."),
-    ] = None,
-    k: Annotated[
-        list[int] | None,
-        typer.Option("--k", help="Clusters, from a calibration that is named; may be repeated."),
-    ] = None,
-    calibration: Annotated[
-        list[str] | None,
-        typer.Option(help="Calibration folder, for --k and --block-size; may be repeated."),
-    ] = None,
-    policy: Annotated[str, typer.Option(help=f"One of {', '.join(POLICIES)}.")] = _SWEEP.policy,
-    tasks: TasksOption = _TASKS,
-    length: Annotated[
-        int, typer.Option(parser=parse_length, metavar="LENGTH", help="Tokens a prompt at most.")
-    ] = _SWEEP.length,
-    samples: Annotated[int, typer.Option(help="Prompts of each task.")] = _SWEEP.samples,
-    seed: Annotated[int, typer.Option(help="Seed of the prompts.")] = _SWEEP.seed,
-    max_density: Annotated[
-        float | None,
-        typer.Option(help="Compute heads of denser patterns densely; the device's by default."),
-    ] = _SWEEP.max_density,
-    device: DeviceOption = _SWEEP.device,
-    dtype: DtypeOption = _SWEEP.dtype,
     out: OutOption = None,
     resume: FreshOption = True,
     html: HtmlOption = False,
@@ -86,25 +59,7 @@ def sweep_command(
     as_json: JsonOption = False,
 ) -> None:
     """Measure accuracy and recall against density and time, one parameter changed at a time."""
-    config = SweepConfig(
-        artifact=str(artifact),
-        model=model,
-        slacks=tuple(slack or ()),
-        taus=tuple(tau or ()),
-        deltas=tuple(delta or ()),
-        gammas=tuple(gamma or ()),
-        block_sizes=tuple(block_size or ()),
-        ks=tuple(k or ()),
-        calibrations=tuple(calibration or ()),
-        policy=policy,
-        tasks=listed(tasks),
-        length=length,
-        samples=samples,
-        seed=seed,
-        device=device,
-        dtype=dtype,
-        max_density=max_density,
-    )
+    config = SweepConfig(**options, artifact=str(artifact), model=model)
     config = replace(config, model=model_of(artifact, model))
     require_folder(out, html=html)
     from shareprefill.console import progress

@@ -29,10 +29,9 @@ class EvalConfig(Stage):
         artifact: Path of the artifact.
         model: Where the model is; None: where the artifact says.
         tasks: Generated tasks, `perplexity` (of the shipped text), `perplexity:<file or folder>`,
-            or rows of a benchmark, `<benchmark>:<file>` or `<benchmark>:hub:...`; see
-            `evaluation.questions`.
-        policies: Policies of `config.POLICIES`. `dense` is always measured too: all others are
-            compared with it.
+            or rows of a benchmark (`ruler`, `infinitebench`, `longbench`), `<benchmark>:<file>` or
+            `<benchmark>:hub:...`.
+        policies: Policies that are compared with `dense`, which is always measured too.
         lengths: Tokens a prompt, at most.
         gammas: Attention masses to cover; none: the artifact's own, chosen head by head.
         samples: Prompts of each task and length.
@@ -144,13 +143,15 @@ class SweepConfig(Stage):
         ks: Numbers of clusters; needs a calibration.
         calibrations: Folders of calibrations, for `block_sizes` and `ks`.
         policy: Policy of all points.
-        tasks: As in `EvalConfig`.
+        tasks: Generated tasks, `perplexity`, `perplexity:<file or folder>`, or rows of a benchmark
+            (`ruler`, `infinitebench`, `longbench`), `<benchmark>:<file>` or `<benchmark>:hub:...`.
         length: Tokens a prompt, at most.
         samples: Prompts of each task.
         seed: Picks the generated prompts.
-        device: As in `EvalConfig`.
-        dtype: As in `EvalConfig`.
-        max_density: As in `EvalConfig`.
+        device: `auto`, `cpu`, `cuda`, `cuda:1`, ...
+        dtype: `auto`, `float32`, `bfloat16` or `float16`.
+        max_density: Heads whose pattern is denser are computed densely; None: the device's
+            crossover, as in any session.
     """
 
     artifact: str

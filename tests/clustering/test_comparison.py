@@ -15,7 +15,7 @@ from shareprefill.clustering.comparison import (
     compare_artifacts,
     match_clusters,
 )
-from shareprefill.console import show_comparison
+from shareprefill.commands.diff import show_comparison
 from shareprefill.errors import ArtifactError
 from tests.support.tiny import tiny_artifact, tiny_llama
 

@@ -8,7 +8,8 @@ import typer
 from typer.testing import CliRunner
 
 from shareprefill.artifact import save_artifact
-from shareprefill.commands.hub import pull_command, push_command
+from shareprefill.commands.pull import pull_command
+from shareprefill.commands.push import push_command
 from shareprefill.errors import DataError
 from shareprefill.hub import sharing
 from tests.support.hub import fake_hub

@@ -13,10 +13,11 @@ ARTIFACT = Path(__file__).parents[1] / "data" / "format-1.st"
 # A command that prints as `sp run` prints an answer, and its last line, without a model.
 SAY = """
 from shareprefill import cli, console
+from shareprefill.commands.streams import print_now
 @cli.app.command()
 def say(text: str) -> None:
-    cli._print_now(text)
-    console._line(text)
+    print_now(text)
+    console.show_line(text)
 cli.main()
 """
 SP = f"{sys.executable} -m shareprefill.cli"
@@ -79,6 +80,42 @@ def test_closed_standard_error() -> None:
     found = shell(f"{SP} run nothing.txt 2>&-")
     assert (found.returncode, found.stdout) == (1, b"")
     assert shell(f"{SP} --version 2>&-").stdout.startswith(b"sp ")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_standard_error_loses_what_is_said_there_and_no_more() -> None:
+    code = (
+        "import sys; from shareprefill import cli; sys.argv = ['sp', 'inspect', '{}', '--json']\n"
+    )
+    code += "from shareprefill import cli; cli.open_streams()\n"
+    code += "print('a notice', file=sys.stderr); cli.main()"
+    command = [sys.executable, "-c", code.format(ARTIFACT)]
+    with open("/dev/full", "wb") as full:
+        found = subprocess.run(command, stdout=subprocess.PIPE, stderr=full, check=False)
+    assert found.returncode == 0
+    assert found.stdout.rstrip().endswith(b"}")
+    found = shell(f"{SP} inspect nothing.st 2>/dev/full")
+    assert (found.returncode, found.stdout) == (1, b"")
+    assert shell(f"{SP} inspect --nothing 2>/dev/full").returncode == 2
+
+
+@pytest.mark.parametrize("option", ["--out=~/page.html", "--out ~nobody-here/page.html"])
+def test_a_home_folder_is_found_and_none_is_made_of_its_sign(option: str, tmp_path: Path) -> None:
+    (tmp_path / "home").mkdir()
+    (tmp_path / "here").mkdir()
+    found = subprocess.run(
+        [sys.executable, "-m", "shareprefill.cli", "audit", str(ARTIFACT), *option.split()],
+        capture_output=True,
+        check=False,
+        cwd=tmp_path / "here",
+        env={**os.environ, "HOME": str(tmp_path / "home")},
+    )
+    assert list((tmp_path / "here").iterdir()) == []
+    if "nobody" in option:
+        expect_error(found, "~nobody-here/page.html: there is no such user; write ./~nobody-here")
+    else:
+        assert found.returncode == 0, found.stderr
+        assert (tmp_path / "home" / "page.html").exists()
 
 
 @pytest.mark.parametrize("reader", ["head -c 1", "true"])

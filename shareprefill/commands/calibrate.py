@@ -1,0 +1,62 @@
+"""`sp calibrate`: attention maps of a model, and the autoencoder on them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from shareprefill.commands.known import ARTIFACTS
+from shareprefill.commands.options import (
+    RemoteCodeOption,
+    length_option,
+    options_of,
+    repeated,
+    required,
+)
+from shareprefill.commands.train import show_training
+from shareprefill.config import CalibrateConfig, TrainConfig
+
+
+@options_of(
+    CalibrateConfig,
+    leave_out=("rows",),
+    model=required("Hub id, local folder, .gguf file, or the built-in sp-tiny."),
+    data=repeated(
+        "--data",
+        "Data set: retr_kv, retr_passkey, retr_number, math_find, code_run, variable_tracking, "
+        "needle, text, mixture (all of these), a .jsonl, .json or .txt file, a folder of them, or "
+        "hub:<dataset>:<config>:<split>. May be repeated.",
+    ),
+    length=length_option,
+)
+def calibrate_command(
+    options: dict[str, Any],
+    out: Annotated[
+        Path | None, typer.Option(help="Folder; artifacts/<model>/calibration by default.")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume/--fresh", help="Go on with a killed run, or start anew.")
+    ] = True,
+    trust_remote_code: RemoteCodeOption = False,
+) -> None:
+    """Capture block-pooled attention maps on prompts, and train the autoencoder on them."""
+    config = CalibrateConfig(**options)
+    from shareprefill.autoencoder.pipeline import train
+    from shareprefill.calib.pipeline import capture_maps
+    from shareprefill.console import progress
+    from shareprefill.models import model_slug
+
+    folder = out or ARTIFACTS / model_slug(config.model) / "calibration"
+    with progress("prompts") as advance:
+        store = capture_maps(
+            config,
+            folder,
+            resume=resume,
+            trust_remote_code=trust_remote_code,
+            progress=advance,
+        )
+    # Under torchrun, the first process has them all.
+    if store is not None:
+        show_training(folder, train(folder, TrainConfig(seed=config.seed)))

@@ -1,0 +1,85 @@
+"""`sp cluster`: the artifact of a calibration."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from shareprefill.commands.inspect import summarize
+from shareprefill.commands.known import CLUSTERS, CalibrationArgument, calibration_folder
+from shareprefill.commands.options import number_or_auto, options_of
+from shareprefill.config import ClusterConfig
+from shareprefill.errors import ArtifactError, DataError
+from shareprefill.files import printable
+
+if TYPE_CHECKING:
+    from shareprefill.clustering.pipeline import Clustering
+
+
+@options_of(ClusterConfig, k=number_or_auto, pivot_rows=number_or_auto)
+def cluster_command(
+    options: dict[str, Any],
+    calibration: CalibrationArgument = None,
+    out: Annotated[Path, typer.Option(help="The artifact to write.")] = CLUSTERS,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace a file that is of another model, or none.")
+    ] = False,
+) -> None:
+    """Cluster the heads of a calibration, choose every head's policy, and write the artifact."""
+    config = ClusterConfig(**options)
+    from shareprefill.artifact import save_artifact
+    from shareprefill.clustering.pipeline import cluster
+    from shareprefill.console import status
+    from shareprefill.files import locked_output, reading_folder
+
+    folder = calibration_folder(calibration)
+    with locked_output(out), reading_folder(folder), status("clustering"):
+        if not force:
+            _refuse_to_replace(out, folder)
+        artifact, trials = cluster(folder, config)
+        save_artifact(artifact, out)
+    show_clusterings(trials)
+    summarize(artifact, out)
+
+
+def show_clusterings(trials: list[Clustering]) -> None:
+    """The numbers of clusters that were tried, the one that was taken marked."""
+    from shareprefill.console import show_table
+
+    rows = [
+        (
+            f"{trial.k} *" if trial.is_best else f"{trial.k}",
+            f"{trial.cost:.4f}",
+            f"{trial.recall:.4f}",
+            "-" if math.isnan(trial.silhouette) else f"{trial.silhouette:.3f}",
+            f"{trial.sharing}",
+        )
+        for trial in trials
+    ]
+    columns = ("k", "cost", "recall", "silhouette", "sharing heads")
+    show_table("predicted on held-out prompts", columns, rows, less_important=("silhouette",))
+
+
+def _refuse_to_replace(out: Path, calibration: Path) -> None:
+    """Refuses to write over a file that is no artifact of the calibration's model."""
+    from shareprefill.artifact import load_artifact
+    from shareprefill.calib.store import MapStore
+    from shareprefill.files import kind_of
+
+    if kind_of(out) is None:
+        return
+    try:
+        there = load_artifact(out)
+    except ArtifactError:
+        raise DataError(
+            f"{printable(out)} is there and no artifact that can be read: use --force to replace "
+            "it, or --out"
+        ) from None
+    if there.fingerprint != MapStore.open(calibration).fingerprint:
+        raise DataError(
+            f"{printable(out)} is an artifact of another model, {printable(there.model)}: use "
+            "--force to replace it, or --out"
+        )

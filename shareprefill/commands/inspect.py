@@ -1,0 +1,120 @@
+"""`sp inspect`: what is in an artifact."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from shareprefill.commands.known import CLUSTERS
+from shareprefill.commands.options import JsonOption
+
+if TYPE_CHECKING:
+    from shareprefill.artifact import Artifact
+
+
+def inspect_command(
+    artifact: Annotated[Path, typer.Argument(help="An artifact.")] = CLUSTERS,
+    as_json: JsonOption = False,
+) -> None:
+    """Print what is in an artifact."""
+    from shareprefill.artifact import load_artifact
+
+    loaded = load_artifact(artifact)
+    if as_json:
+        typer.echo(json.dumps(describe(loaded), indent=1))
+    else:
+        summarize(loaded, artifact)
+
+
+def summarize(artifact: Artifact, path: Path) -> None:
+    """An artifact in tables: its origin, its heads by policy, and its sharing clusters."""
+    from shareprefill.console import show_line, show_table
+
+    facts = describe(artifact)
+    policies = [
+        (row["policy"], f"{row['heads']}", f"{row['recall']:.3f}", f"{row['density']:.3f}")
+        for row in facts["policies"]
+    ]
+    show_table("heads by policy", ("policy", "heads", "recall", "density"), policies)
+    clusters = [
+        (
+            f"{row['cluster']}",
+            f"{row['heads']}",
+            " ".join(row["pivots"]),
+            f"{row['sharing']}",
+            f"{row['recall']:.3f}",
+        )
+        for row in facts["clusters"]
+    ]
+    if clusters:
+        columns = ("cluster", "heads", "pivots", "sharing", "recall")
+        show_table("sharing clusters", columns, clusters, prose=("pivots",))
+    show_line(
+        f"{path}: {facts['model']}, {facts['heads']} heads, block {facts['block_size']}, "
+        f"{facts['sharing_share']:.0%} of heads share; expected density "
+        f"{facts['density']:.3f}, recall {facts['recall']:.3f}"
+    )
+
+
+def describe(artifact: Artifact) -> dict[str, Any]:
+    """An artifact as a JSON-ready object."""
+    from shareprefill.artifact import Policy
+    from shareprefill.files import printable
+
+    policy = artifact.policy.flatten()
+    recall, density = artifact.recall.flatten().double(), artifact.density.flatten().double()
+    rows = []
+    for kind in Policy:
+        chosen = policy == kind
+        if chosen.any():
+            rows.append(
+                {
+                    "policy": kind.label,
+                    "heads": int(chosen.sum()),
+                    "recall": recall[chosen].mean().item(),
+                    "density": density[chosen].mean().item(),
+                }
+            )
+    sharing = policy == Policy.SHARE
+    return {
+        "model": printable(artifact.model),
+        "fingerprint": asdict(artifact.fingerprint),
+        "heads": artifact.heads,
+        "block_size": artifact.block_size,
+        "thresholds": asdict(artifact.thresholds),
+        "rows": asdict(artifact.rows),
+        "density": density.mean().item(),
+        "recall": recall.mean().item(),
+        "sharing_share": sharing.double().mean().item(),
+        "policies": rows,
+        "clusters": _sharing_clusters(artifact),
+        "configuration": artifact.configuration,
+        "summary": artifact.summary,
+    }
+
+
+def _sharing_clusters(artifact: Artifact) -> list[dict[str, Any]]:
+    """The clusters in which a head shares, largest first; pivots as layer.head."""
+    from shareprefill.artifact import Policy
+
+    heads = artifact.policy.shape[1]
+    cluster, policy = artifact.cluster.flatten(), artifact.policy.flatten()
+    found = []
+    for label in cluster[policy == Policy.SHARE].unique().tolist():
+        members = cluster == label
+        pivots = (members & (policy == Policy.PIVOT)).nonzero()[:, 0].tolist()
+        sharing = members & (policy == Policy.SHARE)
+        found.append(
+            {
+                "cluster": label,
+                "heads": int(members.sum()),
+                "pivots": [f"{pivot // heads}.{pivot % heads}" for pivot in pivots],
+                "sharing": int(sharing.sum()),
+                "recall": artifact.recall.flatten()[sharing].mean().item(),
+            }
+        )
+    return sorted(found, key=lambda row: (-row["sharing"], row["cluster"]))

@@ -1,0 +1,155 @@
+"""`sp run`: the answer to a prompt."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from shareprefill.commands.known import CLUSTERS
+from shareprefill.commands.options import (
+    DeviceOption,
+    DtypeOption,
+    JsonOption,
+    OtherModelOption,
+    RemoteCodeOption,
+    explained,
+    options_of,
+)
+from shareprefill.commands.streams import print_now, read_prompt
+from shareprefill.config import POLICIES, RuntimeConfig
+
+if TYPE_CHECKING:
+    from shareprefill.runtime.answering import Answer
+
+
+@options_of(
+    RuntimeConfig,
+    leave_out=("sample_rows", "check_rows", "sink_blocks", "local_blocks", "max_density"),
+    policy=explained(f"One of {', '.join(POLICIES)}."),
+)
+def run_command(
+    prompt: Annotated[Path, typer.Argument(help="Text file; - reads standard input.")],
+    options: dict[str, Any],
+    artifact: Annotated[Path, typer.Option(help="Artifact of the model.")] = CLUSTERS,
+    model: OtherModelOption = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")] = 64,
+    prefill_chunk: Annotated[
+        int | None,
+        typer.Option(help="Prompt tokens at a time, 0 for all; by default what memory allows."),
+    ] = None,
+    compare_dense: Annotated[
+        bool,
+        typer.Option("--compare-dense", help="Run dense attention too: speed-up, KL, agreement."),
+    ] = False,
+    recall: Annotated[
+        bool,
+        typer.Option("--recall", help="Measure the patterns' recall, in its own prefill."),
+    ] = False,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
+    trust_remote_code: RemoteCodeOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Answer a prompt, its prefill with shared sparse attention."""
+    config = RuntimeConfig(**options)
+    text = read_prompt(prompt)
+    from shareprefill.artifact import load_artifact, model_to_load
+    from shareprefill.commands.known import ARTIFACTS, known_models
+    from shareprefill.runtime.answering import answer
+
+    loaded = load_artifact(artifact)
+    result = answer(
+        loaded,
+        text,
+        config,
+        model=model_to_load(loaded, model, known_models(ARTIFACTS)),
+        max_new_tokens=max_new_tokens,
+        prefill_chunk=prefill_chunk,
+        compare_dense=compare_dense,
+        measure_recall=recall,
+        device=device,
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
+        on_text=None if as_json else print_now,
+    )
+    finish_run(result, as_json=as_json)
+
+
+def finish_run(result: Answer, *, as_json: bool) -> None:
+    """The last lines of `sp run`, or its JSON object."""
+    from shareprefill.console import show_line
+
+    facts = _run_facts(result)
+    if as_json:
+        print_now(json.dumps(facts, ensure_ascii=False, indent=1) + "\n")
+        return
+    speed = facts["decode_tokens_per_s"]
+    policies = ", ".join(f"{count} {name}" for name, count in facts["policies"].items())
+    parts = [
+        f"{facts['prompt_tokens']} prompt tokens, {facts['new_tokens']} new",
+        f"density {facts['density']:.3f}",
+        f"heads: {policies or 'all dense (prompt below the crossover)'}",
+        f"first token {facts['ttft_s']:.2f} s",
+        "decode -" if speed is None else f"decode {speed:.1f} tokens/s",
+    ]
+    if facts.get("recall") is not None:
+        parts.insert(2, f"recall {facts['recall']:.3f}")
+    print_now("\n")
+    show_line(" | ".join(parts))
+    if result.dense is not None:
+        same = "the same answer" if facts["same_answer"] else f"answer {facts['dense_text']!r}"
+        parts = [f"dense: {same}", f"first token {_times(result.dense_seconds)}"]
+        if facts["speedup"] is None:
+            parts.append("no speed-up: nothing was sparse")
+        else:
+            parts += [f"sparse {_times(result.seconds)}", f"speed-up {facts['speedup']:.2f}"]
+        parts += [
+            f"KL from dense {facts['kl']:.2e} nats a token",
+            f"the same first choice at {facts['top1_agreement']:.1%} of the positions",
+            f"relative error of the last hidden state {facts['hidden_error']:.2e}",
+        ]
+        show_line(" | ".join(parts))
+
+
+def _times(seconds: Sequence[float]) -> str:
+    """The median, and the spread where there are several."""
+    if len(seconds) == 1:
+        return f"{seconds[0]:.2f} s"
+    return f"{median(seconds):.2f} s ({min(seconds):.2f} to {max(seconds):.2f})"
+
+
+def _run_facts(result: Answer) -> dict[str, Any]:
+    generation, report = result.generation, result.report
+    facts: dict[str, Any] = {
+        "text": generation.text,
+        "prompt_tokens": generation.prompt_tokens,
+        "new_tokens": generation.new_tokens,
+        "density": report.density,
+        "selection_work": report.selection_work,
+        "weights_distance": result.weights_distance,
+        "policies": report.policies,
+        "ttft_s": generation.ttft_s,
+        "decode_tokens_per_s": generation.decode_tokens_per_s,
+    }
+    if result.recalls:
+        facts["recall"] = sum(result.recalls) / len(result.recalls)
+    if result.dense is not None:
+        assert result.fidelity is not None
+        facts |= {
+            "ttft_s": median(result.seconds),
+            "ttft_s_range": [min(result.seconds), max(result.seconds)],
+            "dense_text": result.dense.text,
+            "dense_ttft_s": median(result.dense_seconds),
+            "dense_ttft_s_range": [min(result.dense_seconds), max(result.dense_seconds)],
+            "kl": result.fidelity.mean_kl,
+            "top1_agreement": result.fidelity.top1_agreement,
+            "speedup": result.speedup,
+            "hidden_error": result.hidden_error,
+            "same_answer": result.same_answer,
+        }
+    return facts
