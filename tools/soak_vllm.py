@@ -48,7 +48,8 @@ def soak_round(llm: Any, draw: random.Random, number: int, counts: Counter[str])
     for place in range(12):
         name = f"{number}-{place}"
         shared = random.Random(draw.randrange(4))
-        length = draw.choice((20, 150, 700, 1500, 3000))
+        # Just under whole pages, so that answers need further ones while others wait for room.
+        length = 128 * draw.choice((1, 2, 6, 12, 23)) - draw.randrange(1, 8)
         prompt = [1, *(shared.randrange(20, 4000) for _ in range(length - 1))]
         switch = draw.choice((None, None, "off", "pooled"))
         samples, tokens = draw.choice((1, 1, 3)), draw.randrange(1, 30)
@@ -98,10 +99,10 @@ def main() -> int:
     llm = LLM(
         str(ROOT / "shareprefill" / "assets" / "sp-tiny"),
         dtype="float32",
-        max_model_len=4096,
+        max_model_len=3072,
         max_num_batched_tokens=1000,
         max_num_seqs=8,
-        num_gpu_blocks_override=40,
+        num_gpu_blocks_override=30,
         enforce_eager=True,
         disable_log_stats=False,
         worker_extension_cls="shareprefill.vllm.metrics.ReportExtension",

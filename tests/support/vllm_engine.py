@@ -3,9 +3,10 @@
     python tests/support/vllm_engine.py '{"engines": [{"options": {}, "batches": [[{"n": 300}]]}]}'
 
 A request is `{"seed": S, "n": N}` (N random tokens; the same seed begins with the same tokens) with
-`"switch"` for its `extra_args`, `"tokens"` and `"samples"` to generate, and `"abort"`: the step
-after which it is given up. An engine is `options` (its entry in `additional_config`, null for
-none), `arguments` of `vllm.LLM`, and `batches` of requests; one that `fails` gives its error.
+`"switch"` for its `extra_args`, `"tokens"` and `"samples"` to generate at a `"temperature"`, and
+`"abort"`: the step after which it is given up. An engine is `options` (its entry in
+`additional_config`, null for none), `arguments` of `vllm.LLM`, and `batches` of requests; one that
+`fails` gives its error.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ def run_engine(engine: dict[str, Any]) -> dict[str, Any]:
         prompts = [{"prompt_token_ids": prompt_tokens(r.get("seed", 0), r["n"])} for r in batch]
         parameters = [
             SamplingParams(
-                temperature=0,
+                temperature=r.get("temperature", 0),
                 logprobs=20,
                 max_tokens=r.get("tokens", 3),
                 n=r.get("samples", 1),

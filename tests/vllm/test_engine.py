@@ -198,6 +198,20 @@ def test_a_compiled_engine_gives_what_an_eager_one_gives(tmp_path: Path):
         assert compiled["reports"][0][name] == eager["reports"][0][name]
 
 
+def test_speculative_decoding_runs_with_the_switch_off(tmp_path: Path, dense: dict[str, Any]):
+    guess = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}
+    engine = {
+        "options": EVERYTHING,
+        "batches": [REQUESTS],
+        "arguments": {"speculative_config": guess},
+    }
+    (refused,) = run(tmp_path, engine | {"fails": True})
+    assert "SHAREPREFILL_REQUEST_SWITCH=off" in refused["error"]
+    (found,) = run(tmp_path, engine, SHAREPREFILL_REQUEST_SWITCH="off")
+    assert difference(found, batch_of(dense, 0)) < 1e-4
+    assert found["reports"][0]["rows"]["sparse"]["auto"] >= 3
+
+
 @pytest.fixture(scope="module")
 def window_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Random weights: every second layer has a window, all cap their logits."""
