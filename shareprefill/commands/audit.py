@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from shareprefill.commands.options import JsonOption
+from shareprefill.commands.options import JsonOption, require_own
 
 PAGE = Path("audit.html")
 
@@ -24,6 +24,7 @@ def audit_command(
         Path | None,
         typer.Option(help="The page to write; audit.html by default, none with --json."),
     ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace a file that is no page.")] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Write a page about an artifact: clusters, maps, distances, stability, recall and density."""
@@ -34,6 +35,8 @@ def audit_command(
 
     loaded = load_artifact(artifact)
     path = out or (None if as_json else PAGE)
+    if path is not None:
+        require_own(path, (b"<!DOCTYPE html>",), force=force)
     with status("auditing"), nullcontext() if path is None else locked_output(path):
         findings = examine(loaded, calibration)
         if path is not None:

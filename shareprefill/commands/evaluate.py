@@ -20,6 +20,7 @@ from shareprefill.commands.options import (
     named,
     options_of,
     repeated,
+    require_own,
     with_commas,
 )
 from shareprefill.config import POLICIES
@@ -81,6 +82,9 @@ def eval_command(
     markdown: Annotated[
         Path | None, typer.Option(help="Write the tables as Markdown into this file.")
     ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace a file that is no figure with the plot.")
+    ] = False,
     trust_remote_code: RemoteCodeOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -90,6 +94,8 @@ def eval_command(
     config = replace(config, model=model_of(first, model))
     require_folder(out, html=html)
     require_plot(plot, measure=config.measure)
+    if plot is not None:
+        require_own(plot, (b"<?xml", b"<svg", b"\x89PNG"), force=force)
     from shareprefill.console import progress
     from shareprefill.evaluation.figures import frontier_figure
     from shareprefill.evaluation.pages import evaluation_page

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 import typer
 
 from shareprefill.errors import ConfigError, DataError
-from shareprefill.files import printable
+from shareprefill.files import kind_of, printable
 
 _UNITS = {"": 1, "k": 1024, "m": 1024**2}
 
@@ -244,6 +244,31 @@ def number_or_auto(option: Written) -> Written:
             ) from None
 
     return replace(option, type=str, default="auto", read=read)
+
+
+def require_own(path: Path, starts: tuple[bytes, ...], *, force: bool) -> None:
+    """Refuses to replace a file of another kind than the one to be written.
+
+    Args:
+        path: The file to write.
+        starts: What files of its kind begin with.
+        force: Whether the user has said to replace it.
+
+    Raises:
+        DataError: there is a file that begins otherwise.
+    """
+    if force or kind_of(path) != "file":
+        return
+    try:
+        with path.open("rb") as file:
+            start = file.read(max(map(len, starts)))
+    except OSError as error:
+        raise DataError(f"{printable(path)} cannot be read: {error.strerror}") from error
+    if start and not start.startswith(starts):
+        raise DataError(
+            f"{printable(path)} is there and of another kind: use --force to replace it, or name "
+            "another file"
+        )
 
 
 def with_home(command: Callable[..., None]) -> Callable[..., None]:

@@ -77,6 +77,18 @@ def test_a_page_that_cannot_be_written_is_an_error_at_once(
     assert "its folder does not exist" in str(found.exception)
 
 
+def test_a_page_replaces_a_page_and_nothing_else(artifact: Path) -> None:
+    before = artifact.read_bytes()
+    found = sp_audit("--out", artifact)
+    assert isinstance(found.exception, DataError)
+    assert "of another kind: use --force" in str(found.exception)
+    assert artifact.read_bytes() == before
+    assert [sp_audit("--out", "page.html").exit_code for _ in range(2)] == [0, 0]
+    (artifact.parent / "notes").write_text("mine")
+    assert sp_audit("--out", "notes", "--force").exit_code == 0
+    assert (artifact.parent / "notes").read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
+
+
 def test_json_instead_of_the_page(artifact: Path) -> None:
     found = sp_audit(artifact, "--json")
     numbers = json.loads(found.stdout)

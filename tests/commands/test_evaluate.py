@@ -11,7 +11,7 @@ from typer.testing import CliRunner, Result
 from shareprefill.artifact import save_artifact
 from shareprefill.commands.evaluate import eval_command
 from shareprefill.config import POLICIES
-from shareprefill.errors import ArtifactError, ConfigError
+from shareprefill.errors import ArtifactError, ConfigError, DataError
 from shareprefill.evaluation.results import load_evaluation
 from shareprefill.models import load_model
 from tests.support.checkpoint import save_checkpoint
@@ -86,6 +86,14 @@ def test_bad_options(folder: Path, options: tuple, message: str) -> None:
     result = sp_eval(folder, *options)
     with pytest.raises(ConfigError, match=message):
         raise result.exception or AssertionError(result.output)
+
+
+def test_a_plot_replaces_no_file_of_another_kind(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "notes.svg").write_text("mine")
+    result = sp_eval(folder, "--plot", tmp_path / "notes.svg")
+    with pytest.raises(DataError, match="of another kind"):
+        raise result.exception or AssertionError(result.output)
+    assert (tmp_path / "notes.svg").read_text() == "mine"
 
 
 def test_a_model_that_only_a_file_names_is_not_loaded(folder: Path) -> None:
