@@ -105,7 +105,7 @@ def run(
         max_num_seqs=16,
         enable_prefix_caching=False,
         tensor_parallel_size=args.tensor_parallel,
-        worker_extension_cls="shareprefill.vllm.metrics.ReportExtension",
+        worker_extension_cls="shareprefill.vllm.report.ReportExtension",
         additional_config={"shareprefill": {"artifact": str(artifact), "min_tokens": 0}},
         **({} if os.environ.get("SHAREPREFILL_NO_CUSTOM") else {"attention_backend": "CUSTOM"}),
     )

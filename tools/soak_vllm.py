@@ -105,7 +105,7 @@ def main() -> int:
         num_gpu_blocks_override=30,
         enforce_eager=True,
         disable_log_stats=False,
-        worker_extension_cls="shareprefill.vllm.metrics.ReportExtension",
+        worker_extension_cls="shareprefill.vllm.report.ReportExtension",
         additional_config={
             "shareprefill": {"artifact": str(ROOT / "artifacts" / "sp-tiny.st"), "min_tokens": 0}
         },

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import weakref
 from dataclasses import replace
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -26,8 +27,7 @@ from shareprefill.runtime.tensor_parallel import HeadShard
 from shareprefill.vllm import INNER_VARIABLE, VERSIONS
 from shareprefill.vllm.core import ServingCore
 from shareprefill.vllm.metrics import count
-from shareprefill.vllm.options import SWITCH_VARIABLE, ServingOptions
-from shareprefill.vllm.requests import is_told, switch_is_on
+from shareprefill.vllm.options import SWITCH_VARIABLE, ServingOptions, switch_is_on
 
 logger = init_logger("vllm.shareprefill")
 
@@ -86,11 +86,20 @@ def check_engine(options: ServingOptions, config: Any) -> None:
         "latent attention (MLA)": config.model_config.use_mla,
         "the switch of single requests, of which this model runner tells nobody: set "
         f"{SWITCH_VARIABLE}=off, or VLLM_USE_V2_MODEL_RUNNER=0": switch_is_on()
-        and not is_told(config),
+        and not _is_told(config),
     }
     for mode, holds in refused.items():
         if holds:
             raise UnsupportedError(f"shareprefill does not serve an engine with {mode}")
+
+
+def _is_told(config: Any) -> bool:
+    """Whether an engine tells every process's logits processors of its requests."""
+    if config.use_v2_model_runner:
+        # 0.24's has none; there only the last pipeline rank samples, and asks them.
+        has_them = find_spec("vllm.v1.worker.gpu.sample.logits_processor") is not None
+        return has_them and config.parallel_config.pipeline_parallel_size == 1
+    return config.speculative_config is None
 
 
 def check_backend(backend: type, named: str | None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Self
@@ -85,6 +86,11 @@ class ServingOptions:
             runtime=RuntimeConfig.from_dict(others),
             lora=values.get("lora"),
         )
+
+
+def switch_is_on() -> bool:
+    """Whether the requests of an engine may carry a switch."""
+    return os.environ.get(SWITCH_VARIABLE, "on") != "off"
 
 
 def check_switch(value: object) -> None:

@@ -10,7 +10,6 @@ switches by their requests' places: a row of the batch, or with Model Runner V2 
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 from torch import Tensor
@@ -19,7 +18,7 @@ from vllm.v1.sample import logits_processor as v1
 from vllm.v1.sample.logits_processor.builtin import process_dict_updates
 
 from shareprefill.errors import ConfigError
-from shareprefill.vllm.options import NAME, SWITCH_VARIABLE, check_switch
+from shareprefill.vllm.options import NAME, SWITCH_VARIABLE, check_switch, switch_is_on
 
 try:
     from vllm.v1.worker.gpu.sample import logits_processor as v2
@@ -27,19 +26,6 @@ except ImportError:  # vLLM 0.24: its second model runner has none.
     v2 = None
 
 _INTERFACES: tuple[type, ...] = (v1.LogitsProcessor, *(() if v2 is None else (v2.LogitsProcessor,)))
-
-
-def switch_is_on() -> bool:
-    """Whether requests may carry a switch."""
-    return os.environ.get(SWITCH_VARIABLE, "on") != "off"
-
-
-def is_told(vllm_config: Any) -> bool:
-    """Whether an engine tells every process's logits processors of its requests."""
-    if vllm_config.use_v2_model_runner:
-        # There only the last pipeline rank samples, and asks them.
-        return v2 is not None and vllm_config.parallel_config.pipeline_parallel_size == 1
-    return vllm_config.speculative_config is None
 
 
 class RequestSwitch(*_INTERFACES):

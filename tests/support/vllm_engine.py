@@ -91,7 +91,7 @@ def _start(engine: dict[str, Any]) -> Any:
         dtype="float32",
         seed=0,
         additional_config={} if options is None else {"shareprefill": options},
-        worker_extension_cls="shareprefill.vllm.metrics.ReportExtension",
+        worker_extension_cls="shareprefill.vllm.report.ReportExtension",
         **{"enforce_eager": True, "max_model_len": 4096} | engine.get("arguments", {}),
     )
 
