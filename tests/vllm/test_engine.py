@@ -168,16 +168,42 @@ def test_two_processes_choose_as_one_does(tmp_path: Path):
     assert both == one["reports"][0]["recent"]["auto"]["policies"]
 
 
-def test_preempted_requests_and_many_samples_end_right(tmp_path: Path, dense: dict[str, Any]):
-    crowded = {"num_gpu_blocks_override": 34, "enable_prefix_caching": False, **CHUNKED}
-    requests = [request | {"tokens": 40} for request in REQUESTS[:3]]
+def test_preempted_and_aborted_requests_and_many_samples_end_right(
+    tmp_path: Path, dense: dict[str, Any]
+):
+    # Two samples of 1500 tokens fill 24 of 25 pages, and each needs one more for its answer.
+    crowded = {
+        "num_gpu_blocks_override": 26,
+        "max_model_len": 3100,
+        "enable_prefix_caching": False,
+        "disable_log_stats": False,
+        **CHUNKED,
+    }
+    samples = [1, 3, 1]
+    requests = [
+        # Several samples cannot be greedy.
+        request | {"tokens": 40, "samples": number, "temperature": 0 if number == 1 else 1}
+        for request, number in zip(REQUESTS[:3], samples, strict=True)
+    ]
+    given_up = [{"seed": 7, "n": 2500, "abort": 2}, {"seed": 8, "n": 900, "abort": 9}]
     (found,) = run(
         tmp_path,
-        {"options": EVERYTHING, "batches": [requests], "arguments": crowded},
+        {
+            "options": EVERYTHING,
+            "batches": [requests, [*given_up, *requests], requests],
+            "arguments": crowded,
+        },
     )
-    for answer, wanted in zip(found["batches"][0], dense["batches"][0], strict=False):
-        assert answer["tokens"][0][:3] == wanted["tokens"][0]
-        assert len(answer["tokens"][0]) == 40
+    assert found["metrics"]["vllm:num_preemptions"] > 0
+    for batch in found["batches"]:
+        assert len(batch) == len(requests)
+        for answer, wanted, number in zip(batch, dense["batches"][0], samples, strict=False):
+            assert [len(tokens) for tokens in answer["tokens"]] == [40] * number
+            first = [tokens[:3] for tokens in answer["tokens"]]
+            assert number > 1 or first == wanted["tokens"]
+            likely = set(list(wanted["logprobs"])[:10])
+            for token in likely:
+                assert abs(answer["logprobs"][token] - wanted["logprobs"][token]) < 1e-4
 
 
 def test_requests_choose_policies_and_short_ones_stay_dense(tmp_path: Path):
