@@ -88,6 +88,7 @@ def uniform_plan(
         ),
         labels=tuple(policy.label for policy in Policy),
         selectors={},
+        estimator={},
         online=False,
         slash_needs_sparsity=False,
         block_size=BLOCK,

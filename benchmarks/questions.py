@@ -68,7 +68,7 @@ def captured(
 def measure(store: MapStore, number: int, pivot_rows: int, device: str) -> Measurement:
     """All that is measured of a prompt."""
     prompt = Captured(store, number, pivot_rows, device)
-    evidence = HeldOutMeasurements(store, [number], pivot_rows)
+    evidence = HeldOutMeasurements(store, [number], pivot_rows, estimator=prompt.estimator)
     return Measurement(prompt, evidence, prompt.pairs(), prompt.smoothed(), prompt.oracle())
 
 

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from shareprefill.artifact import Policy
-from shareprefill.calib.capture import FULL, rows_key
+from shareprefill.calib.capture import FULL, map_names, rows_key
 from shareprefill.calib.store import MapStore
 from shareprefill.clustering.assignment import Choice, choose, slacks, total_cost
+from shareprefill.clustering.estimator import fit_estimator
 from shareprefill.clustering.measurements import GAMMAS, HeldOutMeasurements, PolicyCurve
 from shareprefill.config import ClusterConfig, RuntimeConfig
 from shareprefill.runtime.geometry import Geometry
@@ -84,11 +85,16 @@ class Captured:
             sink_blocks=runtime.sink_blocks,
             local_blocks=runtime.local_blocks,
         )
-        maps = {n: t.to(device).float().flatten(0, 1) for n, t in store.load(number).items()}
+        names = map_names(store.config)
+        maps = {
+            n: t.to(device).float().flatten(0, 1) for n, t in store.load(number, *names).items()
+        }
         self._maps = maps
         self._full = maps[FULL]
         self.heads = len(self._full)
         self.check_rows = store.config.rows[0]
+        others = [n for n in range(len(store.prompts)) if n != number]
+        self.estimator = fit_estimator(store, others)
 
     def oracle(self) -> Curve:
         """Every head under its own exact map."""
@@ -133,7 +139,7 @@ class Captured:
 
     def _estimate(self, rows: int) -> Tensor:
         maps = self._maps[rows_key(rows)]
-        return smooth_maps(maps, line_weights(rows), **self._geometry.sizes)
+        return smooth_maps(maps, line_weights(self.estimator, rows), **self._geometry.sizes)
 
     def _head_blocks(self, estimate: Tensor, gamma: Tensor) -> Tensor:
         return head_blocks(estimate, gamma, **self._geometry.reads)[0]
@@ -253,6 +259,8 @@ class Pooled:
         )
         self.pairs = torch.stack([m.evidence.pairs for m in parts]).mean(0)
         self.worst_pairs = torch.stack([m.evidence.worst_pairs for m in parts]).min(0).values
+        # Its plans reach targets and budgets of recall.
+        self.pair_harm = None
         if allowed is not None:
             self.worst_pairs = torch.where(allowed, self.worst_pairs, 0.0)
 

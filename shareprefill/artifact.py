@@ -3,8 +3,9 @@
 An artifact is a safetensors file with some tensors and one metadata string, canonical JSON. Equal
 artifacts have equal bytes. Loading trusts nothing in the file.
 
-Version 2 added the fingerprint's sketch and checkpoint. Until it is released, optional entries may
-be added to it: a line in `_TENSORS` or `_OBJECTS`, and a field of `Artifact` with the default None.
+Version 2 added the fingerprint's sketch and checkpoint, effects, and the estimator. Until it is
+released, optional entries may be added to it: a line in `_TENSORS` or `_OBJECTS`, and a field of
+`Artifact` with the default None.
 """
 
 from __future__ import annotations
@@ -77,11 +78,15 @@ _TENSORS = {
     "recall": _Kind(torch.float32, lowest=0, highest=1),
     "density": _Kind(torch.float32, lowest=0, highest=1),
     "instability": _Kind(torch.float32, lowest=0),
+    "effect": _Kind(torch.float32, lowest=0, optional=True),
     "code": _Kind(torch.float32, ("L", "H", "Z")),
 }
 _ABOVE_ZERO = {"gamma", "fallback_gamma"}
 # JSON objects in the metadata, and whether a file may lack them.
-_OBJECTS = {"configuration": False, "summary": False}
+_OBJECTS = {"configuration": False, "summary": False, "estimator": True}
+# Weights of the lines of `LineWeights`.
+_LINES = 7
+_ROWS = re.compile(r"[1-9][0-9]{0,3}")
 _METADATA = {
     "format_version",
     "model",
@@ -164,6 +169,12 @@ class Artifact:
         rows: Query rows a block of the exact maps.
         configuration: JSON object, the configuration of every stage that made the artifact.
         summary: JSON object, what was measured (expected density, recall, ...).
+        effect: `[L, H]` float32, KL divergence of the predictions from those of dense attention, in
+            nats a position, for a mean square of 1, over query blocks, of the attention mass that
+            the head loses; None where it was not measured.
+        estimator: For counts of sampled rows a block, what the lines through a block count in the
+            estimate of its mass: weights in the order of `LineWeights`, fitted to the model; None
+            where none were.
     """
 
     model: str
@@ -184,11 +195,20 @@ class Artifact:
     rows: Rows
     configuration: dict[str, Any]
     summary: dict[str, Any]
+    effect: Tensor | None = None
+    estimator: dict[str, Any] | None = None
 
     @property
     def heads(self) -> int:
         """Query heads of all layers, L * H."""
         return self.fingerprint.geometry.layers * self.fingerprint.geometry.heads
+
+    @property
+    def measured_tokens(self) -> int | None:
+        """Tokens of the longest prompt that it was measured on; None where it does not say."""
+        tokens = self.summary.get("held_out_tokens")
+        known = [n for n in tokens if type(n) is int] if isinstance(tokens, list) else []
+        return max(known, default=None)
 
     def policy_counts(self) -> dict[str, int]:
         """Heads per policy label, in the order of `Policy`, zeros included."""
@@ -427,8 +447,21 @@ def _check(artifact: Artifact) -> None:
         if not isinstance(value, dict) and not (optional and value is None):
             raise RefusedError(f"{name} is {quoted(value)}, not an object")
         check_json(value, name)
+    _check_estimator(artifact.estimator or {}, artifact.block_size)
     _check_tensors(artifact)
     _check_graph(artifact)
+
+
+def _check_estimator(estimator: dict[str, Any], block_size: int) -> None:
+    for rows, weights in estimator.items():
+        if not _ROWS.fullmatch(rows) or int(rows) > block_size:
+            raise RefusedError(f"estimator has weights for {quoted(rows)} rows a block")
+        if not isinstance(weights, list) or len(weights) != _LINES:
+            raise RefusedError(f"estimator has {quoted(weights)}, not {_LINES} weights")
+        for weight in weights:
+            _number(weight, "a weight of estimator")
+        if not sum(weights) > 0:
+            raise RefusedError("estimator has weights that are all 0")
 
 
 def _check_version(metadata: object) -> int:
@@ -518,7 +551,6 @@ def _check_graph(artifact: Artifact) -> None:
     source = torch.where(shares, pivot, head)
     _forbid(shares & ~is_pivot[source], heads, "shares with a head that is no pivot")
     _forbid(source // heads > head // heads, heads, "shares with a pivot of a later layer")
-    _forbid(cluster[source] != cluster, heads, "shares with a pivot of another cluster")
     needs_another = (fallback == Policy.PIVOT) | (fallback == Policy.SHARE)
     is_own = (fallback >= 0) & (fallback < len(Policy)) & ~needs_another
     _forbid(shares & ~is_own, heads, "shares, but its fallback is not a policy of its own")

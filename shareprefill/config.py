@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, Self
@@ -90,6 +91,11 @@ class CalibrateConfig(Stage):
         rows: Query rows a block that the row-sampled maps are taken from, at least three counts,
             ascending: the first is the check before sharing, the last the row-sampled estimate, and
             all but the first may be a pivot's.
+        map_blocks: Blocks a side of the maps that are kept, at most: of longer prompts several
+            blocks become one. Fewer, where a prompt's maps would take more than 300 MB.
+        effect_tokens: Positions of each prompt, at most, that the effect of lost attention on the
+            predictions is measured on; of a longer prompt its beginning and its end. 0: not at all,
+            as for a model without gradients; budgets then go by recall.
     """
 
     model: str
@@ -101,6 +107,8 @@ class CalibrateConfig(Stage):
     device: str = "auto"
     dtype: str = "auto"
     rows: tuple[int, ...] = (1, 2, 4, 8)
+    map_blocks: int = 128
+    effect_tokens: int = 2048
 
     def __post_init__(self) -> None:
         _require(bool(self.model), "model", self.model, "a hub id, a folder or a built-in name")
@@ -120,6 +128,13 @@ class CalibrateConfig(Stage):
             "dtype",
             self.dtype,
             "auto, float32, bfloat16 or float16",
+        )
+        _require(self.map_blocks >= 8, "map_blocks", self.map_blocks, "at least 8")
+        _require(
+            self.effect_tokens == 0 or self.effect_tokens >= 4 * self.block_size,
+            "effect_tokens",
+            self.effect_tokens,
+            f"0, or at least four blocks ({4 * self.block_size} tokens)",
         )
         _require(
             len(self.rows) >= 3
@@ -182,7 +197,10 @@ class ClusterConfig(Stage):
         min_size: Heads that a cluster needs to share a pivot.
         target_recall: Attention mass that every head's pattern must cover on each held-out prompt.
         budget: Mean density of all heads on held-out prompts instead: each head's policy and mass
-            to cover are those that give the largest mean recall for it. None: by target_recall.
+            to cover are those that give the least predicted KL divergence for it. None: by
+            target_recall.
+        max_kl: Predicted KL divergence from dense attention, in nats a position, that the fewest
+            blocks are spent for, instead.
         gamma: Attention mass that the patterns compared by the Jaccard metrics cover.
         slack: How much less of its attention a sharing head's sampled rows may have inside the
             pivot's pattern than on the held-out prompt where they had least: with less, the head
@@ -202,6 +220,7 @@ class ClusterConfig(Stage):
     min_size: int = 2
     target_recall: float = 0.95
     budget: float | None = None
+    max_kl: float | None = None
     gamma: float = 0.9
     slack: float = 0.04
     tau: float = 0.2
@@ -216,6 +235,10 @@ class ClusterConfig(Stage):
         _require_fraction("target_recall", self.target_recall)
         if self.budget is not None:
             _require_fraction("budget", self.budget)
+        if self.max_kl is not None:
+            _require(0 < self.max_kl < math.inf, "max_kl", self.max_kl, "above 0 and finite")
+            if self.budget is not None:
+                raise ConfigError("budget and max_kl exclude each other: give one of them")
         _require_fraction("gamma", self.gamma)
         _require_distance("slack", self.slack)
         _require_distance("tau", self.tau)

@@ -54,10 +54,12 @@ def example(**changes: Any) -> Artifact:
         recall=torch.rand(shape),
         density=torch.rand(shape),
         instability=torch.rand(shape) * 5,
+        effect=torch.rand(shape) * 3,
         code=torch.randn(*shape, 7),
         block_size=64,
         thresholds=Thresholds(gamma=0.9, tau=0.2, delta=0.3),
         rows=Rows(pivot=0, sample=8, check=1),
+        estimator={"1": [0.5, 0.25, 0.0, 0.0, 0.0, 0.125, 0.125], "8": [1.0, *[0.0] * 6]},
         configuration={"data": ["mixture", "über"], "k": None, "rows": [1, 2, 4, 8]},
         summary={"density": 0.21, "recall": 0.95, "costs": {"8": 0.5}},
     )
@@ -68,6 +70,11 @@ def with_head(name: str, layer: int, head: int, value: float) -> Artifact:
     tensor = getattr(example(), name).clone()
     tensor[layer, head] = value
     return example(**{name: tensor})
+
+
+def _as_format_1(parts: Any) -> None:
+    parts.metadata["format_version"] = 1
+    del parts.metadata["estimator"]
 
 
 def write_parts(path: Path, edit: Any) -> Path:
@@ -152,6 +159,12 @@ def test_loaded_artifact_saves_to_the_same_bytes(tmp_path: Path) -> None:
         (lambda: {"thresholds": Thresholds(0.9, 1.2, 0.3)}, "thresholds.tau is 1.2"),
         (lambda: {"thresholds": Thresholds(0.9, 0.2, float("nan"))}, "thresholds.delta is nan"),
         (lambda: {"rows": Rows(65, 8, 2)}, "rows.pivot is 65"),
+        (lambda: {"estimator": {"65": [1.0] * 7}}, "estimator has weights for '65' rows"),
+        (lambda: {"estimator": {"01": [1.0] * 7}}, "estimator has weights for '01' rows"),
+        (lambda: {"estimator": {"2": [1.0] * 6}}, "not 7 weights"),
+        (lambda: {"estimator": {"2": 1.0}}, "estimator has 1.0, not 7 weights"),
+        (lambda: {"estimator": {"2": [0.0] * 7}}, "weights that are all 0"),
+        (lambda: {"estimator": {"2": [-0.5] * 7}}, "a weight of estimator is -0.5"),
         (lambda: {"rows": Rows(0, 0, 2)}, "rows.sample is 0"),
         (lambda: {"rows": Rows(0, 8, True)}, "rows.check is True"),
         (lambda: {"configuration": {"a": float("inf")}}, "configuration holds inf"),
@@ -185,7 +198,6 @@ def test_artifacts_that_break_a_rule_are_not_saved(
         ("policy", 0, 3, -1, "head 3 of layer 0 has an unknown policy"),
         ("cluster", 1, 1, 8, "head 1 of layer 1 has a cluster out of range"),
         ("cluster", 0, 1, -1, "head 1 of layer 0 is a pivot or shares, but has no cluster"),
-        ("cluster", 1, 3, 1, "head 3 of layer 1 shares with a pivot of another cluster"),
         ("pivot", 0, 1, 2, "head 1 of layer 0 is a pivot, but does not name itself"),
         ("pivot", 0, 0, 1, "head 0 of layer 0 names a pivot, but does not share"),
         ("pivot", 1, 3, 8, "head 3 of layer 1 has a pivot out of range"),
@@ -206,6 +218,7 @@ def test_artifacts_that_break_a_rule_are_not_saved(
         ("recall", 0, 0, 1.001, "recall holds .* to 1.001"),
         ("density", 0, 0, -0.1, "density holds -0.1"),
         ("instability", 0, 0, -0.1, "instability holds -0.1"),
+        ("effect", 0, 0, -0.1, "effect holds -0.1"),
         ("instability", 0, 0, float("inf"), "instability holds values that are not finite"),
         ("code", 1, 3, float("nan"), "code holds values that are not finite"),
     ],
@@ -268,7 +281,8 @@ def _set(target: str, *keys: str, value: Any) -> Any:
         (_set("metadata", "fingerprint", "sketch", value="0c" * 192), "of at most 2 layers"),
         (_set("metadata", "fingerprint", "sketch", value=["0c" * 64]), "sketch is .*, expected"),
         (_set("metadata", "fingerprint", "sketch", value=0), "sketch is 0, expected"),
-        (_set("metadata", "format_version", value=1), "keys of fingerprint: 'checkpoint' is unk"),
+        (_set("metadata", "format_version", value=1), "keys of metadata: 'estimator' is unknown"),
+        (_as_format_1, "keys of fingerprint: 'checkpoint' is unk"),
         (lambda parts: parts.metadata["fingerprint"].pop("sketch"), "'sketch' is missing"),
         (_set("metadata", "fingerprint", "geometry", "layers", value=3), "tensor 'cluster' has sh"),
         (_set("metadata", "fingerprint", "geometry", "layers", value=2**40), "geometry.layers is"),

@@ -93,10 +93,12 @@ def sample_artifact(
         recall=fraction(),
         density=fraction(),
         instability=fraction() * 3,
+        effect=fraction() * 9,
         code=torch.randn((*shape, code_size), generator=generator),
         block_size=64,
         thresholds=Thresholds(gamma=0.9, tau=0.2, delta=0.3),
         rows=Rows(pivot=32, sample=8, check=2),
+        estimator={"2": [0.25, 0.5, 0.0, 0.0, 0.0, 0.0, 0.25], "8": [0.5, 0.5, *[0.0] * 5]},
         configuration={"cluster": {"k": None, "metric": "jaccard"}, "seed": seed, "data": ["é"]},
         summary={
             "density": 0.25,

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from shareprefill.errors import UnsupportedError
 from shareprefill.runtime.dense import sdpa
 from shareprefill.runtime.fidelity import compare_predictions, final_states, sampled_score
 from shareprefill.runtime.geometry import Geometry
@@ -129,6 +130,9 @@ def measure_effect(
         `effect_change` float32 `[L, H]`, the KL divergence in nats a position that the head's lost
         mass causes alone; `effect_lost` float32 `[L, H]`, the mean square of that mass over query
         blocks; `effect_divergence` float32 `[1]`, the measured KL divergence of all heads.
+
+    Raises:
+        UnsupportedError: the model has no gradients.
     """
     if len(input_ids) > tokens:
         input_ids = torch.cat([input_ids[: tokens // 2], input_ids[tokens // 2 - tokens :]])
@@ -138,6 +142,11 @@ def measure_effect(
     with torch.enable_grad(), attached(model, tracer), final_states(model) as states:
         cast(Any, model)(input_ids=ids, use_cache=False)
     final = states()
+    if not final.requires_grad:
+        raise UnsupportedError(
+            f"{type(model).__name__} has no gradients from its attention to its predictions, so "
+            "the effect of lost attention cannot be measured: calibrate with --effect-tokens 0"
+        )
     with _deterministic():
         gradients = _gradients(model, final, [tracer.outputs[n] for n in layers], seed)
     cuts = {

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from shareprefill.calib.capture import PromptMaps, capture
+from shareprefill.calib.effect import measure_effect
 from shareprefill.calib.prompts import Prompt, make_prompts
 from shareprefill.calib.store import MapStore
 from shareprefill.checkpoint import checkpoint_fingerprint
@@ -66,17 +67,35 @@ def capture_maps(
             )
         prompts = make_prompts(config, tokenizer)
 
+        made_for = replace(fingerprint(model), checkpoint=checkpoint_fingerprint(config.model))
+
         def captured(number: int) -> PromptMaps:
             ids = prompts[number].input_ids
-            return capture(model, ids, block_size=config.block_size, rows=config.rows)
+            maps = capture(
+                model,
+                ids,
+                block_size=config.block_size,
+                rows=config.rows,
+                map_block=MapStore(folder, config, made_for, []).map_block(len(ids)),
+            )
+            if not config.effect_tokens:
+                return maps
+            effect = measure_effect(
+                model,
+                ids,
+                maps.layers,
+                block_size=config.block_size,
+                tokens=config.effect_tokens,
+                seed=config.seed * 1_000_003 + number,
+            )
+            return PromptMaps(maps.layers, {**maps.tensors, **effect})
 
         if processes.rank > 0:
             for number in range(processes.tell() + processes.rank, len(prompts), processes.size):
                 processes.send(captured(number))
             return None
         with locked_folder(folder):
-            own = replace(fingerprint(model), checkpoint=checkpoint_fingerprint(config.model))
-            store = MapStore.begin(folder, config, own, resume=resume)
+            store = MapStore.begin(folder, config, made_for, resume=resume)
             _check_prompts(store, prompts)
             begun = processes.tell(len(store.prompts))
             for number in range(begun, len(prompts)):

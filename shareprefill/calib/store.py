@@ -12,20 +12,25 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from shareprefill.calib.capture import PromptMaps
+from shareprefill.calib.capture import FULL, ROWS, PromptMaps
 from shareprefill.config import CalibrateConfig
 from shareprefill.errors import ConfigError, DataError
 from shareprefill.files import atomic_write_bytes, atomic_write_text, make_folder
 from shareprefill.models import Fingerprint, ModelGeometry
+from shareprefill.runtime.ops.blocks import count_blocks
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 INDEX = "index.json"
+# Of the maps of one prompt.
+_PROMPT_BYTES = 300_000_000
 
 
 @dataclass(frozen=True)
@@ -39,6 +44,7 @@ class PromptRecord:
         tokens: Its length.
         digest: SHA-256 of its token ids.
         layers: Captured layers.
+        map_block: Tokens a block of its maps: more than the configuration's in long prompts.
     """
 
     file: str
@@ -47,6 +53,7 @@ class PromptRecord:
     tokens: int
     digest: str
     layers: tuple[int, ...]
+    map_block: int
 
 
 class MapStore:
@@ -146,15 +153,27 @@ class MapStore:
         """Captured layers: the same for every prompt."""
         return self.prompts[0].layers
 
+    def map_block(self, tokens: int) -> int:
+        """Tokens a block of the maps that are kept of a prompt: a multiple of the block size."""
+        geometry, config = self.fingerprint.geometry, self.config
+        kinds = 1 + len(config.rows)
+        # Two bytes an entry, of the causal half.
+        most = math.isqrt(_PROMPT_BYTES // (kinds * geometry.layers * geometry.heads))
+        blocks = count_blocks(tokens, config.block_size)
+        return config.block_size * count_blocks(blocks, max(1, min(config.map_blocks, most)))
+
     def add(self, source: str, input_ids: Tensor, digest: str, maps: PromptMaps) -> None:
         """Writes the next prompt's maps, then names them in the index."""
         from safetensors.torch import save
 
-        data = save(maps.tensors)
+        data = save({name: _packed(tensor) for name, tensor in maps.tensors.items()})
         file = f"maps-{len(self.prompts):05d}.safetensors"
         atomic_write_bytes(self.folder / file, data)
         sha256 = hashlib.sha256(data).hexdigest()
-        self.prompts.append(PromptRecord(file, sha256, source, len(input_ids), digest, maps.layers))
+        tokens = len(input_ids)
+        self.prompts.append(
+            PromptRecord(file, sha256, source, tokens, digest, maps.layers, self.map_block(tokens))
+        )
         self._write_index()
 
     def load(self, number: int, *names: str) -> dict[str, Tensor]:
@@ -168,9 +187,10 @@ class MapStore:
         path = self.folder / self.prompts[number].file
         try:
             with safe_open(path, framework="pt") as shard:
-                return {name: shard.get_tensor(name) for name in names or shard.keys()}
+                found = {name: shard.get_tensor(name) for name in names or shard.keys()}
         except (OSError, SafetensorError) as error:
             raise DataError(f"{path} cannot be read ({error}); run sp calibrate --fresh") from error
+        return {name: _unpacked(name, tensor) for name, tensor in found.items()}
 
     def verify(self) -> None:
         """Compares every shard with its checksum.
@@ -203,6 +223,25 @@ class MapStore:
             "prompts": [asdict(record) for record in self.prompts],
         }
         atomic_write_text(self.folder / INDEX, json.dumps(index, indent=1, sort_keys=True) + "\n")
+
+
+def _packed(tensor: Tensor) -> Tensor:
+    """The causal half of maps `[L, H, n, n]`, row by row; other tensors as they are."""
+    if tensor.ndim != 4:
+        return tensor.contiguous()
+    row, column = torch.tril_indices(*tensor.shape[2:], device=tensor.device)
+    return tensor[..., row, column].contiguous()
+
+
+def _unpacked(name: str, tensor: Tensor) -> Tensor:
+    """What `_packed` was given."""
+    if name != FULL and not name.startswith(ROWS):
+        return tensor
+    size = (math.isqrt(8 * tensor.shape[2] + 1) - 1) // 2
+    row, column = torch.tril_indices(size, size, device=tensor.device)
+    maps = tensor.new_zeros((*tensor.shape[:2], size, size))
+    maps[..., row, column] = tensor
+    return maps
 
 
 def _fingerprint(values: dict[str, Any]) -> Fingerprint:

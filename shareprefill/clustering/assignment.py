@@ -1,12 +1,14 @@
 """The policy of every head: the cheapest that reaches the target recall on held-out prompts.
 
-With a budget, the one that gives most recall for its cost instead: one price of recall holds for
-all heads, and is the one at which their mean density meets the budget. Every head then works where
-one block more would gain as much as in any other head: no policy at one threshold does that.
+With a budget or a bound of the KL divergence, the one that does least harm for its cost instead:
+one price of harm holds for all heads, and is the one at which the budget or the bound is met. Every
+head then works where one block more would save as much as in any other head: no policy at one
+threshold does that. Harm is the KL divergence that a head's lost mass is predicted to cause.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -24,9 +26,13 @@ from shareprefill.errors import ConfigError
 
 NO_HEAD = -1
 
-# Prices of recall that are tried for a budget, in effective density: from "blocks are all that
-# counts" to "recall is all that counts".
-_RECALL_PRICES = tuple(10 ** (-2 + 5 * step / 63) for step in range(64))
+# Prices of harm that are tried, in effective density: from "blocks are all that counts" to "harm is
+# all that counts", be it lost mass, of about .1, or a head's share of a KL divergence.
+_PRICES = tuple(10 ** (-2 + 5 * step / 63) for step in range(152))
+# Gammas that the heads of one pivot may cut its order at.
+_LEVELS = 4
+# Below it, a gain is rounding.
+_LEAST_GAIN = 1e-9
 
 
 @dataclass(frozen=True)
@@ -40,6 +46,8 @@ class Choice:
         density: Blocks computed over causal blocks.
         cost: Predicted time, density and selection work together, as a share of dense attention.
         work: Selection work, as a share of dense attention's operations.
+        harm: Predicted KL divergence that its lost mass causes, in nats a position; the lost mass
+            itself where no effects are known.
         pivot: Head whose pattern it shares; its own number for a pivot.
         fallback: For a sharing head, what it does where its check fails.
         fallback_gamma: Attention mass that the fallback's pattern covers.
@@ -51,6 +59,7 @@ class Choice:
     density: float
     cost: float
     work: float = 0.0
+    harm: float = 0.0
     pivot: int = NO_HEAD
     fallback: Policy | None = None
     fallback_gamma: float = 1.0
@@ -63,24 +72,27 @@ class Goal:
     Attributes:
         target: Recall that a head must reach on every held-out prompt, at the least predicted time
             (so that a head that varies from prompt to prompt is given more, or shares with no
-            other); None where recall has a price.
-        recall_price: Effective density (blocks and selection work) that a recall of 1 is worth:
+            other); None where harm has a price.
+        price: Effective density (blocks and selection work) of one head that a harm of 1 is worth:
             the Lagrange multiplier of the budget.
     """
 
     target: float | None = None
-    recall_price: float = 0.0
+    price: float = 0.0
 
-    def score(self, recall: Tensor, lowest: Tensor, density: Tensor, work: float) -> Tensor:
-        """Of choices with these recalls, density and selection work, float64 of their shape."""
-        if self.target is None:
-            return density + work - self.recall_price * recall
-        return torch.where(lowest >= self.target, predicted_cost(density, work), torch.inf)
+    def score(
+        self, recall: Tensor, lowest: Tensor, density: Tensor, work: float, harm: Tensor | None
+    ) -> Tensor:
+        """Of choices with these measurements, float64 of their shape."""
+        if self.target is not None:
+            return torch.where(lowest >= self.target, predicted_cost(density, work), torch.inf)
+        # Where nobody knows what lost mass does, all of it is alike.
+        return density + work + self.price * (1 - recall if harm is None else harm)
 
     def of(self, choice: Choice) -> float:
         """Of one choice that is allowed."""
         if self.target is None:
-            return choice.density + choice.work - self.recall_price * choice.recall
+            return choice.density + choice.work + self.price * choice.harm
         return choice.cost
 
 
@@ -96,7 +108,8 @@ def choose(
         labels: Cluster of every head, int64 `[K]`.
         layers: Layer of every head, int64 `[K]`.
         evidence: Measurements on held-out prompts.
-        config: Target recall or budget, thresholds, and the least size of a sharing cluster.
+        config: Target recall, budget or bound of the KL divergence, thresholds, and the least size
+            of a sharing cluster.
 
     Returns:
         A choice for each of the K heads.
@@ -104,30 +117,65 @@ def choose(
     Raises:
         ConfigError: the budget is below what the blocks take that every pattern reads.
     """
-    if config.budget is None:
-        return _choose(labels, layers, evidence, config, Goal(target=config.target_recall))
-    low, high = 0, len(_RECALL_PRICES) - 1
-    found = _choose(labels, layers, evidence, config, Goal(recall_price=_RECALL_PRICES[low]))
-    if mean_density(found) > config.budget:
+    plans = _Plans(labels, layers, evidence, config)
+    bound, budget = config.max_kl, config.budget
+    if bound is not None:
+        if evidence.pair_harm is None:
+            raise ConfigError(
+                "max_kl needs effects of lost attention, which this calibration has not: run "
+                "sp calibrate --fresh without --effect-tokens 0"
+            )
+        # The last price is of dense heads alone.
+        return plans.first(lambda found: total_harm(found) <= bound)
+    if budget is None:
+        return plans.of(Goal(target=config.target_recall))
+    cheapest = plans.of(Goal(price=_PRICES[0]))
+    if mean_density(cheapest) > budget:
         raise ConfigError(
-            f"budget = {config.budget} cannot be met: the fewest blocks that can be read are a "
-            f"density of {mean_density(found):.3f} on the held-out prompts; raise --budget"
+            f"budget = {budget} cannot be met: the fewest blocks that can be read are a "
+            f"density of {mean_density(cheapest):.3f} on the held-out prompts; raise --budget"
         )
-    while low < high:
-        middle = (low + high + 1) // 2
-        tried = _choose(labels, layers, evidence, config, Goal(recall_price=_RECALL_PRICES[middle]))
-        if mean_density(tried) <= config.budget:
-            low, found = middle, tried
-        else:
-            high = middle - 1
-    return found
+    return plans.last(lambda found: mean_density(found) <= budget)
 
 
-def _choose(
-    labels: Tensor, layers: Tensor, evidence: HeldOutMeasurements, config: ClusterConfig, goal: Goal
-) -> list[Choice]:
-    singles = alone(evidence, config, goal)
-    return share(labels, layers, singles, evidence, config, goal)
+@dataclass(frozen=True)
+class _Plans:
+    """The plans of one clustering, by goal."""
+
+    labels: Tensor
+    layers: Tensor
+    evidence: HeldOutMeasurements
+    config: ClusterConfig
+
+    def of(self, goal: Goal) -> list[Choice]:
+        singles = alone(self.evidence, self.config, goal)
+        return share(self.labels, self.layers, singles, self.evidence, self.config, goal)
+
+    def last(self, holds: Callable[[list[Choice]], bool]) -> list[Choice]:
+        """That of the highest price at which something holds that holds at the lowest."""
+        low, high = 0, len(_PRICES) - 1
+        found = self.of(Goal(price=_PRICES[low]))
+        while low < high:
+            middle = (low + high + 1) // 2
+            tried = self.of(Goal(price=_PRICES[middle]))
+            if holds(tried):
+                low, found = middle, tried
+            else:
+                high = middle - 1
+        return found
+
+    def first(self, holds: Callable[[list[Choice]], bool]) -> list[Choice]:
+        """That of the lowest price at which something holds; every head dense if it never does."""
+        low, high = 0, len(_PRICES)
+        found = [_DENSE] * self.evidence.heads
+        while low < high:
+            middle = (low + high) // 2
+            tried = self.of(Goal(price=_PRICES[middle]))
+            if holds(tried):
+                high, found = middle, tried
+            else:
+                low = middle + 1
+        return found
 
 
 def alone(
@@ -189,20 +237,23 @@ def share(
     pivots = _pivot_choices(evidence, config, goal)
     scores, gammas = _share_scores(evidence, goal)
     own = torch.tensor([goal.of(c) for c in singles], dtype=torch.float64, device="cpu")
-    extra = torch.tensor([goal.of(c) for c in pivots], dtype=torch.float64, device="cpu") - own
-    for label in range(int(labels.max()) + 1):
-        left = (labels == label).nonzero()[:, 0]
-        while len(left) >= config.min_size:
-            found = _best_pivot(left, layers, own, extra, scores)
-            if found is None or len(found[1]) + 1 < config.min_size:
-                break
-            pivot, heads = found
-            choices[pivot] = pivots[pivot]
-            for h in heads:
-                choices[h] = _sharer(h, pivot, int(gammas[h, pivot]), singles[h], evidence)
-            taken = torch.tensor([pivot, *heads], device="cpu")
-            left = left[~torch.isin(left, taken)]
-    return choices
+    giving = torch.tensor([goal.of(c) for c in pivots], dtype=torch.float64, device="cpu")
+    scores = torch.where(layers[:, None] >= layers[None, :], scores, torch.inf)
+    for label in labels.unique().tolist():
+        members = (labels == label).nonzero()[:, 0]
+        if len(members) < config.min_size:
+            continue
+        among = scores[members][:, members]
+        found = _locate_pivots(own[members], giving[members], among, config.min_size)
+        for place, pivot in enumerate(found):
+            if pivot < 0:
+                continue
+            h, p = int(members[place]), int(members[pivot])
+            if h == p:
+                choices[h] = pivots[h]
+            else:
+                choices[h] = _sharer(h, p, int(gammas[h, p]), singles[h], evidence)
+    return _with_few_levels(choices, singles, evidence, goal)
 
 
 def slacks(
@@ -231,6 +282,11 @@ def mean_density(choices: list[Choice]) -> float:
     return sum(c.density for c in choices) / len(choices)
 
 
+def total_harm(choices: list[Choice]) -> float:
+    """Predicted KL divergence from dense attention, in nats a position: those of heads add up."""
+    return sum(c.harm for c in choices)
+
+
 def mean_recall(choices: list[Choice]) -> float:
     """Mean attention mass inside the patterns of all heads."""
     return sum(c.recall for c in choices) / len(choices)
@@ -238,7 +294,9 @@ def mean_recall(choices: list[Choice]) -> float:
 
 def _best(policy: Policy, measured: PolicyCurve, goal: Goal) -> list[Choice]:
     """The best gamma of every head; dense where none is allowed."""
-    scores = goal.score(measured.recall, measured.worst_recall, measured.density, measured.work)
+    scores = goal.score(
+        measured.recall, measured.worst_recall, measured.density, measured.work, measured.harm
+    )
     best = scores.argmin(0)
     choices = []
     for h, g in enumerate(best.tolist()):
@@ -248,7 +306,8 @@ def _best(policy: Policy, measured: PolicyCurve, goal: Goal) -> list[Choice]:
         found, density, cost = (
             table[g, h].item() for table in (measured.recall, measured.density, measured.cost)
         )
-        choices.append(Choice(policy, GAMMAS[g], found, density, cost, measured.work))
+        harm = 1 - found if measured.harm is None else measured.harm[g, h].item()
+        choices.append(Choice(policy, GAMMAS[g], found, density, cost, measured.work, harm))
     return choices
 
 
@@ -271,45 +330,111 @@ def _share_scores(evidence: HeldOutMeasurements, goal: Goal) -> tuple[Tensor, Te
     Returns:
         float64 and int64 `[K, K]`.
     """
-    density = evidence.pivots.density
     best = torch.full_like(evidence.pairs[0], torch.inf)
     number = torch.zeros(best.shape, dtype=torch.int64, device="cpu")
     for g in range(len(GAMMAS)):
-        score = goal.score(
-            evidence.pairs[g],
-            evidence.worst_pairs[g],
-            density[g].expand_as(best),
-            evidence.check_work,
-        )
+        score = _share_score(evidence, goal, g)
         better = score < best
         best, number = torch.where(better, score, best), torch.where(better, g, number)
     return best, number
 
 
-def _best_pivot(
-    members: Tensor, layers: Tensor, own: Tensor, extra: Tensor, scores: Tensor
-) -> tuple[int, list[int]] | None:
-    """The member that saves most as a pivot, and the members that would share with it."""
-    savings = own[members][:, None] - scores[members][:, members]
-    later = layers[members][:, None] >= layers[members][None, :]
-    savings = torch.where(later, savings, 0.0).clamp(min=0)
-    savings.fill_diagonal_(0)
-    gains = savings.sum(0) - extra[members]
-    best = int(gains.argmax())
-    if not gains[best] > 0:
-        return None
-    heads = members[savings[:, best] > 0].tolist()
-    return int(members[best]), heads
+def _share_score(evidence: HeldOutMeasurements, goal: Goal, g: int) -> Tensor:
+    """Score of every head under every pivot's pattern at one gamma, float64 `[K, K]`."""
+    pairs = evidence.pairs[g]
+    return goal.score(
+        pairs,
+        evidence.worst_pairs[g],
+        evidence.pivots.density[g].expand_as(pairs),
+        evidence.check_work,
+        None if evidence.pair_harm is None else evidence.pair_harm[g],
+    )
+
+
+def _locate_pivots(own: Tensor, giving: Tensor, scores: Tensor, min_size: int) -> list[int]:
+    """Chooses pivots among heads, and the pivot of each head: greedy facility location.
+
+    The pivot that saves most is taken, again and again, until none saves anything: it pays for its
+    own map, and every head that is better off under its pattern than as it is saves the difference.
+    A head may change to a later pivot. Pivots that are left with too few heads are given up.
+
+    Args:
+        own: What every head costs alone, `[K]`.
+        giving: What every head costs as a pivot.
+        scores: What head h costs under pivot p's pattern, `[K, K]`; infinite where it may not.
+        min_size: Heads that a pivot needs, itself among them.
+
+    Returns:
+        For each head its pivot; itself for a pivot; -1 for none.
+    """
+    heads = len(own)
+    barred = torch.zeros(heads, dtype=torch.bool, device="cpu")
+    while True:
+        cost, pivot = own.clone(), torch.full((heads,), -1, dtype=torch.int64, device="cpu")
+        is_pivot = torch.zeros(heads, dtype=torch.bool, device="cpu")
+        for _ in range(heads):
+            # Pivots read their own patterns whoever comes later.
+            savings = (cost[:, None] - scores).clamp_(min=0)
+            savings[is_pivot] = 0
+            savings.fill_diagonal_(0)
+            gains = savings.sum(0) + cost - giving
+            gains[is_pivot | barred] = -torch.inf
+            best = int(gains.argmax())
+            if not gains[best] > _LEAST_GAIN:
+                break
+            takes = savings[:, best] > 0
+            cost[takes], pivot[takes] = scores[takes, best], best
+            cost[best], pivot[best], is_pivot[best] = giving[best], best, True
+        sizes = torch.bincount(pivot[pivot >= 0], minlength=heads)
+        small = is_pivot & (sizes < min_size)
+        if not bool(small.any()):
+            return pivot.tolist()
+        barred |= small
+
+
+def _with_few_levels(
+    choices: list[Choice], singles: list[Choice], evidence: HeldOutMeasurements, goal: Goal
+) -> list[Choice]:
+    """Lets the heads of a pivot cut its order at a few gammas alone: lists take memory.
+
+    Greedy again: the gamma comes first at which all of them cost least, then those that save most.
+    """
+    sharers: dict[int, list[int]] = {}
+    for h, choice in enumerate(choices):
+        if choice.policy is Policy.SHARE:
+            sharers.setdefault(choice.pivot, []).append(h)
+    choices = list(choices)
+    for pivot, heads in sharers.items():
+        wanted = sorted({GAMMAS.index(choices[h].gamma) for h in heads})
+        if len(wanted) <= _LEVELS:
+            continue
+        columns = [_share_score(evidence, goal, g)[heads, pivot] for g in wanted]
+        scores = torch.stack(columns)  # [gammas, heads]
+        # The last gamma that is wanted serves all of them, where a target is to be reached.
+        kept = [len(wanted) - 1] if goal.target is not None else []
+        while len(kept) < _LEVELS:
+            costs = [
+                scores[[*kept, g]].min(0).values.sum().item() if g not in kept else torch.inf
+                for g in range(len(wanted))
+            ]
+            kept.append(min(range(len(wanted)), key=costs.__getitem__))
+        numbers = scores[kept].argmin(0).tolist()
+        for h, number in zip(heads, numbers, strict=True):
+            choices[h] = _sharer(h, pivot, wanted[kept[number]], singles[h], evidence)
+    return choices
 
 
 def _sharer(
     head: int, pivot: int, g: int, fallback: Choice, evidence: HeldOutMeasurements
 ) -> Choice:
     density = evidence.pivots.density[g, pivot].item()
+    recall = evidence.pairs[g, head, pivot].item()
+    harm = evidence.pair_harm
     return Choice(
         policy=Policy.SHARE,
         gamma=GAMMAS[g],
-        recall=evidence.pairs[g, head, pivot].item(),
+        recall=recall,
+        harm=1 - recall if harm is None else harm[g, head, pivot].item(),
         density=density,
         cost=predicted_cost(density, evidence.check_work),
         work=evidence.check_work,

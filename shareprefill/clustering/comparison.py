@@ -19,7 +19,7 @@ _FIGURES = ("density", "recall", "cost")
 # Per-head tensors other than policy, pivot and cluster.
 _VALUES = (
     *("fallback", "gamma", "fallback_gamma", "slack"),
-    *("recall", "density", "instability", "code"),
+    *("recall", "density", "instability", "effect", "code"),
 )
 
 
@@ -203,7 +203,7 @@ def _cost(artifact: Artifact) -> float | None:
 def _values(before: Artifact, after: Artifact) -> dict[str, int]:
     found = {}
     for name in _VALUES:
-        old, new = getattr(before, name).flatten(0, 1), getattr(after, name).flatten(0, 1)
+        old, new = (_of_heads(artifact, name) for artifact in (before, after))
         # Codes of another size differ everywhere.
         changed = (
             len(old)
@@ -213,6 +213,12 @@ def _values(before: Artifact, after: Artifact) -> dict[str, int]:
         if changed:
             found[name] = changed
     return found
+
+
+def _of_heads(artifact: Artifact, name: str) -> Tensor:
+    """A tensor head by head; of none, as of a size of its own."""
+    tensor: Tensor | None = getattr(artifact, name)
+    return torch.empty(artifact.heads, 0) if tensor is None else tensor.flatten(0, 1)
 
 
 def _settings(before: Artifact, after: Artifact) -> tuple[Setting, ...]:
@@ -242,6 +248,7 @@ def _metadata(artifact: Artifact) -> dict[str, Any]:
             "block_size": artifact.block_size,
             "thresholds": {k: float(v) for k, v in asdict(artifact.thresholds).items()},
             "rows": asdict(artifact.rows),
+            **({} if artifact.estimator is None else {"estimator": artifact.estimator}),
             "configuration": artifact.configuration,
             "summary": summary,
         }

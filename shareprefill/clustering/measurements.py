@@ -7,7 +7,7 @@ each times how much longer it takes than the same products in a dense kernel.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from shareprefill.artifact import Policy
-from shareprefill.calib.capture import FULL, SLASH, VERTICAL, rows_key
+from shareprefill.calib.capture import FULL, SLASH, VERTICAL, map_names, rows_key
 from shareprefill.calib.store import MapStore
 from shareprefill.config import RuntimeConfig
 from shareprefill.runtime.geometry import Geometry
@@ -34,6 +34,9 @@ GAMMAS = (
     *(0.3, 0.5, 0.6, 0.7, 0.75, 0.8, 0.84, 0.87, 0.9),
     *(0.92, 0.935, 0.95, 0.96, 0.97, 0.98, 0.99),
 )
+
+# Query blocks of all pairs of heads that are in memory at once.
+_PAIR_ROWS = 8
 
 # Time of a block in a block-sparse kernel over its time in a dense one: 1.2 to 1.3 for
 # FlashAttention-4 on an H100 at 32K tokens, 1.5 for the blockwise implementation on a CPU.
@@ -61,12 +64,15 @@ class PolicyCurve:
         worst_recall: The recall on the prompt where a head's is lowest, float64 `[gammas, K]`.
         density: float64 `[gammas, K]`, blocks computed over causal blocks.
         work: Selection work.
+        harm: What the lost mass does to the predictions, float64 `[gammas, K]`; None where no
+            effects are known.
     """
 
     recall: Tensor
     worst_recall: Tensor
     density: Tensor
     work: float
+    harm: Tensor | None = None
 
     @property
     def cost(self) -> Tensor:
@@ -81,17 +87,30 @@ class HeldOutMeasurements:
         store: A complete calibration.
         prompts: Numbers of the held-out prompts.
         pivot_rows: Query rows a block of a pivot's map; 0 for all of them.
+        estimator: Weights of estimates by sampled rows, as an artifact has them.
+        effect: Of every head, float64 `[K]` (see `effects`); None where it is not known.
 
     Attributes:
         alone: What a head may do alone, with whatever the runtime supports and the capture holds.
         pairs: Recall of head h under the pattern of pivot p, float64 `[gammas, K, K]`, the mean.
         worst_pairs: The same on the prompt where it is lowest.
+        pair_harm: Predicted KL divergence, in nats a position, that head h's lost mass causes under
+            the pattern of pivot p, float64 `[gammas, K, K]`; None where no effects are known.
         pivots: Every head under its own pattern as a pivot.
         distance_to_uniform: Of the last block's distribution, the least over prompts `[K]`: the
             paper's measure for "highly sparse" (arXiv 2505.19578, section 3).
     """
 
-    def __init__(self, store: MapStore, prompts: Sequence[int], pivot_rows: int) -> None:
+    def __init__(
+        self,
+        store: MapStore,
+        prompts: Sequence[int],
+        pivot_rows: int,
+        *,
+        estimator: Mapping[str, Sequence[float]],
+        effect: Tensor | None = None,
+    ) -> None:
+        self.estimator, self.effect = estimator, effect
         self.check_rows, *_, self.sample_rows = store.config.rows
         self.pivot_rows = pivot_rows
         self._prompts: list[_Prompt] = []
@@ -99,20 +118,24 @@ class HeldOutMeasurements:
         pairs: list[_Curve] = []
         distances = []
         for number in prompts:
-            maps = {name: t.float().flatten(0, 1) for name, t in store.load(number).items()}
-            prompt = self._prompt(maps, store.prompts[number].tokens, store.config.block_size)
+            record, names = store.prompts[number], map_names(store.config)
+            maps = {n: t.float().flatten(0, 1) for n, t in store.load(number, *names).items()}
+            prompt = self._prompt(maps, record.tokens, record.map_block)
             self._prompts.append(prompt)
-            for policy, (choose, work) in self._policies(maps, prompt.geometry).items():
+            policies = self._policies(maps, prompt.geometry, store.config.block_size)
+            for policy, (choose, work) in policies.items():
                 curves.setdefault(policy, []).append(prompt.measure(choose, work))
             pairs.append(prompt.measure_pairs(pivot_rows / (2 * store.config.block_size)))
             distances.append(_distance_to_uniform(maps[VERTICAL], prompt.geometry))
-        self.alone = {policy: _over_prompts(found) for policy, found in curves.items()}
-        recalls = _over_prompts(pairs)
+        self.alone = {policy: _over_prompts(found, effect) for policy, found in curves.items()}
+        recalls = _over_prompts(pairs, effect)
         self.pairs, self.worst_pairs = recalls.recall, recalls.worst_recall
+        self.pair_harm = recalls.harm
         self.pivots = replace(
             recalls,
             recall=self.pairs.diagonal(dim1=1, dim2=2),
             worst_recall=self.worst_pairs.diagonal(dim1=1, dim2=2),
+            harm=None if recalls.harm is None else recalls.harm.diagonal(dim1=1, dim2=2),
         )
         self.distance_to_uniform = torch.stack(distances).min(0).values
         self.check_work = self.check_rows / (2 * store.config.block_size)
@@ -144,17 +167,17 @@ class HeldOutMeasurements:
         )
         pivot = maps[FULL]
         if self.pivot_rows:
-            pivot = _smoothed(maps[rows_key(self.pivot_rows)], geometry, self.pivot_rows)
+            pivot = self._smoothed(maps, geometry, self.pivot_rows)
         return _Prompt(geometry, maps[FULL], pivot, maps[rows_key(self.check_rows)])
 
     def _policies(
-        self, maps: dict[str, Tensor], geometry: Geometry
+        self, maps: dict[str, Tensor], geometry: Geometry, block_size: int
     ) -> dict[Policy, tuple[_Choose, float]]:
         """For each policy of a head alone its pattern at a gamma, and its selection work."""
-        half, reads = 2 * geometry.block_size, geometry.reads
+        half, reads = 2 * block_size, geometry.reads
         sample, vertical, slash = maps[rows_key(self.sample_rows)], maps[VERTICAL], maps[SLASH]
         # The last rows read all keys, twice as many as a row does on average.
-        lines = min(geometry.block_size, geometry.n_query) / geometry.n_query
+        lines = min(block_size, geometry.n_query) / geometry.n_query
         found: dict[Policy, tuple[_Choose, float]] = {
             Policy.SAMPLED: (
                 lambda gamma: select_blocks(sample, gamma, **reads),
@@ -165,14 +188,19 @@ class HeldOutMeasurements:
                 lines,
             ),
         }
-        rows = Smoothed().rows
+        rows = Smoothed.rows
         if rows_key(rows) in maps:
-            estimate = _smoothed(maps[rows_key(rows)], geometry, rows)
+            estimate = self._smoothed(maps, geometry, rows)
             found[Policy.SMOOTHED] = (
                 lambda gamma: head_blocks(estimate, gamma, **reads)[0],
                 rows / half,
             )
         return found
+
+    def _smoothed(self, maps: dict[str, Tensor], geometry: Geometry, rows: int) -> Tensor:
+        """What a head that samples `rows` rows a block chooses from, `[K, n_q, n_k]`."""
+        weights = line_weights(self.estimator, rows)
+        return smooth_maps(maps[rows_key(rows)], weights, **geometry.sizes)
 
 
 # Patterns `[K, n_q, n_k]` of all heads at gammas float32 `[K]`.
@@ -181,10 +209,14 @@ _Choose = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class _Curve:
-    """Recall and density of one prompt, float64 `[gammas, ...]`, and selection work."""
+    """Recall, density, and the mean square over query blocks of what is lost, of one prompt.
+
+    All are float64 `[gammas, ...]`; and selection work.
+    """
 
     recall: Tensor
     density: Tensor
+    lost: Tensor
     work: float
 
 
@@ -208,32 +240,37 @@ class _Prompt:
     def measure(self, choose: _Choose, work: float) -> _Curve:
         """Every head under a pattern of its own."""
         every = torch.arange(len(self.full), device="cpu")
-        recalls, densities = [], []
+        recalls, densities, losses = [], [], []
         for gamma in GAMMAS:
             pattern = choose(torch.full((len(every),), gamma, dtype=torch.float32, device="cpu"))
             recalls.append(covered_mass(self.full, pattern, every).double())
             densities.append(self._density(pattern))
-        return _Curve(torch.stack(recalls), torch.stack(densities), work)
+            losses.append((self.full * ~pattern).sum(-1).square().mean(-1).double())
+        return _Curve(torch.stack(recalls), torch.stack(densities), torch.stack(losses), work)
 
     def measure_pairs(self, work: float) -> _Curve:
         """Every head under every head's pattern as a pivot: recall `[gammas, K, K]`."""
         n_q = self.geometry.shape[0]
-        recalls, densities = [], []
+        by_row = self.full.transpose(0, 1).contiguous()  # [n_q, K, n_k]
+        held = by_row.sum(-1, keepdim=True)  # [n_q, K, 1]
+        recalls, densities, losses = [], [], []
         for gamma in GAMMAS:
             pattern = self.patterns(self.pivot, gamma)
-            # `covered_mass` of all pairs, as one product.
-            covered = self.full.flatten(1) @ pattern.flatten(1).float().T  # [K, K]
-            recalls.append(covered.double().div(n_q).clamp(max=1))
+            covered = torch.zeros(len(pattern), len(pattern), dtype=torch.float64, device="cpu")
+            lost = torch.zeros_like(covered)
+            # `covered_mass` of all pairs, as products, row by row.
+            for rows in torch.arange(n_q, device="cpu").split(_PAIR_ROWS):
+                read = pattern[:, rows].permute(1, 2, 0).float()
+                inside = by_row[rows] @ read  # [rows, K, K]: head, pivot
+                covered += inside.sum(0)
+                lost += (held[rows] - inside).clamp_(min=0).square_().sum(0)
+            recalls.append(covered.div_(n_q).clamp_(max=1))
+            losses.append(lost.div_(n_q))
             densities.append(self._density(pattern))
-        return _Curve(torch.stack(recalls), torch.stack(densities), work)
+        return _Curve(torch.stack(recalls), torch.stack(densities), torch.stack(losses), work)
 
     def _density(self, pattern: Tensor) -> Tensor:
         return (pattern.sum((1, 2)) / self.geometry.causal_count).double()
-
-
-def _smoothed(maps: Tensor, geometry: Geometry, rows: int) -> Tensor:
-    """What a head that samples `rows` rows a block chooses from, `[K, n_q, n_k]`."""
-    return smooth_maps(maps, line_weights(rows), **geometry.sizes)
 
 
 def _distance_to_uniform(vertical: Tensor, geometry: Geometry) -> Tensor:
@@ -241,9 +278,14 @@ def _distance_to_uniform(vertical: Tensor, geometry: Geometry) -> Tensor:
     return js_distances(vertical[:, None], geometry.uniform, first)
 
 
-def _over_prompts(curves: Sequence[_Curve]) -> PolicyCurve:
+def _over_prompts(curves: Sequence[_Curve], effect: Tensor | None) -> PolicyCurve:
     recall = torch.stack([curve.recall for curve in curves])
+    harm = None
+    if effect is not None:
+        lost = torch.stack([curve.lost for curve in curves]).mean(0)
+        harm = lost * effect.view(-1, *[1] * (lost.ndim - 2))
     return PolicyCurve(
+        harm=harm,
         recall=recall.mean(0),
         worst_recall=recall.min(0).values,
         density=torch.stack([curve.density for curve in curves]).mean(0),

@@ -15,8 +15,17 @@ from shareprefill.autoencoder.embedding import Consensus, consensus
 from shareprefill.autoencoder.pipeline import WEIGHTS, Training, load_maps, load_training
 from shareprefill.autoencoder.training import load_autoencoder
 from shareprefill.calib.store import MapStore
-from shareprefill.clustering.assignment import Choice, choose, mean_recall, slacks, total_cost
+from shareprefill.clustering.assignment import (
+    Choice,
+    choose,
+    mean_recall,
+    slacks,
+    total_cost,
+    total_harm,
+)
 from shareprefill.clustering.distances import code_distances, gamma_patterns, jaccard_distances
+from shareprefill.clustering.effects import head_effects
+from shareprefill.clustering.estimator import fit_estimator
 from shareprefill.clustering.hierarchy import build_linkage, candidate_counts, cut, silhouette
 from shareprefill.clustering.measurements import HeldOutMeasurements
 from shareprefill.config import ClusterConfig
@@ -34,6 +43,8 @@ class Clustering:
         k: Clusters.
         cost: Predicted cost of all heads on held-out prompts, as a share of dense attention.
         recall: Mean attention mass inside the patterns of all heads there.
+        harm: Predicted KL divergence from dense attention there, in nats a position; the heads'
+            lost mass where no effects are known.
         silhouette: Of the labels; NaN where it is not defined.
         sharing: Heads that share another head's pattern.
         is_best: Whether the artifact is made from it (see `cluster`).
@@ -42,6 +53,7 @@ class Clustering:
     k: int
     cost: float
     recall: float
+    harm: float
     silhouette: float
     sharing: int
     is_best: bool = False
@@ -83,8 +95,13 @@ def cluster(folder: Path, config: ClusterConfig) -> tuple[Artifact, list[Cluster
     labels = {k: cut(linkage, k) for k in counts}
     silhouettes = {k: silhouette(distances, labels[k]) for k in counts}
     plans: dict[int, _Plan] = {}
+    known = sorted((*training.split.train, *training.split.validation))
+    estimator = fit_estimator(store, known)
+    effect = head_effects(store, known)
     for pivot_rows in _pivot_rows(store, config):
-        evidence = HeldOutMeasurements(store, training.split.held_out, pivot_rows)
+        evidence = HeldOutMeasurements(
+            store, training.split.held_out, pivot_rows, estimator=estimator, effect=effect
+        )
         for k in counts:
             choices = choose(labels[k], layers, evidence, config)
             objective = _objective(choices, config)
@@ -108,7 +125,8 @@ class _Plan:
     def summary(self, k: int, *, is_best: bool) -> Clustering:
         sharing = sum(choice.policy is Policy.SHARE for choice in self.choices)
         cost, recall = total_cost(self.choices), mean_recall(self.choices)
-        return Clustering(k, cost, recall, self.silhouette, sharing, is_best)
+        harm = total_harm(self.choices)
+        return Clustering(k, cost, recall, harm, self.silhouette, sharing, is_best)
 
 
 def _best(plans: dict[int, _Plan]) -> int:
@@ -122,8 +140,10 @@ def _best(plans: dict[int, _Plan]) -> int:
 
 
 def _objective(choices: list[Choice], config: ClusterConfig) -> float:
-    """The less the better: predicted cost, or with a budget the recall that is missing."""
-    return total_cost(choices) if config.budget is None else 1 - mean_recall(choices)
+    """The less the better: predicted cost, or with a budget harm, or with a bound of it blocks."""
+    if config.max_kl is not None:
+        return sum(choice.density + choice.work for choice in choices)
+    return total_cost(choices) if config.budget is None else total_harm(choices)
 
 
 def _pivot_rows(store: MapStore, config: ClusterConfig) -> tuple[int, ...]:
@@ -194,11 +214,13 @@ def _artifact(
         density=spread([c.density for c in choices], torch.float32, 1.0),
         instability=spread(means.instability, torch.float32, 0.0),
         code=spread(means.code, torch.float32, 0.0),
+        effect=None if evidence.effect is None else spread(evidence.effect, torch.float32, 0.0),
         block_size=store.config.block_size,
         thresholds=Thresholds(gamma=config.gamma, tau=config.tau, delta=config.delta),
         rows=Rows(
             pivot=evidence.pivot_rows, sample=evidence.sample_rows, check=evidence.check_rows
         ),
+        estimator=dict(evidence.estimator),
         configuration={
             "calibrate": store.config.to_dict(),
             "train": training.config.to_dict(),
@@ -219,6 +241,7 @@ def _summary(
         "cost": round(total_cost(choices), 6),
         "density": round(sum(c.density for c in choices) / len(choices), 6),
         "recall": round(sum(recalls) / len(recalls), 6),
+        **({"kl": round(total_harm(choices), 9)} if store.config.effect_tokens else {}),
         "recall_worst_5_percent": round(sum(worst) / len(worst), 6),
         "held_out_prompts": [store.prompts[n].source for n in training.split.held_out],
         "held_out_tokens": [store.prompts[n].tokens for n in training.split.held_out],

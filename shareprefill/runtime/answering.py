@@ -127,6 +127,16 @@ def answer(
             "what comes after them may be worse",
             *(needed, longest),
         )
+    measured = artifact.measured_tokens
+    # Generated prompts come close to their length.
+    known = len(input_ids) if measured is None else measured + artifact.block_size
+    if config.policy == "auto" and len(input_ids) > known:
+        logger.warning(
+            "the prompt has %d tokens, and the artifact was measured on prompts of %d at most: how "
+            "much attention its patterns cover of longer ones is not known; --recall measures it, "
+            "and sp calibrate --length makes an artifact of longer prompts",
+            *(len(input_ids), measured),
+        )
     session = share_prefill(network, artifact, config)
     warm_up(network, input_ids)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -20,6 +20,7 @@ from shareprefill.errors import ConfigError
 from shareprefill.runtime.geometry import Geometry
 from shareprefill.runtime.policies import make_policy
 from shareprefill.runtime.policies.base import SelectionPolicy
+from shareprefill.runtime.policies.smoothed import FewRows, line_weights
 
 T = TypeVar("T")
 
@@ -71,6 +72,7 @@ class RuntimePlan:
         layers: `layers[l][h]`.
         labels: Names of the policies, by their numbers in the heads' plans.
         selectors: What chooses the blocks of the policies that no artifact names, by number.
+        estimator: The artifact's weights of estimates from few rows; None for none.
         online: Whether pivots are found at run time by the paper's rule (policy `shareprefill`).
         slash_needs_sparsity: Whether a vertical-slash pattern is left to highly sparse heads
             (delta).
@@ -89,6 +91,7 @@ class RuntimePlan:
     layers: tuple[tuple[HeadPlan, ...], ...]
     labels: tuple[str, ...]
     selectors: Mapping[int, SelectionPolicy]
+    estimator: Mapping[str, Sequence[float]] | None
     online: bool
     slash_needs_sparsity: bool
     block_size: int
@@ -142,7 +145,7 @@ def make_plan(artifact: Artifact, config: RuntimeConfig) -> RuntimePlan:
     Returns:
         What every head is to do.
     """
-    forced, labels, selectors = _policy_of_all(config.policy)
+    forced, labels, selectors = _policy_of_all(config.policy, artifact.estimator)
     layers, heads = artifact.policy.shape
     columns = {
         name: getattr(artifact, name).reshape(-1).tolist()
@@ -174,6 +177,7 @@ def make_plan(artifact: Artifact, config: RuntimeConfig) -> RuntimePlan:
         ),
         labels,
         selectors,
+        estimator=artifact.estimator,
         block_size=artifact.block_size,
         thresholds=artifact.thresholds,
         rows=artifact.rows,
@@ -222,6 +226,7 @@ def plan_without_artifact(layers: int, heads: int, config: RuntimeConfig) -> Run
         ),
         labels,
         selectors,
+        estimator=None,
         block_size=captured.block_size,
         thresholds=thresholds,
         rows=Rows(pivot=0, sample=captured.rows[-1], check=captured.rows[0]),
@@ -229,14 +234,17 @@ def plan_without_artifact(layers: int, heads: int, config: RuntimeConfig) -> Run
 
 
 def _policy_of_all(
-    policy: str,
+    policy: str, estimator: Mapping[str, Sequence[float]] | None = None
 ) -> tuple[int | None, tuple[str, ...], dict[int, SelectionPolicy]]:
     """The number of a policy for every head (None: heads have their own), labels, selectors."""
     labels = tuple(known.label for known in Policy)
     forced: int | None = _OF_ARTIFACTS.get(policy)
     if forced is not None or policy in PLANNED_POLICIES:
         return forced, labels, {}
-    return _FURTHER, (*labels, policy), {_FURTHER: make_policy(policy)}
+    fitted = {}
+    if policy == "global-threshold":
+        fitted["weights"] = line_weights(estimator, FewRows.rows)
+    return _FURTHER, (*labels, policy), {_FURTHER: make_policy(policy, **fitted)}
 
 
 def _plan(
@@ -245,6 +253,7 @@ def _plan(
     labels: tuple[str, ...],
     selectors: dict[int, SelectionPolicy],
     *,
+    estimator: Mapping[str, Sequence[float]] | None,
     block_size: int,
     thresholds: Thresholds,
     rows: Rows,
@@ -254,6 +263,7 @@ def _plan(
         layers=layers,
         labels=labels,
         selectors=selectors,
+        estimator=estimator,
         online=online,
         slash_needs_sparsity=config.policy == "auto",
         block_size=block_size,

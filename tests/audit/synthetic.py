@@ -10,7 +10,9 @@ import torch
 
 from shareprefill.artifact import Artifact, Policy, Rows, Thresholds
 from shareprefill.autoencoder.pipeline import train
-from shareprefill.calib.capture import FULL, SLASH, VERTICAL, PromptMaps, rows_key
+from shareprefill.calib.capture import FULL, LINES, SLASH, VERTICAL, PromptMaps, rows_key
+from shareprefill.calib.effect import CHANGE, DIVERGENCE, LOST
+from shareprefill.calib.lines import line_products
 from shareprefill.calib.store import MapStore
 from shareprefill.clustering.pipeline import cluster
 from shareprefill.config import CalibrateConfig, ClusterConfig, TrainConfig
@@ -92,6 +94,11 @@ def made_up_calibration(
         tensors = {FULL: maps} | {rows_key(rows): maps.clone() for rows in config.rows}
         tensors[VERTICAL] = maps[:, :, -1].clone()
         tensors[SLASH] = torch.nn.functional.pad(maps[:, :, -1].flip(-1), (0, 1))
+        exact = maps.flatten(0, 1).float()
+        products = line_products(exact, exact, _BLOCKS * BLOCK, BLOCK)
+        tensors[LINES] = torch.stack([products] * len(config.rows))
+        tensors |= {CHANGE: torch.ones(layers, heads), LOST: torch.ones(layers, heads)}
+        tensors[DIVERGENCE] = torch.ones(1)
         ids = torch.zeros(_BLOCKS * BLOCK - 3, dtype=torch.int64)
         digest = hashlib.sha256(bytes([number])).hexdigest()
         source = _SOURCES[number % len(_SOURCES)]

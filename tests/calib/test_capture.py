@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from shareprefill.calib.capture import FULL, capture
+from shareprefill.calib.capture import FULL, capture, coarsen
 from shareprefill.errors import DataError, UnsupportedError
 from shareprefill.runtime.ops.pooled_attention import sample_rows
 from tests.support.allocation import LargestTensor
@@ -143,3 +143,23 @@ def test_maps_of_soft_capped_logits_and_beside_sinks(name: str) -> None:
 def test_only_layers_that_can_be_shared_are_captured() -> None:
     family = next(family for family in FAMILIES if family.name == "gemma3_text")
     assert capture(build(family), token_ids(60), block_size=16, rows=(1, 2, 4)).layers == (1,)
+
+
+@pytest.mark.parametrize("factor", [2, 3])
+def test_maps_at_larger_blocks_are_the_attention_of_those(model: Any, factor: int) -> None:
+    """As maps of a calibration with larger blocks, up to the last, shorter block."""
+    ids = token_ids(16 * 18 * factor - 16)
+    options: dict[str, Any] = {"rows": (1, 4, 16)}
+    kept = capture(model, ids, block_size=16, map_block=16 * factor, **options).tensors
+    coarse = capture(model, ids, block_size=16 * factor, **options).tensors
+    for name in ("full", "vertical", "slash"):
+        assert kept[name].shape == coarse[name].shape
+    full = kept["full"][:, :, :-1].float(), coarse["full"][:, :, :-1].float()
+    torch.testing.assert_close(*full, rtol=5e-3, atol=5e-4)
+    # Rows are those of the small blocks.
+    fine = capture(model, ids, block_size=16, **options).tensors
+    pooled = torch.stack([coarsen(layer, factor) for layer in fine["rows4"].float()])
+    torch.testing.assert_close(kept["rows4"].float(), pooled, rtol=5e-3, atol=5e-4)
+    sums = kept["rows4"].float().sum(-1)
+    torch.testing.assert_close(sums, torch.ones_like(sums), rtol=0, atol=2e-3)
+    assert torch.equal(kept["lines"], fine["lines"])

@@ -18,7 +18,7 @@ MODEL = Fingerprint("llama", ModelGeometry(2, 4, 2, 16), "0" * 64)
 
 
 def maps() -> PromptMaps:
-    return PromptMaps((0, 1), {"full": torch.rand(2, 4, 8, 8).half()})
+    return PromptMaps((0, 1), {"full": torch.rand(2, 4, 8, 8).half().tril()})
 
 
 def filled(folder: Path, prompts: int = 3) -> MapStore:
@@ -156,3 +156,25 @@ def test_the_newest_calibration_is_found(tmp_path: Path) -> None:
 
     os.utime(first / INDEX, ns=(stamp, stamp))
     assert newest_calibration(tmp_path) == first
+
+
+@pytest.mark.parametrize(
+    ("layers", "heads", "tokens", "blocks"),
+    [(30, 9, 8192, 64), (32, 32, 131_072, 128), (80, 64, 32_768, 86), (2, 2, 131_072, 128)],
+    ids=["135M at 8K", "8B at 128K", "70B at 32K", "few heads"],
+)
+def test_the_maps_of_a_prompt_take_at_most_300_megabytes(
+    tmp_path: Path, layers: int, heads: int, tokens: int, blocks: int
+) -> None:
+    config = CalibrateConfig(model="m", length=tokens)
+    made_for = Fingerprint("llama", ModelGeometry(layers, heads, heads, 16), "0" * 64)
+    store = MapStore(tmp_path, config, made_for, [])
+    kept = -(-tokens // store.map_block(tokens))
+    assert kept == blocks
+    kinds = 1 + len(config.rows)
+    assert layers * heads * kinds * kept * (kept + 1) / 2 * 2 <= 300e6
+
+
+def test_maps_take_half_the_disk_of_squares(tmp_path: Path) -> None:
+    store = filled(tmp_path)
+    assert (tmp_path / store.prompts[0].file).stat().st_size < 2 * 4 * 8 * 8 * 2

@@ -53,6 +53,7 @@ def evidence(
         pivots=measured([1.0] * heads, pivots or sampled, 0.1),
         pairs=covered.expand(len(GAMMAS), -1, -1),
         worst_pairs=covered.expand(len(GAMMAS), -1, -1),
+        pair_harm=None,
         distance_to_uniform=torch.full((heads,), distance_to_uniform),
         check_work=0.01,
         pivot_rows=pivot_rows,
@@ -181,6 +182,7 @@ def curves(heads: int, seed: int, *, noise: float = 0.0) -> Any:
         pivots=found[0],
         pairs=none,
         worst_pairs=none,
+        pair_harm=None,
         distance_to_uniform=torch.ones(heads),
         check_work=0.01,
         pivot_rows=32,
@@ -257,3 +259,78 @@ def test_a_budget_counts_blocks_not_time() -> None:
     (choice,) = chosen(facts, budget=0.85)
     assert (choice.policy, choice.density) == (Policy.SAMPLED, pytest.approx(0.8))
     assert choice.cost > 1
+
+
+def test_pivots_are_placed_for_all_heads_at_once() -> None:
+    """A head that took the first pivot turns to a later one that serves it better."""
+    facts = evidence([0.3] * 7, pairs=[[1.0] * 7] * 7, pivots=[0.2, 0.05, *[0.3] * 5])
+    # Under pivot 1 only heads 1 to 3 keep their recall.
+    facts.pairs = facts.pairs.clone()
+    facts.pairs[:, [0, 4, 5, 6], 1] = 0.0
+    facts.worst_pairs = facts.pairs
+    found = shared(facts, [0] * 7, [0] * 7)
+    assert [c.pivot for c in found] == [0, 1, 1, 1, 0, 0, 0]
+
+
+def test_the_heads_of_a_pivot_cut_its_order_at_few_gammas() -> None:
+    heads = 14
+    facts = evidence([0.9] * heads, pairs=[[0.0] * heads] * heads)
+    gammas = len(GAMMAS)
+    recall = torch.zeros(gammas, heads, heads, dtype=torch.float64)
+    for h in range(heads):  # Each reaches the target at a gamma of its own.
+        recall[h:, h, 0] = 1.0
+    facts.pairs = facts.worst_pairs = recall
+    density = torch.linspace(0.05, 0.3, gammas, dtype=torch.float64)
+    facts.pivots.density[:] = density[:, None]
+    found = shared(facts, [0] * heads, [0] * heads)
+    sharers = [c for c in found if c.policy is Policy.SHARE]
+    assert len(sharers) == heads - 1
+    assert len({c.gamma for c in sharers}) == 4
+    assert all(c.recall == 1.0 for c in sharers)
+
+
+def harmful(heads: int) -> Any:
+    """Evidence of heads that are alike but for the effect of what they lose."""
+    facts = curves(heads, 0)
+    effect = torch.logspace(-3, 0, heads, dtype=torch.float64)
+    for policy, curve in facts.alone.items():
+        facts.alone[policy] = replace(curve, harm=effect * (1 - curve.recall) ** 2)
+    facts.pivots = facts.sampled = facts.alone[Policy.SAMPLED]
+    facts.pair_harm = facts.pairs
+    facts.pairs = facts.worst_pairs = torch.zeros_like(facts.pairs)
+    facts.pair_harm = torch.full_like(facts.pairs, 9.0)
+    return facts
+
+
+def test_a_budget_goes_where_lost_mass_does_most_harm() -> None:
+    facts = harmful(60)
+    by_effect = chosen(facts, budget=0.15)
+    facts_of_recall = curves(60, 0)
+    by_recall = chosen(facts_of_recall, budget=0.15)
+    assert mean_density(by_effect) <= 0.15
+
+    def harm(choices: list[Any]) -> float:
+        tables = ((facts.alone[c.policy].harm, GAMMAS.index(c.gamma)) for c in choices)
+        return sum(table[g, h].item() for h, (table, g) in enumerate(tables))
+
+    assert harm(by_effect) < 0.7 * harm(by_recall)
+    recall = [sum(c.recall for c in found[40:]) for found in (by_effect, by_recall)]
+    assert recall[0] > recall[1]
+
+
+@pytest.mark.parametrize("bound", [1.0, 0.1, 0.01])
+def test_a_bound_of_the_divergence_is_kept_with_few_blocks(bound: float) -> None:
+    found = chosen(harmful(60), max_kl=bound)
+    assert 0.5 * bound < sum(c.harm for c in found) <= bound
+    # A budget of as many blocks does no better.
+    budget = chosen(harmful(60), budget=mean_density(found) + 1e-9)
+    assert sum(c.harm for c in budget) == pytest.approx(sum(c.harm for c in found), rel=0.05)
+
+
+def test_a_bound_that_no_pattern_keeps_makes_heads_dense() -> None:
+    assert {c.policy for c in chosen(harmful(5), max_kl=1e-30)} == {Policy.DENSE}
+
+
+def test_a_bound_without_effects_is_refused() -> None:
+    with pytest.raises(ConfigError, match="max_kl needs effects"):
+        chosen(curves(5, 0), max_kl=0.1)

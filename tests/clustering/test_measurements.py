@@ -26,7 +26,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> MapStore:
 
 
 def test_policies_that_need_no_other_head(store: MapStore) -> None:
-    assert set(HeldOutMeasurements(store, [0], 0).alone) == {
+    assert set(HeldOutMeasurements(store, [0], 0, estimator={}).alone) == {
         Policy.SAMPLED,
         Policy.VERTICAL_SLASH,
         Policy.SMOOTHED,
@@ -34,7 +34,7 @@ def test_policies_that_need_no_other_head(store: MapStore) -> None:
 
 
 def test_smoothed_maps_are_measured_on_the_exact_ones(store: MapStore) -> None:
-    found = HeldOutMeasurements(store, [0, 2], 0).alone[Policy.SMOOTHED]
+    found = HeldOutMeasurements(store, [0, 2], 0, estimator={}).alone[Policy.SMOOTHED]
     g = GAMMAS.index(0.8)
     recalls, densities = [], []
     for number in (0, 2):
@@ -42,7 +42,7 @@ def test_smoothed_maps_are_measured_on_the_exact_ones(store: MapStore) -> None:
         tokens = store.prompts[number].tokens
         causal = causal_blocks(tokens, 0, 32)
         always = always_blocks(tokens, 0, 32, sink_blocks=1, local_blocks=2)
-        estimate = smooth(maps["rows2"].float().flatten(0, 1), 2)
+        estimate = smooth(maps["rows2"].float().flatten(0, 1))
         pattern = head_pattern(estimate, 0.8) | always
         recalls.append(recall(maps["full"].float().flatten(0, 1), pattern & causal))
         densities.append((pattern & causal).sum((1, 2)) / causal.sum())
@@ -56,12 +56,12 @@ def test_smoothed_maps_are_measured_on_the_exact_ones(store: MapStore) -> None:
 @pytest.mark.parametrize("rows", [2, 4, 8])
 def test_a_sampled_pivot_gives_what_it_would_read_itself(store: MapStore, rows: int) -> None:
     """Recall and density of its pattern, and of others under it, on the exact maps."""
-    evidence = HeldOutMeasurements(store, [0, 2], rows)
+    evidence = HeldOutMeasurements(store, [0, 2], rows, estimator={})
     g = GAMMAS.index(0.8)
     recalls, densities = [], []
     for number in (0, 2):
         maps, causal, always = _of_prompt(store, number)
-        estimate = smooth(maps[f"rows{rows}"], rows)
+        estimate = smooth(maps[f"rows{rows}"])
         pattern = (head_pattern(estimate, 0.8) | always) & causal
         recalls.append(recall(maps["full"][:, None], pattern[None]))
         densities.append(pattern.sum((1, 2)) / causal.sum())
@@ -81,13 +81,13 @@ def test_a_sampled_pivot_gives_what_it_would_read_itself(store: MapStore, rows: 
 
 @pytest.mark.parametrize("rows", [0, 4])
 def test_the_check_is_of_the_fewest_rows(store: MapStore, rows: int) -> None:
-    evidence = HeldOutMeasurements(store, [0, 2], rows)
+    evidence = HeldOutMeasurements(store, [0, 2], rows, estimator={})
     assert (evidence.check_rows, evidence.sample_rows) == (1, 8)
     assert evidence.check_work == 1 / 64
     found = []
     for number in (0, 2):
         maps, causal, always = _of_prompt(store, number)
-        estimate = smooth(maps[f"rows{rows}"], rows) if rows else maps["full"]
+        estimate = smooth(maps[f"rows{rows}"]) if rows else maps["full"]
         pattern = (head_pattern(estimate[5, None], 0.75)[0] | always) & causal
         found.append(recall(maps["rows1"][3], pattern).item())
     assert evidence.least_covered(3, 5, 0.75) == pytest.approx(min(found), abs=1e-6)
@@ -100,7 +100,7 @@ def test_stores_of_other_rows_are_read(tmp_path_factory: pytest.TempPathFactory)
     config = CalibrateConfig(**small_calibration(checkpoint, samples=3, rows=(1, 8, 32)))
     folder = tmp_path_factory.mktemp("calibration")
     capture_maps(config, folder)
-    evidence = HeldOutMeasurements(MapStore.open(folder), [1], 32)
+    evidence = HeldOutMeasurements(MapStore.open(folder), [1], 32, estimator={})
     assert (evidence.check_rows, evidence.sample_rows, evidence.pivot_rows) == (1, 32, 32)
     # Two rows were not captured.
     assert set(evidence.alone) == {Policy.SAMPLED, Policy.VERTICAL_SLASH}

@@ -15,6 +15,7 @@ from shareprefill.calib.store import MapStore
 from shareprefill.checkpoint import check_checkpoint
 from shareprefill.clustering import pipeline
 from shareprefill.clustering.assignment import Choice
+from shareprefill.clustering.estimator import fit_estimator
 from shareprefill.clustering.measurements import GAMMAS, HeldOutMeasurements
 from shareprefill.clustering.pipeline import Clustering, cluster
 from shareprefill.config import CalibrateConfig, ClusterConfig, TrainConfig
@@ -115,7 +116,7 @@ def test_an_untrained_calibration_is_refused(tmp_path: Path) -> None:
 def test_evidence_is_measured_on_the_exact_maps(calibration: Path) -> None:
     """Every head's recall under every pivot's pattern, recomputed pair by pair."""
     store = MapStore.open(calibration)
-    evidence = HeldOutMeasurements(store, [2, 5], pivot_rows=0)
+    evidence = HeldOutMeasurements(store, [2, 5], pivot_rows=0, estimator={})
     g = GAMMAS.index(0.9)
     expected = torch.zeros(12, 12, dtype=torch.float64)
     for number in (2, 5):
@@ -141,9 +142,10 @@ def test_the_policies_of_an_artifact_are_consistent(calibration: Path) -> None:
 def test_a_budget_bounds_the_density_of_the_artifact(calibration: Path) -> None:
     tight, trials = cluster(calibration, ClusterConfig(budget=0.7))
     (taken,) = [trial for trial in trials if trial.is_best]
-    missing = 1 - max(trial.recall for trial in trials)
-    assert taken == most_alike([t for t in trials if 1 - t.recall <= 1.01 * missing])
+    least = min(trial.harm for trial in trials)
+    assert taken == most_alike([trial for trial in trials if trial.harm <= 1.01 * least])
     assert tight.summary["recall"] == pytest.approx(taken.recall, abs=1e-6)
+    assert tight.summary["kl"] == pytest.approx(taken.harm, abs=1e-8)
     loose, _ = cluster(calibration, ClusterConfig(budget=0.95))
     assert tight.summary["density"] <= 0.7
     assert tight.summary["density"] < loose.summary["density"] <= 0.95
@@ -173,3 +175,26 @@ def test_held_out_prompts_stay_out_of_clusters(
     assert torch.equal(found[0], known[0])
     for name in ("code", "maps", "instability"):
         assert torch.equal(getattr(found[1], name), getattr(known[1], name))
+
+
+def test_an_artifact_carries_what_was_fitted_to_the_model(calibration: Path) -> None:
+    artifact, _ = cluster(calibration, ClusterConfig(target_recall=0.8))
+    store = MapStore.open(calibration)
+    assert artifact.estimator is not None
+    assert artifact.effect is not None
+    assert sorted(map(int, artifact.estimator)) == list(store.config.rows)
+    split = load_training(calibration)[0].split
+    known = sorted((*split.train, *split.validation))
+    assert artifact.estimator == fit_estimator(store, known)
+    assert all(
+        sum(weights) == pytest.approx(1, abs=1e-5) for weights in artifact.estimator.values()
+    )
+    assert (artifact.effect > 0).all()
+    assert artifact.summary["kl"] > 0
+
+
+def test_a_bound_of_the_divergence_is_kept_by_the_artifact(calibration: Path) -> None:
+    loose = cluster(calibration, ClusterConfig(max_kl=0.5, k=1))[0].summary
+    tight = cluster(calibration, ClusterConfig(max_kl=0.01, k=1))[0].summary
+    assert tight["kl"] <= 0.01 < loose["kl"] <= 0.5
+    assert tight["density"] > loose["density"]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from shareprefill.runtime.ops.block_selection import head_blocks, smooth_maps
+from shareprefill.runtime.ops.block_selection import LineWeights, head_blocks, smooth_maps
 from shareprefill.runtime.ops.blocks import causal_blocks
-from shareprefill.runtime.policies.smoothed import line_weights
+from shareprefill.runtime.policies.smoothed import UNFITTED
 
 # (n_query, n_key, block size)
 Shape = tuple[int, int, int]
@@ -42,6 +42,6 @@ def head_pattern(maps: torch.Tensor, gamma: float | torch.Tensor) -> torch.Tenso
     return head_blocks(maps, gammas, **sizes_of(maps))[0]
 
 
-def smooth(maps: torch.Tensor, rows: int) -> torch.Tensor:
-    """What maps of `rows` sampled rows a block are smoothed to."""
-    return smooth_maps(maps, line_weights(rows), **sizes_of(maps))
+def smooth(maps: torch.Tensor, weights: LineWeights = UNFITTED) -> torch.Tensor:
+    """What maps of sampled rows are smoothed to."""
+    return smooth_maps(maps, weights, **sizes_of(maps))

@@ -23,6 +23,7 @@ def layer_plan(heads: tuple[HeadPlan, ...], block_size: int, **changes: Any) -> 
         "layers": (heads,),
         "labels": tuple(policy.label for policy in Policy),
         "selectors": {},
+        "estimator": {},
         "online": False,
         "slash_needs_sparsity": True,
         "block_size": block_size,

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 from torch import Tensor
 
@@ -11,15 +11,9 @@ from shareprefill.runtime.ops.block_selection import LineWeights, head_blocks, s
 from shareprefill.runtime.policies.base import InPlacePolicy, LayerInputs, MapEstimator
 from shareprefill.runtime.policies.sampled import sampled_maps, sampling_work
 
-# By sampled rows, of which more make a block's own samples better. Least squares on exact maps of
-# three prompts (docs/findings-record.md); only their ratios matter.
-_WEIGHTS = {
-    1: LineWeights(
-        itself=0.08, vertical1=0.13, diagonal1=0.02, diagonal2=0.03, column=0.01, diagonal=0.50
-    ),
-    2: LineWeights(itself=0.14, vertical1=0.15, diagonal1=0.02, diagonal2=0.04, diagonal=0.45),
-    4: LineWeights(itself=0.24, vertical1=0.16, diagonal1=0.03, diagonal2=0.04, diagonal=0.38),
-}
+# Where no weights were fitted to the model: a block's own samples, and those of the query blocks
+# beside it, alike.
+UNFITTED = LineWeights(itself=0.5, vertical1=0.5)
 
 
 @dataclass(frozen=True)
@@ -28,13 +22,15 @@ class FewRows(MapEstimator[Tensor]):
 
     Attributes:
         rows: Query rows a block that are sampled.
+        weights: What the lines through a block count.
     """
 
     rows: int = 2
+    weights: LineWeights = UNFITTED
 
     def estimate(self, inputs: LayerInputs, heads: Tensor) -> Tensor:
         """Smoothed maps."""
-        return smoothed_maps(inputs, heads, self.rows)
+        return smoothed_maps(inputs, heads, self.rows, self.weights)
 
     def work(self, inputs: LayerInputs) -> float:
         """The share of the rows that are sampled, logits alone."""
@@ -61,19 +57,29 @@ class Smoothed(FewRows, InPlacePolicy[Tensor]):
         return head_blocks(estimate, gamma, out=out, **inputs.geometry.reads)[1]
 
 
-def smoothed_maps(inputs: LayerInputs, heads: Tensor, rows: int) -> Tensor:
+def smoothed_maps(inputs: LayerInputs, heads: Tensor, rows: int, weights: LineWeights) -> Tensor:
     """Maps of sampled rows, smoothed: float32 `[S, n_q, n_k]`.
 
     Args:
         inputs: The layer's inputs.
         heads: int64 `[S]`; the maps of negative ones are zeros.
         rows: Rows a block.
+        weights: What the lines through a block count.
     """
     maps = sampled_maps(inputs, heads, rows)
-    return smooth_maps(maps, line_weights(rows), **inputs.geometry.sizes)
+    return smooth_maps(maps, weights, **inputs.geometry.sizes)
 
 
-@lru_cache(maxsize=64)
-def line_weights(rows: int) -> LineWeights:
-    """The weights of maps of `rows` sampled rows a block."""
-    return _WEIGHTS[max(r for r in _WEIGHTS if r <= rows)]
+def line_weights(estimator: Mapping[str, Sequence[float]] | None, rows: int) -> LineWeights:
+    """The weights for maps of `rows` sampled rows a block.
+
+    Args:
+        estimator: An artifact's. Of counts that it does not have, the next lower one is taken, or
+            the lowest.
+        rows: Rows a block.
+    """
+    if not estimator:
+        return UNFITTED
+    counts = [int(count) for count in estimator]
+    known = [count for count in counts if count <= rows] or [min(counts)]
+    return LineWeights.of(estimator[str(max(known))])

@@ -27,7 +27,7 @@ from shareprefill.runtime.ops.pooled_attention import pooled_attention
 from shareprefill.runtime.plan import HeadPlan
 from shareprefill.runtime.policies.base import InPlacePolicy, LayerInputs, SelectionPolicy
 from shareprefill.runtime.policies.sampled import Sampled, sampled_maps, sampling_work
-from shareprefill.runtime.policies.smoothed import Smoothed, smoothed_maps
+from shareprefill.runtime.policies.smoothed import Smoothed, line_weights, smoothed_maps
 from shareprefill.runtime.policies.vertical_slash import (
     VerticalSlash,
     profile_work,
@@ -216,7 +216,9 @@ class PlannedRule(LayerRule[PlannedLayer, PivotPatterns]):
         built_in: dict[int, SelectionPolicy] = {
             int(Policy.SAMPLED): Sampled(self.plan.sample_rows),
             int(Policy.VERTICAL_SLASH): VerticalSlash(),
-            int(Policy.SMOOTHED): Smoothed(),
+            int(Policy.SMOOTHED): Smoothed(
+                weights=line_weights(self.plan.estimator, Smoothed.rows)
+            ),
         }
         return {**built_in, **self.plan.selectors}
 
@@ -296,7 +298,8 @@ class _Selection:
         layer, inputs, rows = self.layer, self.inputs, self.plan.pivot_rows
         heads = layer.pivots.heads
         if len(heads) and rows:
-            self.pivots.keep(layer.pivots, smoothed_maps(inputs, heads, rows))
+            weights = line_weights(self.plan.estimator, rows)
+            self.pivots.keep(layer.pivots, smoothed_maps(inputs, heads, rows, weights))
             self.overhead.append(Overhead(heads, sampling_work(inputs, rows)))
         elif len(heads):
             dense, maps = pooled_attention(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from shareprefill.errors import ConfigError
 from shareprefill.runtime.geometry import Geometry
-from shareprefill.runtime.ops.block_selection import select_blocks
+from shareprefill.runtime.ops.block_selection import LineWeights, select_blocks
 from shareprefill.runtime.ops.blocks import BlockLists
 from shareprefill.runtime.policies import make_policy
 from shareprefill.runtime.policies.antidiagonal import Antidiagonal
@@ -21,11 +21,13 @@ from shareprefill.runtime.policies.flex import Flex
 from shareprefill.runtime.policies.global_threshold import GlobalThreshold
 from shareprefill.runtime.policies.pooled import Pooled
 from shareprefill.runtime.policies.sampled import sampled_maps
+from shareprefill.runtime.policies.smoothed import UNFITTED
 from tests.support.attention import attend_with_lse
 from tests.support.maps import head_pattern, smooth
 
 BLOCK = 4
 ZERO = torch.tensor([0])
+ALL_LINES = LineWeights(itself=0.14, vertical1=0.15, diagonal1=0.02, diagonal2=0.04, diagonal=0.45)
 
 
 def layer(query: Tensor, key: Tensor, scale: float = 1.0, block: int = BLOCK) -> LayerInputs:
@@ -226,10 +228,10 @@ def test_smoothing_leaves_lines_as_they_are(n_q: int, n_k: int) -> None:
     value = torch.rand(n_k)
     maps = (value[distance.clamp(min=0)] * causal)[None]
     flat = torch.full((1, n_q, n_k), 0.3) * causal
-    for rows in (1, 2, 3, 4, 32):
-        found = smooth(flat, rows)
+    for weights in (UNFITTED, ALL_LINES):
+        found = smooth(flat, weights)
         torch.testing.assert_close(found, flat * (found.max() / 0.3))
-        slanted = smooth(maps, rows)
+        slanted = smooth(maps, weights)
         assert (slanted[~causal[None]] == 0).all()
 
 
@@ -237,8 +239,8 @@ def test_smoothing_takes_means_over_the_lines_of_a_block() -> None:
     causal = torch.ones(8, 8).tril().bool()
     maps = torch.zeros(1, 8, 8)
     maps[0, 5, 2] = 1.0
-    found = smooth(maps, 2)[0]
-    scale = smooth(causal[None].float(), 2).max()
+    found = smooth(maps, ALL_LINES)[0]
+    scale = smooth(causal[None].float(), ALL_LINES).max()
     assert found[5, 2] == found.max() < scale
     assert found[4, 2] > 0
     assert found[6, 2] > 0
@@ -257,7 +259,7 @@ def test_smoothing_brings_the_order_of_blocks_nearer_to_the_truth() -> None:
     noisy = truth * torch.rand(n, n)
     covered = [
         truth[densest_blocks(maps[None], causal, 0.2)[0]].sum()
-        for maps in (noisy, smooth(noisy[None], 2)[0])
+        for maps in (noisy, smooth(noisy[None], ALL_LINES)[0])
     ]
     assert covered[1] > 1.05 * covered[0]
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import astuple, dataclass
+from collections.abc import Iterable
+from dataclasses import astuple, dataclass, fields
+from typing import Self
 
 from shareprefill.errors import ConfigError
 
@@ -36,3 +38,9 @@ class LineWeights:
     def __post_init__(self) -> None:
         if not all(0.0 <= weight < math.inf for weight in astuple(self)):
             raise ConfigError(f"weights must be finite and at least 0, got {self}")
+
+    @classmethod
+    def of(cls, weights: Iterable[float]) -> Self:
+        """Weights in the order of the fields."""
+        names = (field.name for field in fields(cls))
+        return cls(**dict(zip(names, weights, strict=True)))

@@ -1,0 +1,52 @@
+"""The effect of each head: KL divergence of the predictions for the attention mass it loses."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from shareprefill.calib.effect import CHANGE, DIVERGENCE, LOST
+from shareprefill.calib.store import MapStore
+
+# Prompts' worth of its layer's mean that a head's own figure is mixed with, in shares of the
+# evidence: a head that loses next to nothing says little about itself.
+_OF_LAYER = 0.25
+
+
+def head_effects(store: MapStore, prompts: Sequence[int]) -> Tensor | None:
+    """Nats a position that every head's lost mass costs, for a mean square of 1 over query blocks.
+
+    So the KL divergence that a plan is predicted to have is the sum over heads of effect times the
+    mean square, over query blocks, of the mass outside the head's pattern. Heads' effects are
+    relative to each other what derivatives say, and in sum what sparse prefills measured.
+
+    Args:
+        store: A complete calibration.
+        prompts: Numbers of the prompts to take.
+
+    Returns:
+        float64 `[K]`, captured heads one after the other; None where none were measured.
+    """
+    if not store.config.effect_tokens:
+        return None
+    change, lost, divergence = (
+        torch.stack([store.load(number, name)[name].double() for number in prompts])
+        for name in (CHANGE, LOST, DIVERGENCE)
+    )
+    return effects_of(change, lost, divergence)
+
+
+def effects_of(change: Tensor, lost: Tensor, divergence: Tensor) -> Tensor:
+    """The same from the tensors of prompts: float64 `[P, L, H]`, `[P, L, H]` and `[P, 1]`."""
+    caused, mass = change.sum(0), lost.sum(0)  # [L, H]
+    prior = _OF_LAYER * mass.mean(1, keepdim=True)
+    of_layer = caused.sum(1, keepdim=True) / mass.sum(1, keepdim=True).clamp_min(_TINY)
+    effect = (caused + prior * of_layer) / (mass + prior).clamp_min(_TINY)
+    predicted = (effect * mass).sum()
+    scale = divergence.sum() / predicted.clamp_min(_TINY)
+    return (effect * scale).flatten()
+
+
+_TINY = torch.finfo(torch.float64).tiny
