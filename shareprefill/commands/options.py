@@ -95,7 +95,11 @@ class Written:
 
     def parameter(self) -> inspect.Parameter:
         """The parameter of a command that typer makes the option from."""
-        option = typer.Option(*self.names, help=self.help, parser=self.parser, metavar=self.metavar)
+        names = self.names
+        if not names and self.type is not bool:
+            # typer 0.27 would name an option after its metavar.
+            names = (f"--{self.field.replace('_', '-')}",)
+        option = typer.Option(*names, help=self.help, parser=self.parser, metavar=self.metavar)
         return inspect.Parameter(
             self.field,
             inspect.Parameter.KEYWORD_ONLY,
