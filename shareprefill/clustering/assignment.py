@@ -100,7 +100,11 @@ _DENSE = Choice(Policy.DENSE, 1.0, 1.0, 1.0, 1.0)
 
 
 def choose(
-    labels: Tensor, layers: Tensor, evidence: HeldOutMeasurements, config: ClusterConfig
+    labels: Tensor,
+    layers: Tensor,
+    evidence: HeldOutMeasurements,
+    config: ClusterConfig,
+    scored: dict[Goal, Scored] | None = None,
 ) -> list[Choice]:
     """The choice of every head for a clustering.
 
@@ -110,6 +114,8 @@ def choose(
         evidence: Measurements on held-out prompts.
         config: Target recall, budget or bound of the KL divergence, thresholds, and the least size
             of a sharing cluster.
+        scored: What earlier calls with the same measurements found, which is the same for all
+            clusterings; this one's is added.
 
     Returns:
         A choice for each of the K heads.
@@ -117,7 +123,7 @@ def choose(
     Raises:
         ConfigError: the budget is below what the blocks take that every pattern reads.
     """
-    plans = _Plans(labels, layers, evidence, config)
+    plans = _Plans(labels, layers, evidence, config, {} if scored is None else scored)
     bound, budget = config.max_kl, config.budget
     if bound is not None:
         if evidence.pair_harm is None:
@@ -138,6 +144,30 @@ def choose(
     return plans.last(lambda found: mean_density(found) <= budget)
 
 
+@dataclass(frozen=True, eq=False)
+class Scored:
+    """What heads would cost by a goal, whoever shares with whom.
+
+    Attributes:
+        singles: What every head would do alone.
+        pivots: What it would do as a pivot.
+        scores: What head h costs under pivot p's pattern at its best gamma, float64 `[K, K]`.
+        gammas: The numbers of those gammas, int64 `[K, K]`.
+    """
+
+    singles: list[Choice]
+    pivots: list[Choice]
+    scores: Tensor
+    gammas: Tensor
+
+
+def _score(
+    singles: list[Choice], evidence: HeldOutMeasurements, config: ClusterConfig, goal: Goal
+) -> Scored:
+    scores, gammas = _share_scores(evidence, goal)
+    return Scored(singles, _pivot_choices(evidence, config, goal), scores, gammas)
+
+
 @dataclass(frozen=True)
 class _Plans:
     """The plans of one clustering, by goal."""
@@ -146,10 +176,15 @@ class _Plans:
     layers: Tensor
     evidence: HeldOutMeasurements
     config: ClusterConfig
+    scored: dict[Goal, Scored]
 
     def of(self, goal: Goal) -> list[Choice]:
-        singles = alone(self.evidence, self.config, goal)
-        return share(self.labels, self.layers, singles, self.evidence, self.config, goal)
+        scored = self.scored.get(goal)
+        if scored is None:
+            singles = alone(self.evidence, self.config, goal)
+            scored = self.scored[goal] = _score(singles, self.evidence, self.config, goal)
+        evidence, config = self.evidence, self.config
+        return share(self.labels, self.layers, scored.singles, evidence, config, goal, scored)
 
     def last(self, holds: Callable[[list[Choice]], bool]) -> list[Choice]:
         """That of the highest price at which something holds that holds at the lowest."""
@@ -213,6 +248,7 @@ def share(
     evidence: HeldOutMeasurements,
     config: ClusterConfig,
     goal: Goal | None = None,
+    scored: Scored | None = None,
 ) -> list[Choice]:
     """Lets the heads of a cluster share pivots where that is better than their own policies.
 
@@ -228,17 +264,17 @@ def share(
         evidence: Measurements on held-out prompts.
         config: The least size of a sharing cluster.
         goal: What choices are compared by.
+        scored: What that comes to, where it is known.
 
     Returns:
         A choice for each of the K heads.
     """
     goal = goal or Goal(target=config.target_recall)
-    choices = list(singles)
-    pivots = _pivot_choices(evidence, config, goal)
-    scores, gammas = _share_scores(evidence, goal)
+    scored = scored or _score(singles, evidence, config, goal)
+    choices, pivots, gammas = list(singles), scored.pivots, scored.gammas
     own = torch.tensor([goal.of(c) for c in singles], dtype=torch.float64, device="cpu")
     giving = torch.tensor([goal.of(c) for c in pivots], dtype=torch.float64, device="cpu")
-    scores = torch.where(layers[:, None] >= layers[None, :], scores, torch.inf)
+    scores = torch.where(layers[:, None] >= layers[None, :], scored.scores, torch.inf)
     for label in labels.unique().tolist():
         members = (labels == label).nonzero()[:, 0]
         if len(members) < config.min_size:

@@ -17,6 +17,8 @@ from shareprefill.autoencoder.training import load_autoencoder
 from shareprefill.calib.store import MapStore
 from shareprefill.clustering.assignment import (
     Choice,
+    Goal,
+    Scored,
     choose,
     mean_recall,
     slacks,
@@ -102,8 +104,9 @@ def cluster(folder: Path, config: ClusterConfig) -> tuple[Artifact, list[Cluster
         evidence = HeldOutMeasurements(
             store, training.split.held_out, pivot_rows, estimator=estimator, effect=effect
         )
+        scored: dict[Goal, Scored] = {}
         for k in counts:
-            choices = choose(labels[k], layers, evidence, config)
+            choices = choose(labels[k], layers, evidence, config, scored)
             objective = _objective(choices, config)
             if k not in plans or objective < plans[k].objective:
                 plans[k] = _Plan(objective, evidence, choices, silhouettes[k])
