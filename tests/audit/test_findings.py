@@ -67,6 +67,8 @@ SCHEMA = {
         "model_type": str,
         "geometry": dict.fromkeys(("layers", "heads", "kv_heads", "head_dim"), int),
         "weights": str,
+        "sketch": str,
+        "checkpoint": str,
     },
     "block_size": int,
     "thresholds": {"gamma": float, "tau": float, "delta": float},
