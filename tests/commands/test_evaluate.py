@@ -74,7 +74,7 @@ def test_all_policies_run(folder: Path) -> None:
     ("options", "message"),
     [
         (("--policies", "flux"), "policy = 'flux'"),
-        (("--lengths", "4k"), "lengths = '4k'"),
+        (("--lengths", "4q"), "lengths = '4q'"),
         (("--tasks", ""), r"tasks = \(\)"),
         (("--html",), "--html needs a folder"),
         (("--plot", "frontier.gif"), "must end in .svg or .png"),

@@ -4,6 +4,7 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
+from shareprefill.calib.store import FORMAT_VERSION
 from shareprefill.commands.known import known_models
 from shareprefill.config import CalibrateConfig
 from shareprefill.models import Fingerprint, ModelGeometry
@@ -14,7 +15,7 @@ def test_known_are_the_models_of_readable_calibrations(tmp_path: Path) -> None:
     for name, model in (("a", "org/model"), ("b", "../there")):
         (tmp_path / name / "calibration").mkdir(parents=True)
         index = {
-            "format_version": 1,
+            "format_version": FORMAT_VERSION,
             "config": CalibrateConfig(model=model).to_dict(),
             "fingerprint": fingerprint,
             "prompts": [],
