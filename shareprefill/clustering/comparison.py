@@ -218,7 +218,11 @@ def _values(before: Artifact, after: Artifact) -> dict[str, int]:
 def _of_heads(artifact: Artifact, name: str) -> Tensor:
     """A tensor head by head; of none, as of a size of its own."""
     tensor: Tensor | None = getattr(artifact, name)
-    return torch.empty(artifact.heads, 0) if tensor is None else tensor.flatten(0, 1)
+    return (
+        torch.empty(artifact.heads, 0, dtype=torch.float32, device="cpu")
+        if tensor is None
+        else tensor.flatten(0, 1)
+    )
 
 
 def _settings(before: Artifact, after: Artifact) -> tuple[Setting, ...]:
