@@ -24,7 +24,10 @@ CALIBRATION = "calibration"
 _STAMPS = "stages.json"
 _PACKAGE = Path(__file__).parents[1]
 # What a stage runs besides what its own configuration says: a change of it makes the stage stale.
-_CAPTURE = ("calib", "data", "runtime", "artifact.py", "config.py", "container.py", "models.py")
+_CAPTURE = (
+    *("calib", "data", "runtime", "artifact.py", "checkpoint.py", "config.py", "container.py"),
+    *("models.py", "tokens.py", "weights.py"),
+)
 _TRAIN = (*_CAPTURE, "autoencoder")
 _CLUSTER = (*_TRAIN, "clustering")
 EVALUATE = (*_CLUSTER, "evaluation")

@@ -73,7 +73,7 @@ def test_chunks_and_generated_tokens_are_joined() -> None:
     torch.testing.assert_close(states_of(model, ids, chunk=16), whole, rtol=1e-4, atol=1e-5)
 
     class Words:
-        def decode(self, tokens: list[int], skip_special_tokens: bool) -> str:
+        def decode(self, tokens: list[int], **_options: object) -> str:
             return " ".join(map(str, tokens))
 
     with final_states(model) as states:
