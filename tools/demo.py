@@ -38,9 +38,10 @@ def main() -> int:
     started = time.monotonic()
     FOLDER.mkdir(parents=True, exist_ok=True)
     calibration, clusters = str(FOLDER / "calibration"), str(FOLDER / "clusters.st")
+    # Effects serve --budget and --max-kl, and cost more here than all of the rest.
     sp(
         *("calibrate", "--model", MODEL, "--data", "mixture", "--samples", "24"),
-        *("--length", "4096", "--out", calibration),
+        *("--length", "4096", "--effect-tokens", "0", "--out", calibration),
     )
     sp("cluster", calibration, "--k", "auto", "--out", clusters)
     example = generate("retr_kv", load_tokenizer(MODEL), LENGTH, SEED)
