@@ -224,15 +224,21 @@ def test_user_errors_say_what_came() -> None:
     sizes = {"n_query": 40, "n_key": 40, "block_size": 16}
     cases = [
         (lambda: head_blocks(maps.double(), gamma, **sizes), r"maps must be float32 \[S"),
-        (lambda: head_blocks(maps, gamma[:1], **sizes), r"gamma must be torch.float32 \[2\]"),
-        (lambda: head_blocks(maps, gamma, index[:1], **sizes), r"torch.float32 \[1\]"),
-        (lambda: head_blocks(maps, gamma, index.int(), **sizes), r"index must be torch.int64"),
+        (lambda: head_blocks(maps, gamma[:1], **sizes), r"gamma must be float32 \[2\]"),
+        (lambda: head_blocks(maps, gamma, index[:1], **sizes), r"float32 \[1\]"),
+        (lambda: head_blocks(maps, gamma, index.int(), **sizes), r"index must be int64"),
         (lambda: head_blocks(maps, gamma, index + 1, **sizes), "index must lie below 2, got 2"),
         (lambda: head_blocks(maps, gamma, **sizes, local_blocks=-1), "at least 0, got 0, -1"),
-        (lambda: head_blocks(maps, gamma, **sizes, out=maps), "out must be torch.bool of shape"),
-        (lambda: head_blocks(maps, gamma, **sizes | {"n_key": 60}), r"make maps \[.., 3, 4\]"),
+        (lambda: head_blocks(maps, gamma, **sizes, out=maps), "out must be bool .2, 3, 3."),
+        (
+            lambda: head_blocks(maps, gamma, **sizes | {"n_key": 60}),
+            r"maps must be float32 .S, 3, 4",
+        ),
         (lambda: smooth_maps(maps[0], WEIGHTS, **sizes), r"maps must be float32 \[S"),
-        (lambda: smooth_maps(maps, WEIGHTS, **sizes | {"n_key": 60}), r"make maps \[.., 3, 4\]"),
+        (
+            lambda: smooth_maps(maps, WEIGHTS, **sizes | {"n_key": 60}),
+            r"maps must be float32 .S, 3, 4",
+        ),
         (lambda: smooth_maps(maps, WEIGHTS, **sizes, impl="fast"), "impl must be one of"),
         (lambda: LineWeights(itself=1.0, column=-0.1), "finite and at least 0, got LineWeights"),
         (lambda: LineWeights(itself=torch.inf), "finite and at least 0"),
