@@ -130,7 +130,8 @@ def test_one_command_prints_gains_and_tables(tmp_path: Path) -> None:
     assert set(dense["missing"]) == {"FlashAttention-4"}
     mixed, shared = numbers["layers"]
     assert (mixed["plan"], shared["plan"]) == ("mixed", "shared")
-    assert mixed["facts"]["recall"] == pytest.approx(shared["facts"]["recall"], abs=0.02)
+    # Weights that no model was asked for estimate these made-up maps a little less well.
+    assert mixed["facts"]["recall"] == pytest.approx(shared["facts"]["recall"], abs=0.03)
     gains = {row["what"]: row["ratio"] for row in numbers["ratios"]}
     expected = dense["times"]["SDPA default"][0] * shared["facts"]["density"]
     found = gains["shared: speed-up over SDPA dense x density, eager, layer after layer"]
