@@ -10,10 +10,17 @@ from typing import Any
 from torch import Tensor
 
 from shareprefill.artifact import Artifact, Policy
-from shareprefill.audit.embedding import Plane, embed_in_plane
+from shareprefill.audit.codes import (
+    TOO_MUCH,
+    Noise,
+    Plane,
+    SourceSpread,
+    embed_in_plane,
+    find_noise,
+    spread_by_source,
+)
 from shareprefill.audit.heads import Calibration, Heads, has_calibration, open_calibration
 from shareprefill.audit.map_figures import Thumbnails, load_thumbnails
-from shareprefill.audit.outliers import TOO_MUCH, Noise, SourceSpread, find_noise, spread_by_source
 from shareprefill.audit.separation import Separation, Spread, measure_separation
 from shareprefill.files import printable
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from shareprefill.audit.figures import FAINT, Look, cells
 from shareprefill.audit.heads import Heads
-from shareprefill.audit.styles import FAINT, Look, cells
 from shareprefill.report.drawing import INK, MUTED, PAPER, RULE
 
 if TYPE_CHECKING:

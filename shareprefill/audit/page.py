@@ -5,13 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 from shareprefill.artifact import Policy
+from shareprefill.audit.codes import UNSTABLE
 from shareprefill.audit.figures import (
+    CLUSTERS,
     LEAVES,
+    cluster_looks,
     draw_distances,
     draw_planes,
     draw_policies,
     draw_spread,
     draw_tree,
+    policy_looks,
 )
 from shareprefill.audit.findings import Findings, describe_clusters
 from shareprefill.audit.head_grids import (
@@ -22,9 +26,7 @@ from shareprefill.audit.head_grids import (
     has_letters,
 )
 from shareprefill.audit.map_figures import draw_maps
-from shareprefill.audit.outliers import UNSTABLE
 from shareprefill.audit.separation import NAMES
-from shareprefill.audit.styles import CLUSTERS, cluster_looks, policy_looks
 from shareprefill.files import printable
 from shareprefill.report.drawing import figure_style
 from shareprefill.report.page import Cell, Page

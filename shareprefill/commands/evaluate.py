@@ -97,8 +97,7 @@ def eval_command(
     if plot is not None:
         require_own(plot, (b"<?xml", b"<svg", b"\x89PNG"), force=force)
     from shareprefill.console import progress
-    from shareprefill.evaluation.figures import frontier_figure
-    from shareprefill.evaluation.pages import evaluation_page
+    from shareprefill.evaluation.pages import evaluation_page, frontier_figure
     from shareprefill.evaluation.suite import evaluate
     from shareprefill.evaluation.tables import markdown as as_markdown
     from shareprefill.files import atomic_write_bytes, atomic_write_text, locked_output

@@ -9,6 +9,7 @@ from shareprefill.config import BLOCK_SIZES, POLICIES, RuntimeConfig, Stage, cur
 from shareprefill.errors import ConfigError, require
 
 DENSE = "dense"
+PERPLEXITY = "perplexity"
 DEFAULT_TASKS = (
     "retr_kv",
     "retr_passkey",

@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Any
 
-from shareprefill.evaluation.config import DENSE
-from shareprefill.evaluation.results import PERPLEXITY, Cell, Evaluation, Summary
+from shareprefill.evaluation.config import DENSE, PERPLEXITY
+from shareprefill.evaluation.results import Cell, Evaluation, Summary
 
 TARGET_RECALL = 0.95
 TARGET_DENSITIES = (0.25, 0.35)

@@ -1,18 +1,27 @@
-"""The HTML pages of an evaluation and of a sweep."""
+"""The HTML pages of an evaluation and of a sweep, and their figures.
+
+Figures are built inside `figure_style()`; the frontier, which is a file of its own too, sees to it.
+"""
 
 from __future__ import annotations
 
-from shareprefill.evaluation.config import DENSE
-from shareprefill.evaluation.figures import (
-    layer_errors,
-    perplexity_by_position,
-    sweep_panels,
-    task_panels,
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from shareprefill.evaluation.config import DENSE, PERPLEXITY
+from shareprefill.evaluation.frontier import ORACLE, TARGET_RECALL, cost, nearest_labels
+from shareprefill.evaluation.results import (
+    Cell,
+    Evaluation,
+    Summary,
+    summarize_cells,
 )
-from shareprefill.evaluation.frontier import TARGET_RECALL, nearest_labels
-from shareprefill.evaluation.results import Evaluation
-from shareprefill.evaluation.sweep import Sweep
+from shareprefill.evaluation.statistics import Estimate
+from shareprefill.evaluation.sweep import COSTS, GAINS, Curve, Sweep
 from shareprefill.evaluation.tables import (
+    NAMES,
     Table,
     cell_table,
     curve_table,
@@ -21,8 +30,22 @@ from shareprefill.evaluation.tables import (
     reached_table,
     summary_table,
 )
-from shareprefill.report.drawing import figure_style
+from shareprefill.report.drawing import INK, MARKERS, MUTED, SERIES, figure_style, plain_label
 from shareprefill.report.page import Page
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_TASKS_A_ROW = 3
+_TASK_PANEL, _PANEL = (3.3, 2.7), (4.4, 3.9)  # inches
+_LEGEND = 1.7
+# What a frontier shows of a summary, one row of panels each; dense attention is at the level.
+_FRONTIERS: tuple[tuple[str, str, float], ...] = (
+    ("recall", "recall", TARGET_RECALL),
+    ("kl", "KL from dense, nats", 0.0),
+    ("perplexity_change", "perplexity against dense", 0.0),
+)
 
 
 def evaluation_page(evaluation: Evaluation) -> str:
@@ -146,3 +169,223 @@ def sweep_page(sweep: Sweep) -> str:
     page.heading("How it was measured")
     page.table(("what", "value"), [(name, str(value)) for name, value in context.items()])
     return page.html()
+
+
+def frontier_figure(evaluation: Evaluation) -> Figure:
+    """Recall, KL and perplexity against effective density: means over tasks.
+
+    One column of panels a length, one row a figure that was measured; one line a policy, one point
+    a gamma. The oracle, a bound, is at its density alone.
+
+    Args:
+        evaluation: With recall.
+    """
+    from matplotlib.figure import Figure
+
+    lengths = evaluation.config.lengths
+    policies = list(dict.fromkeys(c.policy for c in evaluation.cells if c.policy != DENSE))
+    # The oracle comes first and has a look of its own: colours go to the others.
+    others = [policy for policy in policies if policy != ORACLE]
+    policies.sort(key=lambda policy: policy != ORACLE)
+    by_length = [
+        summarize_cells(tuple(c for c in evaluation.cells if c.length == n)) for n in lengths
+    ]
+    shown = [
+        frontier
+        for frontier in _FRONTIERS
+        if any(getattr(s, frontier[0]) is not None for summaries in by_length for s in summaries)
+    ]
+    with figure_style():
+        size = (_PANEL[0] * len(lengths) + _LEGEND, _PANEL[1] * len(shown))
+        figure = Figure(figsize=size, layout="constrained")
+        axes = figure.subplots(len(shown), len(lengths), squeeze=False)
+        for row, (name, label, level) in zip(axes, shown, strict=True):
+            for panel, length, summaries in zip(row, lengths, by_length, strict=True):
+                for policy in policies:
+                    points = [s for s in summaries if s.policy == policy]
+                    number = None if policy == ORACLE else others.index(policy)
+                    _frontier(panel, points, name, policy, number)
+                _scale(panel, name, level)
+                panel.set_title(f"{length} tokens")
+                panel.set_xlabel("effective density")
+                panel.set_ylabel(label)
+                panel.grid(visible=True)
+        handles, labels = axes[0, 0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside right upper")
+    return figure
+
+
+def _frontier(
+    panel: Axes, points: Sequence[Summary], name: str, policy: str, number: int | None
+) -> None:
+    drawn = sorted((cost(p), value) for p in points if (value := getattr(p, name)) is not None)
+    if number is None:
+        look: dict[str, Any] = {"color": INK, "marker": ".", "linestyle": "--"}
+    else:
+        turn = number // len(SERIES)
+        look = {
+            "color": SERIES[number % len(SERIES)],
+            "marker": MARKERS[(number + turn) % len(MARKERS)],
+            "linestyle": "-" if turn == 0 else "-.",
+        }
+    x, y = [p[0] for p in drawn], [p[1] for p in drawn]
+    panel.plot(x, y, label=plain_label(policy), markersize=5, **look)
+
+
+def _scale(panel: Axes, name: str, level: float) -> None:
+    """Divergences span several powers of ten; the others have a level to be compared with."""
+    if name == "kl":
+        _logarithmic(panel)
+        return
+    panel.axhline(level, color=MUTED, linestyle=":", linewidth=1)
+    if name == "perplexity_change":
+        from matplotlib.ticker import PercentFormatter
+
+        panel.yaxis.set_major_formatter(PercentFormatter(1.0))
+
+
+def _logarithmic(panel: Axes) -> None:
+    if any(np.any(np.asarray(line.get_ydata()) > 0) for line in panel.get_lines()):
+        panel.set_yscale("log")
+
+
+def task_panels(cells: list[Cell], name: str, read: Callable[[Cell], Estimate | None]) -> Figure:
+    """One panel a task: a figure of every policy against effective density.
+
+    Args:
+        cells: Of one length, dense attention's among them.
+        name: What is shown; `score` is called perplexity where it is one, `KL` is logarithmic.
+        read: Gives it.
+    """
+    from matplotlib.figure import Figure
+
+    tasks = list(dict.fromkeys(cell.task for cell in cells))
+    policies = list(dict.fromkeys(cell.policy for cell in cells if cell.policy != DENSE))
+    columns = min(_TASKS_A_ROW, len(tasks))
+    rows = -(-len(tasks) // columns)
+    size = (max(_TASK_PANEL[0] * columns, 5.0), _TASK_PANEL[1] * rows + 0.8)
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).flatten().tolist()
+    for panel, task in zip(axes, tasks, strict=False):
+        for number, policy in enumerate(policies):
+            chosen = [c for c in cells if (c.task, c.policy) == (task, policy)]
+            _with_intervals(panel, chosen, read, policy, number)
+        dense = next(c for c in cells if (c.task, c.policy) == (task, DENSE))
+        level = read(dense)
+        if level is not None:
+            panel.axhline(level.value, color=MUTED, linestyle="--", linewidth=1)
+        if name == "KL":
+            _logarithmic(panel)
+        panel.set_title(plain_label(task, 34))
+        panel.set_xlabel("effective density")
+        is_perplexity = dense.metric == PERPLEXITY and name == "score"
+        panel.set_ylabel("perplexity" if is_perplexity else name)
+        panel.grid(visible=True)
+    for panel in axes[len(tasks) :]:
+        panel.set_axis_off()
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=max(3, 2 * columns))
+    return figure
+
+
+def _with_intervals(
+    panel: Axes,
+    cells: list[Cell],
+    read: Callable[[Cell], Estimate | None],
+    label: str,
+    number: int,
+) -> None:
+    points = sorted(
+        (cost(cell), estimate.value, estimate.low, estimate.high)
+        for cell in cells
+        if (estimate := read(cell)) is not None
+    )
+    if not points:
+        return
+    x, y = [p[0] for p in points], [p[1] for p in points]
+    below = [0.0 if p[2] is None else max(0.0, p[1] - p[2]) for p in points]
+    above = [0.0 if p[3] is None else max(0.0, p[3] - p[1]) for p in points]
+    look = _look(number)
+    panel.errorbar(
+        x, y, yerr=[below, above], label=plain_label(label), markersize=5, elinewidth=0.8, **look
+    )
+
+
+def _look(number: int) -> dict[str, Any]:
+    return {
+        "color": SERIES[number % len(SERIES)],
+        "marker": MARKERS[(number + number // len(SERIES)) % len(MARKERS)],
+    }
+
+
+def layer_errors(evaluation: Evaluation) -> Figure:
+    """Relative error of every layer's output: one line a policy, mean over tasks and lengths."""
+    from matplotlib.figure import Figure
+
+    cells = [cell for cell in evaluation.cells if cell.layer_errors]
+    figure = Figure(figsize=(7.2, 3.6), layout="constrained")
+    panel = figure.subplots()
+    for number, label in enumerate(nearest_labels(evaluation)):
+        rows = [cell.layer_errors for cell in cells if cell.label == label]
+        means = [sum(e.value for e in layer) / len(rows) for layer in zip(*rows, strict=True)]
+        places = range(len(means))
+        panel.plot(places, means, label=plain_label(label), markersize=4, **_look(number))
+    panel.set_xlabel("layer")
+    panel.set_ylabel("relative error of the output")
+    panel.set_ylim(bottom=0)
+    panel.grid(visible=True)
+    figure.legend(loc="outside right upper")
+    return figure
+
+
+def perplexity_by_position(cells: Sequence[Cell]) -> Figure:
+    """Change of perplexity by position: one line a cell, all of one task and length."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.2, 3.4), layout="constrained")
+    panel = figure.subplots()
+    panel.axhline(0, color=INK, linewidth=0.8)
+    for number, cell in enumerate(cells):
+        panel.plot(
+            [(b.start + b.stop) / 2 for b in cell.bins],
+            [100 * b.difference.value for b in cell.bins if b.difference is not None],
+            label=plain_label(cell.label),
+            markersize=4,
+            **_look(number),
+        )
+    panel.set_xlabel("position in the prompt, tokens")
+    panel.set_ylabel("perplexity against dense, %")
+    panel.grid(visible=True)
+    figure.legend(loc="outside right upper")
+    return figure
+
+
+def sweep_panels(curve: Curve, dense: Summary) -> Figure:
+    """What a parameter buys: one row a gain, one column a cost, with the knees ringed."""
+    from matplotlib.figure import Figure
+
+    gains = [gain for gain in GAINS if f"{gain} against {COSTS[0]}" in curve.knees]
+    figure = Figure(figsize=(7.2, 2.7 * len(gains)), layout="constrained")
+    axes = figure.subplots(len(gains), len(COSTS), squeeze=False).tolist()
+    for row, gain in zip(axes, gains, strict=True):
+        for panel, cost_name in zip(row, COSTS, strict=True):
+            _sweep_panel(panel, curve, gain, cost_name)
+            level = 0.0 if gain in ("perplexity_change", "kl") else getattr(dense, gain)
+            if level is not None:
+                panel.axhline(level, color=MUTED, linestyle="--", linewidth=1)
+    return figure
+
+
+def _sweep_panel(panel: Axes, curve: Curve, gain: str, cost_name: str) -> None:
+    points = [(getattr(p, cost_name), getattr(p, gain)) for p in curve.points]
+    panel.plot(*zip(*points, strict=True), color=SERIES[0], marker="o", markersize=5)
+    for value, point in zip(curve.values, points, strict=True):
+        label = plain_label(f"{value:g}")
+        panel.annotate(label, point, (5, 4), textcoords="offset points", fontsize=8)
+    found = curve.knees[f"{gain} against {cost_name}"]
+    if found is not None:
+        x, y = points[curve.values.index(found)]
+        panel.plot([x], [y], "o", markersize=13, markerfacecolor="none", markeredgecolor=INK)
+    panel.set_xlabel(NAMES[cost_name])
+    panel.set_ylabel(NAMES[gain])
+    panel.grid(visible=True)

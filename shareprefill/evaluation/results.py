@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from shareprefill.errors import DataError
-from shareprefill.evaluation.config import DENSE, EvalConfig
-from shareprefill.evaluation.outcomes import Outcome
+from shareprefill.evaluation.config import DENSE, PERPLEXITY, EvalConfig
+from shareprefill.evaluation.runner import Outcome
 from shareprefill.evaluation.statistics import (
     Array,
     Estimate,
@@ -27,7 +27,6 @@ from shareprefill.evaluation.statistics import (
 from shareprefill.files import printable
 
 SCHEMA = 1
-PERPLEXITY = "perplexity"
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -9,16 +12,18 @@ from pathlib import Path
 from typing import Any
 
 from shareprefill.artifact import Artifact, check_fingerprint, load_artifact
+from shareprefill.errors import DataError
 from shareprefill.evaluation.config import EvalConfig
-from shareprefill.evaluation.measurement import DENSE_VARIANT, Variant
-from shareprefill.evaluation.outcomes import Outcome, OutcomeCache, key_of
 from shareprefill.evaluation.questions import Question, check_length, check_task, make_questions
 from shareprefill.evaluation.results import Cell, Evaluation, make_cell
 from shareprefill.evaluation.runner import (
+    DENSE_VARIANT,
     ModelContext,
     ModelRunner,
+    Outcome,
     PromptJob,
     Run,
+    Variant,
     artifact_digest,
     variants_of,
 )
@@ -33,6 +38,7 @@ Questions = dict[tuple[str, int], list[Question]]
 """The questions of every task and length."""
 # Outcomes that older versions kept lack figures: they are measured anew.
 _FORMAT = 2
+_OUTCOMES = "outcomes.jsonl"
 
 
 def evaluate(
@@ -275,3 +281,72 @@ def output_folder(out: Path | None) -> Iterator[Path | None]:
     else:
         with locked_folder(out) as folder:
             yield folder
+
+
+class OutcomeCache:
+    """Outcomes by a key that names all that they depend on.
+
+    Args:
+        folder: Where the outcomes are kept; None: in memory. The caller holds the folder's lock.
+        fresh: Forget what is there.
+
+    Raises:
+        DataError: the file cannot be read or written.
+    """
+
+    def __init__(self, folder: Path | None, *, fresh: bool = False) -> None:
+        self._found: dict[str, Outcome] = {}
+        self._path = None if folder is None else folder / _OUTCOMES
+        if self._path is not None:
+            if fresh:
+                self._path.unlink(missing_ok=True)
+            elif self._path.exists():
+                self._read(self._path)
+
+    def get(self, facts: dict[str, Any]) -> Outcome | None:
+        """The outcome of these facts, if it is there."""
+        return self._found.get(key_of(facts))
+
+    def add(self, facts: dict[str, Any], outcome: Outcome) -> None:
+        """Keeps an outcome; it is on the disk when this returns.
+
+        Raises:
+            DataError: the file cannot be written.
+        """
+        key = key_of(facts)
+        self._found[key] = outcome
+        if self._path is None:
+            return
+        line = json.dumps({"key": key, **facts, "outcome": outcome.to_dict()}, allow_nan=False)
+        try:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(line + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise DataError(f"cannot write {self._path}: {error.strerror}") from error
+
+    def _read(self, path: Path) -> None:
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            raise DataError(f"cannot read {path}: {error.strerror}") from error
+        # A killed run may have left part of a line, and a later one must not go on within it.
+        whole = data[: data.rfind(b"\n") + 1]
+        if len(whole) < len(data):
+            with path.open("r+b") as file:
+                file.truncate(len(whole))
+        for number, line in enumerate(whole.splitlines(), start=1):
+            try:
+                values = json.loads(line)
+                self._found[values["key"]] = Outcome.from_dict(values["outcome"])
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise DataError(
+                    f"line {number} of {path} is damaged ({error}): use --fresh to start anew"
+                ) from error
+
+
+def key_of(facts: dict[str, Any]) -> str:
+    """The name of an outcome: the same for equal facts."""
+    text = json.dumps(facts, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()

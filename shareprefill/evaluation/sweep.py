@@ -14,12 +14,10 @@ from shareprefill.config import ClusterConfig, RuntimeConfig
 from shareprefill.errors import ConfigError
 from shareprefill.evaluation.config import SweepConfig
 from shareprefill.evaluation.frontier import knee
-from shareprefill.evaluation.measurement import Variant
-from shareprefill.evaluation.outcomes import OutcomeCache
 from shareprefill.evaluation.questions import check_task
 from shareprefill.evaluation.results import SCHEMA, Cell, Summary, summarize_cells
-from shareprefill.evaluation.runner import ModelRunner, artifact_digest
-from shareprefill.evaluation.suite import Progress, measure_variants, output_folder
+from shareprefill.evaluation.runner import ModelRunner, Variant, artifact_digest
+from shareprefill.evaluation.suite import OutcomeCache, Progress, measure_variants, output_folder
 
 COSTS = ("effective_density", "ttft_s")
 GAINS = ("recall", "accuracy", "perplexity_change", "kl")

@@ -23,14 +23,14 @@ import torch
 from shareprefill.artifact import load_artifact
 from shareprefill.errors import ArtifactError, ConfigError, ModelError
 from shareprefill.evaluation.config import EvalConfig
-from shareprefill.evaluation.measurement import Variant
-from shareprefill.evaluation.outcomes import Outcome
 from shareprefill.evaluation.questions import Question
 from shareprefill.evaluation.runner import (
     ModelContext,
     ModelRunner,
+    Outcome,
     PromptJob,
     Result,
+    Variant,
     artifact_digest,
     variants_of,
 )

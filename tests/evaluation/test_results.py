@@ -8,8 +8,8 @@ import pytest
 
 from shareprefill.errors import ConfigError, DataError
 from shareprefill.evaluation.config import EvalConfig, SweepConfig
-from shareprefill.evaluation.outcomes import Outcome
 from shareprefill.evaluation.results import Cell, load_evaluation, make_cell
+from shareprefill.evaluation.runner import Outcome
 from shareprefill.evaluation.statistics import Estimate
 from tests.support.evaluations import dense_cell, made_cell, made_evaluation, perplexity_cells
 

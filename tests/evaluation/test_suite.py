@@ -12,10 +12,9 @@ from shareprefill.artifact import Artifact, Policy, load_artifact, save_artifact
 from shareprefill.config import RuntimeConfig
 from shareprefill.errors import ArtifactError, ConfigError, DataError
 from shareprefill.evaluation.config import EvalConfig
-from shareprefill.evaluation.measurement import DENSE_VARIANT, PromptMeasurement
 from shareprefill.evaluation.questions import make_questions
 from shareprefill.evaluation.results import Evaluation
-from shareprefill.evaluation.runner import variants_of
+from shareprefill.evaluation.runner import DENSE_VARIANT, PromptMeasurement, variants_of
 from shareprefill.evaluation.suite import evaluate
 from shareprefill.files import locked_folder
 from shareprefill.models import load_model, load_tokenizer

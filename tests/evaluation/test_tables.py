@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from shareprefill.evaluation.figures import frontier_figure
+from shareprefill.evaluation.pages import frontier_figure
 from shareprefill.evaluation.results import Cell, Evaluation
 from shareprefill.evaluation.statistics import Estimate
 from shareprefill.evaluation.tables import markdown

@@ -15,9 +15,9 @@ import torch
 
 from shareprefill.artifact import load_artifact, save_artifact
 from shareprefill.errors import ArtifactError, ConfigError
-from shareprefill.evaluation.config import EvalConfig
+from shareprefill.evaluation.config import PERPLEXITY, EvalConfig
 from shareprefill.evaluation.questions import Question
-from shareprefill.evaluation.results import PERPLEXITY, Cell
+from shareprefill.evaluation.results import Cell
 from shareprefill.evaluation.runner import PromptJob, artifact_digest
 from shareprefill.evaluation.statistics import Estimate
 from shareprefill.evaluation.suite import evaluate
