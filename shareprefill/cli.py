@@ -25,6 +25,7 @@ from shareprefill.commands.run import run_command
 from shareprefill.commands.streams import open_streams, written_output
 from shareprefill.commands.sweep import sweep_command
 from shareprefill.commands.train import train_command
+from shareprefill.commands.tune import tune_command
 from shareprefill.errors import ShareprefillError
 from shareprefill.files import printable
 
@@ -52,7 +53,7 @@ def root(
 for _command in (
     *(calibrate_command, train_command, cluster_command, run_command, inspect_command),
     *(diff_command, doctor_command, eval_command, sweep_command, audit_command, bench_command),
-    *(regenerate_command, push_command, pull_command),
+    *(tune_command, regenerate_command, push_command, pull_command),
 ):
     app.command(_command.__name__.removesuffix("_command"))(with_home(_command))
 

@@ -40,7 +40,7 @@ ALLOWED = {
     "report": set(),
     "audit": {"clustering", "autoencoder", "calib", "runtime", "report"},
     "regeneration": {"evaluation", "clustering", "autoencoder", "calib", "runtime", "report"},
-    "bench": {"calib", "runtime"},
+    "bench": {"calib", "runtime", "vllm"},
     "hub": {"runtime"},
     "vllm": {"runtime"},
     "console": EVERY_STAGE,

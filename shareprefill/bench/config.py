@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from shareprefill.errors import ConfigError
+from shareprefill.errors import ConfigError, require
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -47,3 +47,49 @@ class BenchConfig:
             raise ConfigError(f"chunk = {self.chunk} is not allowed: 0 (all at once) or more")
         if self.model is not None and self.layers is not None:
             raise ConfigError("layers is for a shape: a model that is named keeps its own")
+
+
+ENGINES = ("auto", "session", "vllm")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuneConfig:
+    """What `sp tune` times.
+
+    Attributes:
+        lengths: Tokens of the prompts.
+        model: The model to be served; it needs its artifact. None: a shape with random weights.
+        artifact: Artifact of the model.
+        shape: See `sp bench`; None: `llama-3.2-1b` on a CPU, `llama-3.1-8b` on a GPU.
+        layers: Layers of the shape; None: a few, as one takes as long as the next.
+        density: Share of the causal blocks that a shape's synthetic patterns are to cover.
+        repeats: Prefills of each kind at each length; the median counts.
+        engine: What runs them: `session` (transformers), `vllm`, or `auto`, which is vLLM where it
+            is installed.
+        table: File that the result goes into; None: the one in the user's folder of caches.
+        device: `auto`, `cpu`, `cuda`, ...
+        dtype: `auto` (float32 on a CPU, bfloat16 on a GPU), `float32`, `bfloat16` or `float16`.
+    """
+
+    lengths: tuple[int, ...] = (2048, 4096, 8192, 16384)
+    model: str | None = None
+    artifact: str | None = None
+    shape: str | None = None
+    layers: int | None = None
+    density: float = 0.2
+    repeats: int = 3
+    engine: str = "auto"
+    table: str | None = None
+    device: str = "auto"
+    dtype: str = "auto"
+
+    def __post_init__(self) -> None:
+        require(bool(self.lengths), "lengths", self.lengths, "at least one number above 0")
+        require(self.repeats >= 1, "repeats", self.repeats, "at least 1")
+        require(self.engine in ENGINES, "engine", self.engine, f"one of {', '.join(ENGINES)}")
+        require(0 < self.density <= 1, "density", self.density, "above 0 and at most 1")
+        require(self.dtype in DTYPES, "dtype", self.dtype, f"one of {', '.join(DTYPES)}")
+        if (self.model is None) != (self.artifact is None):
+            raise ConfigError("a model and its artifact go together: give both, or neither")
+        if self.model is not None and (self.shape is not None or self.layers is not None):
+            raise ConfigError("shape and layers are for random weights: a model has its own")

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 DENSE, SHARE = "dense", "share"
-# Tokens of the prefill that warms longer ones up; prefills of each kind, whose median counts.
+# Tokens of the prefill that warms longer ones up; prefills of each kind by default.
 _SHORT, _REPEATS = 32768, 3
 
 
@@ -42,6 +42,7 @@ class BenchRow:
         peak_gib: Most device memory held, weights and cache included; None on a CPU.
         density: Computed share of the causal blocks.
         selection_work: Work of choosing the patterns, as a share of dense attention's operations.
+        seconds: Of each prefill, in their order.
     """
 
     tokens: int
@@ -51,6 +52,7 @@ class BenchRow:
     peak_gib: float | None
     density: float
     selection_work: float
+    seconds: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,7 @@ def run_bench(
     artifact: Artifact | None = None,
     *,
     trust_remote_code: bool = False,
+    repeats: int = _REPEATS,
     progress: Callable[[BenchRow], None] | None = None,
 ) -> BenchResult:
     """Times every length, dense and shared.
@@ -97,6 +100,7 @@ def run_bench(
         config: What is timed.
         artifact: Of the model that the configuration names; shapes get a synthetic one.
         trust_remote_code: Run the model repository's own code.
+        repeats: Prefills of each kind, whose median counts.
         progress: Called with every row as it is there.
 
     Raises:
@@ -124,7 +128,7 @@ def run_bench(
         )
         check_fingerprint(artifact, fingerprint(model))
         prompts, notes = _retrieval(config, model, trust_remote_code)
-    bench = _Bench(config, model, artifact, device)
+    bench = _Bench(config, model, artifact, device, repeats)
     bench.warm_up(max(prompts, key=len))
     rows = []
     for prompt in prompts:
@@ -152,8 +156,9 @@ class _Bench:
         model: PreTrainedModel,
         artifact: Artifact,
         device: torch.device,
+        repeats: int,
     ) -> None:
-        self.config, self.model, self.device = config, model, device
+        self.config, self.model, self.device, self.repeats = config, model, device, repeats
         self.session = Session(model, artifact, RuntimeConfig(min_tokens=0))
         self.kinds = (DENSE, SHARE) if config.dense else (SHARE,)
 
@@ -174,7 +179,7 @@ class _Bench:
         cuda = self.device.type == "cuda"
         if cuda:
             torch.cuda.empty_cache()
-        for _ in range(_REPEATS):
+        for _ in range(self.repeats):
             for attention in self.kinds:
                 if cuda:
                     torch.cuda.reset_peak_memory_stats(self.device)
@@ -191,6 +196,7 @@ class _Bench:
                 peak_gib=peaks[attention],
                 density=report.density if attention == SHARE else 1.0,
                 selection_work=report.selection_work if attention == SHARE else 0.0,
+                seconds=tuple(seconds[attention]),
             )
             for attention in self.kinds
         ]
@@ -205,7 +211,7 @@ class _Bench:
         """What the rows do not say of themselves."""
         least = crossover(self.device).tokens
         found = [
-            f"times: medians of {_REPEATS} prefills, dense and shared in turns",
+            f"times: medians of {self.repeats} prefills, dense and shared in turns",
             "dense: the model's own attention (torch SDPA)",
         ]
         if any(row.tokens < least for row in rows):

@@ -1,14 +1,30 @@
 """Where dense attention is faster, as measured: a small table by kind of device.
 
-`benchmarks/measure_crossover.py` measures a row; docs/performance.md has the figures.
+`benchmarks/measure_crossover.py` measures a row; docs/performance.md has the figures. What
+`sp tune` has measured on a machine lies in a file of its user, and goes before.
 """
 
 from __future__ import annotations
 
+import json
+import os
+import platform
+import re
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from pathlib import Path
+from typing import Any
 
 import torch
+
+from shareprefill.errors import ConfigError, DataError
+from shareprefill.files import atomic_write_text, kind_of, locked_output, make_folder, printable
+
+# Names the file of `sp tune`; set to nothing, no file is read.
+TABLE_VARIABLE = "SHAREPREFILL_CROSSOVERS"
+# Dense attention of a session; others are named as vLLM names its backends.
+SDPA = "SDPA"
+_FORMAT = "shareprefill crossovers 1"
 
 
 @dataclass(frozen=True)
@@ -45,12 +61,93 @@ _GPUS = {9: _HOPPER}
 
 
 @lru_cache(maxsize=64)
-def crossover(device: torch.device) -> Crossover:
+def crossover(device: torch.device, backend: str = SDPA) -> Crossover:
     """The crossover of a device; kinds that were not measured take that of Hopper GPUs.
 
     Args:
         device: Where attention is computed.
+        backend: What computes dense attention there.
+
+    Raises:
+        ConfigError: the environment names a table that is not there.
+        DataError: the table of `sp tune` cannot be read.
     """
+    known = _known(device)
+    path = table_path()
+    entry = None if path is None else _entries(path).get(device_name(device), {}).get(backend)
+    if entry is None:
+        return known
+    return Crossover(entry["tokens"], known.density, entry["source"])
+
+
+def table_path() -> Path | None:
+    """The file that holds what `sp tune` measured; None where there is none to be read.
+
+    Raises:
+        ConfigError: the environment names a table that is not there.
+    """
+    named = os.environ.get(TABLE_VARIABLE)
+    if named is None:
+        path = default_table()
+        return path if kind_of(path) == "file" else None
+    if named and kind_of(named) != "file":
+        raise ConfigError(
+            f"{TABLE_VARIABLE} = {printable(named)!r} is not allowed: there is no such file; make "
+            "it with sp tune --table, or unset the variable"
+        )
+    return Path(named) if named else None
+
+
+def default_table() -> Path:
+    """Where `sp tune` writes by default: in the user's folder of caches."""
+    caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(caches) / "shareprefill" / "crossovers.json"
+
+
+def save_crossover(
+    path: Path, device: torch.device, backend: str, tokens: int, source: str, rows: list[Any]
+) -> None:
+    """Puts a measured crossover into a table, in place of an earlier one of the same kind.
+
+    Args:
+        path: The table; created where missing.
+        device: Where it was measured.
+        backend: What computed dense attention.
+        tokens: Keys from which on sharing is faster.
+        source: What was measured, in words.
+        rows: The measurements, JSON-ready; nothing reads them but people.
+
+    Raises:
+        DataError: the file is no such table, or cannot be written.
+    """
+    make_folder(path.parent)
+    with locked_output(path):
+        entries = _entries(path) if kind_of(path) == "file" else {}
+        of_device = entries.setdefault(device_name(device), {})
+        of_device[backend] = {"tokens": tokens, "source": source, "rows": rows}
+        text = json.dumps({"format": _FORMAT, "devices": entries}, indent=1)
+        atomic_write_text(path, text + "\n")
+    crossover.cache_clear()
+
+
+def device_name(device: torch.device) -> str:
+    """The device's product name: what is measured on one holds for the others of its kind."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return _processor() if device.type == "cpu" else device.type
+
+
+@lru_cache(maxsize=1)
+def _processor() -> str:
+    try:
+        facts = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        facts = ""
+    named = re.search(r"^model name\s*:\s*(\S.*)$", facts, re.MULTILINE)
+    return named[1].strip() if named else platform.processor() or platform.machine()
+
+
+def _known(device: torch.device) -> Crossover:
     if device.type == "cpu":
         return _CPU
     if device.type == "cuda":
@@ -58,3 +155,22 @@ def crossover(device: torch.device) -> Crossover:
         if found is not None:
             return found
     return replace(_HOPPER, is_measured=False)
+
+
+def _entries(path: Path) -> dict[str, dict[str, Any]]:
+    """The table's entries, by device and backend."""
+    try:
+        table = json.loads(path.read_text(encoding="utf-8"))
+        if table["format"] != _FORMAT:
+            raise ValueError("another format")
+        for entry in (entry for kinds in table["devices"].values() for entry in kinds.values()):
+            if type(entry["tokens"]) is not int or entry["tokens"] < 0:
+                raise ValueError("no number of tokens")
+            if not isinstance(entry["source"], str):
+                raise TypeError("no source")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise DataError(
+            f"{printable(path)} is no table of crossovers ({printable(error)}): remove it, and "
+            "measure again with sp tune"
+        ) from error
+    return table["devices"]

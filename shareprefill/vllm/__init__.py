@@ -19,6 +19,26 @@ _BACKENDS = {
 }
 
 
+def inner_backend() -> str:
+    """vLLM's name of the backend under ours: what computes all that is dense.
+
+    Raises:
+        ConfigError: `SHAREPREFILL_INNER_BACKEND` names no backend.
+    """
+    from vllm.platforms import current_platform
+
+    from shareprefill.errors import ConfigError
+
+    inner = os.environ.get(
+        INNER_VARIABLE, "CPU_ATTN" if current_platform.is_cpu() else "FLASH_ATTN"
+    )
+    if inner not in _BACKENDS:
+        raise ConfigError(
+            f"{INNER_VARIABLE} = {inner!r} is not allowed: it must be one of {', '.join(_BACKENDS)}"
+        )
+    return inner
+
+
 def register() -> None:
     """Entry point of `vllm.general_plugins`, which every process of an engine calls, maybe twice.
 
@@ -33,15 +53,7 @@ def register() -> None:
     from vllm.platforms import current_platform
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
-    from shareprefill.errors import ConfigError
-
-    inner = os.environ.get(
-        INNER_VARIABLE, "CPU_ATTN" if current_platform.is_cpu() else "FLASH_ATTN"
-    )
-    if inner not in _BACKENDS:
-        raise ConfigError(
-            f"{INNER_VARIABLE} = {inner!r} is not allowed: it must be one of {', '.join(_BACKENDS)}"
-        )
+    inner = inner_backend()
     register_backend(AttentionBackendEnum.CUSTOM, _BACKENDS[inner])
     # An engine with the switch turned off makes no `RequestSwitch`, which would find that another
     # backend was chosen: it is to need no choice.

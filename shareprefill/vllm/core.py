@@ -55,6 +55,7 @@ class ServingCore:
         heads: Query heads of every layer that this process holds; None for all.
         exchange: Of the other processes' heads; None where this one holds all of them.
         device: Where attention is computed.
+        backend: What computes dense attention there, as `sp tune` names it.
         max_rows: Query rows of one step at most.
         max_keys: Keys of one request at most.
         count: Is told of every row of at least a block: `sparse` or `dense`, its policy or the
@@ -74,6 +75,7 @@ class ServingCore:
         heads: range | None,
         exchange: Exchange | None,
         device: torch.device,
+        backend: str,
         max_rows: int,
         max_keys: int,
         count: Callable[[str, str, int], None] = lambda *_: None,
@@ -81,6 +83,8 @@ class ServingCore:
         self._make_plan, self.config = make_plan, config
         self._heads, self._exchange, self._count = heads, exchange, count
         self.device, self.max_rows, self.max_keys = device, max_rows, max_keys
+        # Read here, so that a table that cannot be read stops the engine's start.
+        self.crossover = crossover(device, backend)
         self._prefills: dict[str | None, SparsePrefill] = {}
         self._records: deque[tuple[str | None, LayerRecord]] = deque(maxlen=_RECORDS)
         self._counts: Counter[tuple[str, str]] = Counter()
@@ -94,7 +98,7 @@ class ServingCore:
     def min_tokens(self) -> int:
         """Keys from which on a row runs sparse."""
         least = self.config.min_tokens
-        return crossover(self.device).tokens if least is None else least
+        return self.crossover.tokens if least is None else least
 
     def is_new_step(self, starts: Tensor) -> bool:
         """True once a step, however many groups of layers ask.

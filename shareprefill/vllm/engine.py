@@ -24,7 +24,7 @@ from shareprefill.checkpoint import check_checkpoint
 from shareprefill.errors import ArtifactError, UnsupportedError
 from shareprefill.runtime.plan import RuntimePlan, make_plan, plan_without_artifact
 from shareprefill.runtime.tensor_parallel import HeadShard
-from shareprefill.vllm import INNER_VARIABLE, VERSIONS
+from shareprefill.vllm import INNER_VARIABLE, VERSIONS, inner_backend
 from shareprefill.vllm.core import ServingCore
 from shareprefill.vllm.metrics import count
 from shareprefill.vllm.options import SWITCH_VARIABLE, ServingOptions, switch_is_on
@@ -180,13 +180,15 @@ def _make(options: ServingOptions, config: Any) -> ServingCore:
         heads=shard and shard.heads(n_heads),
         exchange=shard,
         device=torch.device(current_platform.device_type),
+        backend=inner_backend(),
         max_rows=config.scheduler_config.max_num_batched_tokens,
         max_keys=model.max_model_len,
         count=count,
     )
     logger.info(
-        "shareprefill: policy %s, prefills of %d tokens and more are sparse",
+        "shareprefill: policy %s, prefills of %d tokens and more are sparse (%s)",
         options.runtime.policy,
         core.min_tokens,
+        core.crossover.source if options.runtime.min_tokens is None else "min_tokens",
     )
     return core

@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from shareprefill.diagnosis import _crossover
-from shareprefill.runtime.crossover import crossover
+from shareprefill.errors import ConfigError, DataError
+from shareprefill.runtime.crossover import crossover, save_crossover
 
 
 def test_kinds_of_devices_have_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -28,3 +31,36 @@ def test_kinds_of_devices_have_their_own(monkeypatch: pytest.MonkeyPatch) -> Non
         assert check.detail.endswith(f"measured on {hopper.source}")
     for check in _crossover(other):
         assert check.detail.endswith("not on this kind of device")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        '{"format": "shareprefill crossovers 2", "devices": {}}',
+        '{"format": "shareprefill crossovers 1"}',
+        '{"format": "shareprefill crossovers 1", "devices": {"a": 3}}',
+        '{"format": "shareprefill crossovers 1", "devices": {"a": {"SDPA": {"tokens": -1}}}}',
+        '{"format": "shareprefill crossovers 1", "devices": {"a": {"SDPA": {"tokens": 1}}}}',
+    ],
+)
+def test_a_table_that_cannot_be_read_is_an_error(
+    text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = tmp_path / "table.json"
+    table.write_text(text)
+    monkeypatch.setenv("SHAREPREFILL_CROSSOVERS", str(table))
+    crossover.cache_clear()
+    with pytest.raises(DataError, match=r"table\.json is no table of crossovers.*sp tune"):
+        crossover(torch.device("cpu"))
+    with pytest.raises(DataError, match="no table of crossovers"):
+        save_crossover(table, torch.device("cpu"), "SDPA", 1, "", [])
+    assert table.read_text() == text
+
+
+def test_a_table_that_is_named_must_be_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    crossover.cache_clear()
+    monkeypatch.setenv("SHAREPREFILL_CROSSOVERS", "nowhere.json")
+    with pytest.raises(ConfigError, match="SHAREPREFILL_CROSSOVERS = 'nowhere.json'"):
+        crossover(torch.device("cpu"))

@@ -1,8 +1,11 @@
+from pathlib import Path
+
 import pytest
 import torch
 
 from shareprefill.config import RuntimeConfig
 from shareprefill.runtime.core import SparsePrefill
+from shareprefill.runtime.crossover import crossover, save_crossover
 from shareprefill.runtime.plan import RuntimePlan, plan_without_artifact
 from shareprefill.vllm.core import ServingCore
 
@@ -20,6 +23,7 @@ def serving_core(**options: object) -> ServingCore:
         heads=None,
         exchange=None,
         device=torch.device("cpu"),
+        backend="CPU_ATTN",
         max_rows=1024,
         max_keys=4096,
     )
@@ -64,3 +68,17 @@ def test_a_reports_records_are_bounded_and_forgotten():
     }
     core.reset()
     assert core.report()["rows"] == {"sparse": {}, "dense": {}}
+
+
+def test_a_tuned_crossover_of_its_backend_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    cpu, table = torch.device("cpu"), tmp_path / "table.json"
+    save_crossover(table, cpu, "CPU_ATTN", 700, "by hand", [])
+    save_crossover(table, cpu, "SDPA", 300, "by hand", [])
+    monkeypatch.setenv("SHAREPREFILL_CROSSOVERS", str(table))
+    try:
+        core = serving_core(min_tokens=None)
+        assert (core.min_tokens, core.crossover.source) == (700, "by hand")
+        assert [core.is_sparse(128, keys, None) for keys in (699, 700)] == [False, True]
+        assert serving_core(min_tokens=200).min_tokens == 200
+    finally:
+        crossover.cache_clear()

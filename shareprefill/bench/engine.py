@@ -1,0 +1,187 @@
+"""Times prefills inside a vLLM engine: requests with the plug-in and without, in turns.
+
+One engine serves both: a request that carries `shareprefill: off` is dense to the bit of vLLM's own
+backend. Prompts are random tokens, and nothing is read from a prefix cache.
+"""
+
+# vLLM lives in an environment of its own: it is not there where types are checked.
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false
+
+from __future__ import annotations
+
+import os
+import random
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from shareprefill.artifact import save_artifact
+from shareprefill.bench.config import TuneConfig
+from shareprefill.bench.shapes import build_shape, layers_of
+from shareprefill.bench.synthetic import synthetic_artifact
+from shareprefill.bench.timings import Timing, Tuning
+from shareprefill.errors import ConfigError
+from shareprefill.models import resolve_model
+
+# Tokens of an engine's limits beside the prompt.
+_ROOM = 64
+_SETTINGS = {
+    "VLLM_NO_USAGE_STATS": "1",
+    # vLLM's own defaults on a CPU: nearly all memory, and cores of its choice.
+    "VLLM_CPU_KVCACHE_SPACE": "2",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+}
+
+
+@contextmanager
+def engine_settings(processes: int = 1) -> Iterator[None]:
+    """vLLM's settings for the block, where the environment has none of its own.
+
+    Args:
+        processes: That compute; a single one is this process.
+    """
+    several = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0" if processes == 1 else "1"}
+    wanted = _SETTINGS | several
+    added = {name: value for name, value in wanted.items() if name not in os.environ}
+    os.environ.update(added)
+    try:
+        yield
+    finally:
+        for name in added:
+            del os.environ[name]
+
+
+def random_checkpoint(folder: Path, shape: str, layers: int, tokens: int, density: float) -> Path:
+    """A folder with the configuration of a shape, and `clusters.st` beside it.
+
+    Args:
+        folder: Where they go.
+        shape: A name in `SHAPES`.
+        layers: Layers of the model.
+        tokens: The longest prompt.
+        density: Share of the causal blocks that the synthetic patterns are to cover.
+
+    Returns:
+        The artifact's path.
+    """
+    meta = torch.device("meta")
+    model = build_shape(shape, layers=layers, tokens=tokens, device=meta, dtype=torch.bfloat16)
+    model.config.architectures = ["LlamaForCausalLM"]
+    model.config.save_pretrained(folder)
+    save_artifact(synthetic_artifact(model, density), folder / "clusters.st")
+    return folder / "clusters.st"
+
+
+def start_engine(model: str, artifact: str, *, tokens: int, **arguments: Any) -> Any:
+    """An engine with the plug-in, in which every prefill of at least a block is sparse.
+
+    Args:
+        model: A folder or a hub id.
+        artifact: Of the model.
+        tokens: The longest prompt.
+        arguments: Of `vllm.LLM`, over those that are set here.
+
+    Returns:
+        The `vllm.LLM`.
+    """
+    import vllm
+
+    # A CPU passes over CUSTOM, and the plug-in takes its backend's own name.
+    named = {"attention_backend": "CUSTOM"} if torch.cuda.is_available() else {}
+    known = {
+        "skip_tokenizer_init": True,
+        "enforce_eager": True,
+        "max_model_len": tokens + _ROOM,
+        "max_num_batched_tokens": tokens + _ROOM,
+        "max_num_seqs": 16,
+        "enable_prefix_caching": False,
+        "worker_extension_cls": "shareprefill.vllm.report.ReportExtension",
+        "additional_config": {"shareprefill": {"artifact": artifact, "min_tokens": 0}},
+    }
+    return vllm.LLM(model, **known | named | arguments)
+
+
+def time_prefills(
+    llm: Any, tokens: int, repeats: int, clock: Callable[[], float] = time.perf_counter
+) -> Timing:
+    """Seconds to the first token of prompts of one length; one prefill of each kind warms up.
+
+    Args:
+        llm: Of `start_engine`.
+        tokens: Of every prompt.
+        repeats: Prefills of each kind.
+        clock: Seconds.
+    """
+    from vllm import SamplingParams
+
+    vocabulary = llm.model_config.get_vocab_size()
+    times: dict[str, list[float]] = {"off": [], "on": []}
+    for repeat in range(repeats + 1):
+        for kind in times:
+            prompt = {"prompt_token_ids": [random.randrange(vocabulary) for _ in range(tokens)]}
+            extra = {"shareprefill": "off"} if kind == "off" else None
+            parameters = SamplingParams(max_tokens=1, temperature=0, extra_args=extra)
+            begun = clock()
+            llm.generate(prompt, parameters, use_tqdm=False)
+            if repeat:
+                times[kind].append(clock() - begun)
+    (report, *_) = llm.collective_rpc("shareprefill_report", args=(True,))
+    density = report["recent"]["auto"]["density"]
+    return Timing(tokens, tuple(times["off"]), tuple(times["on"]), density)
+
+
+def time_engine(config: TuneConfig) -> Tuning:
+    """Times every length of `sp tune` in an engine of its own.
+
+    Raises:
+        ConfigError: a prompt is longer than the model's maximum.
+    """
+    import vllm
+
+    from shareprefill.vllm import inner_backend
+
+    tokens = max(config.lengths)
+    with tempfile.TemporaryDirectory() as folder, engine_settings():
+        if config.model is None:
+            assert config.shape is not None
+            layers = config.layers or layers_of(config.shape)
+            model, load_format = folder, "dummy"
+            what = f"{config.shape}, {layers} layers"
+            artifact = str(
+                random_checkpoint(
+                    Path(folder), config.shape, layers, tokens + _ROOM, config.density
+                )
+            )
+        else:
+            assert config.artifact is not None
+            model, load_format = resolve_model(config.model), "auto"
+            what, artifact = config.model, os.path.abspath(config.artifact)
+            _check_maximum(model, tokens)
+        is_plain_cpu = config.dtype == "auto" and not torch.cuda.is_available()
+        llm = start_engine(
+            model,
+            artifact,
+            tokens=tokens,
+            load_format=load_format,
+            dtype="float32" if is_plain_cpu else config.dtype,
+        )
+        timings = tuple(time_prefills(llm, length, config.repeats) for length in config.lengths)
+        dtype = str(llm.model_config.dtype).removeprefix("torch.")
+    source = f"sp tune: {what}, {dtype}, vLLM {vllm.__version__}, torch {torch.__version__}"
+    return Tuning(inner_backend(), source, timings)
+
+
+def _check_maximum(model: str, tokens: int) -> None:
+    from transformers import AutoConfig
+
+    most = AutoConfig.from_pretrained(model).get_text_config().max_position_embeddings
+    if tokens + _ROOM > most:
+        raise ConfigError(
+            f"lengths = {tokens} is not allowed: with {_ROOM} tokens of room it is above the "
+            f"model's maximum of {most}"
+        )

@@ -1,0 +1,87 @@
+"""`sp tune`: from which length on sharing is faster than dense attention, on this machine."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from shareprefill.artifact import load_artifact
+from shareprefill.bench.config import BenchConfig, TuneConfig
+from shareprefill.bench.measure import SHARE, run_bench
+from shareprefill.bench.timings import Timing, Tuning, rows_of
+from shareprefill.errors import ConfigError, UnsupportedError
+from shareprefill.models import resolve_device
+from shareprefill.runtime.crossover import SDPA, default_table, save_crossover
+
+# Without a model: sizes whose prefills a machine finishes in minutes, and few layers, as one takes
+# as long as the next.
+_SHAPES = {"cpu": "llama-3.2-1b", "cuda": "llama-3.1-8b"}
+_LAYERS = {"cpu": 2, "cuda": 8}
+
+
+def run_tuning(config: TuneConfig) -> Tuning:
+    """Measures a crossover and puts it into the table that sessions and engines read.
+
+    Args:
+        config: What is timed.
+
+    Raises:
+        ConfigError: options that do not fit together.
+        UnsupportedError: vLLM was asked for and is not installed.
+        DataError: the table cannot be written.
+    """
+    device = resolve_device(config.device)
+    if config.model is None:
+        defaults = {"shape": _SHAPES, "layers": _LAYERS}
+        missing = {n: of[device.type] for n, of in defaults.items() if getattr(config, n) is None}
+        config = replace(config, **missing)
+    found = _in_engine(config, device) if _takes_vllm(config) else _in_session(config, device)
+    if found.tokens is None:
+        return found
+    table = default_table() if config.table is None else Path(config.table)
+    rows = rows_of(found.timings)
+    save_crossover(table, device, found.backend, found.tokens, found.source, rows)
+    return replace(found, table=table)
+
+
+def _takes_vllm(config: TuneConfig) -> bool:
+    is_there = importlib.util.find_spec("vllm") is not None
+    if config.engine == "vllm" and not is_there:
+        raise UnsupportedError("vLLM is not installed: use --engine session, or install it")
+    return is_there if config.engine == "auto" else config.engine == "vllm"
+
+
+def _in_session(config: TuneConfig, device: torch.device) -> Tuning:
+    """Against the model's own attention in transformers."""
+    bench = BenchConfig(
+        lengths=config.lengths,
+        model=config.model,
+        density=config.density,
+        chunk=0,
+        device=config.device,
+        dtype=config.dtype,
+        layers=config.layers,
+        shape=config.shape or BenchConfig.shape,
+    )
+    artifact = None if config.artifact is None else load_artifact(config.artifact)
+    result = run_bench(bench, artifact, repeats=config.repeats)
+    timings = []
+    for dense, share in zip(result.rows[::2], result.rows[1::2], strict=True):
+        assert share.attention == SHARE
+        timings.append(Timing(share.tokens, dense.seconds, share.seconds, share.density))
+    source = f"sp tune: {result.model}, {result.dtype}, torch {torch.__version__}"
+    return Tuning(SDPA, source, tuple(timings))
+
+
+def _in_engine(config: TuneConfig, device: torch.device) -> Tuning:
+    """Against the backend of vLLM that runs dense prefills here."""
+    from shareprefill.bench.engine import time_engine
+
+    if config.device not in ("auto", device.type):
+        raise ConfigError(
+            f"device = {config.device!r} is not allowed: vLLM takes its own; use --engine session"
+        )
+    return time_engine(config)
