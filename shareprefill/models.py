@@ -226,6 +226,14 @@ def load_model(
         ) from error
 
 
+def text_decoder(model: nn.Module) -> nn.Module:
+    """The text decoder in a model, without vision and audio towers; the model itself if none."""
+    find: Any = getattr(model, "get_decoder", None)
+    found = find() if find else None
+    # ModernBERT has an output layer of that name.
+    return found if hasattr(found, "set_attn_implementation") else model
+
+
 def attention_layers(model: nn.Module) -> list[AttentionLayer]:
     """The self-attention modules of a model's text decoder, in the order of their layers.
 
@@ -234,8 +242,7 @@ def attention_layers(model: nn.Module) -> list[AttentionLayer]:
     Raises:
         UnsupportedError: a layer has several of them, or one of them serves several layers.
     """
-    find_decoder: Any = getattr(model, "get_decoder", None)
-    decoder: nn.Module = find_decoder() if find_decoder else model
+    decoder = text_decoder(model)
     types = _layer_types(model)
     found: dict[int, nn.Module] = {}
     names: dict[int, str] = {}
@@ -415,8 +422,7 @@ def position_table(model: PreTrainedModel) -> int | None:
         The positions after which the model cannot go on; None where positions are computed (rotary
         ones, ALiBi, tables that grow).
     """
-    find_decoder: Any = getattr(model, "get_decoder", None)
-    decoder: nn.Module = find_decoder() if find_decoder else model
+    decoder = text_decoder(model)
     return min((rows for module in decoder.modules() for rows in _tables(module)), default=None)
 
 
@@ -595,7 +601,7 @@ def _damages() -> tuple[type[Exception], ...]:
 
 
 def _is_attention(module: nn.Module) -> bool:
-    return hasattr(module, "num_key_value_groups") or any(
+    return any(hasattr(module, name) for name in ("num_key_value_groups", "is_causal")) or any(
         isinstance(getattr(module, name, None), nn.Module) for name in _PROJECTIONS
     )
 

@@ -61,6 +61,8 @@ class Attachment:
         configs: The configurations that name their implementation; none once detached.
         replaced: The implementation that the decoder had before all attachments.
         watch: Remove the checks before and after the model's forward passes.
+        joined: Whether a layer has called it.
+        unwatched: Whether masks were made for it in a pass that the checks did not see.
     """
 
     handler: Callable[[Any], Tensor] | None
@@ -69,6 +71,8 @@ class Attachment:
     configs: list[Any] = field(default_factory=list)
     replaced: str | None = None
     watch: list[Any] = field(default_factory=list)
+    joined: bool = False
+    unwatched: bool = False
 
     @property
     def own(self) -> bool:
@@ -94,7 +98,7 @@ class Attachment:
             self.configs = list(_configs(decoder))
             for config in self.configs:
                 use = _uses.setdefault(id(config), _Use(config, config._attn_implementation))
-                use.attachments += 1
+                use.attachments = (*use.attachments, self)
             self.replaced = _uses[id(decoder.config)].replaced
             self.watch = [
                 decoder.register_forward_pre_hook(before),
@@ -124,7 +128,7 @@ class Attachment:
                     _of_module.pop(module, None)
             for config in self.configs:
                 use = _uses[id(config)]
-                use.attachments -= 1
+                use.attachments = tuple(a for a in use.attachments if a is not self)
                 if not use.attachments:
                     del _uses[id(config)]
                     # The public setter would also set the configurations inside this one.
@@ -139,7 +143,7 @@ class _Use:
 
     config: Any
     replaced: str | None
-    attachments: int = 0
+    attachments: tuple[Attachment, ...] = ()
 
 
 _entered: ContextVar[tuple[Attachment, ...]] = ContextVar("shareprefill_attachments", default=())
@@ -182,20 +186,21 @@ def latest(attachments: Iterable[Attachment]) -> Attachment:
 
 def attachment_of(module: nn.Module) -> Attachment | None:
     """What computes an attention module's calls in this context."""
-    attached = _of_module.get(module, ())
+    return _holding(_of_module.get(module, ()))
+
+
+def use_of(config: Any) -> tuple[Attachment | None, str | None]:
+    """What computes a configuration's model in this context, and what that named before."""
+    use = _uses.get(id(config))
+    return (None, None) if use is None else (_holding(use.attachments), use.replaced)
+
+
+def _holding(attached: tuple[Attachment, ...]) -> Attachment | None:
     for attachment in reversed(_entered.get()):
         if attachment in attached:
             return attachment
     # A model computes by itself in the context alone that asked for it.
     return next((a for a in reversed(attached) if not a.own), None)
-
-
-def own_implementation(config: Any) -> str | None:
-    """What a configuration named before, where its model computes by itself in this context."""
-    for attachment in reversed(_entered.get()):
-        if any(config is other for other in attachment.configs):
-            return _uses[id(config)].replaced if attachment.own else None
-    return None
 
 
 def _present() -> tuple[Attachment, ...]:

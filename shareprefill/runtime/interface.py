@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from shareprefill.errors import UnsupportedError
+from shareprefill.models import text_decoder
 from shareprefill.runtime.attachment import (
     ADDED_MASKS,
     IMPLEMENTATION,
@@ -26,7 +27,7 @@ from shareprefill.runtime.attachment import (
     Note,
     attachment_of,
     count_call,
-    own_implementation,
+    use_of,
 )
 from shareprefill.runtime.attachment import is_attached as has_attachment
 from shareprefill.runtime.dense import causal_attention, sdpa, whole_attention
@@ -296,24 +297,17 @@ def computing_itself(model: torch.nn.Module, note: Note) -> Iterator[None]:
 
 def is_attached(model: torch.nn.Module) -> bool:
     """Whether a handler computes the model's attention at present."""
-    return has_attachment(_decoder(model))
+    return has_attachment(text_decoder(model))
 
 
 def _attach(model: torch.nn.Module, attachment: Attachment) -> Attachment:
     _register()
-    decoder = _decoder(model)
+    decoder = text_decoder(model)
     # Not at the top: importing it imports torch's compiler, which takes long.
     from shareprefill.runtime.passes import begin_pass, end_pass
 
     attachment.attach(decoder, lambda: _switch(model, decoder), begin_pass, end_pass)
     return attachment
-
-
-def _decoder(model: torch.nn.Module) -> Any:
-    """The text decoder in a model: vision and audio towers keep their own attention."""
-    find = getattr(model, "get_decoder", None)
-    found = find() if find is not None else None
-    return found if hasattr(found, "set_attn_implementation") else model
 
 
 def _switch(model: torch.nn.Module, decoder: Any) -> None:
@@ -352,14 +346,24 @@ def _opaque(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def _mask(*args: Any, additive: bool, config: Any = None, **options: Any) -> Tensor | None:
     """A mask as facts, or the model's own where it computes by itself."""
-    own = own_implementation(config)
-    if own is None:
+    attachment, replaced = use_of(config)
+    if attachment is None or not attachment.own:
+        _note_pass(attachment)
         return mask_facts(*args, config=config, additive=additive, **options)
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
-    if own not in ALL_MASK_ATTENTION_FUNCTIONS:
+    if replaced not in ALL_MASK_ATTENTION_FUNCTIONS:
         return options.get("attention_mask")
-    return ALL_MASK_ATTENTION_FUNCTIONS[own](*args, config=config, **options)
+    return ALL_MASK_ATTENTION_FUNCTIONS[replaced](*args, config=config, **options)
+
+
+def _note_pass(attachment: Attachment | None) -> None:
+    """Notes a pass that goes past the decoder's hooks: its `forward` was called directly."""
+    from shareprefill.runtime.passes import is_watched
+
+    modules = [] if attachment is None else attachment.modules
+    if attachment is not None and modules and not is_watched(modules[0]):
+        attachment.unwatched = True
 
 
 def _attention(
@@ -381,6 +385,7 @@ def _attention(
             "if it shares its configuration with another model that is in a session, give it a "
             "copy of its own: copy.deepcopy(config)"
         )
+    attachment.joined = True
     if attachment.handler is None:
         assert attachment.note is not None
         attachment.note(cast(int, module.layer_idx), query.shape[2])

@@ -50,8 +50,18 @@ def end_pass(decoder: torch.nn.Module, _inputs: Any, _output: Any) -> None:
     """Refuses a forward pass that went past the session, as no layer called our attention."""
     before = _passes.begun.pop(decoder, None)
     if before == calls_made() and is_attached(decoder):
-        raise UnsupportedError(
-            f"no layer of {type(decoder).__name__} called the session's attention in this forward "
-            "pass: its layers compute attention by themselves, or have none, so that a session has "
-            "no effect; run the model without a session"
-        )
+        raise no_effect(decoder)
+
+
+def is_watched(decoder: torch.nn.Module) -> bool:
+    """Whether this thread is in a pass of the decoder that is checked at its end."""
+    return decoder in _passes.begun
+
+
+def no_effect(decoder: torch.nn.Module) -> UnsupportedError:
+    """Says that no layer has called a session's attention."""
+    return UnsupportedError(
+        f"no layer of {type(decoder).__name__} called the session's attention in this forward "
+        "pass: its layers compute attention by themselves, or have none, so that a session has "
+        "no effect; run the model without a session"
+    )

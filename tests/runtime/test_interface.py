@@ -1,17 +1,20 @@
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
+from shareprefill import share_prefill
+from shareprefill.config import RuntimeConfig
 from shareprefill.errors import ConfigError, UnsupportedError
 from shareprefill.runtime import attachment, interface, masks, own_attention
 from shareprefill.runtime.interface import AttentionCall, attached, dense_attention
 from shareprefill.runtime.masks import FactMask, bool_mask
 from tests.support.families import FAMILIES, build
-from tests.support.tiny import tiny_llama, token_ids
+from tests.support.tiny import tiny_artifact, tiny_llama, token_ids
 
 CLOSE: Any = {"rtol": 1e-4, "atol": 1e-4}
 CPU = torch.device("cpu")
@@ -589,6 +592,49 @@ def test_a_pass_in_which_no_layer_calls_ours_is_refused(
         monkeypatch.setattr(LlamaAttention, "forward", hybrid)
         own = logits(model, input_ids=ids)
         torch.testing.assert_close(logits(model, dense_attention, input_ids=ids), own, **CLOSE)
+
+
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_a_session_past_which_forward_was_called_says_so_at_its_end(
+    elsewhere: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`model.model.forward(...)` goes past torch's hooks, and so past the check of a pass."""
+    from transformers.models.llama.modeling_llama import LlamaAttention
+
+    model, ids = tiny_llama(), token_ids(1, 8)
+    session = share_prefill(model, tiny_artifact(model), RuntimeConfig(min_tokens=0))
+
+    def directly() -> None:
+        with torch.no_grad():
+            model.model.forward(input_ids=ids)
+
+    def run() -> None:
+        if not elsewhere:
+            return directly()
+        thread = threading.Thread(target=directly)
+        thread.start()
+        return thread.join()
+
+    def by_hand(self: Any, hidden_states: Any, **_: Any) -> Any:
+        return self.o_proj(self.q_proj(hidden_states)), None
+
+    def interrupted() -> None:
+        with session:
+            run()
+            raise KeyError
+
+    with session:
+        run()
+    monkeypatch.setattr(LlamaAttention, "forward", by_hand)
+    with session:
+        pass
+    refused = pytest.raises(UnsupportedError, match="no layer of LlamaModel called the session's")
+    with refused, session:
+        run()
+    assert model.config._attn_implementation == "sdpa"
+    # What happened in it is what is seen of it.
+    with pytest.raises(KeyError):
+        interrupted()
 
 
 CHANGES_OF_MASKS: dict[str, Callable[[Any], Any]] = {
