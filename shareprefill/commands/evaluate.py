@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -24,8 +25,9 @@ from shareprefill.commands.options import (
     with_commas,
 )
 from shareprefill.config import POLICIES
-from shareprefill.errors import ConfigError
+from shareprefill.errors import ConfigError, DataError
 from shareprefill.evaluation.config import EvalConfig
+from shareprefill.files import kind_of, printable
 
 if TYPE_CHECKING:
     from shareprefill.evaluation.results import Evaluation
@@ -39,6 +41,10 @@ FreshOption = Annotated[
 ]
 HtmlOption = Annotated[
     bool, typer.Option("--html", help="Write a self-contained page into the folder too.")
+]
+
+ReplaceOption = Annotated[
+    bool, typer.Option("--force", help="Replace files of another model, or of another kind.")
 ]
 
 
@@ -82,9 +88,7 @@ def eval_command(
     markdown: Annotated[
         Path | None, typer.Option(help="Write the tables as Markdown into this file.")
     ] = None,
-    force: Annotated[
-        bool, typer.Option("--force", help="Replace a file that is no figure with the plot.")
-    ] = False,
+    force: ReplaceOption = False,
     trust_remote_code: RemoteCodeOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -94,8 +98,12 @@ def eval_command(
     config = replace(config, model=model_of(first, model))
     require_folder(out, html=html)
     require_plot(plot, measure=config.measure)
+    if not force:
+        require_own_results(out, "evaluation", first, config.model)
     if plot is not None:
         require_own(plot, (b"<?xml", b"<svg", b"\x89PNG"), force=force)
+    if markdown is not None:
+        require_own(markdown, (f"{config.model}: ".encode(errors="surrogatepass"),), force=force)
     from shareprefill.console import progress
     from shareprefill.evaluation.pages import evaluation_page, frontier_figure
     from shareprefill.evaluation.suite import evaluate
@@ -154,6 +162,39 @@ def require_folder(out: Path | None, *, html: bool) -> None:
     """
     if html and out is None:
         raise ConfigError("--html needs a folder to write the page into: name it with --out")
+
+
+def require_own_results(out: Path | None, name: str, artifact: Path, model: str | None) -> None:
+    """Refuses to replace results of another model.
+
+    Args:
+        out: The folder that holds them.
+        name: Of their files, without the ending.
+        artifact: Of the model to be measured.
+        model: Its name.
+
+    Raises:
+        DataError: there are such results, or files of these names that hold none.
+    """
+    path = None if out is None else out / f"{name}.json"
+    if path is None or kind_of(path) != "file":
+        return
+    from shareprefill.artifact import load_artifact
+
+    try:
+        context = json.loads(path.read_text(encoding="utf-8"))["context"]
+        there, weights = str(context["model"]), context["weights"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise DataError(
+            f"{printable(path)} is there and holds no results that can be read: use --force to "
+            "replace it, or another --out"
+        ) from error
+    # A quantised model has other weights than its artifact was made of.
+    if there != model and weights != load_artifact(artifact).fingerprint.weights:
+        raise DataError(
+            f"{printable(path)} holds results of another model, {printable(there)}: use --force "
+            "to replace it, or another --out"
+        )
 
 
 def require_plot(plot: Path | None, *, measure: bool) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from shareprefill.commands.options import JsonOption, RemoteCodeOption
+from shareprefill.commands.options import JsonOption, RemoteCodeOption, require_own
 
 if TYPE_CHECKING:
     from shareprefill.regeneration.outcomes import Outcome
@@ -39,11 +40,14 @@ def regenerate_command(
     summary: Annotated[
         Path | None, typer.Option(help="Also write the table as Markdown to this file.")
     ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace a file that is no such table with the summary.")
+    ] = False,
     trust_remote_code: RemoteCodeOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Make the artifacts of a file of models anew, and compare them with the committed ones."""
-    from shareprefill.files import atomic_write_text
+    from shareprefill.files import atomic_write_text, locked_output
     from shareprefill.regeneration.jobs import load_jobs, select_jobs
 
     if listed:
@@ -53,15 +57,19 @@ def regenerate_command(
     from shareprefill.regeneration.outcomes import to_json, to_markdown
     from shareprefill.regeneration.pipeline import regenerate
 
-    outcomes = regenerate(
-        models,
-        work,
-        only=only or (),
-        shard=shard,
-        update=update,
-        fresh=fresh,
-        trust_remote_code=trust_remote_code,
-    )
+    if summary is not None:
+        require_own(summary, (to_markdown([]).encode(),), force=force)
+    # Now, not after hours: whether the file can be written.
+    with nullcontext() if summary is None else locked_output(summary):
+        outcomes = regenerate(
+            models,
+            work,
+            only=only or (),
+            shard=shard,
+            update=update,
+            fresh=fresh,
+            trust_remote_code=trust_remote_code,
+        )
     if summary is not None:
         atomic_write_text(summary, to_markdown(outcomes))
     if as_json:

@@ -12,7 +12,9 @@ from shareprefill.commands.evaluate import (
     FreshOption,
     HtmlOption,
     OutOption,
+    ReplaceOption,
     require_folder,
+    require_own_results,
 )
 from shareprefill.commands.known import CLUSTERS, model_of
 from shareprefill.commands.options import (
@@ -55,6 +57,7 @@ def sweep_command(
     out: OutOption = None,
     resume: FreshOption = True,
     html: HtmlOption = False,
+    force: ReplaceOption = False,
     trust_remote_code: RemoteCodeOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -62,6 +65,8 @@ def sweep_command(
     config = SweepConfig(**options, artifact=str(artifact), model=model)
     config = replace(config, model=model_of(artifact, model))
     require_folder(out, html=html)
+    if not force:
+        require_own_results(out, "sweep", artifact, config.model)
     from shareprefill.console import progress
     from shareprefill.evaluation.pages import sweep_page
     from shareprefill.evaluation.sweep import sweep

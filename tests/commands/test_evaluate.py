@@ -40,7 +40,9 @@ def test_a_table_and_files(folder: Path, tmp_path: Path) -> None:
     options = ("--tasks", "variable_tracking,perplexity", "--policies", "sampled,dense")
     gammas = ("--gamma", 0.5, "--gamma", 0.9)
     files = ("--plot", tmp_path / "frontier.svg", "--markdown", tmp_path / "tables.md")
-    result = sp_eval(folder, *options, *gammas, "--out", tmp_path, "--html", *files)
+    (tmp_path / "evaluation.json").write_text("mine")
+    (tmp_path / "tables.md").write_text("mine")
+    result = sp_eval(folder, *options, *gammas, "--out", tmp_path, "--html", *files, "--force")
     assert result.exit_code == 0, result.output
     for words in ("policies, over all tasks and lengths", "by task", "sampled, gamma 0.5"):
         assert words in result.stdout
@@ -94,6 +96,34 @@ def test_a_plot_replaces_no_file_of_another_kind(folder: Path, tmp_path: Path) -
     with pytest.raises(DataError, match="of another kind"):
         raise result.exception or AssertionError(result.output)
     assert (tmp_path / "notes.svg").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"context": {"model": "other", "weights": "0f"}}, "results of another model, other"),
+        ({"context": {}}, "no results that can be read"),
+        ([1], "no results that can be read"),
+    ],
+)
+def test_results_of_another_model_are_not_replaced(
+    folder: Path, tmp_path: Path, content: object, message: str
+) -> None:
+    (tmp_path / "evaluation.json").write_text(json.dumps(content))
+    result = sp_eval(folder, "--out", tmp_path)
+    with pytest.raises(DataError, match=message):
+        raise result.exception or AssertionError(result.output)
+    assert [path.name for path in tmp_path.iterdir()] == ["evaluation.json"]
+    assert json.loads((tmp_path / "evaluation.json").read_text()) == content
+
+
+@pytest.mark.parametrize("text", ["my notes", "other: 3 prompts of each task and length"])
+def test_tables_replace_no_file_of_another_kind(folder: Path, tmp_path: Path, text: str) -> None:
+    (tmp_path / "tables.md").write_text(text)
+    result = sp_eval(folder, "--markdown", tmp_path / "tables.md")
+    with pytest.raises(DataError, match="of another kind"):
+        raise result.exception or AssertionError(result.output)
+    assert (tmp_path / "tables.md").read_text() == text
 
 
 def test_a_model_that_only_a_file_names_is_not_loaded(folder: Path) -> None:

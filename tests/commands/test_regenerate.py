@@ -14,7 +14,7 @@ from typer.testing import CliRunner, Result
 
 from shareprefill.artifact import load_artifact
 from shareprefill.commands.regenerate import regenerate_command
-from shareprefill.errors import ConfigError
+from shareprefill.errors import ConfigError, DataError
 from tests.support.checkpoint import save_checkpoint
 
 # A callback keeps the command's name with a single command.
@@ -65,6 +65,15 @@ def test_list_and_bad_selections(folder: Path) -> None:
     assert json.loads(sp(folder / "models.toml", "--list", "--shard", "2/2").stdout) == ["broken"]
     assert isinstance(sp(folder / "models.toml", "--only", "x").exception, ConfigError)
     assert list(Path().iterdir()) == []
+
+
+def test_a_summary_replaces_no_other_file(folder: Path) -> None:
+    Path("notes.md").write_text("mine")
+    found = sp(folder / "models.toml", "--summary", "notes.md")
+    with pytest.raises(DataError, match="notes.md is there and of another kind"):
+        raise found.exception or AssertionError(found.output)
+    assert [path.name for path in Path().iterdir()] == ["notes.md"]
+    assert Path("notes.md").read_text() == "mine"
 
 
 @pytest.mark.slow

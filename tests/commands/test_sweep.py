@@ -10,7 +10,7 @@ from typer.testing import CliRunner, Result
 
 from shareprefill.artifact import save_artifact
 from shareprefill.commands.sweep import sweep_command
-from shareprefill.errors import ConfigError
+from shareprefill.errors import ConfigError, DataError
 from shareprefill.models import load_model
 from tests.support.checkpoint import save_checkpoint
 from tests.support.tiny import tiny_artifact
@@ -61,3 +61,11 @@ def test_bad_options(folder: Path, options: tuple, message: str) -> None:
     result = sp_sweep(folder, *options)
     with pytest.raises(ConfigError, match=message):
         raise result.exception or AssertionError(result.output)
+
+
+def test_results_of_another_model_are_not_replaced(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "sweep.json").write_text('{"context": {"model": "other", "weights": "0f"}}')
+    result = sp_sweep(folder, "--slack", 0.2, "--out", tmp_path)
+    with pytest.raises(DataError, match="results of another model, other"):
+        raise result.exception or AssertionError(result.output)
+    assert [path.name for path in tmp_path.iterdir()] == ["sweep.json"]
