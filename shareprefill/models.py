@@ -229,7 +229,7 @@ def load_model(
 def text_decoder(model: nn.Module) -> nn.Module:
     """The text decoder in a model, without vision and audio towers; the model itself if none."""
     find: Any = getattr(model, "get_decoder", None)
-    found = find() if find else None
+    found: Any = find() if find else None
     # ModernBERT has an output layer of that name.
     return found if hasattr(found, "set_attn_implementation") else model
 
