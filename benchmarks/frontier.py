@@ -265,16 +265,15 @@ def relative_error(out: Tensor, dense: Tensor) -> Tensor:
 
 
 def candidates_of(names: list[str]) -> list[Candidate]:
-    """Every named policy with its grid; `sampled:4` gives its first parameter."""
+    """Every named policy with its grid; one may have parameters (`sampled:rows=4`)."""
     found = []
     grid = torch.tensor(GAMMAS)[:, None]
     for name in names:
-        kind, _, rows = name.partition(":")
-        if kind == "streaming":
+        if name == "streaming":
             policies = tuple(Streaming(local_blocks=n) for n in LOCAL_BLOCKS)
             found.append(Candidate(name, policies, torch.ones(len(policies), 1)))
             continue
-        policy = make_policy(kind, **({"rows": int(rows)} if rows else {}))
+        policy = make_policy(name)
         found.append(Candidate(name, (policy,) * len(grid), grid))
     return found
 

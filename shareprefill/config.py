@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
@@ -10,8 +9,7 @@ from typing import Any, Literal, Self
 
 from shareprefill.errors import ConfigError
 from shareprefill.errors import require as _require
-
-logger = logging.getLogger(__name__)
+from shareprefill.policy_names import check_policy_name, current_policy
 
 Metric = Literal["jaccard", "jaccard-raw", "code"]
 Linkage = Literal["average", "complete", "single"]
@@ -19,28 +17,9 @@ Nonfinite = Literal["dense", "error"]
 
 METRICS: tuple[str, ...] = ("jaccard", "jaccard-raw", "code")
 LINKAGES: tuple[str, ...] = ("average", "complete", "single")
-# Policies by which a head chooses its own blocks: a file each in `runtime/policies`.
-SELECTION_POLICIES: tuple[str, ...] = (
-    *("sampled", "vertical-slash", "smoothed", "global-threshold", "antidiagonal", "decompose"),
-    *("flash", "flex", "oracle", "pooled", "streaming"),
-)
-# What a session may run under: `auto` as the artifact says and the paper's rule need an artifact;
-# otherwise one rule for every head.
-PLANNED_POLICIES: tuple[str, ...] = ("auto", "shareprefill")
-POLICIES: tuple[str, ...] = (*PLANNED_POLICIES, "dense", *SELECTION_POLICIES)
-# Words that still work in this version.
-_RENAMED_POLICIES = {"share": "shareprefill", "level": "global-threshold"}
 NONFINITE: tuple[str, ...] = ("dense", "error")
 BLOCK_SIZES: tuple[int, ...] = (16, 32, 64, 128, 256)
 MIN_RESOLUTION = 8
-
-
-def current_policy(name: str) -> str:
-    """A policy's present name; for a former one a note goes to the log."""
-    renamed = _RENAMED_POLICIES.get(name)
-    if renamed is not None:
-        logger.warning("policy %r is now called %r; the old word goes soon", name, renamed)
-    return renamed or name
 
 
 def _require_fraction(name: str, value: float) -> None:
@@ -253,7 +232,9 @@ class RuntimeConfig(Stage):
 
     Attributes:
         policy: `auto` (each head as the artifact says), `shareprefill` (the paper's online rule
-            on the artifact's clusters), or one policy for every head.
+            on the artifact's clusters), or one policy for every head. Only the first two need an
+            artifact. A policy may have parameters, `streaming:local_blocks=16`, and be a class of
+            one's own, `module:Class` (docs/add-a-policy.md).
         gamma: Attention mass a pattern covers, for all heads; None: chosen per head offline.
         slack: With `auto`, how much less than gamma a sharing head's sampled rows may have inside
             its pivot's pattern, for all heads; None: chosen per head offline.
@@ -288,7 +269,7 @@ class RuntimeConfig(Stage):
     def __post_init__(self) -> None:
         object.__setattr__(self, "policy", current_policy(self.policy))
         _require(self.nonfinite in NONFINITE, "nonfinite", self.nonfinite, f"one of {NONFINITE}")
-        _require(self.policy in POLICIES, "policy", self.policy, f"one of {POLICIES}")
+        check_policy_name(self.policy)
         if self.gamma is not None:
             _require_fraction("gamma", self.gamma)
         if self.max_density is not None:

@@ -1,5 +1,10 @@
 """The errors a user can cause; the command line turns each into one line on stderr."""
 
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
 
 class ShareprefillError(Exception):
     """Base of every error that this package raises on purpose."""
@@ -33,3 +38,13 @@ def require(holds: bool, name: str, value: object, allowed: str) -> None:
     """
     if not holds:
         raise ConfigError(f"{name} = {value!r} is not allowed: it must be {allowed}")
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """The end of an error about an unknown word, empty where no known one is near.
+
+    >>> did_you_mean("flux", ["flex", "oracle"])
+    "; did you mean 'flex'?"
+    """
+    near = get_close_matches(word, [*known], n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""

@@ -4,9 +4,10 @@ from typing import Any
 
 import pytest
 
-from shareprefill.config import SELECTION_POLICIES, CalibrateConfig, ClusterConfig, RuntimeConfig
+from shareprefill.config import CalibrateConfig, ClusterConfig, RuntimeConfig
 from shareprefill.errors import ConfigError
 from shareprefill.evaluation.config import EvalConfig, SweepConfig
+from shareprefill.policy_names import SELECTION_POLICIES
 from shareprefill.runtime.policies import make_policy
 
 

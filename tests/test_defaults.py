@@ -15,7 +15,8 @@ import shareprefill
 from shareprefill import share_prefill
 from shareprefill.artifact import Policy, load_artifact, save_artifact
 from shareprefill.calib.capture import capture
-from shareprefill.config import POLICIES, RuntimeConfig
+from shareprefill.config import RuntimeConfig
+from shareprefill.policy_names import POLICIES
 from tests.support.tiny import tiny_artifact, tiny_llama, token_ids
 
 P, S, R, V = Policy.PIVOT, Policy.SHARE, Policy.SAMPLED, Policy.VERTICAL_SLASH

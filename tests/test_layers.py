@@ -24,6 +24,7 @@ COMMON = {
     "tokens",
     "weights",
     "checkpoint",
+    "policy_names",
 }
 EVERY_STAGE = {
     *("runtime", "calib", "autoencoder", "clustering", "evaluation"),
@@ -35,6 +36,8 @@ ALLOWED = {
     "calib": {"data", "runtime"},
     "autoencoder": {"calib", "runtime"},
     "clustering": {"autoencoder", "calib", "runtime"},
+    "policies": {"runtime"},
+    "testing": {"runtime"},
     "diagnosis": {"runtime"},
     "evaluation": {"clustering", "autoencoder", "calib", "data", "runtime", "report"},
     "report": set(),

@@ -17,17 +17,16 @@ from shareprefill.commands.options import (
     RemoteCodeOption,
     Written,
     lengths_option,
-    listed,
     named,
     options_of,
     repeated,
     require_own,
     with_commas,
 )
-from shareprefill.config import POLICIES
 from shareprefill.errors import ConfigError, DataError
 from shareprefill.evaluation.config import EvalConfig
 from shareprefill.files import kind_of, printable
+from shareprefill.policy_names import POLICIES, listed_policies
 
 if TYPE_CHECKING:
     from shareprefill.evaluation.results import Evaluation
@@ -52,7 +51,7 @@ def policies_option(option: Written) -> Written:
     """Names with commas, or `all`."""
 
     def read(text: str) -> tuple[str, ...]:
-        return POLICIES if text == "all" else listed(text)
+        return POLICIES if text == "all" else listed_policies(text)
 
     text = f"{option.help} With commas between them, or all: {', '.join(POLICIES)}."
     return replace(with_commas(option), help=text, read=read)

@@ -21,7 +21,8 @@ from shareprefill.commands.options import (
     options_of,
 )
 from shareprefill.commands.streams import print_now, read_prompt
-from shareprefill.config import POLICIES, RuntimeConfig
+from shareprefill.config import RuntimeConfig
+from shareprefill.policy_names import POLICIES
 
 if TYPE_CHECKING:
     from shareprefill.runtime.answering import Answer

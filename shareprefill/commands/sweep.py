@@ -28,8 +28,8 @@ from shareprefill.commands.options import (
     repeated,
     with_commas,
 )
-from shareprefill.config import POLICIES
 from shareprefill.evaluation.config import SweepConfig
+from shareprefill.policy_names import POLICIES
 
 if TYPE_CHECKING:
     from shareprefill.evaluation.sweep import Sweep

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from shareprefill.config import BLOCK_SIZES, POLICIES, RuntimeConfig, Stage, current_policy
+from shareprefill.config import BLOCK_SIZES, RuntimeConfig, Stage
 from shareprefill.errors import ConfigError, require
+from shareprefill.policy_names import current_policy
 
 DENSE = "dense"
 PERPLEXITY = "perplexity"
@@ -194,12 +195,8 @@ class SweepConfig(Stage):
                 "another block size or number of clusters needs the calibration that it is "
                 "clustered from: name its folder with --calibration"
             )
-        require(
-            self.policy in POLICIES and self.policy != DENSE,
-            "policy",
-            self.policy,
-            f"one of {tuple(p for p in POLICIES if p != DENSE)}",
-        )
+        require(self.policy != DENSE, "policy", self.policy, "another than dense")
+        self.runtime()
         for name, values in self.of_sessions().items():
             for value in values:
                 self.runtime(**{name: value})

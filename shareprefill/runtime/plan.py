@@ -9,14 +9,8 @@ from typing import TypeVar
 import torch
 
 from shareprefill.artifact import Artifact, Policy, Rows, Thresholds
-from shareprefill.config import (
-    PLANNED_POLICIES,
-    SELECTION_POLICIES,
-    CalibrateConfig,
-    ClusterConfig,
-    RuntimeConfig,
-)
-from shareprefill.errors import ConfigError
+from shareprefill.config import CalibrateConfig, ClusterConfig, RuntimeConfig
+from shareprefill.policy_names import is_planned, require_no_plan
 from shareprefill.runtime.geometry import Geometry
 from shareprefill.runtime.policies import make_policy
 from shareprefill.runtime.policies.base import SelectionPolicy
@@ -195,11 +189,7 @@ def plan_without_artifact(layers: int, heads: int, config: RuntimeConfig) -> Run
     Raises:
         ConfigError: the policy needs an artifact.
     """
-    if config.policy in PLANNED_POLICIES:
-        raise ConfigError(
-            f"policy {config.policy!r} needs an artifact: make one with sp calibrate and sp "
-            f"cluster, or name a policy for every head ({', '.join(SELECTION_POLICIES)})"
-        )
+    require_no_plan(config.policy)
     defaults, captured = ClusterConfig(), CalibrateConfig(model="none")
     thresholds = Thresholds(gamma=defaults.gamma, tau=defaults.tau, delta=defaults.delta)
     forced, labels, selectors = _policy_of_all(config.policy)
@@ -239,12 +229,12 @@ def _policy_of_all(
     """The number of a policy for every head (None: heads have their own), labels, selectors."""
     labels = tuple(known.label for known in Policy)
     forced: int | None = _OF_ARTIFACTS.get(policy)
-    if forced is not None or policy in PLANNED_POLICIES:
+    if forced is not None or is_planned(policy):
         return forced, labels, {}
-    fitted = {}
-    if policy == "global-threshold":
-        fitted["weights"] = line_weights(estimator, FewRows.rows)
-    return _FURTHER, (*labels, policy), {_FURTHER: make_policy(policy, **fitted)}
+    selector = make_policy(policy)
+    if isinstance(selector, FewRows):
+        selector = replace(selector, weights=line_weights(estimator, selector.rows))
+    return _FURTHER, (*labels, policy), {_FURTHER: selector}
 
 
 def _plan(

@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Self
 
-from shareprefill.config import PLANNED_POLICIES, SELECTION_POLICIES, RuntimeConfig
+from shareprefill.config import RuntimeConfig
 from shareprefill.errors import ConfigError
+from shareprefill.policy_names import SELECTION_POLICIES, installed_policies, is_planned
 
 # The key in `additional_config`, in `extra_args` of a request, and in a forward pass's context.
 NAME = "shareprefill"
@@ -37,7 +38,7 @@ class ServingOptions:
     lora: str | None = None
 
     def __post_init__(self) -> None:
-        if self.artifact is None and self.runtime.policy in PLANNED_POLICIES:
+        if self.artifact is None and is_planned(self.runtime.policy):
             raise ConfigError(
                 f"policy {self.runtime.policy!r} needs an artifact: name one "
                 f'({{"{NAME}": {{"artifact": "clusters.st"}}}}), or a policy that needs no '
@@ -102,8 +103,12 @@ def check_switch(value: object) -> None:
     Raises:
         ConfigError: says what is allowed.
     """
+    # Names alone: a request may not have a module imported, nor a plan made for any value.
     allowed = (OFF, *SELECTION_POLICIES)
-    if value is not None and value not in allowed:
+    if value is None or value in allowed:
+        return
+    allowed = (*allowed, *installed_policies())
+    if value not in allowed:
         raise ConfigError(
             f"extra_args[{NAME!r}] = {value!r} is not allowed: it must be one of "
             f"{', '.join(allowed)}"

@@ -8,7 +8,7 @@ import torch
 from shareprefill.calib.capture import FULL, capture, coarsen
 from shareprefill.errors import DataError, UnsupportedError
 from shareprefill.runtime.ops.pooled_attention import sample_rows
-from tests.support.allocation import LargestTensor
+from shareprefill.testing import LargestTensor
 from tests.support.families import FAMILIES, build
 from tests.support.tiny import tiny_llama, token_ids
 

@@ -10,10 +10,10 @@ from typer.testing import CliRunner, Result
 
 from shareprefill.artifact import save_artifact
 from shareprefill.commands.evaluate import eval_command
-from shareprefill.config import POLICIES
 from shareprefill.errors import ArtifactError, ConfigError, DataError
 from shareprefill.evaluation.results import load_evaluation
 from shareprefill.models import load_model
+from shareprefill.policy_names import POLICIES
 from tests.support.checkpoint import save_checkpoint
 from tests.support.tiny import tiny_artifact
 

@@ -9,7 +9,8 @@ import torch
 
 from shareprefill import share_prefill
 from shareprefill.artifact import Policy
-from shareprefill.config import POLICIES, RuntimeConfig
+from shareprefill.config import RuntimeConfig
+from shareprefill.policy_names import POLICIES
 from tests.support.families import FAMILIES, build
 from tests.support.tiny import tiny_artifact, tiny_llama, token_ids
 

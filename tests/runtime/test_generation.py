@@ -16,7 +16,7 @@ from shareprefill.errors import ConfigError, DataError
 from shareprefill.models import load_model, load_tokenizer, max_length, position_table
 from shareprefill.runtime import generation
 from shareprefill.runtime.generation import chunk_tokens, generate, prefill
-from tests.support.allocation import LargestTensor
+from shareprefill.testing import LargestTensor
 from tests.support.checkpoint import save_checkpoint
 from tests.support.tiny import tiny_artifact, tiny_llama, token_ids
 

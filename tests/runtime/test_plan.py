@@ -2,8 +2,9 @@ import pytest
 import torch
 
 from shareprefill.artifact import Policy
-from shareprefill.config import SELECTION_POLICIES, RuntimeConfig
+from shareprefill.config import RuntimeConfig
 from shareprefill.errors import ConfigError
+from shareprefill.policy_names import SELECTION_POLICIES
 from shareprefill.runtime.core import SparsePrefill
 from shareprefill.runtime.ops.block_sparse_attention import block_sparse_attention
 from shareprefill.runtime.ops.blocks import causal_lists

@@ -21,7 +21,7 @@ from shareprefill.runtime.plan import RuntimePlan, make_plan
 from shareprefill.runtime.policies.base import LayerInputs
 from shareprefill.runtime.policies.smoothed import Smoothed
 from shareprefill.runtime.records import LayerRecord
-from tests.support.allocation import LargestTensor
+from shareprefill.testing import LargestTensor
 from tests.support.maps import recall, smooth
 from tests.support.plans import D, M, P, R, S, V
 from tests.support.tiny import BLOCK, tiny_artifact, tiny_llama

@@ -7,8 +7,10 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar, Generic, Protocol, TypeVar
 
+import torch
 from torch import Tensor
 
+from shareprefill.errors import ConfigError
 from shareprefill.runtime.geometry import Geometry
 
 
@@ -81,6 +83,74 @@ class SelectionPolicy(Protocol):
             The chosen blocks, and the work of choosing them.
         """
         ...
+
+
+class BlockPolicy(ABC):
+    """A selection policy in one function of a layer: the short way to add one.
+
+    ::
+
+        @dataclass(frozen=True)
+        class Strided(BlockPolicy):
+            stride: int = 4
+
+            def blocks(self, layer: LayerInputs, gamma: Tensor) -> Tensor:
+                n_q, n_k = layer.geometry.shape
+                chosen = torch.arange(n_k, device=layer.query.device) % self.stride == 0
+                return chosen.expand(len(layer.query), n_q, n_k)
+
+            def work(self, inputs: LayerInputs) -> float:
+                return 0.0
+    """
+
+    @abstractmethod
+    def blocks(self, layer: LayerInputs, gamma: Tensor) -> Tensor:
+        """The blocks that every head reads, bool `[H, n_q, n_k]` on the layer's device.
+
+        The blocks that are always read (the diagonal is one) need not be among them, and those that
+        are not causal are not read. What one head reads may not depend on other heads: they may be
+        in another process.
+
+        Args:
+            layer: Queries, keys and the grid of blocks.
+            gamma: float32 `[H]`, attention mass to cover, in (0, 1].
+        """
+
+    @abstractmethod
+    def work(self, inputs: LayerInputs) -> float:
+        """Work of the choice for one head, as in `Selection`; 0 where no logit is formed."""
+
+    def select(self, inputs: LayerInputs, heads: Tensor, gamma: Tensor) -> Selection:
+        """Chooses for all heads, and gives those that are asked for."""
+        n_heads = len(inputs.query)
+        # Entries without need of a pattern write behind the last head.
+        place = torch.where(heads < 0, n_heads, heads)
+        every = gamma.new_ones(n_heads + 1).index_put_((place,), gamma)[:-1]
+        found = self.blocks(inputs, every)
+        check_pattern(self, found, (n_heads, *inputs.geometry.shape), inputs.query.device)
+        return Selection(found[heads.clamp(min=0)], self.work(inputs))
+
+
+def check_pattern(
+    policy: object, pattern: object, shape: tuple[int, ...], device: torch.device
+) -> None:
+    """Refuses what is no pattern; its values are not looked at.
+
+    Raises:
+        ConfigError: says what the policy gave, and what it must give.
+    """
+    if isinstance(pattern, Tensor):
+        wanted = (shape, torch.bool, device)
+        found = (tuple(pattern.shape), pattern.dtype, pattern.device)
+        if found == wanted:
+            return
+        given = f"{list(found[0])}, {found[1]} on {found[2]}"
+    else:
+        given = f"a {type(pattern).__name__}"
+    raise ConfigError(
+        f"policy {type(policy).__name__} chose {given}; it must be a tensor "
+        f"{list(shape)} (heads, query blocks, key blocks), torch.bool on {device}"
+    )
 
 
 T = TypeVar("T")

@@ -25,7 +25,12 @@ from shareprefill.runtime.geometry import Geometry
 from shareprefill.runtime.ops.block_selection import covered_mass, head_blocks, js_distances
 from shareprefill.runtime.ops.pooled_attention import pooled_attention
 from shareprefill.runtime.plan import HeadPlan
-from shareprefill.runtime.policies.base import InPlacePolicy, LayerInputs, SelectionPolicy
+from shareprefill.runtime.policies.base import (
+    InPlacePolicy,
+    LayerInputs,
+    SelectionPolicy,
+    check_pattern,
+)
 from shareprefill.runtime.policies.sampled import Sampled, sampled_maps, sampling_work
 from shareprefill.runtime.policies.smoothed import Smoothed, line_weights, smoothed_maps
 from shareprefill.runtime.policies.vertical_slash import (
@@ -354,6 +359,7 @@ class _Selection:
                 return self._ids(group)
         else:
             chosen = policy.select(inputs, heads, group.gamma)
+            check_pattern(policy, chosen.pattern, tuple(out.shape), out.device)
             torch.logical_or(chosen.pattern, geometry.always, out=out).logical_and_(geometry.causal)
             self.overhead.append(Overhead(heads, chosen.work))
             is_finite = _are_finite(inputs)[group.heads]
