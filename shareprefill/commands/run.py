@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Annotated, Any
@@ -19,12 +20,14 @@ from shareprefill.commands.options import (
     RemoteCodeOption,
     explained,
     options_of,
+    require_own,
 )
 from shareprefill.commands.streams import print_now, read_prompt
 from shareprefill.config import RuntimeConfig
 from shareprefill.policy_names import POLICIES
 
 if TYPE_CHECKING:
+    from shareprefill.artifact import Artifact
     from shareprefill.runtime.answering import Answer
 
 
@@ -51,6 +54,11 @@ def run_command(
         bool,
         typer.Option("--recall", help="Measure the patterns' recall, in its own prefill."),
     ] = False,
+    trace: Annotated[
+        Path | None,
+        typer.Option(help="Write a page: what each head took and why, with maps. Measures recall."),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace a file that is no page.")] = False,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     trust_remote_code: RemoteCodeOption = False,
@@ -59,26 +67,50 @@ def run_command(
     """Answer a prompt, its prefill with shared sparse attention."""
     config = RuntimeConfig(**options)
     text = read_prompt(prompt)
+    if trace is not None:
+        require_own(trace, (b"<!DOCTYPE html>",), force=force)
     from shareprefill.artifact import load_artifact, model_to_load
     from shareprefill.commands.known import ARTIFACTS, known_models
+    from shareprefill.files import atomic_write_text, locked_output
     from shareprefill.runtime.answering import answer
 
     loaded = load_artifact(artifact)
-    result = answer(
-        loaded,
-        text,
-        config,
-        model=model_to_load(loaded, model, known_models(ARTIFACTS)),
-        max_new_tokens=max_new_tokens,
-        prefill_chunk=prefill_chunk,
-        compare_dense=compare_dense,
-        measure_recall=recall,
-        device=device,
-        dtype=dtype,
-        trust_remote_code=trust_remote_code,
-        on_text=None if as_json else print_now,
-    )
+    # Now, not after the run: whether the page can be written.
+    with nullcontext() if trace is None else locked_output(trace):
+        result = answer(
+            loaded,
+            text,
+            config,
+            model=model_to_load(loaded, model, known_models(ARTIFACTS)),
+            max_new_tokens=max_new_tokens,
+            prefill_chunk=prefill_chunk,
+            compare_dense=compare_dense,
+            measure_recall=recall,
+            keep_maps=trace is not None,
+            device=device,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            on_text=None if as_json else print_now,
+        )
+        if trace is not None:
+            atomic_write_text(trace, trace_of(loaded, config, result))
     finish_run(result, as_json=as_json)
+
+
+def trace_of(artifact: Artifact, config: RuntimeConfig, result: Answer) -> str:
+    """The page of a run that kept its maps."""
+    from shareprefill.audit.trace import trace_page
+
+    assert result.measured is not None
+    assert result.sketches is not None
+    return trace_page(
+        artifact,
+        config,
+        result.measured,
+        result.sketches,
+        prompt_tokens=result.generation.prompt_tokens,
+        device=result.device,
+    )
 
 
 def finish_run(result: Answer, *, as_json: bool) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import base64
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from markupsafe import Markup
 
 from shareprefill.report.drawing import PIXELS_PER_INCH, inline_svg
+from shareprefill.report.grids import Grid, grid_svg
 
 if TYPE_CHECKING:
     from jinja2 import Template
@@ -31,6 +34,26 @@ _UNSAFE = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff"
     "\ufdd0-\ufdef\ufffe\uffff]"
 )
+
+
+@dataclass(frozen=True)
+class Picture:
+    """Small pictures that belong together, under a caption.
+
+    Attributes:
+        caption: What they are of.
+        images: PNG files with words for those who do not see them.
+    """
+
+    caption: str
+    images: Sequence[tuple[bytes, str]]
+
+    def sources(self) -> list[tuple[str, str]]:
+        """Addresses that hold the images themselves, with their words."""
+        return [
+            (f"data:image/png;base64,{base64.b64encode(png).decode()}", words)
+            for png, words in self.images
+        ]
 
 
 class Page:
@@ -61,6 +84,22 @@ class Page:
         else:
             self._add("heading", text=text, level=level)
 
+    def verdict(self, text: str, *, is_good: bool) -> None:
+        """What the page comes to, in a sentence or two: it stands out, above everything."""
+        self._add("verdict", text=text, is_good=is_good)
+
+    @contextmanager
+    def details(self, summary: str, name: str = "") -> Iterator[None]:
+        """What is added inside is folded away under a line, until that is clicked on.
+
+        Args:
+            summary: The line.
+            name: Id that a cell of a grid may lead to.
+        """
+        self._add("details", summary=summary, name=name)
+        yield
+        self._add("end of details")
+
     def text(self, paragraph: str) -> None:
         """A paragraph."""
         self._add("text", text=paragraph)
@@ -74,7 +113,11 @@ class Page:
         self._add("warning", text=text)
 
     def table(
-        self, columns: Sequence[str], rows: Sequence[Sequence[Cell]], caption: str = ""
+        self,
+        columns: Sequence[str],
+        rows: Sequence[Sequence[Cell]],
+        caption: str = "",
+        names: Sequence[str] = (),
     ) -> None:
         """A table; its first column names the rows.
 
@@ -83,6 +126,7 @@ class Page:
             rows: Cells: text and integers as they are, other numbers with three decimals, None as
                 a dash. Columns of numbers are set flush right.
             caption: Above the table.
+            names: Ids of the rows, that a cell of a grid may lead to; none where empty.
         """
         assert all(len(row) == len(columns) for row in rows)
         numeric = [
@@ -95,6 +139,7 @@ class Page:
             rows=[[_cell(cell) for cell in row] for row in rows],
             numeric=numeric,
             caption=caption,
+            names=names,
             label=caption or "Table: " + ", ".join(columns),
         )
 
@@ -110,13 +155,33 @@ class Page:
         assert caption or alt
         self._figures += 1
         name = f"figure-{self._figures}"
-        label = _UNSAFE.sub("\ufffd", alt or caption)
+        label = _clean(alt or caption)
         drawing = inline_svg(matplotlib_figure, label, name, self._class)
         if (width := matplotlib_figure.get_figwidth() * PIXELS_PER_INCH) > _NARROW:
             least = self._class(f"min-width:{round(_LEAST_SCALE * width)}px")
             drawing = drawing.replace("<svg ", f'<svg class="{least}" ', 1)
         # An `<svg>` element, escaped as it was made.
         self._add("figure", drawing=Markup(drawing), caption=caption)  # noqa: S704
+
+    def grids(self, grids: Sequence[Grid], caption: str = "") -> None:
+        """Grids of heads, side by side where there is room."""
+        drawn = [
+            {
+                "title": grid.title,
+                # Escaped as it was made.
+                "drawing": Markup(grid_svg(grid, _clean, self._class)),  # noqa: S704
+                "legend": [
+                    (self._class(f"background:{colour};opacity:{opacity:g}"), words)
+                    for colour, opacity, words in grid.legend
+                ],
+            }
+            for grid in grids
+        ]
+        self._add("grids", grids=drawn, caption=caption)
+
+    def pictures(self, pictures: Sequence[Picture]) -> None:
+        """Small pictures of heads, as many in a row as there is room for."""
+        self._add("pictures", pictures=pictures)
 
     def html(self) -> str:
         """The page."""
@@ -157,7 +222,11 @@ def _template() -> Template:
 
 def _displayable(value: Any) -> Any:
     """What the template shows of a value, before it is escaped; drawings as they are."""
-    return _UNSAFE.sub("\ufffd", value) if type(value) is str else value
+    return _clean(value) if type(value) is str else value
+
+
+def _clean(text: str) -> str:
+    return _UNSAFE.sub("\ufffd", text)
 
 
 def _cell(value: Cell) -> str:

@@ -24,6 +24,7 @@ from shareprefill.runtime.generation import (
     relative_error,
     warm_up,
 )
+from shareprefill.runtime.records import Sketch
 from shareprefill.runtime.session import SessionReport, share_prefill
 
 logger = logging.getLogger(__name__)
@@ -45,6 +46,9 @@ class Answer:
         dense_seconds: The same of dense attention; empty where it was not asked for.
         fidelity: Predictions at every position against dense attention's, where asked for.
         recalls: Of every head that has a pattern; None where not asked for.
+        measured: Of the prefill that measured recall; None where not asked for.
+        sketches: Its maps and patterns by layer, where asked for.
+        device: Where the model reads its prompt.
         weights_distance: Relative distance of the model's attention weights from those that the
             artifact was made for, in the worst layer; 0 where they are equal.
     """
@@ -56,6 +60,9 @@ class Answer:
     dense_seconds: tuple[float, ...] = ()
     fidelity: Fidelity | None = None
     recalls: tuple[float, ...] | None = None
+    measured: SessionReport | None = None
+    sketches: dict[int, Sketch] | None = None
+    device: str = "cpu"
     weights_distance: float = 0.0
 
     @property
@@ -87,6 +94,7 @@ def answer(
     max_new_tokens: int = 64,
     compare_dense: bool = False,
     measure_recall: bool = False,
+    keep_maps: bool = False,
     prefill_chunk: int | None = None,
     device: str = "auto",
     dtype: str = "auto",
@@ -104,6 +112,7 @@ def answer(
         compare_dense: Run dense attention on the same prompt afterwards, compare the predictions at
             every position, and time both in turns.
         measure_recall: Measure the recall of the patterns, in a prefill of its own.
+        keep_maps: Measure it, and keep that prefill's maps and patterns.
         prefill_chunk: Tokens of the prompt at a time; 0 for all at once, None for as many as memory
             allows.
         device: `auto`, `cpu`, `cuda`, ...
@@ -152,20 +161,26 @@ def answer(
     with session:
         ours, states = generation(on_text)
     report = session.report()
-    recalls = None
-    if measure_recall:
+    where = str(network.get_input_embeddings().weight.device)
+    recalls, measured, sketches = None, None, None
+    if measure_recall or keep_maps:
         # In a prefill of its own, so that no time includes it.
-        measuring = share_prefill(network, artifact, config, measure_recall=True)
+        measuring = share_prefill(
+            network, artifact, config, measure_recall=True, keep_maps=keep_maps
+        )
         with measuring:
             prefill(network, input_ids, prefill_chunk)
-        layers = measuring.report().layers
-        recalls = tuple(value for layer in layers for value in layer.recall or ())
+        measured, sketches = measuring.report(), measuring.sketches()
+        recalls = tuple(value for layer in measured.layers for value in layer.recall or ())
     if not compare_dense:
         return Answer(
             ours,
             report,
             seconds=(ours.ttft_s,),
             recalls=recalls,
+            measured=measured,
+            sketches=sketches,
+            device=where,
             weights_distance=session.weights_distance,
         )
     dense, dense_states = generation(None)
@@ -186,6 +201,9 @@ def answer(
         dense_seconds=tuple(dense_seconds),
         fidelity=fidelity,
         recalls=recalls,
+        measured=measured,
+        sketches=sketches,
+        device=where,
         weights_distance=session.weights_distance,
     )
 

@@ -31,7 +31,7 @@ from shareprefill.runtime.ops.dispatch import has_fast_kernel
 from shareprefill.runtime.ops.pooled_attention import pooled_attention
 from shareprefill.runtime.plan import RuntimePlan
 from shareprefill.runtime.policies.base import LayerInputs
-from shareprefill.runtime.records import LayerRecord
+from shareprefill.runtime.records import SKETCH_SIDE, LayerRecord, Sketch
 from shareprefill.runtime.rules.base import Exchange, LayerPlan, LayerRule, LayerSelection, Pivots
 from shareprefill.runtime.rules.planned import PlannedRule
 from shareprefill.runtime.rules.shareprefill import SharePrefillRule
@@ -121,6 +121,7 @@ class SparsePrefill:
         softcap: float | None = None,
         sinks: Tensor | None = None,
         measure_recall: bool = False,
+        keep_maps: bool = False,
     ) -> tuple[Tensor, LayerRecord]:
         """Computes one layer's attention for one sequence.
 
@@ -160,7 +161,7 @@ class SparsePrefill:
         output = self._compute(layer, choice, inputs, value)
         record = choice.record
         if measure_recall:
-            record = replace(record, recall=_recall(inputs, choice))
+            record = replace(record, **_measured(inputs, choice, keep_maps=keep_maps))
         return output, record
 
     def choose(
@@ -253,8 +254,8 @@ def _dense(inputs: LayerInputs, value: Tensor, heads: Tensor | None = None) -> T
     return causal_attention(query, key, value, scale=inputs.scale)
 
 
-def _recall(inputs: LayerInputs, choice: LayerChoice) -> Tensor:
-    """Attention mass inside every head's pattern, float32 `[H]`."""
+def _measured(inputs: LayerInputs, choice: LayerChoice, *, keep_maps: bool) -> dict[str, Any]:
+    """What exact maps tell of a choice: `recall` and `sketch` of a `LayerRecord`."""
     geometry, patterns = inputs.geometry, choice.selection.patterns
     _, maps = pooled_attention(
         inputs.query,
@@ -265,7 +266,20 @@ def _recall(inputs: LayerInputs, choice: LayerChoice) -> Tensor:
     )
     if choice.lists is None:
         patterns = geometry.causal[None]
-    return covered_mass(maps, patterns, choice.head_to_pattern)
+    read = choice.head_to_pattern
+    found: dict[str, Any] = {"recall": covered_mass(maps, patterns, read)}
+    if keep_maps:
+        whole = torch.cat([patterns, geometry.causal[None]])
+        found["sketch"] = Sketch(
+            geometry.n_query, geometry.n_key, _small(maps), _small(whole[read].to(maps.dtype))
+        )
+    return found
+
+
+def _small(maps: Tensor) -> Tensor:
+    """Maps `[H, n_q, n_k]` averaged to at most `SKETCH_SIDE` a side, as float16."""
+    rows, columns = (min(SKETCH_SIDE, size) for size in maps.shape[1:])
+    return torch.nn.functional.adaptive_avg_pool2d(maps, (rows, columns)).half()
 
 
 def _refuse_nonfinite(layer: int, tensors: dict[str, Tensor]) -> None:

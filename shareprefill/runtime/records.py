@@ -15,6 +15,25 @@ from shareprefill.runtime.rules.base import Coverage, Overhead, PolicyTaken
 
 T = TypeVar("T")
 
+SKETCH_SIDE = 64
+
+
+@dataclass(frozen=True, eq=False)
+class Sketch:
+    """The maps of one layer's heads, and what was read of them, small enough to keep and to show.
+
+    Attributes:
+        queries: Query rows, in tokens: the last ones of the sequence, or of a chunk of it.
+        keys: Keys, in tokens.
+        maps: Exact block maps, float16 `[H, n_q, n_k]`, averaged to at most `SKETCH_SIDE` a side.
+        read: The share of every cell that was read, float16 of the same shape.
+    """
+
+    queries: int
+    keys: int
+    maps: Tensor
+    read: Tensor
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class LayerRecord:
@@ -32,6 +51,7 @@ class LayerRecord:
         totals: Listed blocks by pattern, and the pattern that each head read; None where all
             outputs were there without.
         recall: Attention mass inside every head's pattern, float32 `[H]`, where asked for.
+        sketch: Maps and patterns, where asked for.
     """
 
     layer: int
@@ -42,6 +62,7 @@ class LayerRecord:
     candidate_distances: Tensor | None
     totals: BlockLists | None
     recall: Tensor | None = None
+    sketch: Sketch | None = None
 
     @property
     def policies(self) -> Tensor:
@@ -143,5 +164,5 @@ def _moved(tensors: Sequence[Tensor]) -> list[Tensor]:
         some = [tensors[place].flatten() for place in places]
         parts = torch.cat(some).cpu().split([len(part) for part in some])
         for place, part in zip(places, parts, strict=True):
-            moved[place] = part
+            moved[place] = part.view(tensors[place].shape)
     return moved

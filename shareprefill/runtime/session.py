@@ -31,7 +31,7 @@ from shareprefill.runtime.interface import (
     dense_attention,
 )
 from shareprefill.runtime.plan import RuntimePlan, make_plan
-from shareprefill.runtime.records import LayerRecord
+from shareprefill.runtime.records import LayerRecord, Sketch, on_host
 from shareprefill.runtime.report import SessionReport, make_report
 
 if TYPE_CHECKING:
@@ -48,6 +48,7 @@ class Session:
         config: RuntimeConfig,
         *,
         measure_recall: bool = False,
+        keep_maps: bool = False,
         weights_distance: float = 0.0,
     ) -> None:
         self.model = model
@@ -58,7 +59,8 @@ class Session:
         shard = head_shard(model)
         heads = shard and shard.heads(artifact.policy.shape[1])
         self.prefill = SparsePrefill(make_plan(artifact, config), heads, shard)
-        self.measure_recall = measure_recall
+        self.measure_recall = measure_recall or keep_maps
+        self.keep_maps = keep_maps
         self._pass = _Pass()
         self._lock = threading.Lock()
         self._records: list[LayerRecord] = []
@@ -135,6 +137,16 @@ class Session:
             thresholds=thresholds,
         )
 
+    def sketches(self) -> dict[int, Sketch]:
+        """Maps and patterns of the last sparse prefill, or its last chunk, by layer.
+
+        Empty unless the session keeps maps.
+        """
+        with self._lock:
+            last = {record.layer: record for record in self._records}
+        found = on_host([*last.values()])
+        return {record.layer: record.sketch for record in found if record.sketch is not None}
+
     def _attend(self, call: AttentionCall) -> Tensor:
         n_query, n_key = call.query.shape[2], call.key.shape[2]
         device = call.query.device
@@ -176,6 +188,7 @@ class Session:
             softcap=call.softcap,
             sinks=call.sinks,
             measure_recall=self.measure_recall,
+            keep_maps=self.keep_maps,
         )
         if not again:
             with self._lock:
@@ -230,6 +243,7 @@ def share_prefill(
     config: RuntimeConfig | None = None,
     *,
     measure_recall: bool = False,
+    keep_maps: bool = False,
 ) -> Session:
     """A context in which a model's prefills use the shared sparse patterns of an artifact.
 
@@ -253,6 +267,7 @@ def share_prefill(
         artifact: Path of an artifact, or a loaded one.
         config: Options; those that are None take the artifact's values.
         measure_recall: Also measure the recall of every pattern (about one dense attention more).
+        keep_maps: Measure it, and keep a sketch of every map and pattern: `Session.sketches`.
 
     Returns:
         The session, to be entered with `with`.
@@ -275,6 +290,7 @@ def share_prefill(
         artifact,
         config or RuntimeConfig(),
         measure_recall=measure_recall,
+        keep_maps=keep_maps,
         weights_distance=distance,
     )
     for name in ("pivot_rows", "sample_rows", "check_rows"):
