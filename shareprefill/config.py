@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, Self
 
-from shareprefill.errors import ConfigError
+from shareprefill.errors import ConfigError, did_you_mean
 from shareprefill.errors import require as _require
 from shareprefill.policy_names import check_policy_name, current_policy
 
@@ -50,7 +50,8 @@ class Stage:
         """
         unknown = sorted(set(values) - {field.name for field in fields(cls)})
         if unknown:
-            raise ConfigError(f"{cls.__name__} has no option {', '.join(map(repr, unknown))}")
+            near = did_you_mean(unknown[0], [field.name for field in fields(cls)])
+            raise ConfigError(f"{cls.__name__} has no option {', '.join(map(repr, unknown))}{near}")
         return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 

@@ -41,10 +41,10 @@ def require(holds: bool, name: str, value: object, allowed: str) -> None:
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """The end of an error about an unknown word, empty where no known one is near.
+    """A hint for an error about an unknown word, empty where no known one is near.
 
     >>> did_you_mean("flux", ["flex", "oracle"])
-    "; did you mean 'flex'?"
+    " (did you mean 'flex'?)"
     """
     near = get_close_matches(word, [*known], n=1)
-    return f"; did you mean {near[0]!r}?" if near else ""
+    return f" (did you mean {near[0]!r}?)" if near else ""

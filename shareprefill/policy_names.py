@@ -26,6 +26,8 @@ SELECTION_POLICIES: tuple[str, ...] = (
     *("flash", "flex", "oracle", "pooled", "streaming"),
 )
 POLICIES: tuple[str, ...] = (*PLANNED_POLICIES, "dense", *SELECTION_POLICIES)
+# What a session without an artifact does where no policy is named.
+WITHOUT_ARTIFACT = "smoothed"
 # Words that still work in this version.
 _RENAMED = {"share": "shareprefill", "level": "global-threshold"}
 _WRITTEN = "write NAME, NAME:parameter=value,..., or module:Class in the place of NAME"
@@ -118,7 +120,8 @@ def check_policy_name(text: str) -> None:
 
 def is_planned(text: str) -> bool:
     """Whether a policy needs an artifact."""
-    return PolicyName.parse(text).name in PLANNED_POLICIES
+    name = PolicyName.parse(text).name
+    return _RENAMED.get(name, name) in PLANNED_POLICIES
 
 
 def require_no_plan(text: str) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from shareprefill.commands.known import CLUSTERS, model_of
+from shareprefill.commands.known import artifact_here, model_of
 from shareprefill.commands.options import (
     JsonOption,
     OtherModelOption,
@@ -72,8 +72,8 @@ def eval_command(
     artifact: Annotated[
         list[Path] | None,
         typer.Option(
-            help="Artifact of the model, clusters.st by default; repeated, auto is run as each "
-            "plans it, and all else comes from the first."
+            help="Artifact of the model; clusters.st by default, if it is needed. Repeated, auto "
+            "is run as each plans it, and all else comes from the first."
         ),
     ] = None,
     model: OtherModelOption = None,
@@ -92,9 +92,13 @@ def eval_command(
     as_json: JsonOption = False,
 ) -> None:
     """Measure accuracy, fidelity, recall, density and time of policies against dense attention."""
-    first, *others = artifact or [CLUSTERS]
-    config = EvalConfig(**options, artifact=str(first), others=tuple(map(str, others)), model=model)
-    config = replace(config, model=model_of(first, model))
+    first, *others = artifact or [artifact_here(model, options["policies"])]
+    config = EvalConfig(
+        **options,
+        artifact=None if first is None else str(first),
+        others=tuple(map(str, others)),
+        model=model_of(first, model),
+    )
     require_folder(out, html=html)
     require_plot(plot, measure=config.measure)
     if not force:
@@ -163,13 +167,15 @@ def require_folder(out: Path | None, *, html: bool) -> None:
         raise ConfigError("--html needs a folder to write the page into: name it with --out")
 
 
-def require_own_results(out: Path | None, name: str, artifact: Path, model: str | None) -> None:
+def require_own_results(
+    out: Path | None, name: str, artifact: Path | None, model: str | None
+) -> None:
     """Refuses to replace results of another model.
 
     Args:
         out: The folder that holds them.
         name: Of their files, without the ending.
-        artifact: Of the model to be measured.
+        artifact: Of the model to be measured; None for none.
         model: Its name.
 
     Raises:
@@ -189,7 +195,8 @@ def require_own_results(out: Path | None, name: str, artifact: Path, model: str 
             "replace it, or another --out"
         ) from error
     # A quantised model has other weights than its artifact was made of.
-    if there != model and weights != load_artifact(artifact).fingerprint.weights:
+    is_other = artifact is None or weights != load_artifact(artifact).fingerprint.weights
+    if there != model and is_other:
         raise DataError(
             f"{printable(path)} holds results of another model, {printable(there)}: use --force "
             "to replace it, or another --out"

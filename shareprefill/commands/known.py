@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from shareprefill.errors import ArtifactError
+from shareprefill.policy_names import WITHOUT_ARTIFACT, is_planned
 
 ARTIFACTS = Path("artifacts")
 CLUSTERS = Path("clusters.st")
@@ -27,14 +31,63 @@ def calibration_folder(given: Path | None) -> Path:
     return folder
 
 
-def model_of(artifact: Path, given: str | None) -> str:
+def artifact_here(model: str | None, policies: Sequence[str]) -> Path | None:
+    """The artifact that a command reads where none is named; None where none is needed.
+
+    That is the folder's own, `clusters.st`. Where no policy needs one, it is read if it names the
+    model.
+
+    Args:
+        model: The model that the user named; None for none.
+        policies: What is to be run.
+
+    Raises:
+        ArtifactError: there is none, and one is needed; or it cannot be read.
+    """
+    from shareprefill.artifact import load_artifact
+    from shareprefill.files import kind_of, printable
+
+    needing = [policy for policy in policies if is_planned(policy)]
+    is_there = kind_of(CLUSTERS) is not None
+    if not is_there and needing:
+        raise ArtifactError(
+            f"policy {needing[0]!r} needs an artifact, and there is no {CLUSTERS} in this folder: "
+            "name one with --artifact, make one with sp calibrate and sp cluster, or name a model "
+            f"with --model and a policy that plans nothing, like --policy {WITHOUT_ARTIFACT}"
+        )
+    if not is_there and model is None:
+        raise ArtifactError(
+            f"there is no {CLUSTERS} in this folder: name a model with --model, or an artifact "
+            "with --artifact"
+        )
+    if not is_there or needing or model is None:
+        return CLUSTERS if is_there else None
+    named = load_artifact(CLUSTERS).model
+    if named == model:
+        return CLUSTERS
+    typer.echo(
+        f"{CLUSTERS} is of the model {printable(named)} and not read; --artifact {CLUSTERS} "
+        "reads it",
+        err=True,
+    )
+    return None
+
+
+def model_of(artifact: Path | None, given: str | None) -> str:
     """The model that a command loads: the one given, or the artifact's where it is known here.
+
+    Args:
+        artifact: The artifact; None for none, where a model is given.
+        given: The model that the user named; None for none.
 
     Raises:
         ArtifactError: the artifact cannot be read, or names a model that is not known here.
     """
     from shareprefill.artifact import load_artifact, model_to_load
 
+    if artifact is None:
+        assert given is not None
+        return given
     return model_to_load(load_artifact(artifact), given, known_models(ARTIFACTS))
 
 

@@ -15,7 +15,12 @@ import typer
 
 from shareprefill.errors import ConfigError, DataError
 from shareprefill.files import kind_of, printable
+from shareprefill.policy_names import POLICIES
 
+POLICY_HELP = (
+    f"One of {', '.join(POLICIES)}, or module:Class of your own; parameters may follow, "
+    "as in streaming:local_blocks=16."
+)
 _UNITS = {"": 1, "k": 1024, "m": 1024**2}
 
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]

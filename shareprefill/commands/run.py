@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from shareprefill.commands.known import CLUSTERS
+from shareprefill.commands.known import artifact_here, model_of
 from shareprefill.commands.options import (
+    POLICY_HELP,
     DeviceOption,
     DtypeOption,
     JsonOption,
@@ -24,7 +25,7 @@ from shareprefill.commands.options import (
 )
 from shareprefill.commands.streams import print_now, read_prompt
 from shareprefill.config import RuntimeConfig
-from shareprefill.policy_names import POLICIES
+from shareprefill.errors import ConfigError
 
 if TYPE_CHECKING:
     from shareprefill.artifact import Artifact
@@ -34,12 +35,15 @@ if TYPE_CHECKING:
 @options_of(
     RuntimeConfig,
     leave_out=("sample_rows", "check_rows", "sink_blocks", "local_blocks", "max_density"),
-    policy=explained(f"One of {', '.join(POLICIES)}."),
+    policy=explained(POLICY_HELP),
 )
 def run_command(
     prompt: Annotated[Path, typer.Argument(help="Text file; - reads standard input.")],
     options: dict[str, Any],
-    artifact: Annotated[Path, typer.Option(help="Artifact of the model.")] = CLUSTERS,
+    artifact: Annotated[
+        Path | None,
+        typer.Option(help="Artifact of the model; clusters.st by default, if it is needed."),
+    ] = None,
     model: OtherModelOption = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")] = 64,
     prefill_chunk: Annotated[
@@ -69,19 +73,23 @@ def run_command(
     text = read_prompt(prompt)
     if trace is not None:
         require_own(trace, (b"<!DOCTYPE html>",), force=force)
-    from shareprefill.artifact import load_artifact, model_to_load
-    from shareprefill.commands.known import ARTIFACTS, known_models
+    path = artifact or artifact_here(model, [config.policy])
+    if trace is not None and path is None:
+        raise ConfigError(
+            "--trace shows what an artifact planned beside what was done: name one with --artifact"
+        )
+    from shareprefill.artifact import load_artifact
     from shareprefill.files import atomic_write_text, locked_output
     from shareprefill.runtime.answering import answer
 
-    loaded = load_artifact(artifact)
+    loaded = None if path is None else load_artifact(path)
     # Now, not after the run: whether the page can be written.
     with nullcontext() if trace is None else locked_output(trace):
         result = answer(
             loaded,
             text,
             config,
-            model=model_to_load(loaded, model, known_models(ARTIFACTS)),
+            model=model_of(path, model),
             max_new_tokens=max_new_tokens,
             prefill_chunk=prefill_chunk,
             compare_dense=compare_dense,
@@ -93,6 +101,7 @@ def run_command(
             on_text=None if as_json else print_now,
         )
         if trace is not None:
+            assert loaded is not None
             atomic_write_text(trace, trace_of(loaded, config, result))
     finish_run(result, as_json=as_json)
 

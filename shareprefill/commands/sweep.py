@@ -18,6 +18,7 @@ from shareprefill.commands.evaluate import (
 )
 from shareprefill.commands.known import CLUSTERS, model_of
 from shareprefill.commands.options import (
+    POLICY_HELP,
     JsonOption,
     OtherModelOption,
     RemoteCodeOption,
@@ -29,7 +30,6 @@ from shareprefill.commands.options import (
     with_commas,
 )
 from shareprefill.evaluation.config import SweepConfig
-from shareprefill.policy_names import POLICIES
 
 if TYPE_CHECKING:
     from shareprefill.evaluation.sweep import Sweep
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     block_sizes=repeated("--block-size"),
     ks=repeated("--k"),
     calibrations=repeated("--calibration"),
-    policy=explained(f"One of {', '.join(POLICIES)}."),
+    policy=explained(POLICY_HELP),
     tasks=with_commas,
     length=length_option,
     samples=named("--samples-per-task", "--samples"),

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from shareprefill.config import BLOCK_SIZES, RuntimeConfig, Stage
 from shareprefill.errors import ConfigError, require
-from shareprefill.policy_names import current_policy
+from shareprefill.policy_names import current_policy, require_no_plan
 
 DENSE = "dense"
 PERPLEXITY = "perplexity"
@@ -28,7 +28,7 @@ class EvalConfig(Stage):
     """What `sp eval` measures.
 
     Attributes:
-        artifact: Path of the artifact.
+        artifact: Path of the artifact; none where no policy needs one.
         model: Where the model is; None: where the artifact says.
         tasks: Generated tasks, `perplexity` (of the shipped text), `perplexity:<file or folder>`,
             or rows of a benchmark (`ruler`, `infinitebench`, `longbench`), `<benchmark>:<file>` or
@@ -53,7 +53,7 @@ class EvalConfig(Stage):
             plans it, whatever the gammas; all else comes from the first.
     """
 
-    artifact: str
+    artifact: str | None = None
     model: str | None = None
     tasks: tuple[str, ...] = DEFAULT_TASKS
     policies: tuple[str, ...] = ("auto",)
@@ -72,7 +72,12 @@ class EvalConfig(Stage):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "policies", tuple(map(current_policy, self.policies)))
-        require(bool(self.artifact), "artifact", self.artifact, "the path of an artifact")
+        require(self.artifact != "", "artifact", self.artifact, "the path of an artifact")
+        if self.artifact is None:
+            require(bool(self.model), "model", self.model, "named where there is no artifact")
+            require(not self.others, "others", self.others, "none without a first artifact")
+            for policy in self.policies:
+                require_no_plan(policy)
         for name in ("tasks", "policies", "lengths"):
             require(bool(getattr(self, name)), name, getattr(self, name), "at least one")
         for name in ("tasks", "policies", "lengths", "gammas"):
@@ -98,7 +103,7 @@ class EvalConfig(Stage):
     @property
     def artifacts(self) -> tuple[str, ...]:
         """Paths of all artifacts."""
-        return (self.artifact, *self.others)
+        return () if self.artifact is None else (self.artifact, *self.others)
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -85,7 +85,7 @@ class Variant:
     Attributes:
         policy: Policy of its session; `dense`: no session at all.
         settings: What tells it from others of its policy.
-        artifact: Artifact of its session; None for `dense`.
+        artifact: Artifact of its session; None for none, and for `dense`.
         runtime: Options of its session; None for `dense`.
     """
 
@@ -155,7 +155,7 @@ class PromptMeasurement:
     def run(self, variant: Variant) -> Outcome:
         """The outcome of one variant."""
         dense, tokens = self._dense_answer(), len(self.question.input_ids)
-        if variant.artifact is None or variant.runtime is None:
+        if variant.runtime is None:
             seconds = [dense.seconds, *(self._prefill() for _ in range(self.repeats - 1))]
             median = statistics.median(seconds)
             return Outcome(dense.score, dense.text, tokens, median, median, bins=dense.bins)
@@ -237,7 +237,7 @@ class PromptMeasurement:
         return found.mean_kl, found.top1_agreement
 
     def _measured(
-        self, artifact: Artifact, runtime: RuntimeConfig
+        self, artifact: Artifact | None, runtime: RuntimeConfig
     ) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Recall of every head, and the attention's error of every layer."""
         if not self.measure:
@@ -413,7 +413,7 @@ def variants_of(config: EvalConfig, artifacts: Sequence[Artifact]) -> list[Varia
 
     Args:
         config: Policies and gammas.
-        artifacts: Those that it names, in its order.
+        artifacts: Those that it names, in its order; none where no policy needs one.
     """
     variants = []
     for runtime in config.runtimes():
@@ -424,8 +424,15 @@ def variants_of(config: EvalConfig, artifacts: Sequence[Artifact]) -> list[Varia
             ]
         else:
             settings = {} if runtime.gamma is None else {"gamma": runtime.gamma}
-            variants.append(Variant(runtime.policy, settings, artifacts[0], runtime))
+            artifact = artifacts[0] if artifacts else None
+            variants.append(Variant(runtime.policy, settings, artifact, runtime))
     return variants
+
+
+def model_name(config: EvalConfig, artifacts: Sequence[Artifact]) -> str:
+    """The model of a configuration: the one named, or the artifact's."""
+    # A configuration without an artifact names a model.
+    return config.model or artifacts[0].model
 
 
 def artifact_digest(artifact: Artifact) -> str:

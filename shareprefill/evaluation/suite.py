@@ -25,12 +25,14 @@ from shareprefill.evaluation.runner import (
     Run,
     Variant,
     artifact_digest,
+    model_name,
     variants_of,
 )
 from shareprefill.evaluation.workers import WorkerPool
 from shareprefill.files import locked_folder
 from shareprefill.models import load_tokenizer
 from shareprefill.runtime.generation import check_positions
+from shareprefill.runtime.policies import require_policy, source_digest
 
 Progress = Callable[[int, int], None]
 """Called with (outcomes done, outcomes in all)."""
@@ -74,12 +76,14 @@ def evaluate(
     """
     for task in config.tasks:
         check_task(task)
+    for runtime in config.runtimes():
+        require_policy(runtime.policy)
     artifacts = [load_artifact(path) for path in config.artifacts]
     measure = _in_this_process if config.workers == 1 else _in_workers
     with output_folder(out) as folder:
         cache = OutcomeCache(folder, fresh=fresh)
         cells, context = measure(config, artifacts, cache, trust_remote_code, progress)
-    first, *others = map(artifact_digest, artifacts)
+    first, *others = map(artifact_digest, artifacts) if artifacts else (None,)
     digests = {"artifact": first, "others": others} if others else {"artifact": first}
     return Evaluation(config, {**context, **digests}, tuple(cells))
 
@@ -91,7 +95,7 @@ def _in_this_process(
     trust_remote_code: bool,
     progress: Progress | None,
 ) -> tuple[list[Cell], dict[str, Any]]:
-    name = config.model or artifacts[0].model
+    name = model_name(config, artifacts)
     runner = ModelRunner.load(name, config, trust_remote_code=trust_remote_code)
     cells = measure_variants(runner, variants_of(config, artifacts), cache, progress)
     return cells, runner.context.values
@@ -104,7 +108,7 @@ def _in_workers(
     trust_remote_code: bool,
     progress: Progress | None,
 ) -> tuple[list[Cell], dict[str, Any]]:
-    name = config.model or artifacts[0].model
+    name = model_name(config, artifacts)
     tokenizer = load_tokenizer(name, trust_remote_code=trust_remote_code)
     with WorkerPool(config, [*map(artifact_digest, artifacts)], trust_remote_code) as pool:
         # The prompts are made while the workers load their models.
@@ -264,9 +268,16 @@ def _facts(
             "repeats": config.repeats,
             "artifact": digests.get(id(variant.artifact)),
             "runtime": None if variant.runtime is None else variant.runtime.to_dict(),
+            **_source(variant),
         }
         for variant in variants
     ]
+
+
+def _source(variant: Variant) -> dict[str, str]:
+    """The file of a policy from outside, which its author changes between evaluations."""
+    digest = source_digest(variant.policy)
+    return {} if digest is None else {"policy_source": digest}
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from shareprefill.evaluation.questions import check_task
 from shareprefill.evaluation.results import SCHEMA, Cell, Summary, summarize_cells
 from shareprefill.evaluation.runner import ModelRunner, Variant, artifact_digest
 from shareprefill.evaluation.suite import OutcomeCache, Progress, measure_variants, output_folder
+from shareprefill.runtime.policies import require_policy
 
 COSTS = ("effective_density", "ttft_s")
 GAINS = ("recall", "accuracy", "perplexity_change", "kl")
@@ -110,6 +111,7 @@ def sweep(
     """
     for task in config.tasks:
         check_task(task)
+    require_policy(config.policy)
     artifact = load_artifact(config.artifact)
     variants = {
         name: _of_session(config, artifact, name, values)

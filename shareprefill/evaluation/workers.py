@@ -32,6 +32,7 @@ from shareprefill.evaluation.runner import (
     Result,
     Variant,
     artifact_digest,
+    model_name,
     variants_of,
 )
 
@@ -174,6 +175,6 @@ def _loaded(setting: _Setting) -> tuple[ModelRunner, list[Variant]]:
     for path, artifact, digest in zip(config.artifacts, artifacts, digests, strict=True):
         if artifact_digest(artifact) != digest:
             raise ArtifactError(f"{path} changed while the workers began: run it again")
-    name = config.model or artifacts[0].model
+    name = model_name(config, artifacts)
     runner = ModelRunner.load(name, config, trust_remote_code=trust_remote_code)
     return runner, variants_of(config, artifacts)

@@ -13,7 +13,9 @@ from torch import Tensor
 
 from shareprefill.artifact import Artifact, model_to_load
 from shareprefill.config import RuntimeConfig
+from shareprefill.errors import ConfigError
 from shareprefill.models import load_model, load_tokenizer, max_length
+from shareprefill.policy_names import require_no_plan
 from shareprefill.runtime.fidelity import Fidelity, compare_predictions, final_states
 from shareprefill.runtime.generation import (
     Generation,
@@ -24,6 +26,7 @@ from shareprefill.runtime.generation import (
     relative_error,
     warm_up,
 )
+from shareprefill.runtime.policies import require_policy
 from shareprefill.runtime.records import Sketch
 from shareprefill.runtime.session import SessionReport, share_prefill
 
@@ -86,7 +89,7 @@ class Answer:
 
 
 def answer(
-    artifact: Artifact,
+    artifact: Artifact | None,
     prompt: str,
     config: RuntimeConfig,
     *,
@@ -104,10 +107,11 @@ def answer(
     """Loads a model and continues a prompt greedily under its artifact.
 
     Args:
-        artifact: Names the model and says what its heads do.
+        artifact: Names the model and says what its heads do; None for a policy that plans nothing.
         prompt: The text to continue, taken as it is (no chat template).
         config: Options of the session.
-        model: The model to load, None for the artifact's if that is built in.
+        model: The model to load, None for the artifact's if that is built in. It must be given
+            where there is no artifact.
         max_new_tokens: Tokens at most.
         compare_dense: Run dense attention on the same prompt afterwards, compare the predictions at
             every position, and time both in turns.
@@ -124,7 +128,8 @@ def answer(
         ShareprefillError: prompt, artifact or model cannot be used; see `share_prefill`,
             `load_model`.
     """
-    name = model_to_load(artifact, model)
+    require_policy(config.policy)
+    name = _model_of(artifact, model, config)
     tokenizer = load_tokenizer(name, trust_remote_code=trust_remote_code)
     network = load_model(name, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     input_ids = encode_prompt(network, tokenizer, prompt)
@@ -136,9 +141,12 @@ def answer(
             "what comes after them may be worse",
             *(needed, longest),
         )
-    measured = artifact.measured_tokens
+    measured = None if artifact is None else artifact.measured_tokens
     # Generated prompts come close to their length.
-    known = len(input_ids) if measured is None else measured + artifact.block_size
+    if artifact is None or measured is None:
+        known = len(input_ids)
+    else:
+        known = measured + artifact.block_size
     if config.policy == "auto" and len(input_ids) > known:
         logger.warning(
             "the prompt has %d tokens, and the artifact was measured on prompts of %d at most: how "
@@ -206,6 +214,15 @@ def answer(
         device=where,
         weights_distance=session.weights_distance,
     )
+
+
+def _model_of(artifact: Artifact | None, given: str | None, config: RuntimeConfig) -> str:
+    if artifact is not None:
+        return model_to_load(artifact, given)
+    require_no_plan(config.policy)
+    if given is None:
+        raise ConfigError("without an artifact the model must be named")
+    return given
 
 
 def _time_prefill(model: Any, input_ids: Tensor, chunk: int | None) -> float:

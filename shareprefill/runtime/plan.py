@@ -10,6 +10,7 @@ import torch
 
 from shareprefill.artifact import Artifact, Policy, Rows, Thresholds
 from shareprefill.config import CalibrateConfig, ClusterConfig, RuntimeConfig
+from shareprefill.models import warn_once
 from shareprefill.policy_names import is_planned, require_no_plan
 from shareprefill.runtime.geometry import Geometry
 from shareprefill.runtime.policies import make_policy
@@ -181,6 +182,8 @@ def make_plan(artifact: Artifact, config: RuntimeConfig) -> RuntimePlan:
 def plan_without_artifact(layers: int, heads: int, config: RuntimeConfig) -> RuntimePlan:
     """The plan of a policy that treats all heads alike, for a model that was not calibrated.
 
+    The log is told once what a calibration would add.
+
     Args:
         layers: Layers of the model.
         heads: Query heads of every layer.
@@ -195,6 +198,16 @@ def plan_without_artifact(layers: int, heads: int, config: RuntimeConfig) -> Run
     forced, labels, selectors = _policy_of_all(config.policy)
     assert forced is not None
     gamma = _chosen(config.gamma, thresholds.gamma)
+    if forced != Policy.DENSE:
+        warn_once(
+            "no artifact: all heads follow one policy, at one gamma. A calibration plans every "
+            "head by what is measured of it: sp calibrate, then sp cluster"
+        )
+    if forced == Policy.SMOOTHED or any(isinstance(s, FewRows) for s in selectors.values()):
+        warn_once(
+            f"policy {config.policy!r} estimates attention with weights that are not fitted to "
+            "this model; a calibration fits them"
+        )
 
     def head_plan(head: int) -> HeadPlan:
         return HeadPlan(

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from shareprefill.artifact import Artifact, check_fingerprint, load_artifact
 from shareprefill.config import RuntimeConfig
 from shareprefill.errors import ConfigError
 from shareprefill.models import fingerprint, geometry
+from shareprefill.policy_names import WITHOUT_ARTIFACT
 from shareprefill.runtime.attachment import Attachment, latest
 from shareprefill.runtime.core import SequenceState, SparsePrefill
 from shareprefill.runtime.crossover import crossover
@@ -30,7 +31,8 @@ from shareprefill.runtime.interface import (
     computing_itself,
     dense_attention,
 )
-from shareprefill.runtime.plan import RuntimePlan, make_plan
+from shareprefill.runtime.plan import RuntimePlan, make_plan, plan_without_artifact
+from shareprefill.runtime.policies import policy_text
 from shareprefill.runtime.records import LayerRecord, Sketch, on_host
 from shareprefill.runtime.report import SessionReport, make_report
 
@@ -43,8 +45,8 @@ class Session:
 
     def __init__(
         self,
-        model: torch.nn.Module,
-        artifact: Artifact,
+        model: PreTrainedModel,
+        artifact: Artifact | None,
         config: RuntimeConfig,
         *,
         measure_recall: bool = False,
@@ -57,8 +59,9 @@ class Session:
         self.artifact = artifact
         self.config = config
         shard = head_shard(model)
-        heads = shard and shard.heads(artifact.policy.shape[1])
-        self.prefill = SparsePrefill(make_plan(artifact, config), heads, shard)
+        plan = _plan_of(model, artifact, config)
+        heads = shard and shard.heads(len(plan.layers[0]))
+        self.prefill = SparsePrefill(plan, heads, shard)
         self.measure_recall = measure_recall or keep_maps
         self.keep_maps = keep_maps
         self._pass = _Pass()
@@ -212,6 +215,15 @@ class Session:
             self._dense[layer, n_query, n_key] += 1
 
 
+def _plan_of(
+    model: PreTrainedModel, artifact: Artifact | None, config: RuntimeConfig
+) -> RuntimePlan:
+    if artifact is not None:
+        return make_plan(artifact, config)
+    sizes = geometry(model)
+    return plan_without_artifact(sizes.layers, sizes.heads, config)
+
+
 _States = dict[tuple[int, int], SequenceState]
 
 
@@ -239,11 +251,12 @@ class _Pass(threading.local):
 
 def share_prefill(
     model: PreTrainedModel,
-    artifact: str | Path | Artifact,
+    artifact: str | Path | Artifact | None = None,
     config: RuntimeConfig | None = None,
     *,
     measure_recall: bool = False,
     keep_maps: bool = False,
+    **options: Any,
 ) -> Session:
     """A context in which a model's prefills use the shared sparse patterns of an artifact.
 
@@ -251,7 +264,10 @@ def share_prefill(
 
         with share_prefill(model, "clusters.st") as session:
             model.generate(**inputs)
-        print(session.report().density)
+        print(session.report())
+
+    Without an artifact all heads follow one policy, which needs no calibration and runs on any
+    model: `share_prefill(model, policy="smoothed", gamma=0.9)`.
 
     Prefills of any batch, padding, packing and chunking are taken; decode steps and prompts below
     the crossover run dense, and so do calls inside `with session.dense()`. The model's attention
@@ -264,39 +280,58 @@ def share_prefill(
 
     Args:
         model: A transformers decoder, in eval mode.
-        artifact: Path of an artifact, or a loaded one.
+        artifact: Path of an artifact, or a loaded one; None for a policy that plans nothing.
         config: Options; those that are None take the artifact's values.
         measure_recall: Also measure the recall of every pattern (about one dense attention more).
         keep_maps: Measure it, and keep a sketch of every map and pattern: `Session.sketches`.
+        options: Fields of `RuntimeConfig` instead of `config`. `policy` may be an object, too; it
+            is `smoothed` where neither it nor an artifact is given.
 
     Returns:
         The session, to be entered with `with`.
 
     Raises:
         ArtifactError: the artifact cannot be read, or is of another model.
-        ConfigError: a row count is above the artifact's block size, or the processes of a
-            tensor-parallel group do not divide the heads.
+        ConfigError: an option is not allowed, the policy needs an artifact, a row count is above
+            the block size, or the processes of a tensor-parallel group do not divide the heads.
         UnsupportedError: the model's family is not supported.
     """
-    if not isinstance(artifact, Artifact):
+    config = _config_of(config, options, is_planned=artifact is not None)
+    if isinstance(artifact, (str, Path)):
         artifact = load_artifact(artifact)
     shard = head_shard(model)
     if shard is not None:
         sizes = geometry(model)
         shard.check(sizes.heads, sizes.kv_heads)
-    distance = check_fingerprint(artifact, fingerprint(model))
+    distance = 0.0 if artifact is None else check_fingerprint(artifact, fingerprint(model))
     session = Session(
         model,
         artifact,
-        config or RuntimeConfig(),
+        config,
         measure_recall=measure_recall,
         keep_maps=keep_maps,
         weights_distance=distance,
     )
     for name in ("pivot_rows", "sample_rows", "check_rows"):
         rows = getattr(session.plan, name)
-        if rows > artifact.block_size:
+        if rows > session.plan.block_size:
             raise ConfigError(
-                f"{name} = {rows} is not allowed: a block has {artifact.block_size} rows"
+                f"{name} = {rows} is not allowed: a block has {session.plan.block_size} rows"
             )
     return session
+
+
+def _config_of(
+    config: RuntimeConfig | None, options: dict[str, Any], *, is_planned: bool
+) -> RuntimeConfig:
+    if config is not None and options:
+        raise ConfigError(
+            f"give config or {', '.join(options)}, not both: the latter are fields of the former"
+        )
+    if config is not None:
+        return config
+    if "policy" in options:
+        options["policy"] = policy_text(options["policy"])
+    elif not is_planned:
+        options["policy"] = WITHOUT_ARTIFACT
+    return RuntimeConfig.from_dict(options)

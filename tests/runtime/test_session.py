@@ -11,6 +11,9 @@ from shareprefill import share_prefill
 from shareprefill.artifact import Policy, save_artifact
 from shareprefill.config import RuntimeConfig
 from shareprefill.errors import ArtifactError, ConfigError
+from shareprefill.models import warn_once
+from shareprefill.runtime.policies import policy_text
+from shareprefill.runtime.policies.streaming import Streaming
 from tests.support.families import FAMILIES, build
 from tests.support.tiny import BLOCK, tiny_artifact, tiny_llama, token_ids
 
@@ -30,6 +33,53 @@ def model() -> Any:
 def logits(model: Any, config: RuntimeConfig, **inputs: Any) -> torch.Tensor:
     with share_prefill(model, tiny_artifact(model, POLICIES), config):
         return model(**inputs).logits
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "policy", ["smoothed", "streaming:local_blocks=1", Streaming(local_blocks=1)]
+)
+def test_a_policy_that_plans_nothing_needs_no_artifact(
+    model: Any, policy: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    warn_once.cache_clear()
+    ids = token_ids(1, 700)
+    for _ in range(2):
+        with share_prefill(model, policy=policy, gamma=0.6, min_tokens=0, max_density=1) as session:
+            sparse = model(input_ids=ids).logits
+    (name,) = session.report().policies
+    assert name == (policy if isinstance(policy, str) else policy_text(policy))
+    assert session.report().policies[name] == 12
+    assert 0.1 < session.report().density < 1
+    assert not torch.allclose(sparse, model(input_ids=ids).logits, **CLOSE)
+    assert caplog.text.count("A calibration plans every head") == 1
+    unfitted = "weights that are not fitted to this model"
+    assert caplog.text.count(unfitted) == (policy == "smoothed")
+
+
+def test_without_an_artifact_the_policy_is_smoothed(model: Any) -> None:
+    assert share_prefill(model, min_tokens=0).config == RuntimeConfig(
+        policy="smoothed", min_tokens=0
+    )
+    assert share_prefill(model, tiny_artifact(model), gamma=0.5).config == RuntimeConfig(gamma=0.5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"policy": "auto"}, "policy 'auto' needs an artifact: name one, make one with sp calib"),
+        ({"config": RuntimeConfig()}, "policy 'auto' needs an artifact"),
+        ({"config": RuntimeConfig(policy="flex"), "gamma": 0.5}, "give config or gamma, not both"),
+        ({"gama": 0.5}, r"has no option 'gama' \(did you mean 'gamma'\?\)"),
+        ({"policy": "smoothd"}, "did you mean 'smoothed'"),
+        ({"policy": "flex", "sample_rows": 129}, "a block has 128 rows"),
+    ],
+)
+def test_what_needs_an_artifact_or_is_no_option_is_refused(
+    model: Any, arguments: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        share_prefill(model, **arguments)
 
 
 def test_everything_selected_gives_the_models_own_logits(model: Any) -> None:

@@ -9,7 +9,9 @@ them.
 from __future__ import annotations
 
 import ast
+import hashlib
 import inspect
+import secrets
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -21,12 +23,25 @@ from types import ModuleType, UnionType
 from typing import TYPE_CHECKING, Any, Union, get_args, get_origin, get_type_hints
 
 from shareprefill.errors import ConfigError, did_you_mean
-from shareprefill.policy_names import SELECTION_POLICIES, PolicyName, place_of
+from shareprefill.policy_names import (
+    PLANNED_POLICIES,
+    POLICIES,
+    SELECTION_POLICIES,
+    PolicyName,
+    place_of,
+)
 
 if TYPE_CHECKING:
     from shareprefill.runtime.policies.base import SelectionPolicy
 
-__all__ = ["SELECTION_POLICIES", "make_policy", "policy_class", "policy_text"]
+__all__ = [
+    "SELECTION_POLICIES",
+    "make_policy",
+    "policy_class",
+    "policy_text",
+    "require_policy",
+    "source_digest",
+]
 
 
 def make_policy(text: str) -> SelectionPolicy:
@@ -42,6 +57,28 @@ def make_policy(text: str) -> SelectionPolicy:
     written = PolicyName.parse(text)
     found = policy_class(text)
     return found(**_values(found, written))
+
+
+def require_policy(text: str) -> None:
+    """Makes sure that a policy can be made: now, not after a model was loaded.
+
+    Raises:
+        ConfigError: see `make_policy`.
+    """
+    if PolicyName.parse(text).name not in (*PLANNED_POLICIES, "dense"):
+        make_policy(text)
+
+
+def source_digest(text: str) -> str | None:
+    """SHA-256 of the file that a policy from outside is in, which may change; None for ours."""
+    name = PolicyName.parse(text).name
+    if name in POLICIES:
+        return None
+    file = sys.modules[policy_class(text).__module__].__file__
+    if file is None:
+        # What was measured of a class without a file is never used again.
+        return secrets.token_hex(16)
+    return hashlib.sha256(Path(file).read_bytes()).hexdigest()
 
 
 def policy_class(text: str) -> type:
