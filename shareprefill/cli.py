@@ -13,11 +13,12 @@ from shareprefill.commands.audit import audit_command
 from shareprefill.commands.bench import bench_command
 from shareprefill.commands.calibrate import calibrate_command
 from shareprefill.commands.cluster import cluster_command
+from shareprefill.commands.common import register
 from shareprefill.commands.diff import diff_command
 from shareprefill.commands.doctor import doctor_command
 from shareprefill.commands.evaluate import eval_command
+from shareprefill.commands.help import Group
 from shareprefill.commands.inspect import inspect_command
-from shareprefill.commands.options import with_home
 from shareprefill.commands.pull import pull_command
 from shareprefill.commands.push import push_command
 from shareprefill.commands.regenerate import regenerate_command
@@ -31,12 +32,11 @@ from shareprefill.files import printable
 
 app = typer.Typer(
     name="sp",
-    help="Make long prompts cheap: calibrate a model's attention patterns, cluster its heads, and "
-    "run its prefill with shared sparse attention.",
+    cls=Group,
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 
@@ -44,7 +44,16 @@ app = typer.Typer(
 def root(
     version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
 ) -> None:
-    """Shared sparse attention patterns for long prompts."""
+    """Make long prompts cheap: find out once which attention heads are alike, and let them share.
+
+    Examples:
+      sp calibrate --model sp-tiny --length 4K
+      sp cluster
+      sp run prompt.txt --compare-dense
+
+    Environment: HF_HOME and HF_TOKEN as for all Hugging Face libraries, NO_COLOR for plain output,
+    COLUMNS for the width.
+    """
     if version:
         typer.echo(f"sp {__version__}")
         raise typer.Exit
@@ -55,7 +64,7 @@ for _command in (
     *(diff_command, doctor_command, eval_command, sweep_command, audit_command, bench_command),
     *(tune_command, regenerate_command, push_command, pull_command),
 ):
-    app.command(_command.__name__.removesuffix("_command"))(with_home(_command))
+    register(app, _command)
 
 
 def main() -> None:

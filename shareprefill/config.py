@@ -17,6 +17,11 @@ Nonfinite = Literal["dense", "error"]
 
 METRICS: tuple[str, ...] = ("jaccard", "jaccard-raw", "code")
 LINKAGES: tuple[str, ...] = ("average", "complete", "single")
+# What `sp calibrate` generates itself: tasks, plain documentation, and all of them in turn.
+DATA_SETS: tuple[str, ...] = (
+    *("retr_kv", "retr_passkey", "retr_number", "math_find", "code_run", "variable_tracking"),
+    *("needle", "text", "mixture"),
+)
 NONFINITE: tuple[str, ...] = ("dense", "error")
 BLOCK_SIZES: tuple[int, ...] = (16, 32, 64, 128, 256)
 MIN_RESOLUTION = 8
@@ -239,15 +244,19 @@ class RuntimeConfig(Stage):
         gamma: Attention mass a pattern covers, for all heads; None: chosen per head offline.
         slack: With `auto`, how much less than gamma a sharing head's sampled rows may have inside
             its pivot's pattern, for all heads; None: chosen per head offline.
-        tau: With `shareprefill`, Jensen-Shannon distance to the pivot under which a head shares.
-        delta: Jensen-Shannon distance to uniform above which a head is highly sparse.
-        pivot_rows: Query rows a block of a pivot's map; 0: all of them.
+        tau: With `shareprefill`, Jensen-Shannon distance to the pivot under which a head shares;
+            None: the artifact's, 0.2 unless `sp cluster` was told another.
+        delta: Jensen-Shannon distance to uniform above which a head is highly sparse; None: the
+            artifact's, 0.3 unless `sp cluster` was told another.
+        pivot_rows: Query rows a block of a pivot's map, 0 for all of them; None: the artifact's.
         sample_rows: Query rows a block of the row-sampled estimate.
         check_rows: Query rows a block of the check before sharing.
         sink_blocks: First key blocks that every query block reads.
         local_blocks: Last key blocks, the diagonal one among them, that every query block reads.
-        min_tokens: Prompts shorter than this run dense; None: the device's measured crossover.
-        max_density: Heads whose pattern is denser are computed densely; None: measured, likewise.
+        min_tokens: Prompts shorter than this run dense; None: the device's measured crossover, 5120
+            on a CPU and 16384 on a GPU.
+        max_density: Heads whose pattern is denser are computed densely; None: measured likewise,
+            0.6 on a CPU and 0.7 on a GPU.
         nonfinite: What to do about NaN or Inf in a layer's queries or keys: `dense` (a head whose
             own pattern rests on them reads every causal block, and no head shares such a pattern)
             or `error` (also for values; waits for the device at every layer).

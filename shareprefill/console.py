@@ -16,8 +16,24 @@ from rich.table import Table
 from rich.text import Text
 
 _GAP = 2  # between two columns
+_quiet = False
 _NARROWEST_PROSE = 16
 _FIGURE = re.compile(r"[-+.]?\d|-$")
+
+
+def set_quiet(quiet: bool) -> bool:
+    """Whether standard error gets nothing but errors from now on; returns how it was."""
+    global _quiet
+    was, _quiet = _quiet, quiet
+    return was
+
+
+def note(text: str) -> None:
+    """Says something on standard error that is no result, unless only results are wanted."""
+    from shareprefill.files import printable
+
+    if not _quiet:
+        print(printable(text, 2000), file=sys.stderr)  # noqa: T201
 
 
 def show_table(
@@ -151,7 +167,7 @@ def progress(what: str) -> Iterator[Callable[[int, int], None]]:
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with Progress(
-        *columns, TimeElapsedColumn(), console=console, disable=not console.is_terminal
+        *columns, TimeElapsedColumn(), console=console, disable=_quiet or not console.is_terminal
     ) as bar:
         task = bar.add_task(what, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
@@ -161,7 +177,7 @@ def progress(what: str) -> Iterator[Callable[[int, int], None]]:
 def status(what: str) -> Iterator[None]:
     """A spinner on stderr, silent where that is no terminal."""
     console = Console(stderr=True)
-    if not console.is_terminal:
+    if _quiet or not console.is_terminal:
         yield
         return
     with console.status(what):

@@ -48,6 +48,7 @@ ALLOWED = {
     "vllm": {"runtime"},
     "console": EVERY_STAGE,
     "commands": EVERY_STAGE | {"console"},
+    "__main__": {"cli"},
     "cli": EVERY_STAGE | {"console", "commands"},
 }
 OFFLINE_LIBRARIES = {"sklearn", "scipy", "datasets"}

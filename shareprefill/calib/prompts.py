@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from shareprefill.calib.tasks import TASKS, generate
-from shareprefill.config import CalibrateConfig
+from shareprefill.config import DATA_SETS, CalibrateConfig
 from shareprefill.data.sources import HUB, TEXT_FILES, Span, read_rows, reread
-from shareprefill.errors import ConfigError, DataError
+from shareprefill.errors import ConfigError, DataError, did_you_mean
 from shareprefill.files import kind_of, printable
 from shareprefill.tokens import encode
 
@@ -91,8 +91,8 @@ def _open(data: str, config: CalibrateConfig, tokenizer: Any) -> Iterator[Prompt
     if kind_of(data) is None:
         raise ConfigError(
             f"data set {printable(data)!r} is not known: give one of "
-            f"{', '.join((*TASKS, TEXT, MIXTURE))}, a .jsonl, .json or .txt file, a folder of "
-            "them, or hub:<dataset>:<config>:<split>"
+            f"{', '.join(DATA_SETS)}, a .jsonl, .json or .txt file, a folder of them, or "
+            f"hub:<dataset>:<config>:<split>{did_you_mean(data, DATA_SETS)}"
         )
     return _from_files(data, config, tokenizer)
 

@@ -27,10 +27,14 @@ def audit_command(
     force: Annotated[bool, typer.Option("--force", help="Replace a file that is no page.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Write a page about an artifact: clusters, maps, distances, stability, recall and density."""
+    """Write a page about an artifact: clusters, maps, distances, stability, recall and density.
+
+    Example:
+      sp audit clusters.st --calibration artifacts/sp-tiny/calibration --out audit.html
+    """
     from shareprefill.artifact import load_artifact
     from shareprefill.audit.findings import examine, to_dict
-    from shareprefill.console import status
+    from shareprefill.console import note, status
     from shareprefill.files import atomic_write_text, locked_output, printable
 
     loaded = load_artifact(artifact)
@@ -44,11 +48,9 @@ def audit_command(
 
             atomic_write_text(path, build_page(findings).html())
     for warning in findings.warnings:
-        typer.echo(f"sp: warning: {warning}", err=True)
+        note(f"sp: warning: {warning}")
     if findings.missing:
-        typer.echo(
-            f"sp: without maps, as {findings.missing}: name the folder with --calibration", err=True
-        )
+        note(f"sp: without maps, as {findings.missing}: name the folder with --calibration")
     if as_json:
         typer.echo(json.dumps(to_dict(findings), indent=1, allow_nan=False))
     else:

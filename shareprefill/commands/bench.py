@@ -27,16 +27,22 @@ def bench_command(
     trust_remote_code: RemoteCodeOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Time prefills of several lengths, dense and with shared sparse patterns."""
+    """Time prefills of several lengths, dense and with shared sparse patterns.
+
+    Examples:
+      sp bench --shape llama-3.2-1b --layers 2 --lengths 8K
+      sp bench --model sp-tiny --artifact clusters.st --lengths 4K,8K
+    """
     from shareprefill.artifact import load_artifact
     from shareprefill.bench.measure import run_bench
+    from shareprefill.console import note
 
     config = BenchConfig(**options)
     result = run_bench(
         config,
         None if artifact is None else load_artifact(artifact),
         trust_remote_code=trust_remote_code,
-        progress=lambda row: typer.echo(f"{row.tokens} {row.attention}", err=True),
+        progress=lambda row: note(f"{row.tokens} {row.attention}"),
     )
     if as_json:
         typer.echo(json.dumps(result.to_dict(), indent=1))

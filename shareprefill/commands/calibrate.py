@@ -16,7 +16,7 @@ from shareprefill.commands.options import (
     required,
 )
 from shareprefill.commands.train import show_training
-from shareprefill.config import CalibrateConfig, TrainConfig
+from shareprefill.config import DATA_SETS, CalibrateConfig, TrainConfig
 
 
 @options_of(
@@ -25,9 +25,9 @@ from shareprefill.config import CalibrateConfig, TrainConfig
     model=required("Hub id, local folder, .gguf file, or the built-in sp-tiny."),
     data=repeated(
         "--data",
-        "Data set: retr_kv, retr_passkey, retr_number, math_find, code_run, variable_tracking, "
-        "needle, text, mixture (all of these), a .jsonl, .json or .txt file, a folder of them, or "
-        "hub:<dataset>:<config>:<split>. May be repeated.",
+        f"Data set: {', '.join(DATA_SETS)} (all of these), a .jsonl, .json or .txt file, a folder "
+        "of them, or hub:<dataset>:<config>:<split>. May be repeated.",
+        DATA_SETS,
     ),
     length=length_option,
 )
@@ -41,7 +41,12 @@ def calibrate_command(
     ] = True,
     trust_remote_code: RemoteCodeOption = False,
 ) -> None:
-    """Capture block-pooled attention maps on prompts, and train the autoencoder on them."""
+    """Capture block-pooled attention maps on prompts, and train the autoencoder on them.
+
+    Examples:
+      sp calibrate --model sp-tiny --samples 6 --length 4K
+      sp calibrate --model Qwen/Qwen3-8B --data prompts.jsonl --length 32K
+    """
     config = CalibrateConfig(**options)
     from shareprefill.autoencoder.pipeline import train
     from shareprefill.calib.pipeline import capture_maps

@@ -28,7 +28,12 @@ def cluster_command(
         bool, typer.Option("--force", help="Replace a file that is of another model, or none.")
     ] = False,
 ) -> None:
-    """Cluster the heads of a calibration, choose every head's policy, and write the artifact."""
+    """Cluster the heads of a calibration, choose every head's policy, and write the artifact.
+
+    Examples:
+      sp cluster
+      sp cluster artifacts/sp-tiny/calibration --budget 0.2 --out fifth.st
+    """
     config = ClusterConfig(**options)
     from shareprefill.artifact import save_artifact
     from shareprefill.clustering.pipeline import cluster

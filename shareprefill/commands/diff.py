@@ -25,7 +25,11 @@ def diff_command(
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Print what changed between two artifacts of one model."""
+    """Print what changed between two artifacts of one model.
+
+    Example:
+      sp diff before.st after.st --exit-code
+    """
     from shareprefill.artifact import load_artifact
     from shareprefill.clustering.comparison import compare_artifacts
 

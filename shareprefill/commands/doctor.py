@@ -22,7 +22,12 @@ def doctor_command(
     trust_remote_code: RemoteCodeOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Print versions and the device, and what works here and what does not."""
+    """Print versions and the device, and what works here and what does not.
+
+    Examples:
+      sp doctor
+      sp doctor --model Qwen/Qwen3-8B
+    """
     from shareprefill.diagnosis import diagnose, diagnose_model
 
     if model is None:

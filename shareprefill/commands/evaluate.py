@@ -53,8 +53,8 @@ def policies_option(option: Written) -> Written:
     def read(text: str) -> tuple[str, ...]:
         return POLICIES if text == "all" else listed_policies(text)
 
-    text = f"{option.help} With commas between them, or all: {', '.join(POLICIES)}."
-    return replace(with_commas(option), help=text, read=read)
+    text = f"{option.help} Either all, or some of {', '.join(POLICIES)}."
+    return replace(with_commas(option), help=text, words=("all", *POLICIES), read=read)
 
 
 @options_of(
@@ -91,7 +91,12 @@ def eval_command(
     trust_remote_code: RemoteCodeOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Measure accuracy, fidelity, recall, density and time of policies against dense attention."""
+    """Measure accuracy, fidelity, recall, density and time of policies against dense attention.
+
+    Examples:
+      sp eval --policies auto,streaming --tasks retr_kv --lengths 4K --out results
+      sp eval --policies all --lengths 8K,32K --plot frontier.svg
+    """
     first, *others = artifact or [artifact_here(model, options["policies"])]
     config = EvalConfig(
         **options,

@@ -20,7 +20,11 @@ def inspect_command(
     artifact: Annotated[Path, typer.Argument(help="An artifact.")] = CLUSTERS,
     as_json: JsonOption = False,
 ) -> None:
-    """Print what is in an artifact."""
+    """Print what is in an artifact.
+
+    Example:
+      sp inspect clusters.st
+    """
     from shareprefill.artifact import load_artifact
 
     loaded = load_artifact(artifact)

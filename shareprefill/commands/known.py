@@ -23,11 +23,12 @@ CalibrationArgument = Annotated[
 def calibration_folder(given: Path | None) -> Path:
     """The folder given, or the newest calibration under `artifacts/`, which is said."""
     from shareprefill.calib.store import newest_calibration
+    from shareprefill.console import note
 
     if given is not None:
         return given
     folder = newest_calibration(ARTIFACTS)
-    typer.echo(f"calibration: {folder} (the newest)", err=True)
+    note(f"calibration: {folder} (the newest)")
     return folder
 
 

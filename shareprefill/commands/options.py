@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import os
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import MISSING, Field, dataclass, fields, replace
@@ -13,6 +12,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import typer
 
+from shareprefill.commands.settings import LIST
 from shareprefill.errors import ConfigError, DataError
 from shareprefill.files import kind_of, printable
 from shareprefill.policy_names import POLICIES
@@ -86,6 +86,7 @@ class Written:
         help: Its line in the help.
         parser: Makes the value of one word; its errors are those of a wrong option.
         metavar: What the word stands for, in the help.
+        words: What a shell may complete.
         read: Makes the field's value of the option's.
     """
 
@@ -96,6 +97,7 @@ class Written:
     names: tuple[str, ...] = ()
     parser: Callable[[str], Any] | None = None
     metavar: str | None = None
+    words: tuple[str, ...] = ()
     read: Callable[[Any], Any] = lambda value: value
 
     def parameter(self) -> inspect.Parameter:
@@ -104,13 +106,24 @@ class Written:
         if not names and self.type is not bool:
             # typer 0.27 would name an option after its metavar.
             names = (f"--{self.field.replace('_', '-')}",)
-        option = typer.Option(*names, help=self.help, parser=self.parser, metavar=self.metavar)
+        option = typer.Option(
+            *names,
+            help=self.help,
+            parser=self.parser,
+            metavar=self.metavar,
+            autocompletion=self._complete if self.words else None,
+        )
         return inspect.Parameter(
             self.field,
             inspect.Parameter.KEYWORD_ONLY,
             default=inspect.Parameter.empty if self.default is ... else self.default,
             annotation=Annotated[self.type, option],
         )
+
+    def _complete(self, incomplete: str) -> list[str]:
+        """What a word that was begun may become; of a list, its last part."""
+        before, comma, last = incomplete.rpartition(",")
+        return [before + comma + word for word in self.words if word.startswith(last)]
 
 
 Writing = Callable[[Written], Written]
@@ -184,13 +197,13 @@ def _written(field: Field[Any], kind: Any, text: str) -> Written:
         words = get_args(kind)
         if not all(word in text for word in words):
             text = f"{text} One of {', '.join(words)}."
-        kind = str
+        return Written(field=field.name, type=str, default=default, help=text, words=words)
     return Written(field=field.name, type=kind, default=default, help=text)
 
 
-def explained(more: str) -> Writing:
-    """Adds a sentence to the help."""
-    return lambda option: replace(option, help=f"{option.help} {more}")
+def explained(more: str, *words: str) -> Writing:
+    """Adds a sentence to the help, and words that a shell completes."""
+    return lambda option: replace(option, help=f"{option.help} {more}", words=words)
 
 
 def named(*names: str) -> Writing:
@@ -203,7 +216,7 @@ def required(text: str) -> Writing:
     return lambda option: replace(option, default=..., help=text)
 
 
-def repeated(name: str, text: str | None = None) -> Writing:
+def repeated(name: str, text: str | None = None, words: tuple[str, ...] = ()) -> Writing:
     """A tuple as an option that is given once a value."""
 
     def write(option: Written) -> Written:
@@ -213,6 +226,7 @@ def repeated(name: str, text: str | None = None) -> Writing:
             type=list[kind] | None,
             default=list(option.default) or None,
             names=(name,),
+            words=words,
             help=text or f"{option.help} May be repeated.",
             read=lambda values: tuple(values or ()),
         )
@@ -222,15 +236,15 @@ def repeated(name: str, text: str | None = None) -> Writing:
 
 def with_commas(option: Written) -> Written:
     """A tuple of words as one option with commas."""
-    text = f"{option.help} With commas between them."
-    return replace(option, type=str, default=",".join(option.default), help=text, read=listed)
+    default = ",".join(option.default)
+    return replace(option, type=str, default=default, metavar=LIST, read=listed)
 
 
 def lengths_option(option: Written) -> Written:
     """Several lengths, as `8K,128K`."""
-    text = f"{option.help} With commas between them; 8K is 8192."
+    text = f"{option.help} 8K is 8192."
     default = ",".join(map(str, option.default))
-    return replace(option, type=str, default=default, help=text, read=parse_lengths)
+    return replace(option, type=str, default=default, metavar=LIST, help=text, read=parse_lengths)
 
 
 def length_option(option: Written) -> Written:
@@ -278,34 +292,6 @@ def require_own(path: Path, starts: tuple[bytes, ...], *, force: bool) -> None:
             f"{printable(path)} is there and of another kind: use --force to replace it, or name "
             "another file"
         )
-
-
-def with_home(command: Callable[..., None]) -> Callable[..., None]:
-    """Puts home folders for `~` and `~user` in all paths that a command is given.
-
-    A shell does so where it sees a path, which it does not in `--out=~/x`.
-    """
-
-    @wraps(command)
-    def run(**values: Any) -> None:
-        command(**{name: _expanded(value) for name, value in values.items()})
-
-    return run
-
-
-def _expanded(value: Any) -> Any:
-    if isinstance(value, list):
-        return [_expanded(part) for part in value]
-    if not isinstance(value, Path) or not str(value).startswith("~"):
-        return value
-    # Not `Path.expanduser`, which raises where there is no such user.
-    found = os.path.expanduser(value)
-    if found == str(value):
-        raise DataError(
-            f"{printable(value)}: there is no such user; write {printable('./' + found)} for a "
-            "path in this folder"
-        )
-    return Path(found)
 
 
 def listed(text: str) -> tuple[str, ...]:

@@ -21,7 +21,11 @@ def pull_command(
     ] = None,
     force: ForceOption = False,
 ) -> None:
-    """Get an artifact from a repository of the hub; it is checked before it gets its name."""
+    """Get an artifact from a repository of the hub; it is checked before it gets its name.
+
+    Example:
+      sp pull organisation/name --out clusters.st
+    """
     from shareprefill.files import printable
     from shareprefill.hub.sharing import pull
 

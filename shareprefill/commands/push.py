@@ -22,7 +22,11 @@ def push_command(
         bool, typer.Option("--dry-run", help="Print the model card, and send nothing.")
     ] = False,
 ) -> None:
-    """Put an artifact into a repository of the hub, with a model card."""
+    """Put an artifact into a repository of the hub, with a model card.
+
+    Example:
+      sp push clusters.st organisation/name --dry-run
+    """
     from shareprefill.hub.sharing import push
 
     found = push(artifact, repository, file=file, private=private, force=force, dry_run=dry_run)

@@ -46,7 +46,12 @@ def regenerate_command(
     trust_remote_code: RemoteCodeOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Make the artifacts of a file of models anew, and compare them with the committed ones."""
+    """Make the artifacts of a file of models anew, and compare them with the committed ones.
+
+    Examples:
+      sp regenerate models.toml --update
+      sp regenerate models.toml --only small --json
+    """
     from shareprefill.files import atomic_write_text, locked_output
     from shareprefill.regeneration.jobs import load_jobs, select_jobs
 

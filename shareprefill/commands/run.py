@@ -26,6 +26,7 @@ from shareprefill.commands.options import (
 from shareprefill.commands.streams import print_now, read_prompt
 from shareprefill.config import RuntimeConfig
 from shareprefill.errors import ConfigError
+from shareprefill.policy_names import POLICIES
 
 if TYPE_CHECKING:
     from shareprefill.artifact import Artifact
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 @options_of(
     RuntimeConfig,
     leave_out=("sample_rows", "check_rows", "sink_blocks", "local_blocks", "max_density"),
-    policy=explained(POLICY_HELP),
+    policy=explained(POLICY_HELP, *POLICIES),
 )
 def run_command(
     prompt: Annotated[Path, typer.Argument(help="Text file; - reads standard input.")],
@@ -68,7 +69,12 @@ def run_command(
     trust_remote_code: RemoteCodeOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Answer a prompt, its prefill with shared sparse attention."""
+    """Answer a prompt, its prefill with shared sparse attention.
+
+    Examples:
+      sp run prompt.txt --compare-dense --recall
+      sp run prompt.txt --artifact clusters.st --model ./my-model
+    """
     config = RuntimeConfig(**options)
     text = read_prompt(prompt)
     if trace is not None:

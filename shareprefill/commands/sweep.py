@@ -30,6 +30,7 @@ from shareprefill.commands.options import (
     with_commas,
 )
 from shareprefill.evaluation.config import SweepConfig
+from shareprefill.policy_names import POLICIES
 
 if TYPE_CHECKING:
     from shareprefill.evaluation.sweep import Sweep
@@ -45,7 +46,7 @@ if TYPE_CHECKING:
     block_sizes=repeated("--block-size"),
     ks=repeated("--k"),
     calibrations=repeated("--calibration"),
-    policy=explained(POLICY_HELP),
+    policy=explained(POLICY_HELP, *POLICIES),
     tasks=with_commas,
     length=length_option,
     samples=named("--samples-per-task", "--samples"),
@@ -61,7 +62,11 @@ def sweep_command(
     trust_remote_code: RemoteCodeOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Measure accuracy and recall against density and time, one parameter changed at a time."""
+    """Measure accuracy and recall against density and time, one parameter changed at a time.
+
+    Example:
+      sp sweep --gamma 0.8 --gamma 0.9 --tasks retr_kv --out results
+    """
     config = SweepConfig(**options, artifact=str(artifact), model=model)
     config = replace(config, model=model_of(artifact, model))
     require_folder(out, html=html)

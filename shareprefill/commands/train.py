@@ -15,7 +15,11 @@ if TYPE_CHECKING:
 
 @options_of(TrainConfig)
 def train_command(options: dict[str, Any], calibration: CalibrationArgument = None) -> None:
-    """Train the autoencoder of a calibration again."""
+    """Train the autoencoder of a calibration again.
+
+    Example:
+      sp train artifacts/sp-tiny/calibration --epochs 200
+    """
     config = TrainConfig(**options)
     from shareprefill.autoencoder.pipeline import train
 

@@ -21,6 +21,9 @@ def tune_command(options: dict[str, Any], as_json: JsonOption = False) -> None:
 
     Sessions and vLLM read it where min_tokens is not set. Dense attention is that of vLLM's own
     backend where vLLM is installed, else that of transformers: each has an entry of its own.
+
+    Example:
+      sp tune --lengths 4K,8K,16K
     """
     from shareprefill.bench.tuning import run_tuning
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 import tomllib
 from collections.abc import Iterable, Mapping
@@ -12,7 +11,7 @@ from types import UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from shareprefill.config import CalibrateConfig, ClusterConfig, Stage, TrainConfig
-from shareprefill.errors import ConfigError, DataError, require
+from shareprefill.errors import ConfigError, DataError, did_you_mean, require
 from shareprefill.files import printable
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -135,8 +134,8 @@ def select_jobs(jobs: list[Job], only: Iterable[str] = (), shard: str | None = N
     for name in only:
         if name not in names:
             raise ConfigError(
-                f"there is no model {printable(name)!r}{_near(name, names)}; there are "
-                + printable(", ".join(names))
+                f"there is no model {printable(name)!r}; there are {printable(', '.join(names))}"
+                f"{did_you_mean(name, names)}"
             )
     found = [job for job in jobs if not only or job.name in only]
     if shard is None:
@@ -229,14 +228,9 @@ def _refuse_unknown(values: Mapping[str, Any], known: Iterable[str], where: str)
     for key in values:
         if key not in known:
             raise ConfigError(
-                f"{where} has an unknown key {printable(key)!r}{_near(key, known)}; it may have "
-                + ", ".join(known)
+                f"{where} has an unknown key {printable(key)!r}; it may have {', '.join(known)}"
+                f"{did_you_mean(key, known)}"
             )
-
-
-def _near(word: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(word, known, n=1)
-    return f": did you mean {close[0]!r}?" if close else ""
 
 
 def _shown(value: object) -> str:

@@ -1,0 +1,143 @@
+"""What all commands have: `--config`, `-q` and `-v`."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+
+from shareprefill import cli, console
+from shareprefill.commands.common import register
+
+COMMANDS: dict[str, Any] = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
+ARTIFACT = Path(__file__).parents[1] / "data" / "format-1.st"
+Sp = Any
+
+
+@pytest.fixture
+def sp(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Sp:
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["sp", *map(str, arguments)])
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as end:
+            code = int(end.code or 0)
+        return (code, *capsys.readouterr())
+
+    return run
+
+
+def parsed(name: str, *arguments: str) -> dict[str, Any]:
+    """What a command would be run with."""
+    parent = typer.main.get_command(cli.app).make_context("sp", [name])
+    return COMMANDS[name].make_context(name, [*arguments], parent=parent).params
+
+
+def test_a_file_gives_options_and_the_command_line_wins(tmp_path: Path) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text(
+        'prompt = "~/question.txt"\nmax-new-tokens = 5\ngamma = 1\ncompare_dense = true\n'
+    )
+    found = parsed("run", "--config", str(file), "--gamma", "0.5")
+    assert (found["max_new_tokens"], found["gamma"], found["compare_dense"]) == (5, 0.5, True)
+    assert found["prompt"] == Path("~/question.txt")
+    assert found["policy"] == "auto"
+    assert parsed("run", "--config", str(file))["gamma"] == 1
+
+
+def test_lists_flags_and_other_names(tmp_path: Path) -> None:
+    file = tmp_path / "eval.toml"
+    file.write_text(
+        'tasks = ["retr_kv", "text"]\nlengths = ["4K", 8192]\ngamma = [0.8, 0.9]\n'
+        'samples = 3\nno-measure = true\nartifact = "a.st"\nfresh = true\n'
+    )
+    found = parsed("eval", "--config", str(file))
+    assert (found["tasks"], found["lengths"]) == ("retr_kv,text", "4K,8192")
+    assert (found["gammas"], found["samples"]) == ([0.8, 0.9], 3)
+    assert (found["measure"], found["resume"]) == (False, False)
+    assert found["artifact"] == [Path("a.st")]
+
+
+def test_a_file_for_several_commands(tmp_path: Path) -> None:
+    file = tmp_path / "all.toml"
+    file.write_text('[calibrate]\nmodel = "sp-tiny"\nlength = "4K"\n[cluster]\nk = 3\n')
+    assert parsed("calibrate", "--config", str(file))["length"] == 4096
+    assert parsed("cluster", "--config", str(file))["k"] == "3"
+    assert parsed("inspect", "--config", str(file))["artifact"] == Path("clusters.st")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("gama = 0.9", ("'gama'", "did you mean 'gamma'", "sp run --help")),
+        ("[cluter]\nk = 3", ("[cluter]", "did you mean 'cluster'")),
+        ("gamma = 0.9\n[cluster]\nk = 3", ("gamma stands in no table",)),
+        ("compare-dense = 1", ("compare-dense", "true or false")),
+        ("max-new-tokens = true", ("max-new-tokens", "a text or a number")),
+        ("policy = ['auto']", ("policy", "one value, not a list")),
+        ("gamma = ", ("run.toml is no TOML",)),
+        ("config = 'other.toml'", ("no option 'config'",)),
+    ],
+)
+def test_what_a_file_may_not_hold(sp: Sp, tmp_path: Path, text: str, words: Any) -> None:
+    (tmp_path / "run.toml").write_text(text)
+    code, _, err = sp("run", "prompt.txt", "--config", "run.toml")
+    assert code == 1
+    for word in ("run.toml", *words):
+        assert word in err
+
+
+def test_wrong_values_and_missing_files(sp: Sp, tmp_path: Path) -> None:
+    (tmp_path / "run.toml").write_text('max-new-tokens = "many"')
+    code, _, err = sp("run", "prompt.txt", "--config", "run.toml")
+    assert code == 2
+    assert "--config has 'many'" in err
+    assert "--max-new-tokens" in err
+    code, _, err = sp("run", "prompt.txt", "--config", "none.toml")
+    assert code == 1
+    assert "none.toml does not exist" in err
+
+
+def test_every_command_takes_a_file_and_its_options_as_keys(tmp_path: Path) -> None:
+    for name, command in COMMANDS.items():
+        assert {"--config", "-q", "--quiet", "-v", "--verbose"} <= {
+            option for parameter in command.params for option in parameter.opts
+        }, name
+        (tmp_path / "c.toml").write_text("quiet = true")
+        required = ["x"] * sum(p.required for p in command.params if not p.opts[0].startswith("-"))
+        required += ["--model", "m"] if name == "calibrate" else []
+        assert parsed(name, *required, "--config", str(tmp_path / "c.toml"))["quiet"] is True
+
+
+def test_how_much_is_said(sp: Sp, capsys: pytest.CaptureFixture[str]) -> None:
+    app = typer.Typer()
+
+    def speak_command() -> None:
+        """Say something."""
+        logger = logging.getLogger("shareprefill.test")
+        logger.info("loading")
+        logger.warning("slow")
+        console.note("a note")
+
+    register(app, speak_command)
+    said = {}
+    for option in ((), ("-q",), ("-v",)):
+        with pytest.raises(SystemExit):
+            app([*option])
+        said[option] = capsys.readouterr().err.splitlines()
+    assert said[()] == ["sp: warning: slow", "a note"]
+    assert said["-q",] == []
+    assert said["-v",] == ["sp: loading", "sp: warning: slow", "a note"]
+    assert logging.getLogger("shareprefill").handlers == []
+    code, _, err = sp("inspect", ARTIFACT, "-q", "-v")
+    assert (code, "exclude each other" in err) == (1, True)
+    code, out, _ = sp("inspect", ARTIFACT, "-q", "--json")
+    assert json.loads(out)["heads"]
