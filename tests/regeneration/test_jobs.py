@@ -133,9 +133,7 @@ def test_selection(tmp_path: Path) -> None:
     assert names([], "8/8") == []
     parts = [names([], f"{number}/3") for number in (1, 2, 3)]
     assert sorted(name for part in parts for name in part) == names()
-    with pytest.raises(
-        ConfigError, match=r"no model 'mm2'; there are m0, m1.*did you mean 'm2'\?"
-    ):
+    with pytest.raises(ConfigError, match=r"no model 'mm2'; there are m0, m1.*did you mean 'm2'\?"):
         names(["mm2"])
     for shard in ("0/3", "4/3", "3", "a/b", "1/0", "-1/3", "1/3 "):
         with pytest.raises(ConfigError, match="give i/n with i from 1 to n"):
