@@ -69,7 +69,7 @@ def solve_code_run(prompt: str) -> str:
     assert call
     assert prompt.startswith(f"There is a function called {call[1].split('(')[0]} in")
     names: dict[str, object] = {}
-    exec(code, names)  # noqa: S102
+    exec(code, names)
     return str(eval(call[1], names))  # noqa: S307
 
 
