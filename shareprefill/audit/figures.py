@@ -15,10 +15,9 @@ from shareprefill.artifact import Policy
 from shareprefill.audit.codes import UNSTABLE, Noise, Plane
 from shareprefill.audit.heads import Heads
 from shareprefill.audit.separation import NAMES, Separation, Tree
-from shareprefill.report.drawing import INK, MARKERS, MUTED, PAPER, RULE, SERIES
+from shareprefill.report.drawing import INK, MARKERS, MUTED, PAPER, RULE, SERIES, legend_figure
 
 if TYPE_CHECKING:
-    from matplotlib.artist import Artist
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
@@ -90,31 +89,15 @@ def cluster_looks(heads: Heads) -> dict[int, Look]:
     return looks
 
 
-def cells(values: Tensor, looks: dict[int, Look]) -> Tensor:
-    """Colours of a grid of classes, uint8 `[..., 4]`; the shared grey is faint."""
-    from matplotlib.colors import to_rgba
-
-    found = torch.zeros(*values.shape, 4, dtype=torch.uint8, device="cpu")
-    for value in values.unique().tolist():
-        look = looks[value]
-        alpha = FAINT if look.colour == MUTED else 1.0
-        rgba = [round(255 * part) for part in to_rgba(look.colour, alpha)]
-        found[values == value] = torch.tensor(rgba, dtype=torch.uint8, device="cpu")
-    return found
-
-
-def draw_planes(heads: Heads, plane: Plane) -> Figure:
-    """t-SNE and principal components of the codes, by cluster; pivots ringed."""
-    from matplotlib.figure import Figure
-
+def draw_planes(heads: Heads, plane: Plane) -> list[Figure]:
+    """t-SNE and principal components of the codes, by cluster, pivots ringed; and the legend."""
     views = [("PCA of codes", plane.pca)]
     if plane.tsne is not None:
         views.insert(0, (f"t-SNE of codes, perplexity {plane.perplexity:.0f}", plane.tsne))
-    figure = Figure(figsize=(WIDTH, 5.4), layout="constrained", dpi=_DPI)
     looks = cluster_looks(heads)
-    for axes, (title, places) in zip(
-        figure.subplots(1, len(views), squeeze=False)[0], views, strict=True
-    ):
+    figures = []
+    for title, places in views:
+        figure, axes = _panel(4.1)
         _scatter(axes, places, heads.cluster, looks)
         is_pivot = heads.ids == heads.pivot
         axes.scatter(
@@ -130,20 +113,26 @@ def draw_planes(heads: Heads, plane: Plane) -> Figure:
         axes.set_xticks([])
         axes.set_yticks([])
         axes.spines[:].set(visible=True, color=RULE)
-    if plane.tsne is None or len(views) > 1:
-        shares = plane.explained
-        figure.axes[-1].set_xlabel(f"first component, {shares[0]:.0%} of the variance")
-        figure.axes[-1].set_ylabel(f"second component, {shares[1]:.0%}")
-    handles, labels = figure.axes[0].get_legend_handles_labels()
-    _legend(figure, handles, labels, columns=4)
-    return figure
+        figures.append(figure)
+    shares, last = plane.explained, figures[-1].axes[0]
+    last.set_xlabel(f"first component, {shares[0]:.0%} of the variance")
+    last.set_ylabel(f"second component, {shares[1]:.0%}")
+    return [*figures, legend_figure(*last.get_legend_handles_labels())]
+
+
+def _panel(height: float) -> tuple[Figure, Axes]:
+    """A figure of one panel, to stand beside others."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4.2, height), layout="constrained", dpi=_DPI)
+    return figure, figure.subplots()
 
 
 def draw_distances(separation: Separation) -> Figure:
     """Histograms of the distances within and across clusters."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8.4, 3.6), layout="constrained")
+    figure = Figure(figsize=(5.4, 3.6), layout="constrained")
     axes = figure.subplots()
     edges = torch.tensor(separation.edges, device="cpu")
     for name, spread, colour, line, hatch in (
@@ -161,53 +150,39 @@ def draw_distances(separation: Separation) -> Figure:
     axes.set_ylabel("share of the pairs")
     axes.set_xlim(float(edges[0]), float(edges[-1]))
     axes.grid(axis="y")
-    figure.legend(loc="outside upper left", ncols=2)
+    figure.legend(loc="outside upper left")
     return figure
 
 
-def draw_policies(heads: Heads, target: float | None) -> Figure:
-    """Recall and density of every head, by policy, and one against the other."""
-    from matplotlib.figure import Figure
-
+def draw_policies(heads: Heads, target: float | None) -> list[Figure]:
+    """Recall and density of every head by policy, one against the other, and the legend."""
     looks = {code: look for code, look in policy_looks().items() if (heads.policy == code).any()}
-    figure = Figure(figsize=(WIDTH, 4.6), layout="constrained", dpi=_DPI)
-    left, middle, right = figure.subplots(1, 3, width_ratios=(1, 1, 1.25))
-    for axes, values, title in (
-        (left, heads.recall, "recall"),
-        (middle, heads.density, "density"),
-    ):
+    figures = []
+    for values, title in ((heads.recall, "recall"), (heads.density, "density")):
+        figure, axes = _panel(3.8)
         _strips(axes, values, heads.policy, looks)
         axes.set_title(f"{title} of each head")
         axes.grid(axis="y")
-    _scatter(right, torch.stack([heads.density, heads.recall], 1), heads.policy, looks)
-    right.set_title("recall against density")
-    right.set_xlabel("density: blocks computed / causal blocks")
-    right.set_ylabel("recall: attention mass inside")
-    right.set_xlim(-0.02, 1.02)
-    right.grid()
+        figures.append(figure)
+    figure, axes = _panel(3.8)
+    _scatter(axes, torch.stack([heads.density, heads.recall], 1), heads.policy, looks)
+    axes.set_title("recall against density")
+    axes.set_xlabel("density: blocks computed / causal blocks")
+    axes.set_ylabel("recall: attention mass inside")
+    axes.set_xlim(-0.02, 1.02)
+    axes.grid()
     if target is not None:
-        for axes in (left, right):
-            axes.axhline(target, color=INK, linestyle=":", linewidth=1.2)
-        right.text(
-            1.0,
-            target,
-            f"target {target:g} ",
-            ha="right",
-            va="bottom",
-            fontsize=9,
-        )
-    handles, labels = right.get_legend_handles_labels()
-    _legend(figure, handles, labels, columns=len(labels))
-    return figure
+        for other in (figures[0].axes[0], axes):
+            other.axhline(target, color=INK, linestyle=":", linewidth=1.2)
+        axes.text(1.0, target, f"target {target:g} ", ha="right", va="bottom", fontsize=9)
+    return [*figures, figure, legend_figure(*axes.get_legend_handles_labels())]
 
 
-def draw_spread(heads: Heads, noise: Noise) -> Figure:
+def draw_spread(heads: Heads, noise: Noise) -> list[Figure]:
     """The spread of codes over prompts, sorted, and layer by layer."""
-    from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    figure = Figure(figsize=(WIDTH, 3.6), layout="constrained", dpi=_DPI)
-    left, right = figure.subplots(1, 2)
+    (first, left), (second, right) = _panel(3.4), _panel(3.4)
     ordered = noise.spread.sort().values
     left.plot(
         torch.linspace(0, 100, len(ordered), dtype=torch.float32, device="cpu"),
@@ -240,8 +215,8 @@ def draw_spread(heads: Heads, noise: Noise) -> Figure:
         axes.grid(axis="y")
     left.set_ylabel("spread over prompts / spread of heads")
     left.text(0, UNSTABLE, " unstable above", va="bottom", fontsize=9)
-    right.legend(loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0, ncols=2)
-    return figure
+    right.legend(loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0)
+    return [first, second]
 
 
 def draw_tree(heads: Heads, tree: Tree) -> Figure:
@@ -331,16 +306,6 @@ def _heads_below(merges: Tensor, heads: int, nodes: list[int]) -> list[list[int]
                 open_nodes += pairs[current - heads]
         found.append(inside)
     return found
-
-
-def _legend(figure: Figure, handles: list[Artist], labels: list[str], columns: int) -> None:
-    """Below the axes, its marks large enough to tell shapes whatever the points' size."""
-    from matplotlib.collections import PathCollection
-
-    legend = figure.legend(handles, labels, loc="outside lower center", ncols=columns)
-    for handle in legend.legend_handles:
-        if isinstance(handle, PathCollection):
-            handle.set_sizes([48.0])
 
 
 def _scatter(axes: Axes, places: Tensor, classes: Tensor, looks: dict[int, Look]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,14 +12,11 @@ from shareprefill.artifact import Policy
 from shareprefill.audit.heads import Calibration, Heads
 from shareprefill.autoencoder.dataset import resample_maps
 from shareprefill.calib.capture import FULL
-from shareprefill.report.drawing import RULE
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from shareprefill.report.drawing import value_png
+from shareprefill.report.page import Picture
 
 CLUSTERS_SHOWN = 12
 MEMBERS_SHOWN = 4
-_WIDTH, _HEIGHT = 11.0, 1.56
 _PIXELS = 128
 
 
@@ -175,42 +172,24 @@ def _reconstructed(calibration: Calibration) -> tuple[Tensor, Tensor, Tensor]:
     return total / len(calibration.training.split.held_out), *first
 
 
-def draw_maps(heads: Heads, maps: ClusterMaps) -> Figure:
+def map_pictures(heads: Heads, maps: ClusterMaps) -> list[Picture]:
     """The maps that stand for a cluster; roots of the attention mass, 0 to 1."""
-    from matplotlib.figure import Figure
-
     picked = maps.picked
     role = "pivot" if picked.is_pivot else "centre"
-    name = heads.name(picked.head)
-    tiles = [
-        (f"{role} {name}\nmean", maps.head),
-        (f"{role} {name}\ndecoded code", maps.decoded),
-        ("cluster\nconsensus", maps.consensus),
-        (f"{role} {name}\nunseen prompt", maps.unseen),
-        ("its recon-\nstruction", maps.reconstruction),
+    name = f"{role} {heads.name(picked.head)}"
+    pairs = [
+        (f"{name}: mean, and its decoded code", (maps.head, maps.decoded)),
+        (f"{name}: an unseen prompt, and its reconstruction", (maps.unseen, maps.reconstruction)),
+        ("cluster: consensus", (maps.consensus,)),
     ]
-    tiles += [
-        (f"member {heads.name(index)}\nmean", map_)
-        for index, map_ in zip(picked.members, maps.members, strict=True)
-    ]
-    figure = Figure(figsize=(_WIDTH, _HEIGHT))
-    columns = 5 + MEMBERS_SHOWN
-    axes_row = figure.subplots(1, columns, squeeze=False)[0]
-    figure.subplots_adjust(left=0.005, right=0.995, bottom=0.02, top=0.76, wspace=0.09)
-    for axes, (title, map_) in zip(axes_row, tiles, strict=False):
-        axes.imshow(_roots(map_).numpy(), vmin=0, vmax=1, interpolation="none", aspect="equal")
-        axes.set_title(title, fontsize=8.5, fontweight="normal", loc="left", pad=3)
-        axes.set_xticks([])
-        axes.set_yticks([])
-        axes.spines[:].set(visible=True, color=RULE)
-    for axes in axes_row[len(tiles) :]:
-        axes.remove()
-    return figure
+    for index, map_ in zip(picked.members, maps.members, strict=True):
+        pairs.append((f"member {heads.name(index)}: mean", (map_,)))
+    return [Picture(caption, [(_png(map_), caption) for map_ in shown]) for caption, shown in pairs]
 
 
-def _roots(map_: Tensor) -> Tensor:
-    """Square roots, as the autoencoder sees them; what lies in the future is left blank."""
+def _png(map_: Tensor) -> bytes:
+    """Square roots, as the autoencoder sees them; what lies in the future is transparent."""
     if len(map_) > _PIXELS:
         map_ = resample_maps(map_, _PIXELS)
     future = torch.ones_like(map_, dtype=torch.bool).triu(1) & (map_ < 1e-6)
-    return map_.clamp_min(0).sqrt().masked_fill(future, float("nan"))
+    return value_png(map_.clamp_min(0).sqrt().numpy(), future.numpy())

@@ -9,23 +9,15 @@ from shareprefill.audit.codes import UNSTABLE
 from shareprefill.audit.figures import (
     CLUSTERS,
     LEAVES,
-    cluster_looks,
     draw_distances,
     draw_planes,
     draw_policies,
     draw_spread,
     draw_tree,
-    policy_looks,
 )
 from shareprefill.audit.findings import Findings, describe_clusters
-from shareprefill.audit.head_grids import (
-    Classes,
-    Values,
-    draw_class_grids,
-    draw_value_grids,
-    has_letters,
-)
-from shareprefill.audit.map_figures import draw_maps
+from shareprefill.audit.head_grids import class_grids, value_grids
+from shareprefill.audit.map_figures import map_pictures
 from shareprefill.audit.separation import NAMES
 from shareprefill.files import printable
 from shareprefill.report.drawing import figure_style
@@ -34,6 +26,7 @@ from shareprefill.report.page import Cell, Page
 _ROWS = 20
 _LEAST = 10
 _SETTINGS = 80
+_HOVER = "Rest the pointer on a head for its numbers."
 
 
 def build_page(findings: Findings) -> Page:
@@ -43,6 +36,7 @@ def build_page(findings: Findings) -> Page:
         "Audit of a clustering",
         f"{printable(artifact.model)}: {heads.count} heads of {len(heads.layers)} layers",
     )
+    _verdict(page, findings)
     for warning in findings.warnings:
         page.warning(warning)
     if findings.calibration is None:
@@ -66,6 +60,30 @@ def build_page(findings: Findings) -> Page:
         ):
             section(page, findings)
     return page
+
+
+def _verdict(page: Page, findings: Findings) -> None:
+    artifact, heads = findings.artifact, findings.heads
+    recall, target = float(artifact.recall.double().mean()), _target(findings)
+    cost = _number(artifact.summary.get("cost"))
+    held_out, tokens = (artifact.summary.get(f"held_out_{name}") for name in ("prompts", "tokens"))
+    words = f"{float(artifact.density.double().mean()):.1%} of the blocks hold {recall:.1%} of the "
+    words += "attention"
+    if target is not None:
+        words += f"; {target:.1%} were asked for"
+    if cost is not None:
+        words += f". Attention should take {cost:.0%} of dense attention's time"
+    words += f". {_count_share(findings, Policy.SHARE)} of the {heads.count} heads share a pattern"
+    if isinstance(held_out, list) and isinstance(tokens, list) and tokens:
+        words += f". This rests on {len(held_out)} held-out prompts of {_listed(tokens)} tokens"
+    page.verdict(
+        f"{words}.", is_good=not findings.warnings and (target is None or recall >= target)
+    )
+
+
+def _target(findings: Findings) -> float | None:
+    options = findings.artifact.configuration.get("cluster")
+    return _number(options.get("target_recall")) if isinstance(options, dict) else None
 
 
 def _summary(page: Page, findings: Findings) -> None:
@@ -114,25 +132,13 @@ def _policies(page: Page, findings: Findings) -> None:
         ],
         caption="Heads by policy; means and extremes over heads",
     )
-    options = findings.artifact.configuration.get("cluster")
-    target = _number(options.get("target_recall")) if isinstance(options, dict) else None
-    page.figure(
+    target = _target(findings)
+    page.panels(
         draw_policies(heads, target),
         "Each point is a head; bars are medians, the dotted line is the recall that was asked for.",
         "Recall and density of every head by policy, and recall against density",
     )
-    least = float(heads.recall.min())
-    page.figure(
-        draw_value_grids(
-            heads,
-            [
-                Values("recall", heads.recall, min(0.9, least), 1.0),
-                Values("density", heads.density, 0.0, 1.0),
-            ],
-        ),
-        "Recall and density of every head.",
-        "Two grids of layers by heads, coloured by recall and by density",
-    )
+    page.grids(value_grids(heads), f"Recall and density of every head. {_HOVER}")
     order = heads.recall.argsort(stable=True)[:_LEAST].tolist()
     page.table(
         ["head", "policy", "cluster", "recall", "density"],
@@ -160,7 +166,7 @@ def _codes(page: Page, findings: Findings) -> None:
     )
     if plane.tsne is None:
         page.note("Fewer than four heads have different codes: there is no t-SNE.")
-    page.figure(
+    page.panels(
         draw_planes(findings.heads, plane),
         "Codes of all heads by cluster; rings mark pivots.",
         "Scatter plots of the heads' codes in two dimensions, by cluster",
@@ -228,19 +234,7 @@ def _tree(page: Page, findings: Findings) -> None:
 def _grids(page: Page, findings: Findings) -> None:
     heads = findings.heads
     page.heading("Heads by layer")
-    page.figure(
-        draw_class_grids(
-            heads,
-            [
-                Classes("cluster of each head", heads.cluster, cluster_looks(heads), False),
-                Classes("policy of each head", heads.policy, policy_looks(), True),
-            ],
-        ),
-        "Numbers are clusters, letters policies."
-        if has_letters(heads)
-        else "There are too many heads a layer for numbers and letters in the cells.",
-        "Two grids of layers by heads, coloured by cluster and by policy",
-    )
+    page.grids(class_grids(heads), f"Numbers are clusters, letters policies. {_HOVER}")
     clusters = [c for c in describe_clusters(findings) if c["heads"] > 1]
     if not clusters:
         page.text("No cluster has two heads.")
@@ -299,15 +293,13 @@ def _maps(page: Page, findings: Findings) -> None:
         page.heading(f"Cluster {picked.cluster}", level=3)
         more = picked.size - 1 - len(picked.members)
         role = "pivot" if picked.is_pivot else "head nearest to the rest"
-        page.figure(
-            draw_maps(heads, maps),
+        page.text(
             f"{picked.size} heads, {picked.sharing} of them share a pattern; {role} "
             f"{heads.name(picked.head)}. Loss of the reconstruction on held-out prompts: "
             f"{maps.loss:.4f} (Hellinger², mean over the cluster)."
-            + (f" {more} more members are not shown." if more else ""),
-            f"Attention maps of cluster {picked.cluster}: {role}, consensus, reconstruction, "
-            "members",
+            + (f" {more} more members are not shown." if more else "")
         )
+        page.pictures(map_pictures(heads, maps))
 
 
 def _stability(page: Page, findings: Findings) -> None:
@@ -318,7 +310,7 @@ def _stability(page: Page, findings: Findings) -> None:
         f"far the heads' mean codes lie apart. Above {UNSTABLE:g} the prompt says more about the "
         "head's map than which head it is."
     )
-    page.figure(
+    page.panels(
         draw_spread(heads, noise),
         "Spread of every head's codes.",
         "Spread of codes over prompts, sorted and by layer",

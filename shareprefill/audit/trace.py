@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from shareprefill.artifact import Artifact, Policy
 from shareprefill.audit.figures import policy_looks
 from shareprefill.config import RuntimeConfig
 from shareprefill.files import printable
-from shareprefill.report.drawing import SEQUENTIAL
+from shareprefill.report.drawing import colour_png, value_png
 from shareprefill.report.grids import Cell, Grid, value_colour, value_legend
 from shareprefill.report.page import Page, Picture
 from shareprefill.runtime.crossover import crossover
@@ -282,12 +281,9 @@ def _pictures(heads: list[HeadTrace], sketches: dict[int, Sketch]) -> Iterator[P
 
 def map_png(sketch: Sketch, head: int) -> bytes:
     """Square roots of a head's map in the sequential colours, the future transparent."""
-    from matplotlib import colormaps
-
     map_ = sketch.maps[head].float()
     roots = (map_ / map_.max().clamp(min=1e-9)).sqrt()
-    colours = torch.from_numpy((colormaps[SEQUENTIAL](roots.numpy()) * 255).astype("uint8"))
-    return _png(colours.masked_fill(_future(sketch)[..., None], 0))
+    return value_png(roots.numpy(), _future(sketch).numpy())
 
 
 def read_png(sketch: Sketch, head: int) -> bytes:
@@ -295,7 +291,8 @@ def read_png(sketch: Sketch, head: int) -> bytes:
     read = sketch.read[head].float()[..., None]
     colours = torch.where(read > 0, torch.tensor(_READ), torch.tensor(_NOT_READ))
     colours[..., 3:] = torch.where(read > 0, read * 215 + 40, colours[..., 3:].float())
-    return _png(colours.to(torch.uint8).masked_fill(_future(sketch)[..., None], 0))
+    colours = colours.to(torch.uint8).masked_fill(_future(sketch)[..., None], 0)
+    return colour_png(colours.numpy())
 
 
 def _future(sketch: Sketch) -> Tensor:
@@ -303,15 +300,6 @@ def _future(sketch: Sketch) -> Tensor:
     n_q, n_k = sketch.maps.shape[1:]
     ends = sketch.keys - sketch.queries + torch.arange(1, n_q + 1) * sketch.queries / n_q
     return torch.arange(n_k) * sketch.keys / n_k >= ends[:, None]
-
-
-def _png(colours: Tensor) -> bytes:
-    """uint8 `[rows, columns, 4]` as a PNG file."""
-    from PIL import Image
-
-    held = io.BytesIO()
-    Image.fromarray(colours.numpy(), "RGBA").quantize(64).save(held, "PNG", optimize=True)
-    return held.getvalue()
 
 
 def _heads(page: Page, heads: list[HeadTrace]) -> None:

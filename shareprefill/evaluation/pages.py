@@ -30,15 +30,24 @@ from shareprefill.evaluation.tables import (
     reached_table,
     summary_table,
 )
-from shareprefill.report.drawing import INK, MARKERS, MUTED, SERIES, figure_style, plain_label
+from shareprefill.report.drawing import (
+    INK,
+    MARKERS,
+    MUTED,
+    SERIES,
+    figure_style,
+    legend_figure,
+    plain_label,
+)
 from shareprefill.report.page import Page
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_TASKS_A_ROW = 3
-_TASK_PANEL, _PANEL = (3.3, 2.7), (4.4, 3.9)  # inches
+_ALONE, _PANEL = (4.2, 3.0), (4.4, 3.9)  # inches
+# A policy whose perplexity rises by less than this is called close to dense attention.
+_CLOSE = 0.01
 _LEGEND = 1.7
 # What a frontier shows of a summary, one row of panels each; dense attention is at the level.
 _FRONTIERS: tuple[tuple[str, str, float], ...] = (
@@ -56,6 +65,7 @@ def evaluation_page(evaluation: Evaluation) -> str:
         f"{config.samples} prompts of each task and length, {context['device']}, "
         f"{context['dtype']}",
     )
+    _add_verdict(page, evaluation)
     page.heading("Policies")
     page.text(
         "Means over all tasks and lengths. Effective density is the share of causal blocks that "
@@ -79,6 +89,30 @@ def evaluation_page(evaluation: Evaluation) -> str:
     return page.html()
 
 
+def _add_verdict(page: Page, evaluation: Evaluation) -> None:
+    """The policy that the artifact plans, or else the first, in a sentence or two."""
+    found = [s for s in summarize_cells(evaluation.cells) if s.policy not in (DENSE, ORACLE)]
+    if not found:
+        page.verdict("Dense attention alone was run: there is nothing to compare.", is_good=False)
+        return
+    best = next((summary for summary in found if summary.policy == "auto"), found[0])
+    parts = [f"{best.effective_density:.1%} of dense attention's work"]
+    if best.recall is not None:
+        parts.append(f"{best.recall:.1%} of the attention")
+    if best.perplexity_change is not None:
+        parts.append(f"perplexity {best.perplexity_change:+.2%}")
+    if best.difference is not None:
+        parts.append(f"score {100 * best.difference:+.1f} points")
+    if best.kl is not None:
+        parts.append(f"KL {best.kl:.2g} nats a position")
+    speed = "Nothing was sparse"
+    if best.speedup is not None:
+        speed = f"The first token came {best.speedup:.2f} times as fast as with dense attention"
+    lost = best.perplexity_change
+    doubtful = lost is None or lost > _CLOSE or best.speedup is None or best.speedup < 1
+    page.verdict(f"{best.label}: {', '.join(parts)}. {speed}.", is_good=not doubtful)
+
+
 def _add_table(page: Page, table: Table, caption: str = "") -> None:
     """A table of texts, those that are a dash left empty; nothing where it has no rows."""
     columns, rows = table
@@ -92,21 +126,24 @@ def _add_frontiers(page: Page, evaluation: Evaluation) -> None:
     for length in evaluation.config.lengths:
         cells = [cell for cell in evaluation.cells if cell.length == length]
         if any(cell.recall is not None for cell in cells):
-            page.figure(
+            page.panels(
                 task_panels(cells, "recall", lambda cell: cell.recall),
                 f"Recall against effective density at {length} tokens; one line a policy, one "
                 "point a gamma, with 95 % intervals. The oracle, a bound, is at its density alone.",
+                f"Recall against effective density at {length} tokens",
             )
         if any(cell.kl is not None for cell in cells):
-            page.figure(
+            page.panels(
                 task_panels(cells, "KL", lambda cell: cell.kl),
                 "KL divergence from dense attention, in nats a position, against effective "
                 f"density at {length} tokens: less is better.",
+                f"KL divergence against effective density at {length} tokens",
             )
-        page.figure(
+        page.panels(
             task_panels(cells, "score", lambda cell: cell.score),
             f"Score (perplexity: less is better) against effective density at {length} tokens; "
             "the dashed line is dense attention.",
+            f"Score against effective density at {length} tokens",
         )
     recall = f"At a mean recall of {TARGET_RECALL}, between the gammas"
     _add_table(page, reached_table(evaluation), recall)
@@ -160,10 +197,11 @@ def sweep_page(sweep: Sweep) -> str:
         page.heading(curve.parameter)
         _add_table(page, curve_table(curve, sweep.dense))
         with figure_style():
-            page.figure(
+            page.panels(
                 sweep_panels(curve, sweep.dense),
                 f"What {curve.parameter} buys. A ring marks the knee; the dashed line is dense "
                 "attention.",
+                f"What {curve.parameter} buys",
             )
         _add_table(page, knee_table(curve))
     page.heading("How it was measured")
@@ -249,24 +287,20 @@ def _logarithmic(panel: Axes) -> None:
         panel.set_yscale("log")
 
 
-def task_panels(cells: list[Cell], name: str, read: Callable[[Cell], Estimate | None]) -> Figure:
-    """One panel a task: a figure of every policy against effective density.
+def task_panels(
+    cells: list[Cell], name: str, read: Callable[[Cell], Estimate | None]
+) -> list[Figure]:
+    """A figure a task: what every policy gives against effective density; and the legend.
 
     Args:
         cells: Of one length, dense attention's among them.
         name: What is shown; `score` is called perplexity where it is one, `KL` is logarithmic.
         read: Gives it.
     """
-    from matplotlib.figure import Figure
-
-    tasks = list(dict.fromkeys(cell.task for cell in cells))
     policies = list(dict.fromkeys(cell.policy for cell in cells if cell.policy != DENSE))
-    columns = min(_TASKS_A_ROW, len(tasks))
-    rows = -(-len(tasks) // columns)
-    size = (max(_TASK_PANEL[0] * columns, 5.0), _TASK_PANEL[1] * rows + 0.8)
-    figure = Figure(figsize=size, layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False).flatten().tolist()
-    for panel, task in zip(axes, tasks, strict=False):
+    figures = []
+    for task in dict.fromkeys(cell.task for cell in cells):
+        figure, panel = _one_panel()
         for number, policy in enumerate(policies):
             chosen = [c for c in cells if (c.task, c.policy) == (task, policy)]
             _with_intervals(panel, chosen, read, policy, number)
@@ -281,11 +315,16 @@ def task_panels(cells: list[Cell], name: str, read: Callable[[Cell], Estimate | 
         is_perplexity = dense.metric == PERPLEXITY and name == "score"
         panel.set_ylabel("perplexity" if is_perplexity else name)
         panel.grid(visible=True)
-    for panel in axes[len(tasks) :]:
-        panel.set_axis_off()
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=max(3, 2 * columns))
-    return figure
+        figures.append(figure)
+    return [*figures, legend_figure(*figures[0].axes[0].get_legend_handles_labels())]
+
+
+def _one_panel() -> tuple[Figure, Axes]:
+    """A figure of one panel, to stand beside others."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=_ALONE, layout="constrained")
+    return figure, figure.subplots()
 
 
 def _with_intervals(
@@ -323,7 +362,7 @@ def layer_errors(evaluation: Evaluation) -> Figure:
     from matplotlib.figure import Figure
 
     cells = [cell for cell in evaluation.cells if cell.layer_errors]
-    figure = Figure(figsize=(7.2, 3.6), layout="constrained")
+    figure = Figure(figsize=(5.4, 3.9), layout="constrained")
     panel = figure.subplots()
     for number, label in enumerate(nearest_labels(evaluation)):
         rows = [cell.layer_errors for cell in cells if cell.label == label]
@@ -334,7 +373,7 @@ def layer_errors(evaluation: Evaluation) -> Figure:
     panel.set_ylabel("relative error of the output")
     panel.set_ylim(bottom=0)
     panel.grid(visible=True)
-    figure.legend(loc="outside right upper")
+    figure.legend(loc="outside lower center", ncols=2)
     return figure
 
 
@@ -342,7 +381,7 @@ def perplexity_by_position(cells: Sequence[Cell]) -> Figure:
     """Change of perplexity by position: one line a cell, all of one task and length."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7.2, 3.4), layout="constrained")
+    figure = Figure(figsize=(5.4, 3.9), layout="constrained")
     panel = figure.subplots()
     panel.axhline(0, color=INK, linewidth=0.8)
     for number, cell in enumerate(cells):
@@ -356,24 +395,23 @@ def perplexity_by_position(cells: Sequence[Cell]) -> Figure:
     panel.set_xlabel("position in the prompt, tokens")
     panel.set_ylabel("perplexity against dense, %")
     panel.grid(visible=True)
-    figure.legend(loc="outside right upper")
+    figure.legend(loc="outside lower center", ncols=2)
     return figure
 
 
-def sweep_panels(curve: Curve, dense: Summary) -> Figure:
-    """What a parameter buys: one row a gain, one column a cost, with the knees ringed."""
-    from matplotlib.figure import Figure
-
+def sweep_panels(curve: Curve, dense: Summary) -> list[Figure]:
+    """What a parameter buys: a figure a gain and cost, with the knees ringed."""
     gains = [gain for gain in GAINS if f"{gain} against {COSTS[0]}" in curve.knees]
-    figure = Figure(figsize=(7.2, 2.7 * len(gains)), layout="constrained")
-    axes = figure.subplots(len(gains), len(COSTS), squeeze=False).tolist()
-    for row, gain in zip(axes, gains, strict=True):
-        for panel, cost_name in zip(row, COSTS, strict=True):
+    figures = []
+    for gain in gains:
+        for cost_name in COSTS:
+            figure, panel = _one_panel()
             _sweep_panel(panel, curve, gain, cost_name)
             level = 0.0 if gain in ("perplexity_change", "kl") else getattr(dense, gain)
             if level is not None:
                 panel.axhline(level, color=MUTED, linestyle="--", linewidth=1)
-    return figure
+            figures.append(figure)
+    return figures
 
 
 def _sweep_panel(panel: Axes, curve: Curve, gain: str, cost_name: str) -> None:

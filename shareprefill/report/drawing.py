@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from html import escape
+from textwrap import fill
 from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
 
 from shareprefill.files import printable
 
 if TYPE_CHECKING:
+    from matplotlib.artist import Artist
     from matplotlib.figure import Figure
 
 INK, MUTED, RULE, PAPER = "#1b1c1e", "#5d626b", "#d6d9de", "#fefefd"
@@ -29,6 +31,9 @@ SEQUENTIAL, DIVERGING = "viridis", "RdBu_r"
 PIXELS_PER_INCH = 96  # of CSS
 FILE_KINDS = ("svg", "png")
 _DOTS = 144  # an inch of a PNG
+# Of legends: entries and letters from which, and up to which, there are two in a line.
+_TWO_COLUMNS_FROM, _SHORT, _LINE = 5, 20, 46
+_COLOURS = 64  # of a picture
 _SALT = "shareprefill"
 _SCHEME = {INK: "var(--ink)", MUTED: "var(--muted)", RULE: "var(--rule)", PAPER: "var(--paper)"}
 _SVG = "{http://www.w3.org/2000/svg}"
@@ -90,6 +95,23 @@ def figure_style() -> Iterator[None]:
         yield
 
 
+def legend_figure(handles: Sequence[Artist], labels: Sequence[str]) -> Figure:
+    """A legend alone, for figures of one panel each."""
+    from matplotlib.collections import PathCollection
+    from matplotlib.figure import Figure
+
+    is_short = len(labels) >= _TWO_COLUMNS_FROM and max(map(len, labels)) <= _SHORT
+    lines = [fill(label, _LINE) for label in labels]
+    height = sum(0.05 + 0.17 * (1 + line.count("\n")) for line in lines)
+    figure = Figure(figsize=(4.2, 0.3 + (height / 2 + 0.22 if is_short else height)))
+    legend = figure.legend(handles, lines, loc="center left", ncols=2 if is_short else 1)
+    for handle in legend.legend_handles:
+        # Large enough to tell shapes whatever the points' size.
+        if isinstance(handle, PathCollection):
+            handle.set_sizes([48.0])
+    return figure
+
+
 def plain_label(text: object, limit: int = 60) -> str:
     """Text of any origin as a figure shows it: on one line, cut short, dollars no mathematics."""
     return printable(text, limit).replace("$", r"\$")
@@ -136,6 +158,29 @@ def figure_file(figure: Figure, kind: str) -> bytes:
     drawn = io.BytesIO()
     figure.savefig(drawn, format=kind, dpi=_DOTS, facecolor=PAPER, metadata={"Software": None})
     return drawn.getvalue()
+
+
+def value_png(values: Any, hidden: Any) -> bytes:
+    """Numbers from 0 to 1 in the sequential colours, a pixel each, as a PNG file.
+
+    Args:
+        values: NumPy array `[rows, columns]`.
+        hidden: Which of them are transparent, bool of the same shape.
+    """
+    from matplotlib import colormaps
+
+    colours = colormaps[SEQUENTIAL](values, bytes=True)
+    colours[hidden] = 0
+    return colour_png(colours)
+
+
+def colour_png(colours: Any) -> bytes:
+    """Colours, NumPy uint8 `[rows, columns, 4]`, as a PNG file of few colours."""
+    from PIL import Image
+
+    held = io.BytesIO()
+    Image.fromarray(colours).quantize(_COLOURS).save(held, "PNG", optimize=True)
+    return held.getvalue()
 
 
 def _draw(figure: Figure, **ground: Any) -> str:

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
+from math import ceil
 
 # Of a cell, in units of the drawing; a cell has at most, and at least, so many pixels.
 _CELL, _MOST, _LEAST = 10, 26, 5
-_LEFT, _TOP, _BOTTOM = 16, 1, 14
+_TOP = 1
+_FONT, _FONTS_ACROSS = 5.5, 42
 _MOST_LETTERS = 48  # heads a layer
 _TICKS = 16
 
@@ -81,8 +83,12 @@ def grid_svg(grid: Grid, clean: Callable[[str], str], style_class: Callable[[str
         style_class: Gives the class that stands for CSS declarations.
     """
     across = max(map(len, grid.cells))
-    width = _LEFT + _CELL * across + 1
-    height = _TOP + _CELL * len(grid.cells) + _BOTTOM
+    # Numbers beside the cells stay readable however much the drawing is shrunk.
+    font = max(_FONT, _CELL * across / _FONTS_ACROSS)
+    left, below = round(2.2 * font + 4), round(font + 7)
+    width = left + _CELL * across + 1
+    height = _TOP + _CELL * len(grid.cells) + below
+    tick = style_class(f"font-size:{font:.3g}px")
     scale = style_class(
         f"max-width:{round(_MOST / _CELL * width)}px;min-width:{round(_LEAST / _CELL * width)}px"
     )
@@ -90,19 +96,19 @@ def grid_svg(grid: Grid, clean: Callable[[str], str], style_class: Callable[[str
         f'<svg class="grid {scale}" viewBox="0 0 {width} {height}" role="img" '
         f'aria-label="{escape(clean(grid.label))}">'
     ]
+    every = max(1, len(grid.cells) // _TICKS, ceil(1.2 * font / _CELL))
     for row, (name, cells) in enumerate(zip(grid.layers, grid.cells, strict=True)):
         top = _TOP + _CELL * row
-        if row % max(1, len(grid.cells) // _TICKS) == 0:
+        if row % every == 0:
             text = escape(clean(str(name)))
-            parts.append(f'<text class="tick" x="{_LEFT - 3}" y="{top + 7.5}">{text}</text>')
+            middle = top + 4.7 + font / 3
+            parts.append(f'<text class="tick {tick}" x="{left - 3}" y="{middle:.3g}">{text}</text>')
         for column, cell in enumerate(cells):
-            left = _LEFT + _CELL * column
-            parts.append(_cell(cell, left, top, across <= _MOST_LETTERS, clean, style_class))
-    step = max(1, -(-across // _TICKS))
-    below = height - _BOTTOM + 10
-    for column in range(0, across, step):
-        middle = _LEFT + _CELL * column + 5
-        parts.append(f'<text class="tick middle" x="{middle}" y="{below}">{column}</text>')
+            at = left + _CELL * column
+            parts.append(_cell(cell, at, top, across <= _MOST_LETTERS, clean, style_class))
+    for column in range(0, across, max(-(-across // _TICKS), ceil(1.9 * font / _CELL))):
+        at = f'x="{left + _CELL * column + 5}" y="{height - 3}"'
+        parts.append(f'<text class="tick middle {tick}" {at}>{column}</text>')
     return "".join([*parts, "</svg>"])
 
 

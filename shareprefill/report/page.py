@@ -29,6 +29,8 @@ _LEVELS = (2, 3, 4)
 # On a narrow screen a figure is scrolled rather than shrunk beyond reading: its least size as a
 # share of its own, where it is wider than so many pixels.
 _LEAST_SCALE, _NARROW = 0.72, 400
+# Tables of more columns may be wider than the text.
+_WIDE = 8
 # What HTML cannot hold, and the marks that turn the direction of text round.
 _UNSAFE = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff"
@@ -136,7 +138,8 @@ class Page:
         self._add(
             "table",
             columns=columns,
-            rows=[[_cell(cell) for cell in row] for row in rows],
+            rows=[[_parts(_cell(cell)) for cell in row] for row in rows],
+            is_wide=len(columns) > _WIDE,
             numeric=numeric,
             caption=caption,
             names=names,
@@ -153,15 +156,28 @@ class Page:
             alt: What it shows, for those who do not see it; the caption where empty.
         """
         assert caption or alt
-        self._figures += 1
-        name = f"figure-{self._figures}"
-        label = _clean(alt or caption)
-        drawing = inline_svg(matplotlib_figure, label, name, self._class)
+        drawing = self._drawn(matplotlib_figure, alt or caption)
         if (width := matplotlib_figure.get_figwidth() * PIXELS_PER_INCH) > _NARROW:
             least = self._class(f"min-width:{round(_LEAST_SCALE * width)}px")
             drawing = drawing.replace("<svg ", f'<svg class="{least}" ', 1)
         # An `<svg>` element, escaped as it was made.
         self._add("figure", drawing=Markup(drawing), caption=caption)  # noqa: S704
+
+    def panels(self, figures: Sequence[Figure], caption: str, alt: str) -> None:
+        """Figures of one panel each: side by side where there is room, below each other where not.
+
+        Args:
+            figures: As `figure` takes them, four to five inches wide.
+            caption: Below all of them.
+            alt: What they show, for those who do not see them.
+        """
+        drawn = []
+        for number, figure in enumerate(figures, 1):
+            label = alt if len(figures) == 1 else f"{alt} ({number} of {len(figures)})"
+            drawing = self._drawn(figure, label).replace("<svg ", '<svg class="whole" ', 1)
+            # Escaped as it was made.
+            drawn.append(Markup(drawing))  # noqa: S704
+        self._add("panels", drawings=drawn, caption=caption)
 
     def grids(self, grids: Sequence[Grid], caption: str = "") -> None:
         """Grids of heads, side by side where there is room."""
@@ -201,6 +217,10 @@ class Page:
     def _add(self, kind: str, **content: Any) -> None:
         self._blocks.append({"kind": kind, **content})
 
+    def _drawn(self, figure: Figure, label: str) -> str:
+        self._figures += 1
+        return inline_svg(figure, _clean(label), f"figure-{self._figures}", self._class)
+
     def _class(self, style: str) -> str:
         # From matplotlib, never from a text: what would end a rule, or fetch, is our own fault.
         assert not re.search(r"[<>{}@\\]|url\((?!#)", style), style
@@ -233,6 +253,12 @@ def _cell(value: Cell) -> str:
     if value is None:
         return "–"
     return f"{value:.3f}" if isinstance(value, float) else str(value)
+
+
+def _parts(cell: str) -> tuple[str, str]:
+    """A cell, and the interval after its number: that has a line of its own."""
+    found = re.fullmatch(r"([-+−\d.e]+) (\[[-+−\d., e]+\])", cell)
+    return (cell, "") if found is None else (found[1], found[2])
 
 
 def _is_number(cell: Cell) -> bool:

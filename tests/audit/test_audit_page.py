@@ -57,12 +57,13 @@ def test_every_section_is_there(page: str) -> None:
     found = labels(page)
     for part in (
         "Recall and density of every head by policy",
-        "coloured by recall and by density",
+        "coloured by recall",
+        "coloured by density",
         "codes in two dimensions",
         "Histograms of distances",
         "Dendrogram of the heads, cut at",
-        "coloured by cluster and by policy",
-        "consensus, reconstruction, members",
+        "coloured by the cluster of each head",
+        "coloured by the policy of each head",
         "Spread of codes over prompts",
     ):
         assert any(part in label for label in found), part
@@ -82,6 +83,22 @@ def test_every_cluster_has_its_maps(page: str, folder: Path) -> None:
         role = "pivot" if maps.picked.is_pivot else "centre"
         assert f"{role} {name}" in words(page)
         assert f"{maps.loss:.4f}" in words(page)
+        for what in ("mean, and its decoded code", "an unseen prompt, and its reconstruction"):
+            assert page.count(f'alt="{role} {name}: {what}"') == 2
+        assert 'alt="cluster: consensus"' in page
+
+
+def test_the_verdict_comes_first_and_heads_have_their_numbers(page: str, folder: Path) -> None:
+    heads = examine(clustered(folder), folder).heads
+    first = page.split("<main>")[1][:900]
+    assert re.search(r'<div class="verdict[^>]*><p>[\d.]+% of the blocks hold [\d.]+% of', first)
+    assert "80.0% were asked for" in first
+    for index in range(heads.count):
+        said = f"<title>head {heads.name(index)}: "
+        # Recall, density, cluster and policy.
+        assert page.count(said) == 4
+    recall = f"recall {float(heads.recall[0]):.3f}\ndensity {float(heads.density[0]):.3f}"
+    assert recall in unescape(page)
 
 
 def test_equal_findings_give_equal_bytes(page: str, folder: Path) -> None:
@@ -164,7 +181,10 @@ def test_a_browser_shows_it(
     assert all(address.startswith("data:image/png") for address in shown.requests)
     assert (shown.width, shown.wide) == (width, [])
     assert len(shown.svgs) == len(labels(html))
-    assert min(min(size) for size in shown.svgs) > 80
+    # Of those, legends are low.
+    assert min(min(size) for size in shown.svgs) > 40
+    # The tree alone is scrolled.
+    assert sum(wide > width for wide, _ in shown.svgs) == (width < 760)
     assert 0.4 < shown.share_of(range(250, 256)) < 0.97
     for section in SECTIONS:
         assert section in shown.text

@@ -15,10 +15,14 @@ def test_the_page_of_an_evaluation() -> None:
     for gamma, recall in ((0.8, 0.93), (0.9, 0.97)):
         cells.append(made_cell(settings={"gamma": gamma}, recall=Estimate(recall)))
     html = evaluation_page(made_evaluation(cells))
-    assert html.count("<svg") == 4  # recall, score, errors by layer, perplexity by position
+    # Recall and score: two tasks and a legend each; errors by layer, perplexity by position.
+    assert html.count("<svg") == 3 + 3 + 2
     assert "At a mean recall of 0.95" in html
     assert "auto, gamma 0.8" in html
-    assert "0.750 [0.300, 0.950]" in html
+    assert '0.750 <span class="interval">[0.300, 0.950]</span>' in html
+    verdict = html.split('<div class="verdict')[1].split("</div>")[0]
+    assert "auto, gamma 0.9: 32.0% of dense attention&#39;s work" in verdict
+    assert "of the attention" in verdict
     assert "nan" not in html.lower()
     assert not re.search(r"<script|https?://(?!www\.w3\.org)", html)
 
@@ -26,7 +30,7 @@ def test_the_page_of_an_evaluation() -> None:
 def test_a_page_without_measured_recall() -> None:
     bare = made_cell(recall=None, recall_worst=None, layer_errors=())
     html = evaluation_page(made_evaluation([dense_cell(), bare]))
-    assert html.count("<svg") == 1
+    assert html.count("<svg") == 2  # a task and its legend
     assert "At a mean recall" not in html
 
 
@@ -53,5 +57,5 @@ def test_the_page_of_a_sweep_marks_the_knee() -> None:
     config = SweepConfig(artifact="a.st", slacks=values)
     context = {"model": "tiny", "device": "CPU", "dtype": "float32"}
     html = sweep_page(Sweep(config, context, dense, (curve,), tuple(cells)))
-    assert html.count("<svg") == 1
+    assert html.count("<svg") == 4  # two gains, two costs
     assert "recall against effective density" in html

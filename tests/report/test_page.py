@@ -16,9 +16,12 @@ from shareprefill.report.drawing import (
     MARKERS,
     SERIES,
     figure_style,
+    legend_figure,
     plain_label,
+    value_png,
 )
-from shareprefill.report.page import Page
+from shareprefill.report.grids import Cell, Grid
+from shareprefill.report.page import Page, Picture
 from tests.report.browser import Browser, running_browser
 
 HOSTILE = "</style><script>alert(1)</script><img src=x onerror=alert(2)>'\"&$x^$\u202e\x00\ud800"
@@ -42,7 +45,14 @@ def hostile_page() -> Page:
         right.imshow(np.arange(12.0).reshape(3, 4))
         right.bar([0, 1], [2, 1], hatch="//")
         page.figure(figure, caption=HOSTILE, alt=HOSTILE)
+        page.panels([figure, legend_figure(*left.get_legend_handles_labels())], HOSTILE, HOSTILE)
         page.figure(figure, caption="again")
+    page.verdict(HOSTILE, is_good=True)
+    cell = Cell("#2f9fd8", HOSTILE, "<&", target="row")
+    page.grids([Grid(HOSTILE, ["<l>"], [[cell] * 9], [("#fff", 0.5, HOSTILE)], HOSTILE)])
+    with page.details(HOSTILE):
+        page.pictures([Picture(HOSTILE, [(value_png(np.eye(4), np.eye(4) > 0), HOSTILE)])])
+        page.table(["a", HOSTILE, "c", "d", "e"], [["x"] * 5], names=["row"])
     return page
 
 
@@ -78,7 +88,7 @@ def test_hostile_text_stays_text() -> None:
     html.encode()  # a lone surrogate would raise
     read = _Reader(html)
     assert not read.of("script")
-    assert not read.of("img")
+    assert [image["src"][:22] for image in read.of("img")] == ["data:image/png;base64,"]
     assert len(read.of("style")) == 1
     assert not [a for _, a in read.elements if "style" in a or any(k.startswith("on") for k in a)]
     assert read.words.count("<script>alert(1)</script>") >= 9 + 2 * 9  # texts, and two drawings
@@ -142,7 +152,7 @@ def test_cells() -> None:
         *("7", "–", "1.000", "−3 %"),
     ]
     kinds = [a.get("class") for a in _Reader(page.html()).of("td")]
-    assert kinds == [None, "number", "number", "number"] * 2
+    assert kinds == [None, *["number"] * 3, None, "number empty", "number", "number"]
 
 
 def test_a_drawing_follows_the_scheme_and_has_no_fonts_of_its_own() -> None:
@@ -186,8 +196,9 @@ def test_a_browser_shows_it(tmp_path: Path, browser: Browser, width: int, dark: 
     assert all(address.startswith("data:image/png") for address in shown.requests)
     assert shown.width == width
     assert shown.wide == []
-    assert len(shown.svgs) == 2
-    assert min(height for _, height in shown.svgs) > 100
+    assert len(shown.svgs) == 5
+    # Two figures and a panel; a legend and a row of heads are lower.
+    assert sorted(height for _, height in shown.svgs)[2] > 100
     assert "Warning:" in shown.text
     ground = 21 if dark else 255
     assert shown.share_of(range(ground - 6, min(256, ground + 6))) < 0.95
