@@ -198,6 +198,18 @@ class Artifact:
     effect: Tensor | None = None
     estimator: dict[str, Any] | None = None
 
+    def __repr__(self) -> str:
+        """A few lines; the tensors are left out."""
+        sizes = self.fingerprint.geometry
+        counts = (f"{count} {name}" for name, count in self.policy_counts().items() if count)
+        return (
+            f"<Artifact of {self.model!r}, {sizes.layers} layers of {sizes.heads} heads, blocks of "
+            f"{self.block_size} tokens\n"
+            f"heads: {', '.join(counts)}\n"
+            f"expected: density {self.density.mean().item():.3f}, recall "
+            f"{self.recall.mean().item():.3f}>"
+        )
+
     @property
     def heads(self) -> int:
         """Query heads of all layers, L * H."""

@@ -8,7 +8,6 @@ from typing import Annotated
 
 import typer
 
-from shareprefill import __version__
 from shareprefill.commands.audit import audit_command
 from shareprefill.commands.bench import bench_command
 from shareprefill.commands.calibrate import calibrate_command
@@ -29,6 +28,7 @@ from shareprefill.commands.train import train_command
 from shareprefill.commands.tune import tune_command
 from shareprefill.errors import ShareprefillError
 from shareprefill.files import printable
+from shareprefill.version import __version__
 
 app = typer.Typer(
     name="sp",

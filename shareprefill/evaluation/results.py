@@ -25,6 +25,7 @@ from shareprefill.evaluation.statistics import (
     worst_heads,
 )
 from shareprefill.files import printable
+from shareprefill.plain_tables import html_table, text_table
 
 SCHEMA = 1
 
@@ -344,6 +345,48 @@ class Evaluation:
     def summaries(self) -> list[Summary]:
         """One summary for every policy and setting, dense attention's first."""
         return summarize_cells(self.cells)
+
+    def __repr__(self) -> str:
+        return f"<Evaluation\n{self.summary()}>"
+
+    def summary(self) -> str:
+        """What was found of every policy over all tasks and lengths, in a line each."""
+        return f"{self._title()}\n{text_table(*self._short_table())}"
+
+    def _repr_html_(self) -> str:
+        """The same, for notebooks."""
+        return html_table(self._title(), *self._short_table())
+
+    def _title(self) -> str:
+        prompts = sum(cell.prompts for cell in self.cells if cell.policy == DENSE)
+        return f"{self.context['model']} on {self.context['device']}, {prompts} prompts"
+
+    def _short_table(self) -> tuple[list[str], list[list[str]]]:
+        figures: dict[str, Callable[[Summary], float | None]] = {
+            "accuracy": lambda found: found.accuracy,
+            "perplexity": lambda found: found.perplexity_change,
+            "KL": lambda found: found.kl,
+            "recall": lambda found: found.recall,
+            "density": lambda found: found.effective_density,
+            "speedup": lambda found: found.speedup,
+        }
+        every = self.summaries()
+        # What no policy was measured by is left out.
+        shown = {
+            name: figure
+            for name, figure in figures.items()
+            if any(figure(found) is not None for found in every)
+        }
+        forms = {"perplexity": "+.2%", "KL": ".2g"}
+        rows = [
+            [found.label]
+            + [
+                "-" if (value := figure(found)) is None else format(value, forms.get(name, ".3f"))
+                for name, figure in shown.items()
+            ]
+            for found in every
+        ]
+        return ["policy", *shown], rows
 
     def to_dict(self) -> dict[str, Any]:
         """All of it, JSON-ready; docs/evaluation.md describes the format."""

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shareprefill import __version__
 from shareprefill.artifact import Artifact, artifact_bytes
 from shareprefill.config import RuntimeConfig
 from shareprefill.errors import ConfigError
@@ -25,6 +24,7 @@ from shareprefill.runtime.fidelity import compare_predictions, final_states, tok
 from shareprefill.runtime.generation import generate, prefill, relative_error
 from shareprefill.runtime.interface import AttentionCall, dense_attention
 from shareprefill.runtime.session import Session, SessionReport
+from shareprefill.version import __version__
 
 # Enough to tell figures apart, few enough for a line a prompt.
 _DIGITS = 5

@@ -7,10 +7,10 @@ import re
 
 import torch
 
-from shareprefill import __version__
 from shareprefill.artifact import FORMAT_VERSION, Artifact, Policy
 from shareprefill.files import printable
 from shareprefill.models import BUILT_IN
+from shareprefill.version import __version__
 
 # What a model's name must look like to be called the base model: a local path is nobody's else.
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 
 from shareprefill.artifact import Policy
+from shareprefill.plain_tables import html_table
 from shareprefill.runtime.ops.blocks import count_causal_blocks
 from shareprefill.runtime.plan import RuntimePlan
 from shareprefill.runtime.records import LayerRecord, on_host
@@ -72,6 +74,71 @@ class SessionReport:
     policies: dict[str, int]
     thresholds: dict[str, float | None]
     layers: tuple[LayerReport, ...]
+
+    def __repr__(self) -> str:
+        return f"<SessionReport\n{self.summary()}>"
+
+    def summary(self) -> str:
+        """What was done, in a few lines."""
+        noun = "prefill" if self.prefills == 1 else "prefills"
+        parts = [f"{self.prefills} sparse {noun}", f"{self.dense_prefills} dense"]
+        if self.requested_dense:
+            parts.append(f"{self.requested_dense} dense as asked for")
+        lines = [
+            ", ".join(parts),
+            f"density {self.density:.3f}, selection work {self.selection_work:.3f} of dense "
+            "attention's",
+        ]
+        if self.policies:
+            lines.append("heads: " + _counted(self.policies))
+        elif self.dense_prefills:
+            lines.append("nothing was sparse: prompts were below min_tokens, or masks not causal")
+        recalls = [
+            (recall, layer.layer, layer.first_head + head)
+            for layer in self.layers
+            for head, recall in enumerate(layer.recall or ())
+        ]
+        if recalls:
+            worst, layer, head = min(recalls)
+            mean = sum(recall for recall, _, _ in recalls) / len(recalls)
+            lines.append(
+                f"recall: mean {mean:.3f}, worst head {worst:.3f} (layer {layer}, head {head})"
+            )
+        return "\n".join(lines)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it, JSON-ready: None for what is not a number."""
+        return _json_ready(asdict(self))
+
+    def _repr_html_(self) -> str:
+        """For notebooks: the summary, and a row for every layer."""
+        columns = ["layer", "heads", "density", "recall"]
+        rows = [
+            [
+                f"{layer.layer}",
+                _counted(Counter(layer.policies)),
+                f"{_mean(layer.density):.3f}",
+                "-" if layer.recall is None else f"{_mean(layer.recall):.3f}",
+            ]
+            for layer in self.layers
+        ]
+        return html_table(self.summary(), columns, rows)
+
+
+def _counted(policies: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} {name}" for name, count in policies.items())
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _json_ready(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _json_ready(inner) for name, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_json_ready(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def make_report(

@@ -73,6 +73,19 @@ class Session:
         self._requested: Counter[int] = Counter()
         self._attachments: list[Attachment] = []
 
+    def __repr__(self) -> str:
+        layers = self.plan.layers
+        planned = Counter(self.plan.labels[head.policy] for layer in layers for head in layer)
+        heads = ", ".join(f"{count} {name}" for name, count in planned.items())
+        of = "no artifact" if self.artifact is None else f"artifact of {self.artifact.model!r}"
+        state = "entered" if self._attachments else "not entered"
+        return (
+            f"<Session of {type(self.model).__name__}, {len(layers)} layers of {len(layers[0])} "
+            f"heads, {state}\n"
+            f"policy {self.config.policy!r}, {of}, blocks of {self.plan.block_size} tokens\n"
+            f"planned: {heads}>"
+        )
+
     @property
     def plan(self) -> RuntimePlan:
         """What every head of the model is to do."""

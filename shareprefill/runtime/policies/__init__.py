@@ -74,7 +74,7 @@ def source_digest(text: str) -> str | None:
     name = PolicyName.parse(text).name
     if name in POLICIES:
         return None
-    file = sys.modules[policy_class(text).__module__].__file__
+    file = getattr(sys.modules[policy_class(text).__module__], "__file__", None)
     if file is None:
         # What was measured of a class without a file is never used again.
         return secrets.token_hex(16)
