@@ -4,8 +4,8 @@ A block that a head leaves out changes its output by P (v - o), summed over the 
 matters to the predictions is a derivative: labels are drawn from the model's own predictions, and
 one backward pass of their log likelihood gives, for every block, the change of it to first order.
 Its mean square over such draws is twice the KL divergence that the change causes (the Fisher
-information): one pass stands for all blocks of all heads. The draws are few, as in Hutchinson's
-estimate of a trace.
+information): one pass stands for all blocks of all heads. There is one draw a prompt, as in
+Hutchinson's estimate of a trace: query blocks and prompts average over it.
 """
 
 from __future__ import annotations
@@ -35,12 +35,10 @@ from shareprefill.runtime.ops.block_sparse_attention import block_sparse_attenti
 
 CHANGE, LOST, DIVERGENCE = "effect_change", "effect_lost", "effect_divergence"
 
-# Backward passes a prompt: their mean square is taken over prompts, too.
-_DRAWS = 4
 # Attention mass that the patterns cover whose lost blocks are measured.
 _COVERED = 0.9
-# Probabilities that are made at once.
-_STRIP = 2**24
+# Probabilities that are made at once: a few MiB, and hardly any behind the diagonal.
+_STRIP = 2**21
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,8 +47,8 @@ class _Cut:
 
     Attributes:
         pattern: bool `[H, n, n]`.
-        change: First-order change of the log likelihood of drawn labels, by draw, head and query
-            block, float64 `[draws, H, n]`.
+        change: First-order change of the log likelihood of the drawn labels, by head and query
+            block, float64 `[H, n]`.
         lost: Attention mass outside the patterns, float64 `[H, n]`.
     """
 
@@ -150,8 +148,8 @@ def measure_effect(
     with _deterministic():
         gradients = _gradients(model, final, [tracer.outputs[n] for n in layers], seed)
     cuts = {
-        n: _cut(tracer.calls[n], tracer.outputs[n].detach(), grads, block_size)
-        for n, grads in zip(layers, gradients, strict=True)
+        n: _cut(tracer.calls[n], tracer.outputs[n].detach(), gradient, block_size)
+        for n, gradient in zip(layers, gradients, strict=True)
     }
     dense = final.detach()
     geometry = _geometry(len(input_ids), block_size, device)
@@ -161,8 +159,8 @@ def measure_effect(
     divergence = compare_predictions(model, dense, states()).mean_kl
     # Half the mean square of the change is the KL divergence. The changes of query blocks are taken
     # for unlike each other: that costs a factor that all heads have in common, about, and makes
-    # few draws enough.
-    change = [cut.change.square().sum(-1).mean(0) / (2 * len(input_ids)) for cut in cuts.values()]
+    # one draw enough.
+    change = [cut.change.square().sum(-1) / (2 * len(input_ids)) for cut in cuts.values()]
     lost = [cut.lost.square().mean(-1) for cut in cuts.values()]
     return {
         CHANGE: torch.stack([t.cpu() for t in change]).float(),
@@ -185,47 +183,37 @@ def _deterministic() -> Iterator[None]:
 
 def _gradients(
     model: torch.nn.Module, final: Tensor, outputs: list[Tensor], seed: int
-) -> list[list[Tensor]]:
-    """Gradients of the log likelihood of drawn labels, by layer and draw: `[1, H, N, Dv]`."""
+) -> tuple[Tensor, ...]:
+    """Gradients of the log likelihood of drawn labels, by layer: `[1, H, N, Dv]`."""
     head = cast(Any, model).get_output_embeddings().weight.device
     generator = torch.Generator(head).manual_seed(seed)
-    found: list[list[Tensor]] = [[] for _ in outputs]
-    for draw in range(_DRAWS):
-        score = sampled_score(model, final.detach(), generator).to(final.device)
-        grads = torch.autograd.grad(
-            final, outputs, score.to(final.dtype), retain_graph=draw < _DRAWS - 1
-        )
-        for layer, grad in zip(found, grads, strict=True):
-            layer.append(grad)
-    return found
+    score = sampled_score(model, final.detach(), generator).to(final.device)
+    return torch.autograd.grad(final, outputs, score.to(final.dtype))
 
 
 @torch.no_grad()
-def _cut(call: AttentionCall, output: Tensor, grads: list[Tensor], block_size: int) -> _Cut:
+def _cut(call: AttentionCall, output: Tensor, gradient: Tensor, block_size: int) -> _Cut:
     """What the heads of a layer lose."""
     query, key, value = call.query[0].detach(), call.key[0].detach(), call.value[0].detach()
-    n_tokens = query.shape[1]
+    heads, n_tokens = query.shape[:2]
     geometry = _geometry(n_tokens, block_size, query.device)
     # What a unit of attention to a key adds to a row's log likelihood is gradient . (v - o).
-    ways = torch.cat(grads).float()  # [draws, H, N, Dv]
-    offsets = (ways * output.float()).sum(-1)  # [draws, H, N]
+    way = gradient[0].float()  # [H, N, Dv]
+    offset = (way * output[0].float()).sum(-1, keepdim=True)  # [H, N, 1]
     masses, changes = [], []
-    heads = len(query)
     strip = max(1, _STRIP // (heads * n_tokens * block_size)) * block_size
     repeats = heads // len(key)
     keys, values = (t.float().repeat_interleave(repeats, 0) for t in (key, value))
     for start in range(0, n_tokens, strip):
-        rows = slice(start, min(start + strip, n_tokens))
-        weights = _weights(call, query[:, rows].float(), keys, start)
-        masses.append(_pool(weights, block_size))
-        pieces = []
-        for way, offset in zip(ways, offsets, strict=True):
-            gain = way[:, rows] @ values.transpose(1, 2) - offset[:, rows, None]
-            pieces.append(_pool(gain.mul_(weights), block_size))
-        changes.append(torch.stack(pieces))
+        end = min(start + strip, n_tokens)
+        weights = _weights(call, query[:, start:end].float(), keys[:, :end], start)
+        masses.append(_pool(weights, block_size, geometry.shape[1]))
+        gain = way[:, start:end] @ values[:, :end].transpose(1, 2)
+        gain.sub_(offset[:, start:end]).mul_(weights)
+        changes.append(_pool(gain, block_size, geometry.shape[1]))
     n_rows = torch.full((geometry.shape[0], 1), block_size, dtype=torch.int64, device=query.device)
     n_rows[-1] = n_tokens - (len(n_rows) - 1) * block_size
-    mass, change = torch.cat(masses, 1) / n_rows, torch.cat(changes, 2)
+    mass, change = torch.cat(masses, 1) / n_rows, torch.cat(changes, 1)
     gamma = torch.full((heads,), _COVERED, dtype=torch.float32, device=query.device)
     pattern = head_blocks(mass, gamma, **geometry.reads)[0]
     lost = (mass.double() * ~pattern).sum(-1)
@@ -248,14 +236,13 @@ def _weights(call: AttentionCall, query: Tensor, key: Tensor, start: int) -> Ten
     return torch.cat([logits, sink], -1).softmax(-1)[..., :-1]
 
 
-def _pool(values: Tensor, block_size: int) -> Tensor:
-    """Sums by block: `[H, R, N]` to `[H, rows of blocks, columns of blocks]`."""
-    heads, rows, columns = values.shape
-    short = (-columns % block_size, -rows % block_size)
-    padded = F.pad(values, (0, short[0], 0, short[1]))
-    return padded.view(heads, -1, block_size, (columns + short[0]) // block_size, block_size).sum(
-        (2, 4)
-    )
+def _pool(values: Tensor, block_size: int, n_k: int) -> Tensor:
+    """Sums by block: `[H, R, N]` to `[H, rows of blocks, n_k]`; zeros behind the last column."""
+    short = (-values.shape[2] % block_size, -values.shape[1] % block_size)
+    if any(short):
+        values = F.pad(values, (0, short[0], 0, short[1]))
+    blocks = values.unflatten(2, (-1, block_size)).sum(-1).unflatten(1, (-1, block_size)).sum(2)
+    return F.pad(blocks, (0, n_k - blocks.shape[2]))
 
 
 def _geometry(n_tokens: int, block_size: int, device: torch.device) -> Geometry:
