@@ -18,7 +18,7 @@ from shareprefill.artifact import Policy
 from shareprefill.calib.capture import FULL, SLASH, VERTICAL, map_names, rows_key
 from shareprefill.calib.store import MapStore
 from shareprefill.config import RuntimeConfig
-from shareprefill.runtime.geometry import Geometry
+from shareprefill.runtime.geometry import Geometry, checked_blocks
 from shareprefill.runtime.ops.block_selection import (
     covered_mass,
     head_blocks,
@@ -27,6 +27,7 @@ from shareprefill.runtime.ops.block_selection import (
     smooth_maps,
     vertical_slash_blocks,
 )
+from shareprefill.runtime.ops.blocks import count_blocks
 from shareprefill.runtime.policies.smoothed import Smoothed, line_weights
 
 # Attention mass that a pattern may be asked to cover: the choices for every head.
@@ -97,6 +98,7 @@ class HeldOutMeasurements:
         pair_harm: Predicted KL divergence, in nats a position, that head h's lost mass causes under
             the pattern of pivot p, float64 `[gammas, K, K]`; None where no effects are known.
         pivots: Every head under its own pattern as a pivot.
+        check_work: Selection work of a sharing head.
         distance_to_uniform: Of the last block's distribution, the least over prompts `[K]`: the
             paper's measure for "highly sparse" (arXiv 2505.19578, section 3).
     """
@@ -138,7 +140,9 @@ class HeldOutMeasurements:
             harm=None if recalls.harm is None else recalls.harm.diagonal(dim1=1, dim2=2),
         )
         self.distance_to_uniform = torch.stack(distances).min(0).values
-        self.check_work = self.check_rows / (2 * store.config.block_size)
+        self.check_work = self._check_work(
+            [store.prompts[number].tokens for number in prompts], store.config.block_size
+        )
 
     @property
     def heads(self) -> int:
@@ -148,12 +152,21 @@ class HeldOutMeasurements:
     def least_covered(self, head: int, pivot: int, gamma: float) -> float:
         """Mass of a head's check inside a pivot's pattern, on the prompt where it is least."""
         first = torch.zeros(1, dtype=torch.int64, device="cpu")
-        return min(
-            covered_mass(
-                prompt.check[head, None], prompt.patterns(prompt.pivot[pivot, None], gamma), first
-            )
-            for prompt in self._prompts
-        ).item()
+        masses = []
+        for prompt in self._prompts:
+            pattern = prompt.patterns(prompt.pivot[pivot, None], gamma)
+            # The rows that the check looks at, here and in a prefill.
+            rows = prompt.geometry.checked
+            masses.append(covered_mass(prompt.check[head, None, rows], pattern[:, rows], first))
+        return min(masses).item()
+
+    def _check_work(self, tokens: Sequence[int], block_size: int) -> float:
+        """Work of the check before sharing: the mean over prompts of these lengths."""
+        shares = []
+        for n in tokens:
+            blocks = len(checked_blocks(count_blocks(n, block_size), torch.device("cpu")))
+            shares.append(self.check_rows * blocks / (2 * n))
+        return sum(shares) / len(shares)
 
     def _prompt(self, maps: dict[str, Tensor], tokens: int, block_size: int) -> _Prompt:
         runtime = RuntimeConfig()

@@ -16,6 +16,11 @@ from shareprefill.runtime.ops.blocks import (
 )
 from shareprefill.runtime.ops.pooled_attention import sample_rows
 
+# Query blocks that the check before sharing looks at, of however many. A mean over them is as
+# certain in a long prompt as in a short one, so the check's share of the work falls with the
+# length. With blocks of 128 tokens that is a quarter of the blocks of 8K tokens.
+CHECKED_BLOCKS = 16
+
 
 class Sizes(TypedDict):
     """Tokens, and those of a block, as the operators of selection name them."""
@@ -61,6 +66,7 @@ class Geometry:
         self.n_query, self.n_key, self.device = n_query, n_key, device
         self.block_size = block_size
         self._rows: dict[int, Tensor] = {}
+        self._checked_rows: dict[int, Tensor] = {}
         self.sizes = Sizes(n_query=n_query, n_key=n_key, block_size=block_size)
         self.reads = Reads(**self.sizes, sink_blocks=sink_blocks, local_blocks=local_blocks)
 
@@ -104,8 +110,38 @@ class Geometry:
         n_k = self.shape[1]
         return torch.full((1, 1, n_k), 1 / n_k, device=self.device, dtype=torch.float32)
 
+    @cached_property
+    def checked(self) -> Tensor:
+        """The query blocks that the check before sharing looks at, int64 `[m]`."""
+        return checked_blocks(self.shape[0], self.device)
+
+    def checked_rows(self, r: int) -> Tensor:
+        """`r` evenly spaced query rows of each of them, int64 `[m, r]`."""
+        if r not in self._checked_rows:
+            self._checked_rows[r] = self.rows(r)[self.checked]
+        return self._checked_rows[r]
+
     def rows(self, r: int) -> Tensor:
         """`r` evenly spaced query rows of every block, int64 `[n_q, r]`."""
         if r not in self._rows:
             self._rows[r] = sample_rows(self.n_query, self.block_size, r, self.device)
         return self._rows[r]
+
+
+def checked_blocks(n_q: int, device: torch.device) -> Tensor:
+    """Query blocks for the check before sharing: evenly spaced, the last one among them.
+
+    >>> checked_blocks(4, torch.device("cpu")).tolist()
+    [0, 1, 2, 3]
+    >>> checked_blocks(64, torch.device("cpu")).tolist()[:3]
+    [3, 7, 11]
+
+    Args:
+        n_q: Query blocks.
+        device: Of the result.
+
+    Returns:
+        int64 `[min(n_q, CHECKED_BLOCKS)]`, ascending.
+    """
+    count = min(n_q, CHECKED_BLOCKS)
+    return torch.arange(1, count + 1, device=device).mul_(n_q).floor_divide_(count).sub_(1)

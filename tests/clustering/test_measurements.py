@@ -94,6 +94,26 @@ def test_the_check_is_of_the_fewest_rows(store: MapStore, rows: int) -> None:
     assert max(found) > min(found)
 
 
+def test_the_check_of_a_long_prompt_is_of_some_query_blocks(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    """Of 16 of them, the last one included; what it costs falls with the length."""
+    checkpoint = save_checkpoint(tmp_path_factory.mktemp("model"))
+    folder = tmp_path_factory.mktemp("calibration")
+    config = CalibrateConfig(**small_calibration(checkpoint, samples=3, length=18 * 32))
+    store = capture_maps(config, folder)
+    assert store is not None
+    evidence = HeldOutMeasurements(store, [1], 4, estimator={})
+    maps, causal, always = _of_prompt(store, 1)
+    n = len(causal)
+    assert n > 16
+    rows = [(step + 1) * n // 16 - 1 for step in range(16)]
+    pattern = (head_pattern(smooth(maps["rows4"])[5, None], 0.75)[0] | always) & causal
+    inside = (maps["rows1"][3] * pattern)[rows].sum(-1).mean().item()
+    assert evidence.least_covered(3, 5, 0.75) == pytest.approx(inside, abs=1e-6)
+    assert evidence.check_work == 16 / (2 * store.prompts[1].tokens)
+
+
 def test_stores_of_other_rows_are_read(tmp_path_factory: pytest.TempPathFactory) -> None:
     """As those that were captured when three counts were the rule."""
     checkpoint = save_checkpoint(tmp_path_factory.mktemp("model"))

@@ -43,10 +43,16 @@ def plan_of(policies: tuple[Policy, ...], *, fallback: Policy, guarded: bool) ->
     ],
 )
 def test_a_planned_layer_takes_few_launches(
-    policies: tuple[Policy, ...], fallback: Policy, guarded: bool, most: int
+    policies: tuple[Policy, ...],
+    fallback: Policy,
+    guarded: bool,
+    most: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     plan = plan_of(policies, fallback=fallback, guarded=guarded)
     prefill = SparsePrefill(plan)
+    # As in a long prompt, the check looks at some of the query blocks.
+    monkeypatch.setattr("shareprefill.runtime.geometry.CHECKED_BLOCKS", 3)
     geometry = plan.geometry(80, 80, torch.device("cpu"))
     query, key, value = torch.randn(8, 80, 16), torch.randn(2, 80, 16), torch.randn(2, 80, 16)
 

@@ -240,6 +240,37 @@ def test_pivots_of_an_earlier_layer_are_shared(model: Any) -> None:
     assert torch.equal(kept(second, 0), kept(first, 0))
 
 
+def test_a_check_of_few_query_blocks_finds_planted_unlike_heads(model: Any) -> None:
+    """Heads that attend elsewhere than their pivot, throughout or in the prompt's second half."""
+    policies = [[P, S, S, S], [D] * 4, [D] * 4]
+    length = 40 * BLOCK  # 40 query blocks, of which 16 are looked at
+
+    def prompt(*, planted: bool) -> dict[str, torch.Tensor]:
+        inputs = tensors(length, length)
+        inputs["key"][..., :2] = 0
+        for dim, block in ((0, 1), (1, 10)):
+            inputs["key"][:, block * BLOCK : block * BLOCK + 4, dim] = 4
+        inputs["query"][..., :2] = torch.tensor([12.0, 0.0])
+        if planted:
+            for head, start in ((2, 0), (3, length // 2)):
+                inputs["query"][head, start:, :2] = torch.tensor([0.0, 12.0])
+        return inputs
+
+    def covered(inputs: dict[str, torch.Tensor], slack: torch.Tensor) -> LayerRecord:
+        return run(model, policies, inputs, gamma=torch.full((3, 4), 0.9), slack=slack)[1]
+
+    alike = [covered(prompt(planted=False), torch.ones(3, 4)).covered for _ in range(4)]
+    slack = torch.ones(3, 4)
+    slack[0, 1:] = 0.9 - torch.stack(alike)[:, 1:].min(0).values + 0.04
+    for _ in range(4):
+        record = covered(prompt(planted=True), slack)
+        assert record.policies.tolist() == [P, S, M, M], (record.covered, slack)
+        record = covered(prompt(planted=False), slack)
+        assert record.policies.tolist() == [P, S, S, S], (record.covered, slack)
+    # None of them has a fallback to pay for.
+    torch.testing.assert_close(record.work[1:], torch.full((3,), 16 / length / 2))
+
+
 def test_a_head_unlike_its_pivot_falls_back(model: Any) -> None:
     inputs = tensors(150, 150)
     policies = [[P, S, S, S], [D] * 4, [D] * 4]

@@ -39,23 +39,27 @@ class Sampled(InPlacePolicy[Tensor]):
         return sampling_work(inputs, self.rows)
 
 
-def sampling_work(inputs: LayerInputs, rows: int) -> float:
-    """Work of `rows` rows a block: their share of the rows, logits alone."""
-    return inputs.geometry.rows(rows).numel() / inputs.query.shape[1] / 2
+def sampling_work(inputs: LayerInputs, rows: int | Tensor) -> float:
+    """Work of `rows` rows a block, or of chosen ones: their share of the rows, logits alone."""
+    count = rows.numel() if isinstance(rows, Tensor) else inputs.geometry.rows(rows).numel()
+    return count / inputs.query.shape[1] / 2
 
 
-def sampled_maps(inputs: LayerInputs, heads: Tensor, rows: int | None) -> Tensor:
+def sampled_maps(inputs: LayerInputs, heads: Tensor, rows: int | Tensor | None) -> Tensor:
     """Exact maps of sampled rows, float32 `[S, n_q, n_k]`.
 
     Args:
         inputs: The layer's inputs. Attention sinks are left out: they scale a row's masses alike.
         heads: int64 `[S]`; the maps of negative ones are zeros.
-        rows: Rows a block; None for all of them.
+        rows: Rows a block; None for all of them; or chosen rows, int64 `[m, r]`, for a map of m
+            rows.
     """
+    if isinstance(rows, int):
+        rows = inputs.geometry.rows(rows)
     _, maps = pooled_attention(
         inputs.query,
         inputs.key,
-        rows=None if rows is None else inputs.geometry.rows(rows),
+        rows=rows,
         block_size=inputs.geometry.block_size,
         scale=inputs.scale,
         heads=heads,

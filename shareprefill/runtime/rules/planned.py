@@ -82,11 +82,13 @@ class SharingHeads:
     Attributes:
         heads: int64 `[S]`.
         pattern_of_head: The number of the pattern that each shares, int64 `[S]`.
+        place_of_pattern: Where that is in `PlannedLayer.shared`, int64 `[S]`.
         min_coverage: The mass inside that pattern from which on it shares, float32 `[S]`.
     """
 
     heads: Tensor
     pattern_of_head: Tensor
+    place_of_pattern: Tensor
     min_coverage: Tensor
 
 
@@ -216,6 +218,11 @@ class PlannedRule(LayerRule[PlannedLayer, PivotPatterns]):
     """Every head does what its plan says; a sharing head first checks its pivot's pattern."""
 
     @cached_property
+    def _rows_to_copy(self) -> dict[Tensor, tuple[int, Tensor]]:
+        """For each layer's `shared`: query blocks, and `rows_to_copy` of them."""
+        return {}
+
+    @cached_property
     def selectors(self) -> dict[int, SelectionPolicy]:
         """What chooses the patterns of heads that choose by themselves, by policy."""
         built_in: dict[int, SelectionPolicy] = {
@@ -253,6 +260,25 @@ class PlannedRule(LayerRule[PlannedLayer, PivotPatterns]):
         """Room for the patterns of all pivots."""
         return PivotPatterns(geometry, len(self.pivot_patterns))
 
+    def rows_to_copy(self, layer: PlannedLayer, geometry: Geometry) -> Tensor:
+        """The rows of pivots' patterns that a layer copies, by their numbers in all patterns.
+
+        First those that its check looks at, pattern by pattern, where that is not all of them; then
+        all rows of its patterns. So one launch copies both. They are the same for every prompt of a
+        length: the last length's are kept.
+        """
+        n_q = geometry.shape[0]
+        kept = self._rows_to_copy.get(layer.shared)
+        if kept is None or kept[0] != n_q:
+            starts = layer.shared[:, None] * n_q
+            every = starts + torch.arange(n_q, device=starts.device)
+            parts = [every]
+            if len(geometry.checked) < n_q:
+                parts.insert(0, starts + geometry.checked)
+            kept = n_q, torch.cat([rows.flatten() for rows in parts])
+            self._rows_to_copy[layer.shared] = kept
+        return kept[1]
+
     def select(
         self, layer: PlannedLayer, pivots: PivotPatterns, inputs: LayerInputs, value: Tensor
     ) -> LayerSelection:
@@ -268,8 +294,7 @@ class _Selection:
     ) -> None:
         self.rule, self.plan, self.layer = rule, rule.plan, layer
         self.pivots, self.inputs = pivots, inputs
-        shape, device = (layer.n_patterns, *inputs.geometry.shape), inputs.geometry.device
-        self.patterns = torch.empty(shape, dtype=torch.bool, device=device)
+        self.patterns, self.checked, self.copied = self._room()
         self.overhead: list[Overhead] = []
         # Patterns that are of every causal block where they rest on NaN or Inf.
         self.is_finite: list[tuple[int, Tensor]] = []
@@ -282,8 +307,12 @@ class _Selection:
         output = self.inputs.empty_output(value)
         self._choose_pivots(value, output)
         if len(layer.shared):
-            shared = self.patterns[: len(layer.shared)]
-            torch.index_select(self.pivots.patterns, 0, layer.shared, out=shared)
+            torch.index_select(
+                self.pivots.patterns.flatten(0, 1),
+                0,
+                self.rule.rows_to_copy(layer, self.inputs.geometry),
+                out=self.copied,
+            )
         requested, coverage = self._check()
         for group in layer.own:
             self._choose(group, requested)
@@ -297,6 +326,23 @@ class _Selection:
             overhead=tuple(self.overhead),
             coverage=coverage,
         )
+
+    def _room(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Room for the layer's patterns, in front of which are the rows for its check.
+
+        Returns:
+            The patterns bool `[P, n_q, n_k]`; for each shared pattern the rows that the check looks
+            at, bool `[S, m, n_k]`; and all rows of either that are copied, bool `[R, n_k]`.
+        """
+        geometry, n_shared = self.inputs.geometry, len(self.layer.shared)
+        n_q, n_k = geometry.shape
+        n_checked = len(geometry.checked)
+        ahead = n_shared * n_checked if n_checked < n_q else 0
+        n_rows = ahead + self.layer.n_patterns * n_q
+        rows = torch.empty((n_rows, n_k), dtype=torch.bool, device=geometry.device)
+        patterns = rows[ahead:].view(-1, n_q, n_k)
+        checked = rows[:ahead].view(-1, n_checked, n_k) if ahead else patterns[:n_shared]
+        return patterns, checked, rows[: ahead + n_shared * n_q]
 
     def _choose_pivots(self, value: Tensor, output: Tensor) -> None:
         """Pivots' patterns: from sampled rows, or from all of them with the dense output."""
@@ -326,7 +372,8 @@ class _Selection:
     def _check(self) -> tuple[Tensor, Coverage | None]:
         """Lets heads share whose sampled rows have enough of their attention inside the pattern.
 
-        A head's own map that is not finite covers NaN, as every row's own block is in a pattern.
+        The rows are of some query blocks alone (`Geometry.checked`). A head's own map that is not
+        finite covers NaN, as every row's own block is in a pattern.
 
         Returns:
             What each head reads, and the heads that own patterns are asked for, int64 `[H + T]`.
@@ -334,11 +381,12 @@ class _Selection:
         layer, sharing, inputs = self.layer, self.layer.sharing, self.inputs
         if sharing is None:
             return layer.on_fail, None
-        maps = sampled_maps(inputs, sharing.heads, self.plan.check_rows)
-        mass = covered_mass(maps, self.pivots.patterns, sharing.pattern_of_head)
+        rows = inputs.geometry.checked_rows(self.plan.check_rows)
+        maps = sampled_maps(inputs, sharing.heads, rows)
+        mass = covered_mass(maps, self.checked, sharing.place_of_pattern)
         is_finite = self.pivots.is_finite[sharing.pattern_of_head]
         passed = (mass >= sharing.min_coverage) & is_finite
-        self.overhead.append(Overhead(sharing.heads, sampling_work(inputs, self.plan.check_rows)))
+        self.overhead.append(Overhead(sharing.heads, sampling_work(inputs, rows)))
         requested = torch.where(passed[layer.check_of], layer.on_pass, layer.on_fail)
         return requested, Coverage(sharing.heads, mass, is_finite)
 
@@ -522,6 +570,9 @@ class _LayerMaker:
         return SharingHeads(
             heads=self._integers(self.sharing),
             pattern_of_head=self._integers(self._pivot_pattern(plan) for plan in plans),
+            place_of_pattern=self._integers(
+                self.shared.index(self._pivot_pattern(plan)) for plan in plans
+            ),
             min_coverage=numbers((plan.min_coverage for plan in plans), self.device),
         )
 
