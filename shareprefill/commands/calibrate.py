@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,6 +11,7 @@ import typer
 
 from shareprefill.commands.known import ARTIFACTS
 from shareprefill.commands.options import (
+    JsonOption,
     RemoteCodeOption,
     length_option,
     options_of,
@@ -16,6 +19,7 @@ from shareprefill.commands.options import (
     required,
 )
 from shareprefill.commands.train import show_training
+from shareprefill.commands.verdicts import judge_calibration
 from shareprefill.config import DATA_SETS, CalibrateConfig, TrainConfig
 
 
@@ -40,6 +44,7 @@ def calibrate_command(
         bool, typer.Option("--resume/--fresh", help="Go on with a killed run, or start anew.")
     ] = True,
     trust_remote_code: RemoteCodeOption = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Capture block-pooled attention maps on prompts, and train the autoencoder on them.
 
@@ -63,5 +68,13 @@ def calibrate_command(
             progress=advance,
         )
     # Under torchrun, the first process has them all.
-    if store is not None:
-        show_training(folder, train(folder, TrainConfig(seed=config.seed)))
+    if store is None:
+        return
+    training = train(folder, TrainConfig(seed=config.seed))
+    verdict = judge_calibration(store, training, folder)
+    if as_json:
+        facts = {"path": str(folder), "losses": asdict(training.losses), "epochs": training.epochs}
+        typer.echo(json.dumps({**facts, "verdict": verdict.to_dict()}))
+        return
+    show_training(folder, training)
+    verdict.show()

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import math
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from shareprefill.commands.inspect import summarize
+from shareprefill.commands.inspect import describe, summarize
 from shareprefill.commands.known import CLUSTERS, CalibrationArgument, calibration_folder
-from shareprefill.commands.options import number_or_auto, options_of
+from shareprefill.commands.options import JsonOption, number_or_auto, options_of
 from shareprefill.config import ClusterConfig
 from shareprefill.errors import ArtifactError, DataError
 from shareprefill.files import printable
@@ -27,6 +29,7 @@ def cluster_command(
     force: Annotated[
         bool, typer.Option("--force", help="Replace a file that is of another model, or none.")
     ] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Cluster the heads of a calibration, choose every head's policy, and write the artifact.
 
@@ -46,8 +49,16 @@ def cluster_command(
             _refuse_to_replace(out, folder)
         artifact, trials = cluster(folder, config)
         save_artifact(artifact, out)
+    if as_json:
+        tried = [{**asdict(trial), "silhouette": _defined(trial.silhouette)} for trial in trials]
+        typer.echo(json.dumps({"path": str(out), "tried": tried, **describe(artifact, out)}))
+        return
     show_clusterings(trials)
     summarize(artifact, out)
+
+
+def _defined(value: float) -> float | None:
+    return None if math.isnan(value) else value
 
 
 def show_clusterings(trials: list[Clustering]) -> None:

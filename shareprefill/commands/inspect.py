@@ -11,6 +11,7 @@ import typer
 
 from shareprefill.commands.known import CLUSTERS
 from shareprefill.commands.options import JsonOption
+from shareprefill.commands.verdicts import judge_artifact
 
 if TYPE_CHECKING:
     from shareprefill.artifact import Artifact
@@ -29,7 +30,7 @@ def inspect_command(
 
     loaded = load_artifact(artifact)
     if as_json:
-        typer.echo(json.dumps(describe(loaded), indent=1))
+        typer.echo(json.dumps(describe(loaded, artifact), indent=1))
     else:
         summarize(loaded, artifact)
 
@@ -38,7 +39,7 @@ def summarize(artifact: Artifact, path: Path) -> None:
     """An artifact in tables: its origin, its heads by policy, and its sharing clusters."""
     from shareprefill.console import show_line, show_table
 
-    facts = describe(artifact)
+    facts = describe(artifact, path)
     policies = [
         (row["policy"], f"{row['heads']}", f"{row['recall']:.3f}", f"{row['density']:.3f}")
         for row in facts["policies"]
@@ -62,9 +63,11 @@ def summarize(artifact: Artifact, path: Path) -> None:
         f"{facts['sharing_share']:.0%} of heads share; expected density "
         f"{facts['density']:.3f}, recall {facts['recall']:.3f}"
     )
+    show_line(f"calibrated on {facts['origin']}; planned for {facts['target']}")
+    judge_artifact(artifact, path).show()
 
 
-def describe(artifact: Artifact) -> dict[str, Any]:
+def describe(artifact: Artifact, path: Path) -> dict[str, Any]:
     """An artifact as a JSON-ready object."""
     from shareprefill.artifact import Policy
     from shareprefill.files import printable
@@ -96,9 +99,33 @@ def describe(artifact: Artifact) -> dict[str, Any]:
         "sharing_share": sharing.double().mean().item(),
         "policies": rows,
         "clusters": _sharing_clusters(artifact),
+        "origin": _origin(artifact.configuration.get("calibrate", {})),
+        "target": _target(artifact.configuration.get("cluster", {})),
+        "verdict": judge_artifact(artifact, path).to_dict(),
         "configuration": artifact.configuration,
         "summary": artifact.summary,
     }
+
+
+def _origin(calibration: dict[str, Any]) -> str:
+    """Data and lengths of a calibration, in words."""
+    from shareprefill.files import printable
+
+    if not {"samples", "length", "data"} <= calibration.keys():
+        return "data that the artifact does not name"
+    data = ", ".join(printable(each, 60) for each in calibration["data"])
+    return f"{calibration['samples']} prompts of {calibration['length']} tokens at most ({data})"
+
+
+def _target(clustering: dict[str, Any]) -> str:
+    """What a clustering aimed at, in words."""
+    if clustering.get("budget") is not None:
+        return f"a density of {clustering['budget']:g}"
+    if clustering.get("max_kl") is not None:
+        return f"a KL divergence of {clustering['max_kl']:g} nats a position"
+    if "target_recall" in clustering:
+        return f"a recall of {clustering['target_recall']:g} in every head"
+    return "a target that the artifact does not name"
 
 
 def _sharing_clusters(artifact: Artifact) -> list[dict[str, Any]]:

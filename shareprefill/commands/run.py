@@ -24,6 +24,7 @@ from shareprefill.commands.options import (
     require_own,
 )
 from shareprefill.commands.streams import print_now, read_prompt
+from shareprefill.commands.verdicts import judge_recall, planned_and_taken, why_dense
 from shareprefill.config import RuntimeConfig
 from shareprefill.errors import ConfigError
 from shareprefill.policy_names import POLICIES
@@ -109,7 +110,7 @@ def run_command(
         if trace is not None:
             assert loaded is not None
             atomic_write_text(trace, trace_of(loaded, config, result))
-    finish_run(result, as_json=as_json)
+    finish_run(result, config, loaded, as_json=as_json)
 
 
 def trace_of(artifact: Artifact, config: RuntimeConfig, result: Answer) -> str:
@@ -128,11 +129,13 @@ def trace_of(artifact: Artifact, config: RuntimeConfig, result: Answer) -> str:
     )
 
 
-def finish_run(result: Answer, *, as_json: bool) -> None:
+def finish_run(
+    result: Answer, config: RuntimeConfig, artifact: Artifact | None, *, as_json: bool
+) -> None:
     """The last lines of `sp run`, or its JSON object."""
     from shareprefill.console import show_line
 
-    facts = _run_facts(result)
+    facts = _run_facts(result, config, artifact)
     if as_json:
         print_now(json.dumps(facts, ensure_ascii=False, indent=1) + "\n")
         return
@@ -141,13 +144,20 @@ def finish_run(result: Answer, *, as_json: bool) -> None:
     parts = [
         f"{facts['prompt_tokens']} prompt tokens, {facts['new_tokens']} new",
         f"density {facts['density']:.3f}",
-        f"heads: {policies or 'all dense (prompt below the crossover)'}",
+        f"heads: {policies or 'all dense'}",
         f"first token {facts['ttft_s']:.2f} s",
         "decode -" if speed is None else f"decode {speed:.1f} tokens/s",
     ]
-    if facts.get("recall") is not None:
+    if facts.get("promised_recall") is not None:
+        parts.insert(2, judge_recall(facts["recall"], facts["promised_recall"]))
+    elif facts.get("recall") is not None:
         parts.insert(2, f"recall {facts['recall']:.3f}")
     print_now("\n")
+    if facts["why_dense"] is not None:
+        show_line(f"All heads ran dense: {facts['why_dense']}.")
+    otherwise = [row for row in facts["planned"] if row["planned"] != row["taken"]]
+    if otherwise:
+        _show_otherwise(otherwise)
     show_line(" | ".join(parts))
     if result.dense is not None:
         same = "the same answer" if facts["same_answer"] else f"answer {facts['dense_text']!r}"
@@ -164,6 +174,14 @@ def finish_run(result: Answer, *, as_json: bool) -> None:
         show_line(" | ".join(parts))
 
 
+def _show_otherwise(rows: list[dict[str, Any]]) -> None:
+    from shareprefill.console import show_table
+
+    columns = ("planned", "taken", "heads", "why (of most)")
+    cells = [(row["planned"], row["taken"], f"{row['heads']}", row["why"]) for row in rows]
+    show_table("heads that did otherwise than planned", columns, cells, prose=("why (of most)",))
+
+
 def _times(seconds: Sequence[float]) -> str:
     """The median, and the spread where there are several."""
     if len(seconds) == 1:
@@ -171,7 +189,7 @@ def _times(seconds: Sequence[float]) -> str:
     return f"{median(seconds):.2f} s ({min(seconds):.2f} to {max(seconds):.2f})"
 
 
-def _run_facts(result: Answer) -> dict[str, Any]:
+def _run_facts(result: Answer, config: RuntimeConfig, artifact: Artifact | None) -> dict[str, Any]:
     generation, report = result.generation, result.report
     facts: dict[str, Any] = {
         "text": generation.text,
@@ -181,11 +199,18 @@ def _run_facts(result: Answer) -> dict[str, Any]:
         "selection_work": report.selection_work,
         "weights_distance": result.weights_distance,
         "policies": report.policies,
+        "why_dense": why_dense(result, config),
+        "planned": planned_and_taken(
+            report, config, result.device, report.thresholds["delta"] or 0.0
+        ),
         "ttft_s": generation.ttft_s,
         "decode_tokens_per_s": generation.decode_tokens_per_s,
     }
     if result.recalls:
         facts["recall"] = sum(result.recalls) / len(result.recalls)
+        if artifact is not None and config.policy == "auto" and config.gamma is None:
+            layers = [layer.layer for layer in report.layers]
+            facts["promised_recall"] = artifact.recall[layers].double().mean().item()
     if result.dense is not None:
         assert result.fidelity is not None
         facts |= {
