@@ -12,7 +12,7 @@ from shareprefill.commands.audit import audit_command
 from shareprefill.commands.bench import bench_command
 from shareprefill.commands.calibrate import calibrate_command
 from shareprefill.commands.cluster import cluster_command
-from shareprefill.commands.common import register
+from shareprefill.commands.common import outcomes_kept, prompts_kept, register, stages_kept
 from shareprefill.commands.diff import diff_command
 from shareprefill.commands.doctor import doctor_command
 from shareprefill.commands.evaluate import eval_command
@@ -59,12 +59,18 @@ def root(
         raise typer.Exit
 
 
+_KEEPS = {
+    calibrate_command: prompts_kept,
+    eval_command: outcomes_kept,
+    sweep_command: outcomes_kept,
+    regenerate_command: stages_kept,
+}
 for _command in (
     *(calibrate_command, train_command, cluster_command, run_command, inspect_command),
     *(diff_command, doctor_command, eval_command, sweep_command, audit_command, bench_command),
     *(tune_command, regenerate_command, push_command, pull_command),
 ):
-    register(app, _command)
+    register(app, _command, _KEEPS.get(_command))
 
 
 def main() -> None:

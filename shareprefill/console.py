@@ -6,6 +6,8 @@ import re
 import shutil
 import sys
 import textwrap
+import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -17,6 +19,8 @@ from rich.text import Text
 
 _GAP = 2  # between two columns
 _quiet = False
+_LOADING = "loading the model"
+_LINES_EVERY_S = 60.0
 _NARROWEST_PROSE = 16
 _FIGURE = re.compile(r"[-+.]?\d|-$")
 
@@ -161,24 +165,156 @@ def _wrapped(text: str, width: int) -> list[str]:
 
 @contextmanager
 def progress(what: str) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar on stderr, silent where that is no terminal; yields its (done, all) setter."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+    """Tells on standard error how far a piece of work is, and how long it will take.
 
+    A terminal gets a bar, with a spinner until the first call, while the model is loaded; elsewhere
+    there is a line a minute.
+
+    Args:
+        what: What is counted, as `prompts`.
+
+    Yields:
+        To be called with (done, all), first before the work begins.
+    """
     console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    with Progress(
-        *columns, TimeElapsedColumn(), console=console, disable=_quiet or not console.is_terminal
-    ) as bar:
-        task = bar.add_task(what, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+    if _quiet:
+        yield lambda done, total: None
+    elif console.is_terminal:
+        with _bar(what, console) as advance:
+            yield advance
+    else:
+        work = _Work(what)
+        with _line_a_minute(work.line):
+            yield work.advance
+
+
+Say = Callable[[str | None], None]
+"""Goes on with another piece of work of that name; None: with none."""
 
 
 @contextmanager
-def status(what: str) -> Iterator[None]:
-    """A spinner on stderr, silent where that is no terminal."""
+def status(what: str) -> Iterator[Say]:
+    """A spinner on standard error, or a line a minute where that is no terminal.
+
+    Args:
+        what: Is done first.
+
+    Yields:
+        Changes what is done; None ends the spinner, as the first word of an answer must.
+    """
     console = Console(stderr=True)
-    if _quiet or not console.is_terminal:
+    if _quiet:
+        yield lambda what: None
+    elif console.is_terminal:
+        with console.status(Text(what)) as spinner:
+
+            def spin(what: str | None) -> None:
+                if what is None:
+                    spinner.stop()
+                else:
+                    spinner.update(Text(what))
+                    spinner.start()
+
+            yield spin
+    else:
+        stage = _Stage(what)
+        with _line_a_minute(stage.line):
+            yield stage.begin
+
+
+class _Stage:
+    """What is done, and since when, for lines."""
+
+    def __init__(self, what: str | None) -> None:
+        self.begin(what)
+
+    def begin(self, what: str | None) -> None:
+        """Takes what `status` yields."""
+        self._what, self._started = what, time.monotonic()
+
+    def line(self) -> str | None:
+        """What is done now; None for nothing."""
+        spent = _duration(time.monotonic() - self._started)
+        return None if self._what is None else f"{self._what}: {spent}"
+
+
+@contextmanager
+def _bar(what: str, console: Console) -> Iterator[Callable[[int, int], None]]:
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        SpinnerColumn,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (
+        *(SpinnerColumn(), TextColumn("{task.description}"), BarColumn(bar_width=20)),
+        *(MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn()),
+    )
+    with Progress(*columns, console=console) as bar:
+        task, begun = bar.add_task(_LOADING, total=None), False
+
+        def advance(done: int, total: int) -> None:
+            nonlocal task, begun
+            if not begun:
+                # A task of its own, so that no time told is that of loading.
+                bar.remove_task(task)
+                task, begun = bar.add_task(what, total=total, completed=done), True
+            bar.update(task, completed=done, total=total)
+
+        yield advance
+
+
+class _Work:
+    """How far a piece of work is, for lines."""
+
+    def __init__(self, what: str) -> None:
+        self._what = what
+        self._started = time.monotonic()
+        self._first = self._done = self._total = 0
+
+    def advance(self, done: int, total: int) -> None:
+        """Takes what `progress` yields."""
+        if not self._total:
+            self._started, self._first = time.monotonic(), done
+        self._done, self._total = done, total
+
+    def line(self) -> str:
+        """How far it is now."""
+        spent = time.monotonic() - self._started
+        if not self._total:
+            return f"{_LOADING}: {_duration(spent)}"
+        line = f"{self._what}: {self._done} of {self._total}, {_duration(spent)}"
+        if self._done == self._first:
+            return line
+        left = spent / (self._done - self._first) * (self._total - self._done)
+        return f"{line}, about {_duration(left)} left"
+
+
+@contextmanager
+def _line_a_minute(line: Callable[[], str | None]) -> Iterator[None]:
+    """Prints a line a minute on standard error, from a thread."""
+    ended = threading.Event()
+
+    def tell() -> None:
+        while not ended.wait(_LINES_EVERY_S):
+            if (text := line()) is not None:
+                note(text)
+
+    thread = threading.Thread(target=tell, daemon=True)
+    thread.start()
+    try:
         yield
-        return
-    with console.status(what):
-        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"

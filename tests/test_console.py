@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -245,3 +246,57 @@ def test_wide_characters_markup_and_control_characters(
         assert word in text
     ends = {cell_len(line.rstrip()) for line in text.splitlines()[3:5]}
     assert len(ends) == 1
+
+
+def test_work_without_a_terminal_is_told_in_lines(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(console, "_LINES_EVERY_S", 0.02)
+    with console.progress("prompts") as advance:
+        time.sleep(0.1)
+        advance(2, 10)
+        time.sleep(0.1)
+        advance(6, 10)
+        time.sleep(0.1)
+    with console.status("clustering") as say:
+        time.sleep(0.1)
+        say(None)
+        time.sleep(0.1)
+    lines = [*dict.fromkeys(capsys.readouterr().err.splitlines())]
+    assert lines == [
+        *("loading the model: 0 s", "prompts: 2 of 10, 0 s"),
+        *("prompts: 6 of 10, 0 s, about 0 s left", "clustering: 0 s"),
+    ]
+    was = console.set_quiet(True)
+    with console.progress("prompts"), console.status("clustering"):
+        time.sleep(0.1)
+    console.set_quiet(was)
+    assert capsys.readouterr().err == ""
+
+
+def test_time_left_counts_what_was_done_now(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(console.time, "monotonic", lambda: clock[0])
+    work = console._Work("prompts")
+    clock[0] = 1000.0  # loading
+    work.advance(20, 30)  # of an earlier run
+    clock[0] += 240
+    work.advance(22, 30)
+    assert work.line() == "prompts: 22 of 30, 4 min, about 16 min left"
+
+
+def test_a_terminal_gets_a_bar_with_the_time_left(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "80")
+    with console.progress("prompts") as advance:
+        advance(2, 10)
+        advance(3, 10)
+    with console.status("clustering") as say:
+        say("writing")
+        say(None)
+    text = ANSI.sub("", capsys.readouterr().err)
+    assert "3/10" in text
+    assert "left" in text
+    assert max(cell_len(line) for line in text.splitlines()) <= 80

@@ -27,7 +27,11 @@ def sp(*arguments: str, show: bool = True) -> str:
     """Runs `sp` as a user would; returns what it printed."""
     print(f"$ sp {shlex.join(arguments)}", flush=True)
     command = [sys.executable, "-m", "shareprefill.cli", *arguments]
-    found = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    found = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    if found.returncode:
+        # `sp` has said why.
+        print(f"the demo ends here: sp {arguments[0]} failed", file=sys.stderr)
+        sys.exit(found.returncode)
     if show:
         print(found.stdout, flush=True)
     return found.stdout
@@ -69,4 +73,8 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        print(f"\nstopped; what is done is kept in {FOLDER}: make demo goes on", file=sys.stderr)
+        sys.exit(130)

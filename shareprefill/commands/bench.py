@@ -35,15 +35,16 @@ def bench_command(
     """
     from shareprefill.artifact import load_artifact
     from shareprefill.bench.measure import run_bench
-    from shareprefill.console import note
+    from shareprefill.console import note, status
 
     config = BenchConfig(**options)
-    result = run_bench(
-        config,
-        None if artifact is None else load_artifact(artifact),
-        trust_remote_code=trust_remote_code,
-        progress=lambda row: note(f"{row.tokens} {row.attention}"),
-    )
+    with status("measuring"):
+        result = run_bench(
+            config,
+            None if artifact is None else load_artifact(artifact),
+            trust_remote_code=trust_remote_code,
+            progress=lambda row: note(f"{row.tokens} {row.attention}"),
+        )
     if as_json:
         typer.echo(json.dumps(result.to_dict(), indent=1))
     else:

@@ -55,7 +55,7 @@ def calibrate_command(
     config = CalibrateConfig(**options)
     from shareprefill.autoencoder.pipeline import train
     from shareprefill.calib.pipeline import capture_maps
-    from shareprefill.console import progress
+    from shareprefill.console import progress, status
     from shareprefill.models import model_slug
 
     folder = out or ARTIFACTS / model_slug(config.model) / "calibration"
@@ -70,7 +70,8 @@ def calibrate_command(
     # Under torchrun, the first process has them all.
     if store is None:
         return
-    training = train(folder, TrainConfig(seed=config.seed))
+    with status("training the autoencoder"):
+        training = train(folder, TrainConfig(seed=config.seed))
     verdict = judge_calibration(store, training, folder)
     if as_json:
         facts = {"path": str(folder), "losses": asdict(training.losses), "epochs": training.epochs}

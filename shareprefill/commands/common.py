@@ -43,20 +43,51 @@ _COMMON = {"config": (_ConfigOption, None), "quiet": (_QuietOption, False)} | {
 }
 
 
-def register(app: typer.Typer, command: Callable[..., None]) -> None:
+Keeps = Callable[[dict[str, Any]], str]
+"""Says of a command's values what is kept where it is stopped, and how to go on."""
+
+
+def register(app: typer.Typer, command: Callable[..., None], keeps: Keeps | None = None) -> None:
     """Makes a function a command, named for it, with what all commands have."""
     name = command.__name__.removesuffix("_command")
-    app.command(name, cls=Command)(_complete(command))
+    app.command(name, cls=Command)(_complete(command, keeps))
 
 
-def _complete(command: Callable[..., None]) -> Callable[..., None]:
+def prompts_kept(values: dict[str, Any]) -> str:
+    """Of `sp calibrate`."""
+    again = "" if values["resume"] else ", without --fresh,"
+    return f"Finished prompts are kept: the same command{again} goes on with them."
+
+
+def stages_kept(values: dict[str, Any]) -> str:
+    """Of `sp regenerate`."""
+    again = ", without --fresh," if values["fresh"] else ""
+    return (
+        f"Finished stages are kept in {printable(values['work'])}: the same command{again} goes on."
+    )
+
+
+def outcomes_kept(values: dict[str, Any]) -> str:
+    """Of commands that keep outcomes in the folder `out`."""
+    if values["out"] is None:
+        return "Nothing is kept: with --out FOLDER, the same command goes on where it stopped."
+    again = "" if values["resume"] else ", without --fresh,"
+    return f"Outcomes are kept in {printable(values['out'])}: the same command{again} goes on."
+
+
+def _complete(command: Callable[..., None], keeps: Keeps | None) -> Callable[..., None]:
     hints = get_type_hints(command, include_extras=True)
 
     @wraps(command)
     def run(**values: Any) -> None:
         values.pop("config")
         with _told(quiet=values.pop("quiet"), verbose=values.pop("verbose")):
-            command(**{name: _expanded(value) for name, value in values.items()})
+            try:
+                command(**{name: _expanded(value) for name, value in values.items()})
+            except KeyboardInterrupt:
+                kept = "" if keeps is None else f" {keeps(values)}"
+                typer.echo(f"\nsp: stopped.{kept or ' Nothing was written.'}", err=True)
+                raise typer.Exit(130) from None
 
     parameters = [
         own.replace(annotation=_named(name, hints[name]))

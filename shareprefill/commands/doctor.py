@@ -28,12 +28,14 @@ def doctor_command(
       sp doctor
       sp doctor --model Qwen/Qwen3-8B
     """
+    from shareprefill.console import status
     from shareprefill.diagnosis import diagnose, diagnose_model
 
-    if model is None:
-        checks = diagnose()
-    else:
-        checks = diagnose_model(model, trust_remote_code=trust_remote_code)
+    with status("checking"):
+        if model is None:
+            checks = diagnose()
+        else:
+            checks = diagnose_model(model, trust_remote_code=trust_remote_code)
     if as_json:
         typer.echo(json.dumps([asdict(check) for check in checks], indent=1))
     else:

@@ -26,10 +26,12 @@ def pull_command(
     Example:
       sp pull organisation/name --out clusters.st
     """
+    from shareprefill.console import status
     from shareprefill.files import printable
     from shareprefill.hub.sharing import pull
 
-    artifact, path = pull(repository, out, file=file, revision=revision, force=force)
+    with status("talking to the hub"):
+        artifact, path = pull(repository, out, file=file, revision=revision, force=force)
     typer.echo(
         f"{path}: made for {printable(artifact.model)}, {artifact.fingerprint.describe()}, "
         f"{artifact.heads} heads in all"

@@ -27,9 +27,11 @@ def push_command(
     Example:
       sp push clusters.st organisation/name --dry-run
     """
+    from shareprefill.console import status
     from shareprefill.hub.sharing import push
 
-    found = push(artifact, repository, file=file, private=private, force=force, dry_run=dry_run)
+    with status("talking to the hub"):
+        found = push(artifact, repository, file=file, private=private, force=force, dry_run=dry_run)
     if found.address is None:
         typer.echo(found.card, nl=False)
         typer.echo(

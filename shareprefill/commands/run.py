@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from statistics import median
@@ -86,12 +86,13 @@ def run_command(
             "--trace shows what an artifact planned beside what was done: name one with --artifact"
         )
     from shareprefill.artifact import load_artifact
+    from shareprefill.console import status
     from shareprefill.files import atomic_write_text, locked_output
     from shareprefill.runtime.answering import answer
 
     loaded = None if path is None else load_artifact(path)
     # Now, not after the run: whether the page can be written.
-    with nullcontext() if trace is None else locked_output(trace):
+    with nullcontext() if trace is None else locked_output(trace), status("loading") as say:
         result = answer(
             loaded,
             text,
@@ -105,12 +106,24 @@ def run_command(
             device=device,
             dtype=dtype,
             trust_remote_code=trust_remote_code,
-            on_text=None if as_json else print_now,
+            on_text=None if as_json else _speaking(say),
+            on_stage=say,
         )
         if trace is not None:
             assert loaded is not None
+            say("writing the page")
             atomic_write_text(trace, trace_of(loaded, config, result))
     finish_run(result, config, loaded, as_json=as_json)
+
+
+def _speaking(say: Callable[[str | None], None]) -> Callable[[str], None]:
+    """Prints an answer piece by piece; the spinner ends before the first one."""
+
+    def speak(text: str) -> None:
+        say(None)
+        print_now(text)
+
+    return speak
 
 
 def trace_of(artifact: Artifact, config: RuntimeConfig, result: Answer) -> str:
@@ -152,7 +165,6 @@ def finish_run(
         parts.insert(2, judge_recall(facts["recall"], facts["promised_recall"]))
     elif facts.get("recall") is not None:
         parts.insert(2, f"recall {facts['recall']:.3f}")
-    print_now("\n")
     if facts["why_dense"] is not None:
         show_line(f"All heads ran dense: {facts['why_dense']}.")
     otherwise = [row for row in facts["planned"] if row["planned"] != row["taken"]]

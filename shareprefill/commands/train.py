@@ -22,9 +22,12 @@ def train_command(options: dict[str, Any], calibration: CalibrationArgument = No
     """
     config = TrainConfig(**options)
     from shareprefill.autoencoder.pipeline import train
+    from shareprefill.console import status
 
     folder = calibration_folder(calibration)
-    show_training(folder, train(folder, config))
+    with status("training the autoencoder"):
+        training = train(folder, config)
+    show_training(folder, training)
 
 
 def show_training(folder: Path, training: Training) -> None:

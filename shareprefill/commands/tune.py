@@ -26,8 +26,10 @@ def tune_command(options: dict[str, Any], as_json: JsonOption = False) -> None:
       sp tune --lengths 4K,8K,16K
     """
     from shareprefill.bench.tuning import run_tuning
+    from shareprefill.console import status
 
-    found = run_tuning(TuneConfig(**options))
+    with status("measuring"):
+        found = run_tuning(TuneConfig(**options))
     if as_json:
         typer.echo(json.dumps(found.to_dict(), indent=1))
     else:

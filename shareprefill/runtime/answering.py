@@ -103,6 +103,7 @@ def answer(
     dtype: str = "auto",
     trust_remote_code: bool = False,
     on_text: Callable[[str], None] | None = None,
+    on_stage: Callable[[str], None] | None = None,
 ) -> Answer:
     """Loads a model and continues a prompt greedily under its artifact.
 
@@ -122,13 +123,16 @@ def answer(
         device: `auto`, `cpu`, `cuda`, ...
         dtype: `auto`, `float32`, `bfloat16` or `float16`.
         trust_remote_code: Run the model repository's own code.
-        on_text: Called with each new piece of text.
+        on_text: Called with each new piece of text, and with a line's end after the last.
+        on_stage: Called with what begins and takes a while: "loading the model", ...
 
     Raises:
         ShareprefillError: prompt, artifact or model cannot be used; see `share_prefill`,
             `load_model`.
     """
     require_policy(config.policy)
+    begin = on_stage or _nothing
+    begin("loading the model")
     name = _model_of(artifact, model, config)
     tokenizer = load_tokenizer(name, trust_remote_code=trust_remote_code)
     network = load_model(name, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
@@ -155,6 +159,7 @@ def answer(
             *(len(input_ids), measured),
         )
     session = share_prefill(network, artifact, config)
+    begin(f"reading {len(input_ids)} tokens")
     warm_up(network, input_ids)
 
     def generation(told: Callable[[str], None] | None) -> tuple[Generation, Tensor | None]:
@@ -168,10 +173,13 @@ def answer(
 
     with session:
         ours, states = generation(on_text)
+    if on_text is not None:
+        on_text("\n")
     report = session.report()
     where = str(network.get_input_embeddings().weight.device)
     recalls, measured, sketches = None, None, None
     if measure_recall or keep_maps:
+        begin("measuring recall")
         # In a prefill of its own, so that no time includes it.
         measuring = share_prefill(
             network, artifact, config, measure_recall=True, keep_maps=keep_maps
@@ -191,6 +199,7 @@ def answer(
             device=where,
             weights_distance=session.weights_distance,
         )
+    begin("running dense attention")
     dense, dense_states = generation(None)
     assert states is not None
     assert dense_states is not None
@@ -214,6 +223,10 @@ def answer(
         device=where,
         weights_distance=session.weights_distance,
     )
+
+
+def _nothing(stage: str) -> None:
+    """Where nobody asks what is done."""
 
 
 def _model_of(artifact: Artifact | None, given: str | None, config: RuntimeConfig) -> str:

@@ -141,3 +141,34 @@ def test_how_much_is_said(sp: Sp, capsys: pytest.CaptureFixture[str]) -> None:
     assert (code, "exclude each other" in err) == (1, True)
     code, out, _ = sp("inspect", ARTIFACT, "-q", "--json")
     assert json.loads(out)["heads"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("calibrate", "--model", "m"), ("Finished prompts are kept", "the same command goes on")),
+        (("calibrate", "--model", "m", "--fresh"), ("without --fresh",)),
+        (("eval", "--artifact", "a.st", "--out", "found"), ("kept in found",)),
+        (("eval", "--artifact", "a.st"), ("Nothing is kept", "--out FOLDER")),
+        (("regenerate", "models.toml"), ("artifacts/regenerated",)),
+        (("inspect", "a.st"), ("Nothing was written",)),
+    ],
+)
+def test_a_stopped_command_says_what_is_kept(
+    sp: Sp, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], words: tuple[str, ...]
+) -> None:
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    for name in (
+        *("calib.pipeline.capture_maps", "commands.evaluate.model_of", "artifact.load_artifact"),
+        "regeneration.jobs.load_jobs",
+        "regeneration.pipeline.regenerate",
+    ):
+        monkeypatch.setattr(f"shareprefill.{name}", stop)
+    code, out, err = sp(*arguments)
+    assert (code, out) == (130, "")
+    assert "sp: stopped." in err
+    assert "Traceback" not in err
+    for word in words:
+        assert word in err
