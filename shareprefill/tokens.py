@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from shareprefill.errors import DataError
+from shareprefill.files import printable
+
+Messages = list[dict[str, str]]
+"""A conversation: dictionaries with `role` and `content`."""
 
 # Texts of which nearly every tokenizer leaves a token.
 _PROBES = ("a", "1", ".", "the")
@@ -53,6 +58,71 @@ def encode_some(tokenizer: Any, text: str) -> Tensor:
             "the model's tokenizer leaves no token of the prompt: write text that it knows"
         )
     return ids
+
+
+def as_messages(values: Any, place: str) -> Messages:
+    """A conversation as it stands in a file, checked.
+
+    Args:
+        values: Messages with the fields `role` and `content`, which is a text, or a list of parts
+            of the type `text`.
+        place: Where it stands, for messages.
+
+    Raises:
+        DataError: it is no such thing.
+    """
+    if not isinstance(values, list) or not values:
+        raise DataError(f"{place}: messages must be a list of objects with role and content")
+    found = []
+    for number, each in enumerate(values):
+        role, content = (
+            (each.get("role"), each.get("content")) if isinstance(each, Mapping) else (None, None)
+        )
+        if isinstance(content, list) and all(
+            isinstance(part, Mapping) and isinstance(part.get("text"), str) for part in content
+        ):
+            content = "".join(part["text"] for part in content)
+        if not isinstance(role, str) or not isinstance(content, str):
+            raise DataError(
+                f"{place}: message {number} must be an object with the texts role and content"
+            )
+        found.append({"role": role, "content": content})
+    return found
+
+
+def encode_chat(tokenizer: Any, messages: Messages) -> Tensor:
+    """Token ids of a conversation by the model's chat template, int64 `[N]`.
+
+    Where the last message is not the assistant's, its turn is begun.
+
+    Raises:
+        DataError: the tokenizer has no chat template, or that refuses the conversation.
+    """
+    from jinja2 import TemplateError
+
+    if not getattr(tokenizer, "chat_template", None):
+        raise DataError(
+            "the model's tokenizer has no chat template: name an instruction-tuned model, or give "
+            "plain text"
+        )
+    try:
+        text = tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=messages[-1]["role"] != "assistant"
+        )
+    except (TemplateError, TypeError, ValueError) as error:
+        raise DataError(
+            f"the model's chat template refuses the messages: {printable(error)}"
+        ) from error
+    # The template writes the special tokens, BOS among them.
+    ids = tokenizer(text, add_special_tokens=False).input_ids
+    return torch.tensor(ids, dtype=torch.int64, device="cpu")
+
+
+def encode_either(tokenizer: Any, prompt: str | Messages) -> Tensor:
+    """`encode` of a text, `encode_chat` of a conversation."""
+    if isinstance(prompt, str):
+        return encode(tokenizer, prompt)
+    return encode_chat(tokenizer, prompt)
 
 
 def _added(tokenizer: Any) -> tuple[int, list[int]]:

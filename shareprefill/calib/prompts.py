@@ -17,13 +17,14 @@ from shareprefill.config import DATA_SETS, CalibrateConfig
 from shareprefill.data.sources import HUB, TEXT_FILES, Span, read_rows, reread
 from shareprefill.errors import ConfigError, DataError, did_you_mean
 from shareprefill.files import kind_of, printable
-from shareprefill.tokens import encode
+from shareprefill.tokens import Messages, as_messages, encode, encode_either
 
 MIXTURE = "mixture"
 TEXT = "text"
 
 # Columns that hold a prompt, by preference: ours and RULER's, InfiniteBench's, LongBench's.
 _COLUMNS = ("prompt", "input", "text", "content", "context")
+MESSAGES = "messages"
 _CONTEXT_FIRST = ("context", "input")
 # Rows of a hub data set that are looked at for one prompt before it is given up as too short.
 _HUB_ROWS_PER_SAMPLE = 100
@@ -88,6 +89,8 @@ def _open(data: str, config: CalibrateConfig, tokenizer: Any) -> Iterator[Prompt
         return _generated((data,), config, tokenizer)
     if data.startswith(HUB):
         return _from_texts(data, _hub_texts(data, config), config, tokenizer)
+    if kind_of(data) is None and ("/" in data or data.lower().endswith(TEXT_FILES)):
+        raise DataError(f"{printable(data)} does not exist: name a file or a folder of them")
     if kind_of(data) is None:
         raise ConfigError(
             f"data set {printable(data)!r} is not known: give one of "
@@ -110,31 +113,34 @@ def _generated(tasks: tuple[str, ...], config: CalibrateConfig, tokenizer: Any) 
 
 def _from_files(address: str, config: CalibrateConfig, tokenizer: Any) -> Iterator[Prompt]:
     # Every row is read once, so that a damaged one is known now; the places alone are kept.
-    places: list[Span | str] = []
+    places: list[Span | str | Messages] = []
     usable: dict[str, bool] = {}
     # A long text is several prompts of about the length, at four characters a token.
     for row in read_rows(address, TEXT_FILES, text_size=4 * config.length):
-        text = _row_text(row.values)
+        text = _row_prompt(row.values, row.place)
         usable[row.source] = text is not None or usable.get(row.source, False)
         if text is not None:
             places.append(row.span or text)
     for source in (source for source, is_usable in usable.items() if not is_usable):
         raise DataError(
             f"{source} has no usable rows: a row is a string, or an object with one of the fields "
-            f"{', '.join(_COLUMNS)}"
+            f"{', '.join((MESSAGES, *_COLUMNS))}"
         )
     random.Random(config.seed).shuffle(places)
-    texts = (place if isinstance(place, str) else _row_text(reread(place)) for place in places)
+    texts = (
+        _row_prompt(reread(place), address) if isinstance(place, Span) else place
+        for place in places
+    )
     return _from_texts(address, texts, config, tokenizer)
 
 
 def _from_texts(
-    source: str, texts: Iterator[str | None], config: CalibrateConfig, tokenizer: Any
+    source: str, texts: Iterator[str | Messages | None], config: CalibrateConfig, tokenizer: Any
 ) -> Iterator[Prompt]:
     for text in texts:
         if text is None:
             continue
-        ids = encode(tokenizer, text)
+        ids = encode_either(tokenizer, text)
         if len(ids) > config.length:
             # The instruction stands at the beginning, the question at the end: cut the middle.
             head = config.length // 2
@@ -143,11 +149,14 @@ def _from_texts(
             yield Prompt(source, ids)
 
 
-def _row_text(row: Any) -> str | None:
+def _row_prompt(row: Any, place: str) -> str | Messages | None:
+    """A row's text or conversation; None where it has neither."""
     if isinstance(row, str):
         return row or None
     if not isinstance(row, Mapping):
         return None
+    if row.get(MESSAGES) is not None:
+        return as_messages(row[MESSAGES], place)
     parts = [row.get(name) for name in _CONTEXT_FIRST]
     if all(isinstance(part, str) and part for part in parts):
         return "\n\n".join(str(part) for part in parts)
@@ -157,6 +166,6 @@ def _row_text(row: Any) -> str | None:
     return None
 
 
-def _hub_texts(address: str, config: CalibrateConfig) -> Iterator[str | None]:
+def _hub_texts(address: str, config: CalibrateConfig) -> Iterator[str | Messages | None]:
     for row in islice(read_rows(address), config.samples * _HUB_ROWS_PER_SAMPLE):
-        yield _row_text(row.values)
+        yield _row_prompt(row.values, row.place)

@@ -30,7 +30,9 @@ from shareprefill.config import DATA_SETS, CalibrateConfig, TrainConfig
     data=repeated(
         "--data",
         f"Data set: {', '.join(DATA_SETS)} (all of these), a .jsonl, .json or .txt file, a folder "
-        "of them, or hub:<dataset>:<config>:<split>. May be repeated.",
+        "of them, or hub:<dataset>:<config>:<split>. A row of them is a text, or has the field "
+        "messages (role and content, by the chat template), context with input, prompt, input, "
+        "text or content. May be repeated.",
         DATA_SETS,
     ),
     length=length_option,

@@ -25,7 +25,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
         *("code_size", "resolution", "hidden", "epochs", "patience", "batch_size"),
         "learning_rate",
     ),
-    "Answer": ("max_new_tokens", "prefill_chunk"),
+    "Answer": ("chat", "system", "max_new_tokens", "prefill_chunk"),
     "Measurement": (
         *("compare_dense", "recall", "measure", "bins", "block_size", "map_blocks"),
         *("effect_tokens", "chunk", "dense", "repeats", "engine"),

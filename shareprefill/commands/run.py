@@ -23,7 +23,7 @@ from shareprefill.commands.options import (
     options_of,
     require_own,
 )
-from shareprefill.commands.streams import print_now, read_prompt
+from shareprefill.commands.streams import print_now, read_chat, read_prompt
 from shareprefill.commands.verdicts import judge_recall, planned_and_taken, why_dense
 from shareprefill.config import RuntimeConfig
 from shareprefill.errors import ConfigError
@@ -40,13 +40,28 @@ if TYPE_CHECKING:
     policy=explained(POLICY_HELP, *POLICIES),
 )
 def run_command(
-    prompt: Annotated[Path, typer.Argument(help="Text file; - reads standard input.")],
+    prompt: Annotated[
+        Path,
+        typer.Argument(
+            help="Text file, or with --chat a .json or .jsonl file of messages; - reads standard "
+            "input."
+        ),
+    ],
     options: dict[str, Any],
     artifact: Annotated[
         Path | None,
         typer.Option(help="Artifact of the model; clusters.st by default, if it is needed."),
     ] = None,
     model: OtherModelOption = None,
+    chat: Annotated[
+        bool,
+        typer.Option(
+            "--chat",
+            help="Take the prompt as a conversation, by the model's chat template: a text is the "
+            "user's message; a file of messages has objects with role and content.",
+        ),
+    ] = False,
+    system: Annotated[str | None, typer.Option(help="The system message, with --chat.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")] = 64,
     prefill_chunk: Annotated[
         int | None,
@@ -74,10 +89,12 @@ def run_command(
 
     Examples:
       sp run prompt.txt --compare-dense --recall
-      sp run prompt.txt --artifact clusters.st --model ./my-model
+      sp run question.txt --chat --system "Answer in one sentence."
     """
     config = RuntimeConfig(**options)
-    text = read_prompt(prompt)
+    if system is not None and not chat:
+        raise ConfigError("--system is for conversations: give --chat too")
+    text = read_chat(prompt, system) if chat else read_prompt(prompt)
     if trace is not None:
         require_own(trace, (b"<!DOCTYPE html>",), force=force)
     path = artifact or artifact_here(model, [config.policy])

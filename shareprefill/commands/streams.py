@@ -9,10 +9,13 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from shareprefill.errors import DataError
+from shareprefill.errors import ConfigError, DataError
 from shareprefill.files import printable
+
+if TYPE_CHECKING:
+    from shareprefill.tokens import Messages
 
 _OF_STREAMS = (errno.EPIPE, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF)
 
@@ -103,6 +106,34 @@ def read_prompt(path: Path) -> str:
         reason = error.strerror if isinstance(error, OSError) else str(error)
         raise DataError(f"{name} cannot be read as UTF-8 text: {printable(reason)}") from error
     return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def read_chat(path: Path, system: str | None) -> Messages:
+    """A conversation out of a file, or a text as the user's only message.
+
+    Args:
+        path: A .json or .jsonl file of messages, or of one object with the field `messages`; any
+            other file, or `-`, is a text.
+        system: The system's message before it.
+
+    Raises:
+        ConfigError: the file has a system's message of its own, or is not there.
+        DataError: it cannot be read, or holds no conversation.
+    """
+    from shareprefill.data.sources import ROW_FILES, read_rows
+    from shareprefill.tokens import as_messages
+
+    if path.suffix.lower() not in ROW_FILES:
+        messages = [{"role": "user", "content": read_prompt(path)}]
+    else:
+        rows = [row.values for row in read_rows(str(path))]
+        alone = rows[0] if len(rows) == 1 and isinstance(rows[0], dict) else {}
+        messages = as_messages(alone.get("messages", rows), printable(path))
+    if system is None:
+        return messages
+    if messages[0]["role"] == "system":
+        raise ConfigError(f"{printable(path)} has a system message: leave out --system")
+    return [{"role": "system", "content": system}, *messages]
 
 
 def print_now(text: str) -> None:

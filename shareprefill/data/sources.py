@@ -18,6 +18,7 @@ from typing import Any, BinaryIO
 
 from shareprefill.errors import ConfigError, DataError
 from shareprefill.files import kind_of, printable
+from shareprefill.tokens import Messages, as_messages
 
 HUB = "hub:"
 ROW_FILES = (".jsonl", ".json")
@@ -116,10 +117,11 @@ def read_objects(address: str) -> Iterator[Row]:
         yield _require_object(row)
 
 
-def read_texts(address: str, text_size: int = 1 << 22) -> Iterator[str]:
+def read_texts(address: str, text_size: int = 1 << 22) -> Iterator[str | Messages]:
     """The texts of .txt files, and the field `text` (or `content`, `context`) of rows.
 
-    Empty rows, and rows whose text is null, are left out.
+    Of a row with the field `messages` it is the conversation. Empty rows, and rows whose text is
+    null, are left out.
 
     Args:
         address: As for `read_rows`.
@@ -401,17 +403,21 @@ def _require_object(row: Row) -> Row:
     return row
 
 
-def _text(row: Row) -> str | None:
+def _text(row: Row) -> str | Messages | None:
     if not row.values:
         return None  # {} or null
     values = _require_object(row).values
+    if values.get("messages") is not None:
+        return as_messages(values["messages"], row.place)
     names = ("text", "content", "context")
     for name in names:
         if isinstance(values.get(name), str):
             return values[name]
     if any(name in values and values[name] is None for name in names):
         return None
-    raise DataError(f"{row.place} has no text in its field text, content or context")
+    raise DataError(
+        f"{row.place} has no text in its field text, content or context, and no messages"
+    )
 
 
 def _reason(error: Exception) -> str:

@@ -30,8 +30,9 @@ class EvalConfig(Stage):
     Attributes:
         artifact: Path of the artifact; none where no policy needs one.
         model: Where the model is; None: where the artifact says.
-        tasks: Generated tasks, `perplexity` (of the shipped text), `perplexity:<file or folder>`,
-            or rows of a benchmark (`ruler`, `infinitebench`, `longbench`), `<benchmark>:<file>` or
+        tasks: Generated tasks, `perplexity` (of the shipped text), `perplexity:<file or folder>`
+            (.txt, or rows with the field text, content, context or messages), or rows of a
+            benchmark (`ruler`, `infinitebench`, `longbench`), `<benchmark>:<file>` or
             `<benchmark>:hub:...`.
         policies: Policies that are compared with `dense`, which is always measured too.
         lengths: Tokens a prompt, at most.

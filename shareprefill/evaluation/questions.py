@@ -29,7 +29,7 @@ from shareprefill.errors import ConfigError, DataError
 from shareprefill.evaluation.config import PERPLEXITY, EvalConfig
 from shareprefill.evaluation.scores import SCORES, Reference, read_reference
 from shareprefill.files import kind_of, printable
-from shareprefill.tokens import encode
+from shareprefill.tokens import Messages, encode, encode_either
 
 GENERATED: tuple[str, ...] = (*TASKS, *NIAH_TASKS)
 """Generated tasks."""
@@ -165,10 +165,10 @@ def _shipped_text(length: int, config: EvalConfig, tokenizer: Any) -> Iterator[T
         yield encode(tokenizer, example.prompt)
 
 
-def _pieces(texts: Iterator[str], length: int, tokenizer: Any) -> Iterator[Tensor]:
+def _pieces(texts: Iterator[str | Messages], length: int, tokenizer: Any) -> Iterator[Tensor]:
     """Texts in pieces of exactly `length` tokens; what is left over at a text's end is left out."""
     for text in texts:
-        ids = encode(tokenizer, text)
+        ids = encode_either(tokenizer, text)
         # Models that expect a first token of their own expect it before every piece.
         first = ids[:1] if ids[:1].tolist() == [tokenizer.bos_token_id] else ids[:0]
         body, size = ids[len(first) :], length - len(first)

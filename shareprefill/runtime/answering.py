@@ -29,6 +29,7 @@ from shareprefill.runtime.generation import (
 from shareprefill.runtime.policies import require_policy
 from shareprefill.runtime.records import Sketch
 from shareprefill.runtime.session import SessionReport, share_prefill
+from shareprefill.tokens import Messages
 
 logger = logging.getLogger(__name__)
 
@@ -90,7 +91,7 @@ class Answer:
 
 def answer(
     artifact: Artifact | None,
-    prompt: str,
+    prompt: str | Messages,
     config: RuntimeConfig,
     *,
     model: str | None = None,
@@ -109,7 +110,7 @@ def answer(
 
     Args:
         artifact: Names the model and says what its heads do; None for a policy that plans nothing.
-        prompt: The text to continue, taken as it is (no chat template).
+        prompt: The text to continue, taken as it is; or messages, by the model's chat template.
         config: Options of the session.
         model: The model to load, None for the artifact's if that is built in. It must be given
             where there is no artifact.

@@ -18,7 +18,7 @@ from shareprefill.errors import ConfigError, DataError
 from shareprefill.models import geometry, max_length, position_table
 from shareprefill.runtime.interface import attached, dense_attention, is_attached
 from shareprefill.runtime.streaming import TextStream
-from shareprefill.tokens import encode_some
+from shareprefill.tokens import Messages, encode_chat, encode_some
 
 # Tokens that a chunk is a multiple of.
 _CHUNK = 2048
@@ -45,14 +45,17 @@ class Generation:
     hidden: Tensor
 
 
-def encode_prompt(model: Any, tokenizer: Any, prompt: str) -> Tensor:
-    """Token ids of a prompt, int64 `[N]`.
+def encode_prompt(model: Any, tokenizer: Any, prompt: str | Messages) -> Tensor:
+    """Token ids of a prompt, int64 `[N]`: of a text as it is, of messages by the chat template.
 
     Raises:
         DataError: the prompt is empty, or no token is left of it.
         ConfigError: it is longer than the model's maximum.
     """
-    ids = encode_some(tokenizer, prompt)
+    if isinstance(prompt, str):
+        ids = encode_some(tokenizer, prompt)
+    else:
+        ids = encode_chat(tokenizer, prompt)
     longest = max_length(model)
     if longest is not None and len(ids) > longest:
         raise ConfigError(
