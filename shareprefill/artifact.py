@@ -26,7 +26,10 @@ import torch
 from torch import Tensor
 
 from shareprefill.config import BLOCK_SIZES
-from shareprefill.container import (
+from shareprefill.errors import ArtifactError
+from shareprefill.files import atomic_write_bytes, printable
+from shareprefill.models import BUILT_IN, Fingerprint, ModelGeometry, warn_once
+from shareprefill.safetensors_reader import (
     Layout,
     RefusedError,
     canonical_json,
@@ -39,9 +42,6 @@ from shareprefill.container import (
     read_header,
     read_tensors,
 )
-from shareprefill.errors import ArtifactError
-from shareprefill.files import atomic_write_bytes, printable
-from shareprefill.models import BUILT_IN, Fingerprint, ModelGeometry, warn_once
 from shareprefill.weights import SKETCH_SIZE, sketch_distances
 
 FORMAT_VERSION = 2

@@ -16,10 +16,10 @@ from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 from shareprefill.artifact import Artifact
-from shareprefill.container import RefusedError, open_regular
 from shareprefill.errors import ArtifactError, ModelError
 from shareprefill.files import printable
 from shareprefill.models import resolve_model, warn_once
+from shareprefill.safetensors_reader import RefusedError, open_regular
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 # safetensors' own bound of a header.

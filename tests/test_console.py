@@ -31,7 +31,7 @@ from shareprefill.commands import (
     sweep,
     train,
 )
-from shareprefill.diagnosis import Check
+from shareprefill.doctor import Check
 from shareprefill.evaluation.config import SweepConfig
 from shareprefill.evaluation.statistics import Estimate
 from shareprefill.evaluation.sweep import Curve, Sweep

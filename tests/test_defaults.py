@@ -26,7 +26,7 @@ FLOATS = {"empty", "eye", "full", "linspace", "ones", "rand", "randn", "zeros"}
 FACTORIES = FLOATS | {"arange", "as_tensor", "randint", "randperm", "tensor", "triu_indices"}
 CHECKED = (
     *("runtime", "calib", "clustering", "autoencoder", "audit", "evaluation", "bench", "data"),
-    *("artifact.py", "models.py", "diagnosis.py", "weights.py"),
+    *("artifact.py", "models.py", "doctor.py", "weights.py"),
 )
 
 

@@ -17,7 +17,7 @@ COMMON = {
     "errors",
     "config",
     "files",
-    "container",
+    "safetensors_reader",
     "models",
     "artifact",
     "__init__",
@@ -30,7 +30,7 @@ COMMON = {
 }
 EVERY_STAGE = {
     *("runtime", "calib", "autoencoder", "clustering", "evaluation"),
-    *("data", "diagnosis", "report", "audit", "regeneration", "bench", "hub"),
+    *("data", "doctor", "report", "audit", "regeneration", "bench", "hub"),
 }
 ALLOWED = {
     "runtime": set(),
@@ -41,7 +41,7 @@ ALLOWED = {
     "library": {"evaluation", "clustering", "autoencoder", "calib", "runtime"},
     "policies": {"runtime"},
     "testing": {"runtime"},
-    "diagnosis": {"runtime"},
+    "doctor": {"runtime"},
     "evaluation": {"clustering", "autoencoder", "calib", "data", "runtime", "report"},
     "report": set(),
     "audit": {"clustering", "autoencoder", "calib", "runtime", "report"},

@@ -67,7 +67,7 @@ class _Tracer(HasGradients):
     def __call__(self, call: AttentionCall) -> Tensor:
         if not call.is_shareable:
             return dense_attention(call)
-        if call.own is None:
+        if call.needs_family is None:
             # Not by lists of blocks, which have no gradients.
             out = sdpa(call.query, call.key, call.value, None, True, call.scale)
         else:

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from shareprefill.artifact import Artifact, Policy, artifact_bytes
-from shareprefill.container import canonical_json
 from shareprefill.errors import ArtifactError
 from shareprefill.files import printable
+from shareprefill.safetensors_reader import canonical_json
 
 ABSENT = object()
 # Figures that `Comparison` names on their own.

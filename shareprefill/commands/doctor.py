@@ -11,7 +11,7 @@ import typer
 from shareprefill.commands.options import JsonOption, RemoteCodeOption
 
 if TYPE_CHECKING:
-    from shareprefill.diagnosis import Check
+    from shareprefill.doctor import Check
 
 
 def doctor_command(
@@ -29,7 +29,7 @@ def doctor_command(
       sp doctor --model Qwen/Qwen3-8B
     """
     from shareprefill.console import status
-    from shareprefill.diagnosis import diagnose, diagnose_model
+    from shareprefill.doctor import diagnose, diagnose_model
 
     with status("checking"):
         if model is None:

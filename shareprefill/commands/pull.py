@@ -28,7 +28,7 @@ def pull_command(
     """
     from shareprefill.console import status
     from shareprefill.files import printable
-    from shareprefill.hub.sharing import pull
+    from shareprefill.hub.transfer import pull
 
     with status("talking to the hub"):
         artifact, path = pull(repository, out, file=file, revision=revision, force=force)

@@ -28,7 +28,7 @@ def push_command(
       sp push clusters.st organisation/name --dry-run
     """
     from shareprefill.console import status
-    from shareprefill.hub.sharing import push
+    from shareprefill.hub.transfer import push
 
     with status("talking to the hub"):
         found = push(artifact, repository, file=file, private=private, force=force, dry_run=dry_run)

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from shareprefill.artifact import Artifact, load_artifact, save_artifact
-from shareprefill.container import canonical_json
 from shareprefill.errors import DataError
 from shareprefill.files import atomic_write_text
 from shareprefill.regeneration.jobs import Job
+from shareprefill.safetensors_reader import canonical_json
 
 logger = logging.getLogger(__name__)
 
@@ -25,7 +25,15 @@ _STAMPS = "stages.json"
 _PACKAGE = Path(__file__).parents[1]
 # What a stage runs besides what its own configuration says: a change of it makes the stage stale.
 _CAPTURE = (
-    *("calib", "data", "runtime", "artifact.py", "checkpoint.py", "config.py", "container.py"),
+    *(
+        "calib",
+        "data",
+        "runtime",
+        "artifact.py",
+        "checkpoint.py",
+        "config.py",
+        "safetensors_reader.py",
+    ),
     *("models.py", "tokens.py", "weights.py"),
 )
 _TRAIN = (*_CAPTURE, "autoencoder")

@@ -31,6 +31,15 @@ from shareprefill.runtime.attachment import (
 )
 from shareprefill.runtime.attachment import is_attached as has_attachment
 from shareprefill.runtime.dense import causal_attention, sdpa, whole_attention
+from shareprefill.runtime.family_attention import (
+    LogitExtras,
+    family_attention,
+    implementation,
+    is_causal,
+    known_extras,
+    needs_family,
+    rows_at_once,
+)
 from shareprefill.runtime.masks import (
     FactMask,
     MaskFacts,
@@ -38,15 +47,6 @@ from shareprefill.runtime.masks import (
     allowed_mask,
     bool_mask,
     mask_facts,
-)
-from shareprefill.runtime.own_attention import (
-    Extras,
-    implementation,
-    is_causal,
-    known_extras,
-    own_attention,
-    own_reason,
-    rows_at_once,
 )
 
 
@@ -64,9 +64,9 @@ class AttentionCall:
         mask: Facts, a bool mask `[B, 1, Lq, Lk]`, or None for plain causal attention.
         scale: The model's own factor on the logits.
         options: The keyword arguments that were left.
-        own: What makes this more than plain attention (soft-capping, sinks), so that the model's
-            own function computes it where it is dense; None where it is plain.
-        extras: That, in terms that our operators know too; None where they do not.
+        needs_family: What makes this more than plain attention (soft-capping, sinks), so that the
+            family's own function computes it where it is dense; None where it is plain.
+        extras: The same, in terms that our operators know too; None where they do not.
         autocast: Type that the model's own function computes in, by autocast; None without it.
     """
 
@@ -78,14 +78,14 @@ class AttentionCall:
     mask: FactMask | Tensor | None
     scale: float
     options: dict[str, Any]
-    own: str | None = None
-    extras: Extras | None = None
+    needs_family: str | None = None
+    extras: LogitExtras | None = None
     autocast: torch.dtype | None = None
 
     @property
     def is_shareable(self) -> bool:
         """Whether sparse patterns may be laid over it: causal, over all keys, nothing unknown."""
-        known = self.own is None or self.extras is not None
+        known = self.needs_family is None or self.extras is not None
         return known and self.facts is not None and self.facts.window is None
 
     @property
@@ -154,8 +154,8 @@ def dense_attention(call: AttentionCall) -> Tensor:
     Returns:
         `[B, H, Lq, Dv]`. Rows that are padding are zero where facts tell them apart.
     """
-    if call.own is not None:
-        return _own_dense(call)
+    if call.needs_family is not None:
+        return _family_dense(call)
     facts = call.facts
     if facts is None:
         return sdpa(call.query, call.key, call.value, call.mask, call.mask is None, call.scale)
@@ -199,7 +199,7 @@ def by_sequence(
     return out
 
 
-def _own_dense(call: AttentionCall) -> Tensor:
+def _family_dense(call: AttentionCall) -> Tensor:
     """The model's own function, in pieces of query rows on the keys that they may read."""
     n_query, n_key = call.query.shape[2], call.key.shape[2]
     step = rows_at_once(call.module, call.query, call.key, call.options)
@@ -211,12 +211,12 @@ def _own_dense(call: AttentionCall) -> Tensor:
             keys = _readable_keys(call.facts, rows, n_key)
         with _autocast_of(call):
             pieces.append(
-                own_attention(
+                family_attention(
                     call.module,
                     call.query[:, :, rows],
                     call.key[:, :, keys],
                     call.value[:, :, keys],
-                    _own_mask(call, rows, keys),
+                    _family_mask(call, rows, keys),
                     call.scale,
                     call.options,
                 )
@@ -239,7 +239,7 @@ def _readable_keys(facts: MaskFacts, rows: slice, n_key: int) -> slice:
     return slice(max(0, rows.start + facts.q_offset - facts.kv_offset - facts.window + 1), last)
 
 
-def _own_mask(call: AttentionCall, rows: slice, keys: slice) -> Tensor | None:
+def _family_mask(call: AttentionCall, rows: slice, keys: slice) -> Tensor | None:
     if call.facts is not None:
         # Rows of padding, too, get what they get without us: some models read them later on.
         return allowed_mask(call.facts, call.query.shape[0], rows, keys, call.query.device)
@@ -456,8 +456,8 @@ def _call_of(
     if isinstance(attention_mask, FactMask):
         attention_mask = attention_mask.of_call(query.shape[0], query.shape[2], key.shape[2])
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    own = own_reason(module, options)
-    extras = known_extras(module, query, key, value, scale, options) if own else None
+    reason = needs_family(module, options)
+    extras = known_extras(module, query, key, value, scale, options) if reason else None
     return AttentionCall(
         module=module,
         layer=cast(int, module.layer_idx),
@@ -467,7 +467,7 @@ def _call_of(
         mask=_packed_mask(attention_mask, query, options),
         scale=scale,
         options=options,
-        own=own,
+        needs_family=reason,
         extras=extras,
     )
 

@@ -85,8 +85,8 @@ def layer_uses(model: PreTrainedModel) -> tuple[LayerUse, ...]:
 
 
 def _use_of(call: AttentionCall, name: str) -> LayerUse:
-    if call.own is not None and call.extras is None:
-        return LayerUse(call.layer, LayerKind.OWN, call.own)
+    if call.needs_family is not None and call.extras is None:
+        return LayerUse(call.layer, LayerKind.OWN, call.needs_family)
     if call.facts is None:
         return LayerUse(call.layer, LayerKind.OWN_MASK, name or "masked attention")
     if call.facts.window is not None:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from shareprefill.diagnosis import _crossover
+from shareprefill.doctor import _crossover
 from shareprefill.errors import ConfigError, DataError
 from shareprefill.runtime.crossover import crossover, save_crossover
 

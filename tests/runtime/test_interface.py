@@ -10,7 +10,7 @@ import torch
 from shareprefill import share_prefill
 from shareprefill.config import RuntimeConfig
 from shareprefill.errors import ConfigError, UnsupportedError
-from shareprefill.runtime import attachment, interface, masks, own_attention
+from shareprefill.runtime import attachment, family_attention, interface, masks
 from shareprefill.runtime.interface import AttentionCall, attached, dense_attention
 from shareprefill.runtime.masks import FactMask, bool_mask
 from tests.support.families import FAMILIES, build
@@ -286,14 +286,14 @@ def own_family(name: str, **changes: Any) -> Any:
 def test_soft_capping_and_sinks_run_with_the_models_own_function(
     name: str, rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(own_attention, "_ROWS", rows)
+    monkeypatch.setattr(family_attention, "_ROWS", rows)
     own = own_family(name)
     # transformers 5.17 takes SDPA for Gemma 2 by itself, which leaves the soft-cap out.
     own.set_attn_implementation("eager")
     reasons: list[str | None] = []
 
     def handler(call: AttentionCall) -> torch.Tensor:
-        reasons.append(call.own)
+        reasons.append(call.needs_family)
         assert call.is_shareable == (call.facts is not None and call.facts.window is None)
         return dense_attention(call)
 
@@ -326,11 +326,11 @@ def test_options_mean_what_the_familys_function_makes_of_them(
     def function(*args: Any, softcap: float, **options: Any) -> Any:
         return capped(*args, softcap=softcap, **options, halved=halved)
 
-    monkeypatch.setattr(own_attention, "_own_function", lambda _: function)
+    monkeypatch.setattr(family_attention, "_family_function", lambda _: function)
     module = torch.nn.Module()
     query, key, value = torch.randn(1, 4, 9, 8), torch.randn(1, 2, 9, 8), torch.randn(1, 2, 9, 6)
-    found = own_attention.known_extras(module, query, key, value, 0.3, {"softcap": softcap})
-    assert found == (own_attention.Extras(softcap) if halved == 1.0 else None)
+    found = family_attention.known_extras(module, query, key, value, 0.3, {"softcap": softcap})
+    assert found == (family_attention.LogitExtras(softcap) if halved == 1.0 else None)
 
 
 def test_only_soft_caps_and_sinks_of_the_right_kind_are_known() -> None:
@@ -338,25 +338,25 @@ def test_only_soft_caps_and_sinks_of_the_right_kind_are_known() -> None:
     query, key = torch.randn(1, 4, 9, 16), torch.randn(1, 2, 9, 16)
 
     def known(**options: Any) -> Any:
-        return own_attention.known_extras(attention, query, key, key, 0.25, options)
+        return family_attention.known_extras(attention, query, key, key, 0.25, options)
 
-    assert known(s_aux=attention.sinks) == own_attention.Extras(None, attention.sinks)
+    assert known(s_aux=attention.sinks) == family_attention.LogitExtras(None, attention.sinks)
     # The function takes its module's sinks, whatever is handed to it.
-    own_attention._meanings.clear()
+    family_attention._meanings.clear()
     assert known(s_aux=attention.sinks + 3) is None
     assert known(s_aux=attention.sinks[:2]) is None
     assert known(s_aux=attention.sinks, softcap=-1.0) is None
     assert known(s_aux=attention.sinks, is_causal=False) is None
-    own_attention._meanings.clear()
+    family_attention._meanings.clear()
 
 
 def test_own_functions_get_few_rows_of_long_prompts() -> None:
     module, options = torch.nn.Module(), {"softcap": 2.0}
     query, key = torch.empty(1, 32, 9000, 1), torch.empty(1, 8, 131072, 1)
-    assert own_attention.rows_at_once(module, query, key, options) == 16
+    assert family_attention.rows_at_once(module, query, key, options) == 16
     # What is not known may hold something for every row, so all rows stay together.
     options["position_bias"] = torch.zeros(1)
-    assert own_attention.rows_at_once(module, query, key, options) == 9000
+    assert family_attention.rows_at_once(module, query, key, options) == 9000
 
 
 def eager_attention_forward(
@@ -399,9 +399,9 @@ def test_an_option_that_nothing_reads_is_refused(option: str) -> None:
 
 def test_an_option_beside_sinks_is_refused() -> None:
     attention = own_family("gpt_oss").model.layers[0].self_attn
-    assert own_attention.own_reason(attention, {"s_aux": 1.0}) == "attention sinks"
+    assert family_attention.needs_family(attention, {"s_aux": 1.0}) == "attention sinks"
     with pytest.raises(UnsupportedError, match="'position_bias' and attention sinks"):
-        own_attention.own_reason(attention, {"s_aux": 1.0, "position_bias": 1.0})
+        family_attention.needs_family(attention, {"s_aux": 1.0, "position_bias": 1.0})
 
 
 def test_attention_that_is_not_causal_runs_with_the_own_function() -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from shareprefill.artifact import artifact_bytes, load_artifact, save_artifact
 from shareprefill.errors import ArtifactError, ConfigError, DataError
-from shareprefill.hub.sharing import LARGEST, pull, push
+from shareprefill.hub.transfer import LARGEST, pull, push
 from tests.support.hub import FakeHub, fake_hub
 from tests.support.tiny import tiny_artifact, tiny_llama
 

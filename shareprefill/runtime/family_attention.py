@@ -67,7 +67,7 @@ def is_causal(module: nn.Module, options: Mapping[str, Any]) -> bool:
     return bool(getattr(module, "is_causal", True) if chosen is None else chosen)
 
 
-def own_reason(module: nn.Module, options: Mapping[str, Any]) -> str | None:
+def needs_family(module: nn.Module, options: Mapping[str, Any]) -> str | None:
     """Why only the model's own function can compute a call; None where plain attention does.
 
     Args:
@@ -85,7 +85,7 @@ def own_reason(module: nn.Module, options: Mapping[str, Any]) -> str | None:
     if not causal:
         reasons.append("attention that is not causal")
     reason = " and ".join(reasons)
-    function = _own_function(module)
+    function = _family_function(module)
     unknown = [name for name in sorted(active) if function and not _knows(function, name)]
     if function is None or unknown:
         raise UnsupportedError(
@@ -96,7 +96,7 @@ def own_reason(module: nn.Module, options: Mapping[str, Any]) -> str | None:
 
 
 @dataclass(frozen=True)
-class Extras:
+class LogitExtras:
     """What a call lays over plain attention that our operators compute too.
 
     Attributes:
@@ -118,7 +118,7 @@ def known_extras(
     value: Tensor,
     scale: float,
     options: Mapping[str, Any],
-) -> Extras | None:
+) -> LogitExtras | None:
     """The soft-cap and the sinks of a call, if its family's function means just these by them.
 
     That is not read off the options' names: at the first call of a function, its result on a few
@@ -131,7 +131,7 @@ def known_extras(
         key: `[B, G, Lk, D]`.
         value: `[B, G, Lk, Dv]`.
         scale: Factor on the logits.
-        options: Keyword arguments of the call, which `own_reason` found to be known.
+        options: Keyword arguments of the call, which `needs_family` found to be known.
 
     Returns:
         The extras; None where only the model's own function can compute the call.
@@ -144,10 +144,10 @@ def known_extras(
         return None
     if sinks is not None and not (isinstance(sinks, Tensor) and sinks.shape == query.shape[1:2]):
         return None
-    extras = Extras(None if softcap is None else float(softcap), sinks)
+    extras = LogitExtras(None if softcap is None else float(softcap), sinks)
     if query.is_meta:
         return extras
-    place = (_own_function(module), frozenset(active))
+    place = (_family_function(module), frozenset(active))
     if place not in _meanings:
         heads, head_dim = query.shape[1], query.shape[3]
         sizes = ((heads, head_dim), (key.shape[1], head_dim), (key.shape[1], value.shape[3]))
@@ -178,7 +178,7 @@ def _probe(
 
 @torch.no_grad()
 def _means(
-    extras: Extras,
+    extras: LogitExtras,
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -189,7 +189,7 @@ def _means(
     """Whether a family's function computes what the extras say, on a few tokens."""
     tokens = query.shape[2]
     mask = torch.ones(tokens, tokens, dtype=torch.bool, device=query.device).tril()
-    found = own_attention(module, query, key, value, mask[None, None], scale, options).float()
+    found = family_attention(module, query, key, value, mask[None, None], scale, options).float()
     repeats = query.shape[1] // key.shape[1]
     logits = query @ key.repeat_interleave(repeats, 1).transpose(-1, -2) * scale
     if extras.softcap is not None:
@@ -204,7 +204,7 @@ def _means(
     return bool((found - expected).norm() < 2e-2 * expected.norm())
 
 
-def own_attention(
+def family_attention(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -227,8 +227,8 @@ def own_attention(
     Returns:
         `[B, H, Lq, Dv]`.
     """
-    function = _own_function(module)
-    assert function is not None, "own_reason refuses such a module"
+    function = _family_function(module)
+    assert function is not None, "needs_family refuses such a module"
     if mask is not None and mask.dtype == torch.bool:
         lowest = torch.finfo(query.dtype).min
         mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, lowest)
@@ -250,7 +250,7 @@ def implementation(module: nn.Module, name: str | None) -> Callable[..., Any]:
         from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
         return ALL_ATTENTION_FUNCTIONS[name]
-    function = _own_function(module)
+    function = _family_function(module)
     if function is None:
         raise UnsupportedError(
             f"{type(module).__name__} has no eager attention that could be called: set the model "
@@ -270,7 +270,7 @@ def rows_at_once(module: nn.Module, query: Tensor, key: Tensor, options: Mapping
     return max(1, min(_ROWS, _LOGITS // a_row))
 
 
-def _own_function(module: nn.Module) -> Callable[..., tuple[Tensor, Any]] | None:
+def _family_function(module: nn.Module) -> Callable[..., tuple[Tensor, Any]] | None:
     """`eager_attention_forward` of the file that a module's class is from.
 
     Transformers takes that function for a family's definition: the other implementations are

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from shareprefill.artifact import Artifact, load_artifact
-from shareprefill.container import MAX_DATA, MAX_HEADER
 from shareprefill.errors import ArtifactError, ConfigError, DataError
 from shareprefill.files import atomic_write_bytes, locked_output, printable
 from shareprefill.hub.card import model_card
+from shareprefill.safetensors_reader import MAX_DATA, MAX_HEADER
 
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import ModelInfo
