@@ -27,6 +27,7 @@ COMMON = {
     "policy_names",
     "plain_tables",
     "version",
+    "processes",
 }
 EVERY_STAGE = {
     *("runtime", "calib", "autoencoder", "clustering", "evaluation"),

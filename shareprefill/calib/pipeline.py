@@ -15,7 +15,7 @@ from shareprefill.config import CalibrateConfig
 from shareprefill.errors import ConfigError, DataError
 from shareprefill.files import locked_folder
 from shareprefill.models import fingerprint, load_model, load_tokenizer, max_length
-from shareprefill.runtime.distributed import launched
+from shareprefill.processes import launched
 
 Progress = Callable[[int, int], None]
 

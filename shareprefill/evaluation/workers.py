@@ -7,9 +7,6 @@ time goes into starting them. Processes beside each other fill the gaps.
 from __future__ import annotations
 
 import functools
-import multiprocessing
-import os
-import threading
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -35,6 +32,7 @@ from shareprefill.evaluation.runner import (
     model_name,
     variants_of,
 )
+from shareprefill.processes import end_with_parent, starting_workers
 
 # Outcomes of a prompt that a worker gives back at once.
 _PIECE = 8
@@ -57,15 +55,14 @@ class WorkerPool:
     def __init__(self, config: EvalConfig, digests: Sequence[str], trust_remote_code: bool) -> None:
         self._setting = (config, tuple(digests), trust_remote_code)
         threads = max(1, torch.get_num_threads() // config.workers)
-        # A forked process could not use CUDA where this one has.
-        self._pool = ProcessPoolExecutor(
-            config.workers,
-            mp_context=multiprocessing.get_context("spawn"),
-            initializer=_begin,
-            initargs=(threads,),
-        )
-        # As many as there are workers, so that all of them start.
-        self._contexts = [self._pool.submit(_context, self._setting) for _ in range(config.workers)]
+        with starting_workers() as context:
+            self._pool = ProcessPoolExecutor(
+                config.workers, mp_context=context, initializer=_begin, initargs=(threads,)
+            )
+            # As many as there are workers, so that all of them start.
+            self._contexts = [
+                self._pool.submit(_context, self._setting) for _ in range(config.workers)
+            ]
 
     def __enter__(self) -> Self:
         return self
@@ -137,16 +134,8 @@ def _sent(job: PromptJob) -> tuple[Any, ...]:
 
 def _begin(threads: int) -> None:
     """Prepares a worker."""
+    end_with_parent()
     torch.set_num_threads(threads)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    """Ends a worker whose parent was killed: it would wait, and hold its memory, for ever."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
 
 
 def _context(setting: _Setting) -> ModelContext:

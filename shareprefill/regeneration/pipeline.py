@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from shareprefill.errors import DataError
 from shareprefill.files import make_folder, printable
+from shareprefill.processes import starting_workers
 from shareprefill.regeneration.jobs import Job, load_jobs, select_jobs
 from shareprefill.regeneration.outcomes import OUTCOME, Outcome, load_outcome
-
-_STDERR = 2  # what a library prints does not belong to the command's own output
+from shareprefill.regeneration.worker import work_on
 
 
 def regenerate(
@@ -74,20 +71,14 @@ def _in_process(
 ) -> Outcome:
     found = make_folder(folder) / OUTCOME
     found.unlink(missing_ok=True)
-    order = {
-        "path": str(path),
-        "name": job.name,
-        "folder": str(folder),
-        "update": update,
-        "trust_remote_code": trust_remote_code,
-    }
-    # A program, not a worker of an evaluation's pool: each model has a folder, a command line that
-    # names it and an exit status of its own. -P: nothing in the current folder is imported. The
-    # pipe ends with this process, however that ends, and the worker with the pipe.
-    command = [sys.executable, "-P", "-m", "shareprefill.regeneration.worker", json.dumps(order)]
     started = time.monotonic()
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=_STDERR) as process:  # noqa: S603
-        status = process.wait()
+    options = {"update": update, "trust_remote_code": trust_remote_code}
+    with starting_workers() as context:
+        process = context.Process(target=work_on, args=(job, path.parent, folder), kwargs=options)
+        process.start()
+    process.join()
+    status = process.exitcode
+    assert status is not None
     if status == 0 and found.exists():
         return load_outcome(found)
     ended = f"exit status {status}" if status >= 0 else signal.Signals(-status).name

@@ -1,4 +1,4 @@
-"""What a session can do with each layer of a model, seen on the calls that the model makes."""
+"""What a session can do with each layer of a model, and which of its heads a process holds."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
+from shareprefill.errors import UnsupportedError
 from shareprefill.files import printable
 from shareprefill.models import attention_layers, geometry, require_attention
 from shareprefill.runtime.interface import AttentionCall, attached
+from shareprefill.runtime.tensor_parallel import HeadShard
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -97,3 +99,43 @@ def _use_of(call: AttentionCall, name: str) -> LayerUse:
 def _layer_name(names: Any, index: int) -> str:
     """The configuration's word for a layer, empty where it has none."""
     return printable(str(names[index])).replace("_", " ") if index < len(names) else ""
+
+
+def head_shard(model: torch.nn.Module) -> HeadShard | None:
+    """How a model's attention is divided over processes; None where it is not.
+
+    Transformers' tensor parallelism (`tp_plan="auto"`) divides the projections of an attention
+    module along its heads, contiguously: process r of S holds heads r * H / S and on.
+
+    Args:
+        model: A transformers decoder.
+
+    Raises:
+        UnsupportedError: its attention is divided over more than one dimension of a device mesh.
+    """
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return None
+    from torch.distributed.tensor import DTensor
+
+    for layer in attention_layers(model):
+        for parameter in layer.module.parameters():
+            if isinstance(parameter, DTensor):
+                dims = [i for i, p in enumerate(parameter.placements) if _divides(parameter, i, p)]
+                if len(dims) > 1:
+                    raise UnsupportedError(
+                        "attention that is divided over several dimensions of a device mesh is not "
+                        "supported: use tensor parallelism alone (tp_plan='auto')"
+                    )
+                if dims:
+                    mesh = parameter.device_mesh
+                    return HeadShard(
+                        mesh.get_local_rank(dims[0]), mesh.size(dims[0]), mesh.get_group(dims[0])
+                    )
+    return None
+
+
+def _divides(parameter: Any, dim: int, placement: Any) -> bool:
+    """Whether a mesh dimension divides a parameter for good: FSDP gathers it before its use."""
+    names = parameter.device_mesh.mesh_dim_names
+    sharded = names is not None and "fsdp" in names[dim]
+    return placement.is_shard() and not sharded and parameter.device_mesh.size(dim) > 1

@@ -22,7 +22,6 @@ from shareprefill.policy_names import WITHOUT_ARTIFACT
 from shareprefill.runtime.attachment import Attachment, latest
 from shareprefill.runtime.core import SequenceState, SparsePrefill
 from shareprefill.runtime.crossover import crossover
-from shareprefill.runtime.distributed import head_shard
 from shareprefill.runtime.interface import (
     AttentionCall,
     Sequence,
@@ -31,6 +30,7 @@ from shareprefill.runtime.interface import (
     computing_itself,
     dense_attention,
 )
+from shareprefill.runtime.layers import head_shard
 from shareprefill.runtime.plan import RuntimePlan, make_plan, plan_without_artifact
 from shareprefill.runtime.policies import policy_text
 from shareprefill.runtime.records import LayerRecord, Sketch, on_host

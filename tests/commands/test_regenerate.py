@@ -1,8 +1,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 import subprocess
 import sys
 import time
@@ -15,7 +13,9 @@ from typer.testing import CliRunner, Result
 from shareprefill.artifact import load_artifact
 from shareprefill.commands.regenerate import regenerate_command
 from shareprefill.errors import ConfigError, DataError
+from shareprefill.regeneration import pipeline
 from tests.support.checkpoint import save_checkpoint
+from tests.support.processes import die
 
 # A callback keeps the command's name with a single command.
 app = typer.Typer()
@@ -106,33 +106,37 @@ def test_a_killed_command_leaves_no_worker(folder: Path) -> None:
         while not (outcome / "calibration" / "index.json").exists():
             assert process.poll() is None
             time.sleep(0.01)
+        workers = _children(process.pid)
         process.kill()
+    assert workers
     end = time.monotonic() + 20
-    while time.monotonic() < end and _workers(outcome):
+    while time.monotonic() < end and any(map(_lives, workers)):
         time.sleep(0.05)
-    assert _workers(outcome) == []
+    assert not any(map(_lives, workers))
 
 
-def _workers(folder: Path) -> list[int]:
-    """Processes whose command line names the folder."""
-    found = []
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            line = (process / "cmdline").read_bytes()
-        except OSError:
-            continue
-        if os.fsencode(folder.absolute()) in line and int(process.name) != os.getpid():
-            found.append(int(process.name))
-    return found
+def _lives(process: int) -> bool:
+    return _stat(process)[:1] not in ([], ["Z"])
+
+
+def _children(parent: int) -> list[int]:
+    """Processes that a process has started."""
+    every = (int(path.name) for path in Path("/proc").glob("[0-9]*"))
+    return [process for process in every if _stat(process)[1:2] == [str(parent)]]
+
+
+def _stat(process: int) -> list[str]:
+    """State, parent, and more of a process; nothing where it is gone."""
+    try:
+        # "pid (name) state parent ...", where a name may hold anything.
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return []
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="sends signals")
 def test_a_worker_that_dies_is_an_outcome(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # The worker's interpreter kills itself before it reads its order.
-    sick = folder / "python"
-    sick.write_text(f"#!/bin/sh\nkill -{signal.SIGKILL.value} $$\n")
-    sick.chmod(0o755)
-    monkeypatch.setattr(sys, "executable", str(sick))
+    monkeypatch.setattr(pipeline, "work_on", die)
     found = sp(folder / "models.toml", "--json")
     assert found.exit_code == 1
     for model in json.loads(found.stdout)["models"]:

@@ -11,7 +11,7 @@ import pytest
 from shareprefill.artifact import load_artifact
 from shareprefill.config import CalibrateConfig, ClusterConfig, TrainConfig
 from shareprefill.files import locked_folder
-from shareprefill.regeneration import stages
+from shareprefill.regeneration import worker
 from shareprefill.regeneration.jobs import EvalOptions, Job, Tolerances
 from shareprefill.regeneration.outcomes import Outcome
 from shareprefill.regeneration.worker import run_job
@@ -85,14 +85,14 @@ def test_another_threshold_drifts_and_only_its_stage_is_done_again(
 def test_code_that_changed_does_its_stages_again(
     job: Job, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    digests = {part: stages.code_digest([part]) for part in ("calib", "clustering", "config.py")}
+    digests = {part: worker.code_digest([part]) for part in ("calib", "clustering", "config.py")}
     assert len(set(digests.values())) == 3
-    monkeypatch.setattr(stages, "_PACKAGE", tmp_path)
+    monkeypatch.setattr(worker, "_PACKAGE", tmp_path)
     (tmp_path / "calib").mkdir()
     (tmp_path / "calib" / "a.py").write_text("1")
-    first = stages.code_digest(["calib"])
+    first = worker.code_digest(["calib"])
     (tmp_path / "calib" / "a.py").write_text("2")
-    assert stages.code_digest(["calib"]) != first
+    assert worker.code_digest(["calib"]) != first
 
 
 @pytest.mark.parametrize(
@@ -166,12 +166,12 @@ def test_a_stage_that_fails_is_the_outcome(job: Job, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("stage", "parts"),
-    [("calib", stages._CAPTURE), ("autoencoder", stages._TRAIN), ("clustering", stages._CLUSTER)],
+    [("calib", worker._CAPTURE), ("autoencoder", worker._TRAIN), ("clustering", worker._CLUSTER)],
 )
 def test_a_stage_is_done_again_when_code_that_it_imports_changes(
     stage: str, parts: tuple[str, ...]
 ) -> None:
-    package = stages._PACKAGE
+    package = worker._PACKAGE
     imported = set()
     for path in (package / stage).rglob("*.py"):
         imported |= set(re.findall(r"from shareprefill\.(\w+)", path.read_text(encoding="utf-8")))

@@ -1,8 +1,9 @@
-"""Processes of one group, started as torchrun starts them."""
+"""Processes: of one group, started as torchrun starts them, and one that dies."""
 
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -44,3 +45,8 @@ def run_processes(size: int, *command: str) -> None:
         for process in processes:
             process.kill()
     assert all(process.returncode == 0 for process in processes), "\n".join(texts)
+
+
+def die(*_arguments: object, **_options: object) -> None:
+    """Kills the process that runs it."""
+    os.kill(os.getpid(), signal.SIGKILL)

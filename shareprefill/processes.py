@@ -1,61 +1,53 @@
-"""Several processes: how they divide a model, and work that comes in pieces."""
+"""Work in several processes: those that torchrun started, and workers that this one starts.
+
+Workers are spawned, as a forked process cannot use CUDA. They end with the process that started
+them, however that ends: they would wait, and hold their memory, for ever.
+"""
 
 from __future__ import annotations
 
+import multiprocessing
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing.context import SpawnContext
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-
-from shareprefill.errors import UnsupportedError
-from shareprefill.models import attention_layers
-from shareprefill.runtime.tensor_parallel import HeadShard
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
-def head_shard(model: torch.nn.Module) -> HeadShard | None:
-    """How a model's attention is divided over processes; None where it is not.
+@contextmanager
+def starting_workers() -> Iterator[SpawnContext]:
+    """The way to start workers: they import nothing from the current folder that Python has itself.
 
-    Transformers' tensor parallelism (`tp_plan="auto"`) divides the projections of an attention
-    module along its heads, contiguously: process r of S holds heads r * H / S and on.
-
-    Args:
-        model: A transformers decoder.
-
-    Raises:
-        UnsupportedError: its attention is divided over more than one dimension of a device mesh.
+    Each calls `end_with_parent` first.
     """
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return None
-    from torch.distributed.tensor import DTensor
-
-    for layer in attention_layers(model):
-        for parameter in layer.module.parameters():
-            if isinstance(parameter, DTensor):
-                dims = [i for i, p in enumerate(parameter.placements) if _divides(parameter, i, p)]
-                if len(dims) > 1:
-                    raise UnsupportedError(
-                        "attention that is divided over several dimensions of a device mesh is not "
-                        "supported: use tensor parallelism alone (tp_plan='auto')"
-                    )
-                if dims:
-                    mesh = parameter.device_mesh
-                    return HeadShard(
-                        mesh.get_local_rank(dims[0]), mesh.size(dims[0]), mesh.get_group(dims[0])
-                    )
-    return None
+    name = "PYTHONSAFEPATH"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield multiprocessing.get_context("spawn")
+    finally:
+        del os.environ[name]
+        if before is not None:
+            os.environ[name] = before
 
 
-def _divides(parameter: Any, dim: int, placement: Any) -> bool:
-    """Whether a mesh dimension divides a parameter for good: FSDP gathers it before its use."""
-    names = parameter.device_mesh.mesh_dim_names
-    sharded = names is not None and "fsdp" in names[dim]
-    return placement.is_shard() and not sharded and parameter.device_mesh.size(dim) > 1
+def end_with_parent() -> None:
+    """Lets a worker end when the process that started it is gone."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 @dataclass(frozen=True)
