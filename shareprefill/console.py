@@ -32,6 +32,11 @@ def set_quiet(quiet: bool) -> bool:
     return was
 
 
+def is_quiet() -> bool:
+    """Whether only results and errors are wanted."""
+    return _quiet
+
+
 def note(text: str) -> None:
     """Says something on standard error that is no result, unless only results are wanted."""
     from shareprefill.files import printable

@@ -13,9 +13,6 @@ import sys
 import time
 from pathlib import Path
 
-from shareprefill.calib.tasks import generate, score
-from shareprefill.models import load_tokenizer
-
 MODEL = "sp-tiny"
 FOLDER = Path("artifacts/demo")
 LENGTH = 8192
@@ -39,6 +36,10 @@ def sp(*arguments: str, show: bool = True) -> str:
 
 def main() -> int:
     """Runs the demo; the exit status says whether the answer was right."""
+    # Here, as they take seconds, in which somebody may press Ctrl-C.
+    from shareprefill.calib.tasks import generate, score
+    from shareprefill.models import load_tokenizer
+
     started = time.monotonic()
     FOLDER.mkdir(parents=True, exist_ok=True)
     calibration, clusters = str(FOLDER / "calibration"), str(FOLDER / "clusters.st")

@@ -20,6 +20,8 @@ from shareprefill.files import printable
 if TYPE_CHECKING:
     from shareprefill.clustering.pipeline import Clustering
 
+_SHOWN = 8
+
 
 @options_of(ClusterConfig, k=number_or_auto, pivot_rows=number_or_auto)
 def cluster_command(
@@ -63,8 +65,11 @@ def _defined(value: float) -> float | None:
 
 def show_clusterings(trials: list[Clustering]) -> None:
     """The numbers of clusters that were tried, the one that was taken marked."""
-    from shareprefill.console import show_table
+    from shareprefill.console import show_line, show_table
 
+    # Those that cost least, and what was taken.
+    cheapest = sorted(trials, key=lambda trial: trial.cost)[:_SHOWN]
+    shown = [trial for trial in trials if trial.is_best or trial in cheapest]
     rows = [
         (
             f"{trial.k} *" if trial.is_best else f"{trial.k}",
@@ -73,10 +78,12 @@ def show_clusterings(trials: list[Clustering]) -> None:
             "-" if math.isnan(trial.silhouette) else f"{trial.silhouette:.3f}",
             f"{trial.sharing}",
         )
-        for trial in trials
+        for trial in shown
     ]
     columns = ("k", "cost", "recall", "silhouette", "sharing heads")
     show_table("predicted on held-out prompts", columns, rows, less_important=("silhouette",))
+    if len(shown) < len(trials):
+        show_line(f"* taken; --json has the other {len(trials) - len(shown)} that were tried")
 
 
 def _refuse_to_replace(out: Path, calibration: Path) -> None:

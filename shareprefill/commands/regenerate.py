@@ -52,6 +52,7 @@ def regenerate_command(
       sp regenerate models.toml --update
       sp regenerate models.toml --only small --json
     """
+    from shareprefill.console import is_quiet
     from shareprefill.files import atomic_write_text, locked_output
     from shareprefill.regeneration.jobs import load_jobs, select_jobs
 
@@ -74,6 +75,7 @@ def regenerate_command(
             update=update,
             fresh=fresh,
             trust_remote_code=trust_remote_code,
+            quiet=is_quiet(),
         )
     if summary is not None:
         atomic_write_text(summary, to_markdown(outcomes))

@@ -194,7 +194,7 @@ def finish_run(
         if facts["speedup"] is None:
             parts.append("no speed-up: nothing was sparse")
         else:
-            parts += [f"sparse {_times(result.seconds)}", f"speed-up {facts['speedup']:.2f}"]
+            parts += [f"sparse {_times(result.seconds)}", _speedup(facts["speedup"])]
         parts += [
             f"KL from dense {facts['kl']:.2e} nats a token",
             f"the same first choice at {facts['top1_agreement']:.1%} of the positions",
@@ -209,6 +209,10 @@ def _show_otherwise(rows: list[dict[str, Any]]) -> None:
     columns = ("planned", "taken", "heads", "why (of most)")
     cells = [(row["planned"], row["taken"], f"{row['heads']}", row["why"]) for row in rows]
     show_table("heads that did otherwise than planned", columns, cells, prose=("why (of most)",))
+
+
+def _speedup(value: float) -> str:
+    return f"speed-up {value:.2f}{'' if value > 1 else ', dense attention is faster here'}"
 
 
 def _times(seconds: Sequence[float]) -> str:

@@ -75,7 +75,7 @@ def judge_artifact(artifact: Artifact, path: Path) -> Verdict:
             )
     sentences.append(f"Patterns cover {mean:.1%} of the attention on average")
     if isinstance(worst, float):
-        sentences[-1] += f", those of the worst 5 % of heads {worst:.1%}"
+        sentences[-1] += f", those of the worst 5% of heads {worst:.1%}"
     tokens = [n for n in summary.get("held_out_tokens", ()) if type(n) is int]
     if tokens:
         sources = [str(source) for source in summary.get("held_out_prompts", ())]

@@ -25,6 +25,7 @@ def regenerate(
     update: bool = False,
     fresh: bool = False,
     trust_remote_code: bool = False,
+    quiet: bool = False,
     on_outcome: Callable[[Outcome], None] | None = None,
 ) -> list[Outcome]:
     """Makes the artifacts of a file of models anew, and compares them with the committed ones.
@@ -41,6 +42,7 @@ def regenerate(
         update: Write artifacts that differ or are missing.
         fresh: Delete what is kept of the selected models first.
         trust_remote_code: Run the model repositories' own code.
+        quiet: Say nothing of the stages on standard error.
         on_outcome: Called with each outcome as soon as it is there.
 
     Returns:
@@ -58,7 +60,12 @@ def regenerate(
         if fresh:
             _forget(work / job.name)
         outcome = _in_process(
-            job, path, work / job.name, update=update, trust_remote_code=trust_remote_code
+            job,
+            path,
+            work / job.name,
+            update=update,
+            trust_remote_code=trust_remote_code,
+            quiet=quiet,
         )
         outcomes.append(outcome)
         if on_outcome is not None:
@@ -67,12 +74,12 @@ def regenerate(
 
 
 def _in_process(
-    job: Job, path: Path, folder: Path, *, update: bool, trust_remote_code: bool
+    job: Job, path: Path, folder: Path, *, update: bool, trust_remote_code: bool, quiet: bool
 ) -> Outcome:
     found = make_folder(folder) / OUTCOME
     found.unlink(missing_ok=True)
     started = time.monotonic()
-    options = {"update": update, "trust_remote_code": trust_remote_code}
+    options = {"update": update, "trust_remote_code": trust_remote_code, "quiet": quiet}
     with starting_workers() as context:
         process = context.Process(target=work_on, args=(job, path.parent, folder), kwargs=options)
         process.start()

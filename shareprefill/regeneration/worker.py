@@ -192,7 +192,9 @@ def measure(job: Job, artifact: Path, folder: Path, *, trust_remote_code: bool =
     return Figures(accuracy=summary.accuracy, density=summary.density, recall=summary.recall)
 
 
-def work_on(job: Job, place: Path, folder: Path, *, update: bool, trust_remote_code: bool) -> None:
+def work_on(
+    job: Job, place: Path, folder: Path, *, update: bool, trust_remote_code: bool, quiet: bool
+) -> None:
     """What a job's process does: `run_job`, and its outcome written beside what the job keeps.
 
     Args:
@@ -201,11 +203,12 @@ def work_on(job: Job, place: Path, folder: Path, *, update: bool, trust_remote_c
         folder: Where its calibration, artifact and outcome are kept.
         update: As in `run_job`.
         trust_remote_code: As in `run_job`.
+        quiet: Log errors only.
     """
     end_with_parent()
     # What a library prints does not belong to the command's own output.
     os.dup2(2, 1)
-    _log_progress()
+    _log_progress(logging.ERROR if quiet else logging.INFO)
     os.chdir(place)
     try:
         outcome = run_job(job, folder, update=update, trust_remote_code=trust_remote_code)
@@ -216,12 +219,12 @@ def work_on(job: Job, place: Path, folder: Path, *, update: bool, trust_remote_c
         sys.exit(f"sp: {error}")
 
 
-def _log_progress() -> None:
+def _log_progress(level: int) -> None:
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(message)s"))
     logger = logging.getLogger("shareprefill")
     logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
+    logger.setLevel(level)
 
 
 def code_digest(parts: Iterable[str]) -> str:
