@@ -228,18 +228,6 @@ class Artifact:
         return {policy.label: counts[policy] for policy in Policy}
 
 
-def validate_artifact(artifact: Artifact) -> None:
-    """Checks an artifact that was made in memory by the rules that `load_artifact` applies.
-
-    Raises:
-        ArtifactError: naming the first rule that it breaks.
-    """
-    try:
-        _check(artifact)
-    except RefusedError as error:
-        raise ArtifactError(f"the artifact is inconsistent: {error}") from error
-
-
 def artifact_bytes(artifact: Artifact) -> bytes:
     """The file's content: equal for equal artifacts, whatever the machine or the time.
 

@@ -29,7 +29,6 @@ from shareprefill.artifact import (
     load_artifact,
     model_to_load,
     save_artifact,
-    validate_artifact,
 )
 from shareprefill.errors import ArtifactError, DataError
 
@@ -228,7 +227,7 @@ def test_heads_that_break_a_rule_are_refused_in_memory_and_in_a_file(
 ) -> None:
     broken = with_head(name, layer, head, value)
     with pytest.raises(ArtifactError, match=message):
-        validate_artifact(broken)
+        artifact_bytes(broken)
 
     def edit(parts: Any) -> None:
         raw = getattr(broken, name).contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
@@ -467,7 +466,7 @@ def test_optional_entries_may_be_missing(monkeypatch: Any, tmp_path: Path) -> No
     save_artifact(example(), tmp_path / "b.st")
     assert load_artifact(tmp_path / "b.st").summary == example().summary
     with pytest.raises(ArtifactError, match="slack holds 2 to"):
-        validate_artifact(example(slack=torch.full((LAYERS, HEADS), 2.0)))
+        artifact_bytes(example(slack=torch.full((LAYERS, HEADS), 2.0)))
 
 
 def test_policy_labels() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Any
@@ -60,12 +60,8 @@ def reached(evaluation: Evaluation, target: float = TARGET_RECALL) -> list[Reach
     Returns:
         By task and length, in the order of the policies.
     """
-    groups: dict[tuple[str, int], dict[str, list[Cell]]] = {}
-    for cell in evaluation.cells:
-        if cell.recall is not None:
-            policies = groups.setdefault((cell.task, cell.length), {})
-            policies.setdefault(cell.policy, []).append(cell)
     found = []
+    groups = _by_policy(cell for cell in evaluation.cells if cell.recall is not None)
     for (task, length), policies in groups.items():
         points = {policy: _at(cells, target) for policy, cells in policies.items()}
         oracle = points.get(ORACLE)
@@ -77,6 +73,15 @@ def reached(evaluation: Evaluation, target: float = TARGET_RECALL) -> list[Reach
                     ratio = (density + work) / oracle[0]
                 found.append(Reached(task, length, policy, density, work, worst, error, ratio))
     return found
+
+
+def _by_policy(cells: Iterable[Cell]) -> dict[tuple[str, int], dict[str, list[Cell]]]:
+    """Cells by task and length, and there by policy, in their order."""
+    groups: dict[tuple[str, int], dict[str, list[Cell]]] = {}
+    for cell in cells:
+        policies = groups.setdefault((cell.task, cell.length), {})
+        policies.setdefault(cell.policy, []).append(cell)
+    return groups
 
 
 def _at(cells: list[Cell], target: float) -> tuple[float, float, float, float] | None:
@@ -138,12 +143,8 @@ def at_density(evaluation: Evaluation, density: float) -> list[AtDensity]:
     Returns:
         By task and length, in the order of the policies.
     """
-    groups: dict[tuple[str, int], dict[str, list[Cell]]] = {}
-    for cell in evaluation.cells:
-        if cell.policy != DENSE:
-            policies = groups.setdefault((cell.task, cell.length), {})
-            policies.setdefault(cell.policy, []).append(cell)
     found = []
+    groups = _by_policy(cell for cell in evaluation.cells if cell.policy != DENSE)
     for (task, length), policies in groups.items():
         points = {policy: _fidelity_at(cells, density) for policy, cells in policies.items()}
         oracle = points.get(ORACLE)

@@ -260,12 +260,7 @@ def _frontier(
     if number is None:
         look: dict[str, Any] = {"color": INK, "marker": ".", "linestyle": "--"}
     else:
-        turn = number // len(SERIES)
-        look = {
-            "color": SERIES[number % len(SERIES)],
-            "marker": MARKERS[(number + turn) % len(MARKERS)],
-            "linestyle": "-" if turn == 0 else "-.",
-        }
+        look = {**_look(number), "linestyle": "-" if number < len(SERIES) else "-."}
     x, y = [p[0] for p in drawn], [p[1] for p in drawn]
     panel.plot(x, y, label=plain_label(policy), markersize=5, **look)
 

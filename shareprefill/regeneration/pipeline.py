@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import shutil
 import signal
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from shareprefill.errors import DataError
-from shareprefill.files import make_folder, printable
+from shareprefill.files import make_folder
 from shareprefill.processes import starting_workers
 from shareprefill.regeneration.jobs import Job, load_jobs, select_jobs
 from shareprefill.regeneration.outcomes import OUTCOME, Outcome, load_outcome
-from shareprefill.regeneration.worker import work_on
+from shareprefill.regeneration.worker import remove_folder, work_on
 
 
 def regenerate(
@@ -58,7 +56,7 @@ def regenerate(
     outcomes = []
     for job in jobs:
         if fresh:
-            _forget(work / job.name)
+            remove_folder(work / job.name)
         outcome = _in_process(
             job,
             path,
@@ -96,11 +94,3 @@ def _in_process(
         lines=(f"its process ended with {ended}, and said above why, if it could",),
         seconds=time.monotonic() - started,
     )
-
-
-def _forget(folder: Path) -> None:
-    try:
-        if folder.exists():
-            shutil.rmtree(folder)
-    except OSError as error:
-        raise DataError(f"cannot remove {printable(folder)}: {error.strerror}") from error

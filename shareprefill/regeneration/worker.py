@@ -296,7 +296,7 @@ def _calibrate(job: Job, folder: Path, stamps: Stamps, trust_remote_code: bool) 
     facts = {"config": job.calibrate.to_dict(), "code": code_digest(_CAPTURE)}
     if not stamps.has("calibrate", facts):
         # Emptied before the stamp is set: the stamp says what a begun calibration was begun with.
-        _remove_folder(folder / CALIBRATION)
+        remove_folder(folder / CALIBRATION)
         stamps.set("calibrate", facts)
     logger.info("%s: calibrating, %d prompts", job.name, job.calibrate.samples)
     capture_maps(job.calibrate, folder / CALIBRATION, trust_remote_code=trust_remote_code)
@@ -347,12 +347,17 @@ def _cluster(job: Job, folder: Path, stamps: Stamps) -> Artifact:
     return artifact
 
 
-def _remove_folder(path: Path) -> None:
+def remove_folder(path: Path) -> None:
+    """Removes a folder, if it is there.
+
+    Raises:
+        DataError: it cannot be removed.
+    """
     try:
         if path.exists():
             shutil.rmtree(path)
     except OSError as error:
-        raise DataError(f"cannot remove {path}: {error.strerror}") from error
+        raise DataError(f"cannot remove {printable(path)}: {error.strerror}") from error
 
 
 def _file_digest(path: Path) -> str:

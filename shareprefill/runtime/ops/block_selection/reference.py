@@ -32,19 +32,9 @@ def select_blocks(
     out: torch.Tensor | None,
 ) -> torch.Tensor:
     """Arguments as in the operator of this name."""
-    offset = n_key - n_query
-    device = maps.device
-    causal = causal_blocks(n_query, offset, block_size, device=device)
-    always = always_blocks(
-        n_query,
-        offset,
-        block_size,
-        sink_blocks=sink_blocks,
-        local_blocks=local_blocks,
-        device=device,
-    )
+    causal = causal_blocks(n_query, n_key - n_query, block_size, device=maps.device)
     chosen = _smallest_cover(maps.masked_fill(~causal, 0.0), gamma[:, None])
-    return _placed(chosen.logical_or_(always).logical_and_(causal), out)
+    return _written(chosen, n_query, n_key, block_size, sink_blocks, local_blocks, out)
 
 
 def head_blocks(
@@ -59,23 +49,15 @@ def head_blocks(
     out: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Arguments as in the operator of this name."""
-    offset, device = n_key - n_query, maps.device
-    causal = causal_blocks(n_query, offset, block_size, device=device)
-    always = always_blocks(
-        n_query,
-        offset,
-        block_size,
-        sink_blocks=sink_blocks,
-        local_blocks=local_blocks,
-        device=device,
-    )
+    causal = causal_blocks(n_query, n_key - n_query, block_size, device=maps.device)
     maps = maps.masked_fill(~causal, 0.0)
     if index is not None:
         # One map of zeros stands for none.
         maps = torch.cat([maps, torch.zeros_like(causal, dtype=maps.dtype)[None]])[index]
     is_finite = maps.sum((1, 2)).isfinite()
     chosen = blocks_above_threshold(maps, gamma).logical_or_(~is_finite[:, None, None])
-    return _placed(chosen.logical_or_(always).logical_and_(causal), out), is_finite
+    pattern = _written(chosen, n_query, n_key, block_size, sink_blocks, local_blocks, out)
+    return pattern, is_finite
 
 
 def blocks_above_threshold(maps: torch.Tensor, gamma: torch.Tensor) -> torch.Tensor:
@@ -115,23 +97,14 @@ def vertical_slash_blocks(
     out: torch.Tensor | None,
 ) -> torch.Tensor:
     """Arguments as in the operator of this name."""
-    offset, device = n_key - n_query, vertical.device
-    diagonals = block_diagonals(n_query, offset, block_size, device=device)
-    columns = torch.arange(vertical.shape[1], device=device)
+    diagonals = block_diagonals(n_query, n_key - n_query, block_size, device=vertical.device)
+    columns = torch.arange(vertical.shape[1], device=vertical.device)
     distances = _smallest_cover(slash, gamma)
     chosen = _smallest_cover(vertical, gamma)[:, None, :].repeat(1, len(diagonals[0]), 1)
     for diagonal in diagonals:
         distance = diagonal[:, None] - columns[None, :]
         chosen |= distances[:, distance.clamp(min=0)] & (distance >= 0)
-    chosen |= always_blocks(
-        n_query,
-        offset,
-        block_size,
-        sink_blocks=sink_blocks,
-        local_blocks=local_blocks,
-        device=device,
-    )
-    return _placed(chosen & causal_blocks(n_query, offset, block_size, device=device), out)
+    return _written(chosen, n_query, n_key, block_size, sink_blocks, local_blocks, out)
 
 
 def js_distances(maps: torch.Tensor, pivots: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
@@ -253,8 +226,28 @@ def _diagonal_sums(maps: torch.Tensor) -> torch.Tensor:
     return padded[:, : n_q * (n_q + n_k - 1)].view(n_maps, n_q, -1).sum(1)
 
 
-def _placed(pattern: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
-    return pattern if out is None else out.copy_(pattern)
+def _written(
+    chosen: torch.Tensor,
+    n_query: int,
+    n_key: int,
+    block_size: int,
+    sink_blocks: int,
+    local_blocks: int,
+    out: torch.Tensor | None,
+) -> torch.Tensor:
+    """Chosen blocks `[S, n_q, n_k]` and those always read, as far as they are causal, in `out`."""
+    offset, device = n_key - n_query, chosen.device
+    always = always_blocks(
+        n_query,
+        offset,
+        block_size,
+        sink_blocks=sink_blocks,
+        local_blocks=local_blocks,
+        device=device,
+    )
+    chosen.logical_or_(always)
+    chosen.logical_and_(causal_blocks(n_query, offset, block_size, device=device))
+    return chosen if out is None else out.copy_(chosen)
 
 
 def _smallest_cover(maps: torch.Tensor, gamma: torch.Tensor) -> torch.Tensor:
