@@ -1,9 +1,10 @@
-"""`import shareprefill`: its names, its functions, and what its objects print."""
+"""`import shareprefill`: its names, its functions, what its objects print, and the notebooks."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,10 +12,13 @@ import torch
 import shareprefill
 from shareprefill.artifact import Policy
 from shareprefill.errors import ConfigError, DataError
+from shareprefill.policies import BlockPolicy
 from shareprefill.runtime.policies.streaming import Streaming
 from tests.support.evaluations import dense_cell, made_cell, made_evaluation
+from tests.support.notebooks import code_cells, run_notebook
 from tests.support.tiny import tiny_artifact, tiny_llama, token_ids
 
+NOTEBOOKS = Path(__file__).parents[1] / "docs" / "notebooks"
 P, S, R = Policy.PIVOT, Policy.SHARE, Policy.SAMPLED
 
 
@@ -85,3 +89,20 @@ def test_options_are_the_fields_of_the_configurations(tmp_path: Path) -> None:
         shareprefill.evaluate(tiny_artifact(model))  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="retr_vk"):
         shareprefill.evaluate(model="sp-tiny", policies=Streaming(), tasks="retr_vk")
+
+
+@pytest.mark.parametrize("name", ["first-steps", "add-and-compare-a-policy"])
+def test_notebooks_run(name: str) -> None:
+    path = NOTEBOOKS / f"{name}.ipynb"
+    names, printed = run_notebook(path)
+    cells = code_cells(json.loads(path.read_text("utf-8")))
+    assert [bool(text) for text in printed] == [bool(cell["outputs"]) for cell in cells]
+    session: Any = names["session"]
+    assert session.report().prefills == 1
+    policies = [cell.policy for cell in names["found"].cells]
+    if name == "first-steps":
+        assert policies == ["dense", "auto"]
+        assert sum(names["artifact"].policy_counts().values()) == names["artifact"].heads
+    else:
+        assert policies[:2] == ["dense", "notebook:Strided:stride=2"]
+        assert issubclass(names["Strided"], BlockPolicy)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 def harness_model(
     model: Any,
     tokenizer: Any,
-    artifact: str | Path | Artifact,
+    artifact: str | Path | Artifact | None,
     config: RuntimeConfig | None = None,
     **options: Any,
 ) -> Any:
@@ -36,7 +36,7 @@ def harness_model(
     Args:
         model: A transformers decoder, in eval mode.
         tokenizer: Its tokenizer.
-        artifact: Path of an artifact, or a loaded one.
+        artifact: Path of an artifact, or a loaded one; None for a policy that plans nothing.
         config: Options of the session. Prompts below the crossover run dense, as everywhere:
             `min_tokens=0` makes all of them sparse.
         options: Further arguments of the harness's `HFLM`, `max_length` for one.

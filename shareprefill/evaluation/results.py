@@ -359,7 +359,8 @@ class Evaluation:
 
     def _title(self) -> str:
         prompts = sum(cell.prompts for cell in self.cells if cell.policy == DENSE)
-        return f"{self.context['model']} on {self.context['device']}, {prompts} prompts"
+        noun = "prompt" if prompts == 1 else "prompts"
+        return f"{self.context['model']} on {self.context['device']}, {prompts} {noun}"
 
     def _short_table(self) -> tuple[list[str], list[list[str]]]:
         figures: dict[str, Callable[[Summary], float | None]] = {

@@ -18,7 +18,7 @@ from shareprefill.artifact import Artifact, check_fingerprint, load_artifact
 from shareprefill.config import RuntimeConfig
 from shareprefill.errors import ConfigError
 from shareprefill.models import fingerprint, geometry
-from shareprefill.policy_names import WITHOUT_ARTIFACT
+from shareprefill.policy_names import POLICIES, WITHOUT_ARTIFACT
 from shareprefill.runtime.attachment import Attachment, latest
 from shareprefill.runtime.core import SequenceState, SparsePrefill
 from shareprefill.runtime.crossover import crossover
@@ -311,6 +311,8 @@ def share_prefill(
     """
     config = _config_of(config, options, is_planned=artifact is not None)
     if isinstance(artifact, (str, Path)):
+        if artifact in POLICIES and not Path(artifact).exists():
+            raise ConfigError(f"{artifact!r} is a policy, not an artifact: use policy={artifact!r}")
         artifact = load_artifact(artifact)
     shard = head_shard(model)
     if shard is not None:

@@ -72,6 +72,7 @@ def test_without_an_artifact_the_policy_is_smoothed(model: Any) -> None:
         ({"config": RuntimeConfig(policy="flex"), "gamma": 0.5}, "give config or gamma, not both"),
         ({"gama": 0.5}, r"has no option 'gama' \(did you mean 'gamma'\?\)"),
         ({"policy": "smoothd"}, "did you mean 'smoothed'"),
+        ({"artifact": "flex"}, "'flex' is a policy, not an artifact: use policy='flex'"),
         ({"policy": "flex", "sample_rows": 129}, "a block has 128 rows"),
     ],
 )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
 
@@ -64,9 +63,8 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     (tmp_path / "strided_here.py").write_text(FILE)
     (tmp_path / "broken_here.py").write_text("import no_such_library\n")
     monkeypatch.chdir(tmp_path)
-    path = [*sys.path]
     yield tmp_path
-    assert sys.path == path
+    assert str(tmp_path) not in sys.path
     for name in [name for name in sys.modules if name.removesuffix(".py").endswith("_here")]:
         del sys.modules[name]
 
@@ -115,14 +113,20 @@ def test_a_policy_in_one_function_is_that_function() -> None:
 def test_an_installed_package_adds_policies_by_name(
     here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found = [EntryPoint("strided", "strided_here:Strided", GROUP)]
-    monkeypatch.setattr(policy_names, "entry_points", lambda group: found if group == GROUP else [])
+    def install(package: str, value: str) -> None:
+        folder = here / "site" / f"{package}-1.0.dist-info"
+        folder.mkdir(parents=True)
+        (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: 1.0\n")
+        (folder / "entry_points.txt").write_text(f"[{GROUP}]\nstrided = {value}\n")
+        monkeypatch.syspath_prepend(here / "site")
+
+    install("one", "strided_here:Strided")
     assert RuntimeConfig(policy="strided:stride=2").policy == "strided:stride=2"
     made: Any = make_policy("strided:stride=2")
     assert made.stride == 2
     with pytest.raises(ConfigError, match=r"did you mean 'strided'\?\).*strided, and module:Class"):
         RuntimeConfig(policy="stridet")
-    found.append(EntryPoint("strided", "another:Strided", GROUP))
+    install("two", "another:Strided")
     with pytest.raises(ConfigError, match="two installed packages add a policy 'strided'"):
         make_policy("strided")
 
