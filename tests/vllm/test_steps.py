@@ -1,0 +1,142 @@
+"""Steps of an engine on plain tensors: pages, rows and states together, without vLLM."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from torch import Tensor
+
+from shareprefill.artifact import Policy
+from shareprefill.config import RuntimeConfig
+from shareprefill.runtime.core import SparsePrefill
+from shareprefill.runtime.dense import causal_attention
+from shareprefill.runtime.plan import RuntimePlan, make_plan
+from shareprefill.vllm.core import ServingCore
+from shareprefill.vllm.pages import gather_joined
+from shareprefill.vllm.rows import Prefill, divide
+from tests.support.tiny import tiny_artifact, tiny_llama
+
+P, S, R, V = Policy.PIVOT, Policy.SHARE, Policy.SAMPLED, Policy.VERTICAL_SLASH
+LAYERS, H, G, D, PAGE = 3, 4, 2, 16, 32
+SCALE = D**-0.5
+
+
+class Requests:
+    """Requests whose queries, keys and values are known from the start, and their pages."""
+
+    def __init__(self, lengths: list[int]) -> None:
+        self.lengths, self.done = lengths, [0] * len(lengths)
+        self.tensors = [
+            [tuple(torch.randn(heads, n, D) for heads in (H, G, G)) for _ in range(LAYERS)]
+            for n in lengths
+        ]
+        needed = [-(-n // PAGE) for n in lengths]
+        pages = torch.randperm(sum(needed) + 3)
+        self.tables = list(pages[: sum(needed)].split(needed))
+        # What nobody wrote may be anything.
+        self.caches = torch.full((LAYERS, len(pages), G, PAGE, 2 * D), torch.nan)
+
+    def write(self, request: int, stop: int) -> None:
+        """Tokens that a step computes go into the pages of every layer."""
+        for token in range(self.done[request], stop):
+            page = int(self.tables[request][token // PAGE])
+            for layer in range(LAYERS):
+                _, key, value = self.tensors[request][layer]
+                both = torch.cat([key[:, token], value[:, token]], -1)
+                self.caches[layer, page, :, token % PAGE] = both
+
+
+def core_of(plan: RuntimePlan, config: RuntimeConfig) -> ServingCore:
+    return ServingCore(
+        lambda _: plan,
+        config,
+        heads=None,
+        exchange=None,
+        device=torch.device("cpu"),
+        backend="CPU_ATTN",
+        max_rows=1024,
+        max_keys=1024,
+    )
+
+
+def plan_of(config: RuntimeConfig) -> RuntimePlan:
+    return make_plan(
+        tiny_artifact(tiny_llama(), [[P, S, R, V], [S, S, P, R], [V, R, S, S]]), config
+    )
+
+
+@pytest.mark.parametrize(
+    ("policy", "gamma"), [("auto", 1.0), ("auto", None), ("shareprefill", None)]
+)
+def test_rows_of_mixed_steps_are_as_if_they_were_alone(policy: str, gamma: float | None) -> None:
+    """Chunks of any size at any offset, several in a step, between decodes."""
+    config = RuntimeConfig(policy=policy, gamma=gamma, min_tokens=40, max_density=1.0)
+    plan, draw = plan_of(config), random.Random()
+    core, requests = core_of(plan, config), Requests([150, 9, 260, 77])
+    sparse = 0
+    while requests.done != requests.lengths:
+        rows = [r for r, n in enumerate(requests.lengths) if requests.done[r] < n]
+        rows = draw.sample(rows, draw.randint(1, len(rows)))
+        sizes = [
+            min(draw.choice((1, 7, 33, 64, 101)), requests.lengths[r] - requests.done[r])
+            for r in rows
+        ]
+        stops = [requests.done[r] + size for r, size in zip(rows, sizes, strict=True)]
+        for request, stop in zip(rows, stops, strict=True):
+            requests.write(request, stop)
+        starts = [sum(sizes[:place]) for place in range(len(sizes) + 1)]
+        division = divide(starts, stops, lambda _, q, k: core.is_sparse(q, k, None))
+        states = {p.row: core.begin(p, None, core.device) for p in division.prefills}
+        alone = {p.row: SparsePrefill(plan) for p in division.prefills}
+        begun = {
+            p.row: alone[p.row].begin(plan.geometry(p.n_query, p.n_key, core.device))
+            for p in division.prefills
+        }
+        for layer in range(LAYERS):
+            for prefill in division.prefills:
+                request = rows[prefill.row]
+                query, key, value = _so_far(requests, request, layer, prefill)
+                table = requests.tables[request]
+                keys, values = gather_joined(requests.caches[layer], table, prefill.n_key)
+                assert torch.equal(keys, key)
+                assert torch.equal(values, value)
+                found = core.attend(
+                    layer, states[prefill.row], query, keys, values,
+                    scale=SCALE, softcap=None, sinks=None,
+                )  # fmt: skip
+                expected, _ = alone[prefill.row].attend(
+                    layer, begun[prefill.row], query, key, value, scale=SCALE
+                )
+                torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
+                if gamma == 1:
+                    dense = causal_attention(query, key, value, scale=SCALE)
+                    torch.testing.assert_close(found, dense, atol=1e-5, rtol=1e-4)
+        for request, stop in zip(rows, stops, strict=True):
+            requests.done[request] = stop
+        sparse += len(division.prefills)
+    assert sparse
+
+
+def _so_far(
+    requests: Requests, request: int, layer: int, prefill: Prefill
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Contiguous queries of a row, and keys and values up to its last token."""
+    query, key, value = requests.tensors[request][layer]
+    first = prefill.n_key - prefill.n_query
+    return query[:, first : prefill.n_key], key[:, : prefill.n_key], value[:, : prefill.n_key]
+
+
+def test_a_head_whose_pivot_s_layer_did_not_run_here_does_without() -> None:
+    """A layer may run dense in an engine (a window, another rank) and be sparse in the artifact."""
+    config = RuntimeConfig(min_tokens=0, max_density=1.0, gamma=1.0)
+    plan = plan_of(config)
+    core, requests = core_of(plan, config), Requests([200])
+    whole = Prefill(0, slice(0, 200), 200)
+    state = core.begin(whole, None, core.device)
+    for layer in (1, 2):
+        query, key, value = _so_far(requests, 0, layer, whole)
+        out = core.attend(layer, state, query, key, value, scale=SCALE, softcap=None, sinks=None)
+        dense = causal_attention(query, key, value, scale=SCALE)
+        torch.testing.assert_close(out, dense, atol=1e-5, rtol=1e-4)
