@@ -6,7 +6,7 @@
 One engine serves both: a request that carries `shareprefill: off` is dense to the bit of vLLM's own
 backend. Without `--model` the model has a known shape and random weights, and its patterns are
 synthetic, at about `--density` of the blocks: only times mean something then. Prompts are random
-tokens, and nothing is read from a prefix cache.
+tokens, those of a named model key-value retrieval; nothing is read from a prefix cache.
 """
 
 # vLLM lives in an environment of its own: it is not there where types are checked.
@@ -28,6 +28,8 @@ from provenance import provenance, summary
 from shareprefill.bench.engine import (
     engine_settings,
     random_checkpoint,
+    random_prompts,
+    retrieval_prompts,
     start_engine,
     time_prefills,
 )
@@ -79,7 +81,7 @@ def run(
         str(model),
         str(artifact),
         tokens=max(lengths),
-        load_format="auto" if args.model else "dummy",
+        is_random=args.model is None,
         dtype=args.dtype,
         enforce_eager=not args.compiled,
         tensor_parallel_size=args.tensor_parallel,
@@ -91,8 +93,9 @@ def run(
     print("| tokens | vLLM | shareprefill | speed-up | spread | density |")
     print("| --- | --- | --- | --- | --- | --- |")
     clock, timings = time.process_time if args.processor_time else time.perf_counter, []
+    prompts = retrieval_prompts(str(model)) if args.model else random_prompts(llm)
     for length in lengths:
-        timing = time_prefills(llm, length, args.repeats, clock)
+        timing = time_prefills(llm, prompts, length, args.repeats, clock)
         off, on = statistics.median(timing.dense_s), statistics.median(timing.shared_s)
         print(
             f"| {length} | {off:.3f} | {on:.3f} | {timing.speedup:.2f} | {timing.spread:.1%} "

@@ -1,6 +1,7 @@
 """Keeps a vLLM engine with the plug-in busy, and looks at its errors and its memory.
 
     python tools/soak_vllm.py --minutes 30
+    python tools/soak_vllm.py --minutes 30 --plain     # vLLM alone: what it grows by itself
 
 Requests of mixed lengths come and go: some are aborted, some ask for several samples, some carry
 the switch, many begin alike. There are too few pages for all of them, so requests are preempted.
@@ -35,8 +36,17 @@ def resident_mib() -> float:
     return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
-def soak_round(llm: Any, draw: random.Random, number: int, counts: Counter[str]) -> None:
+def soak_round(
+    llm: Any, draw: random.Random, number: int, counts: Counter[str], *, plain: bool
+) -> None:
     """Twelve requests from their arrival to their end or abortion.
+
+    Args:
+        llm: The engine.
+        draw: Gives the requests.
+        number: Of the round.
+        counts: Of requests by their end; added to.
+        plain: Whether the engine has no plug-in, so that its requests carry no switch.
 
     Raises:
         RuntimeError: a request that was not aborted did not end as it should.
@@ -58,7 +68,7 @@ def soak_round(llm: Any, draw: random.Random, number: int, counts: Counter[str])
             max_tokens=tokens,
             ignore_eos=True,
             output_kind=RequestOutputKind.FINAL_ONLY,
-            extra_args=None if switch is None else {"shareprefill": switch},
+            extra_args=None if switch is None or plain else {"shareprefill": switch},
         )
         internal = engine.add_request(name, {"prompt_token_ids": prompt}, parameters)
         if draw.random() < 0.25:
@@ -91,9 +101,13 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=30)
     parser.add_argument("--growth", type=float, default=64, help="MiB that are allowed")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--plain", action="store_true", help="without the plug-in")
     args = parser.parse_args()
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
+    options = {"artifact": str(ROOT / "artifacts" / "sp-tiny.st"), "min_tokens": 0}
+    if args.plain:
+        os.environ["VLLM_PLUGINS"] = ""
     from vllm import LLM
 
     llm = LLM(
@@ -106,20 +120,18 @@ def main() -> int:
         enforce_eager=True,
         disable_log_stats=False,
         worker_extension_cls="shareprefill.vllm.report.ReportExtension",
-        additional_config={
-            "shareprefill": {"artifact": str(ROOT / "artifacts" / "sp-tiny.st"), "min_tokens": 0}
-        },
+        additional_config={} if args.plain else {"shareprefill": options},
     )
     draw, counts, sizes = random.Random(args.seed), Counter[str](), []
     end = time.monotonic() + 60 * args.minutes
     while time.monotonic() < end or len(sizes) < 3:
-        soak_round(llm, draw, len(sizes), counts)
+        soak_round(llm, draw, len(sizes), counts, plain=args.plain)
         sizes.append(resident_mib())
         print(f"round {len(sizes)}: {dict(counts)}, {sizes[-1]:.0f} MiB", flush=True)
     metrics = {m.name: m.value for m in llm.get_metrics() if hasattr(m, "value")}
-    (report,) = llm.collective_rpc("shareprefill_report")
+    rows = None if args.plain else llm.collective_rpc("shareprefill_report")[0]["rows"]
     grown = sizes[-1] - sizes[len(sizes) // 3]
-    print(f"preemptions {metrics['vllm:num_preemptions']}, rows {report['rows']}")
+    print(f"preemptions {metrics['vllm:num_preemptions']}, rows {rows}")
     print(f"memory {grown:+.0f} MiB after round {len(sizes) // 3 + 1}")
     if not metrics["vllm:num_preemptions"] or not counts["aborted"]:
         print("nothing was preempted or aborted: run longer", file=sys.stderr)

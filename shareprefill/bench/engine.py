@@ -1,7 +1,7 @@
 """Times prefills inside a vLLM engine: requests with the plug-in and without, in turns.
 
 One engine serves both: a request that carries `shareprefill: off` is dense to the bit of vLLM's own
-backend. Prompts are random tokens, and nothing is read from a prefix cache.
+backend. Nothing is read from a prefix cache.
 """
 
 # vLLM lives in an environment of its own: it is not there where types are checked.
@@ -9,6 +9,7 @@ backend. Prompts are random tokens, and nothing is read from a prefix cache.
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 import tempfile
@@ -26,7 +27,10 @@ from shareprefill.bench.shapes import build_shape, layers_of
 from shareprefill.bench.synthetic import synthetic_artifact
 from shareprefill.bench.timings import Timing, Tuning
 from shareprefill.errors import ConfigError
-from shareprefill.models import resolve_model
+from shareprefill.models import load_tokenizer, resolve_model
+
+Prompts = Callable[[int], list[int]]
+"""Makes token ids of a prompt of about so many tokens."""
 
 # Tokens of an engine's limits beside the prompt.
 _ROOM = 64
@@ -77,13 +81,16 @@ def random_checkpoint(folder: Path, shape: str, layers: int, tokens: int, densit
     return folder / "clusters.st"
 
 
-def start_engine(model: str, artifact: str, *, tokens: int, **arguments: Any) -> Any:
+def start_engine(
+    model: str, artifact: str, *, tokens: int, is_random: bool, **arguments: Any
+) -> Any:
     """An engine with the plug-in, in which every prefill of at least a block is sparse.
 
     Args:
         model: A folder or a hub id.
         artifact: Of the model.
         tokens: The longest prompt.
+        is_random: Whether there is only the model's configuration: its weights are to be random.
         arguments: Of `vllm.LLM`, over those that are set here.
 
     Returns:
@@ -93,7 +100,11 @@ def start_engine(model: str, artifact: str, *, tokens: int, **arguments: Any) ->
 
     # A CPU passes over CUSTOM, and the plug-in takes its backend's own name.
     named = {"attention_backend": "CUSTOM"} if torch.cuda.is_available() else {}
+    options = {"artifact": artifact, "min_tokens": 0}
+    if is_random:
+        options["checkpoint"] = "unchecked"
     known = {
+        "load_format": "dummy" if is_random else "auto",
         "skip_tokenizer_init": True,
         "enforce_eager": True,
         "max_model_len": tokens + _ROOM,
@@ -101,29 +112,56 @@ def start_engine(model: str, artifact: str, *, tokens: int, **arguments: Any) ->
         "max_num_seqs": 16,
         "enable_prefix_caching": False,
         "worker_extension_cls": "shareprefill.vllm.report.ReportExtension",
-        "additional_config": {"shareprefill": {"artifact": artifact, "min_tokens": 0}},
+        "additional_config": {"shareprefill": options},
     }
     return vllm.LLM(model, **known | named | arguments)
 
 
+def random_prompts(llm: Any) -> Prompts:
+    """Prompts of random tokens: for random weights, to which all are alike."""
+    vocabulary = llm.model_config.get_vocab_size()
+    return lambda tokens: [random.randrange(vocabulary) for _ in range(tokens)]
+
+
+def retrieval_prompts(model: str) -> Prompts:
+    """Prompts of key-value retrieval, each a little below its length, no two alike.
+
+    Args:
+        model: Whose tokenizer it is.
+    """
+    from shareprefill.calib.tasks import generate
+
+    tokenizer, seeds = load_tokenizer(model), itertools.count()
+
+    def make(tokens: int) -> list[int]:
+        text = generate("retr_kv", tokenizer, tokens, next(seeds)).prompt
+        return tokenizer(text)["input_ids"]
+
+    return make
+
+
 def time_prefills(
-    llm: Any, tokens: int, repeats: int, clock: Callable[[], float] = time.perf_counter
+    llm: Any,
+    prompts: Prompts,
+    tokens: int,
+    repeats: int,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> Timing:
     """Seconds to the first token of prompts of one length; one prefill of each kind warms up.
 
     Args:
         llm: Of `start_engine`.
+        prompts: Makes a prompt.
         tokens: Of every prompt.
         repeats: Prefills of each kind.
         clock: Seconds.
     """
     from vllm import SamplingParams
 
-    vocabulary = llm.model_config.get_vocab_size()
     times: dict[str, list[float]] = {"off": [], "on": []}
     for repeat in range(repeats + 1):
         for kind in times:
-            prompt = {"prompt_token_ids": [random.randrange(vocabulary) for _ in range(tokens)]}
+            prompt = {"prompt_token_ids": prompts(tokens)}
             extra = {"shareprefill": "off"} if kind == "off" else None
             parameters = SamplingParams(max_tokens=1, temperature=0, extra_args=extra)
             begun = clock()
@@ -150,7 +188,7 @@ def time_engine(config: TuneConfig) -> Tuning:
         if config.model is None:
             assert config.shape is not None
             layers = config.layers or layers_of(config.shape)
-            model, load_format = folder, "dummy"
+            model = folder
             what = f"{config.shape}, {layers} layers"
             artifact = str(
                 random_checkpoint(
@@ -159,7 +197,7 @@ def time_engine(config: TuneConfig) -> Tuning:
             )
         else:
             assert config.artifact is not None
-            model, load_format = resolve_model(config.model), "auto"
+            model = resolve_model(config.model)
             what, artifact = config.model, os.path.abspath(config.artifact)
             _check_maximum(model, tokens)
         is_plain_cpu = config.dtype == "auto" and not torch.cuda.is_available()
@@ -167,10 +205,13 @@ def time_engine(config: TuneConfig) -> Tuning:
             model,
             artifact,
             tokens=tokens,
-            load_format=load_format,
+            is_random=config.model is None,
             dtype="float32" if is_plain_cpu else config.dtype,
         )
-        timings = tuple(time_prefills(llm, length, config.repeats) for length in config.lengths)
+        prompts = random_prompts(llm) if config.model is None else retrieval_prompts(model)
+        timings = tuple(
+            time_prefills(llm, prompts, length, config.repeats) for length in config.lengths
+        )
         dtype = str(llm.model_config.dtype).removeprefix("torch.")
     source = f"sp tune: {what}, {dtype}, vLLM {vllm.__version__}, torch {torch.__version__}"
     return Tuning(inner_backend(), source, timings)

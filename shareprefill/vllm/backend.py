@@ -80,6 +80,9 @@ class SharePrefillBuilder:
         self.core: ServingCore | None = core_of(vllm_config)
         if self.core is not None:
             _check_layers(vllm_config)
+            if self.core.check_files is not None:
+                self.core.check_files()
+                self.core.check_files = None
 
     def build(
         self,
@@ -90,14 +93,13 @@ class SharePrefillBuilder:
         """The inner backend's metadata, with the work of a step that has sparse rows."""
         common, inner = common_attn_metadata, super()
         metadata = inner.build(common_prefix_len, common, fast_build)
-        if (
-            common_prefix_len
-            or fast_build
-            or self.core is None
-            or not self._may_be_sparse(common, self.core)
-        ):
-            return metadata
         core = self.core
+        if fast_build or core is None or common.max_query_len < core.least_rows:
+            return metadata
+        why_dense = _why_dense(common_prefix_len, common)
+        if why_dense is not None:
+            logger.info_once("shareprefill: steps with %s run dense", why_dense)
+            return metadata
         # Every KV cache group builds metadata of a step; the first one books it.
         books = core.is_new_step(common.query_start_loc_cpu)
 
@@ -118,17 +120,6 @@ class SharePrefillBuilder:
             prefills = ((row, _switch_of(core, common, row.row)) for row in division.prefills)
             metadata.shareprefill = StepWork(tuple(prefills), tuple(runs))
         return metadata
-
-    @staticmethod
-    def _may_be_sparse(common: CommonAttentionMetadata, core: ServingCore) -> bool:
-        """Whether a step is plainly causal, and has rows that are long enough."""
-        return (
-            common.max_query_len >= core.least_rows
-            and common.causal is True
-            and not common.mm_req_doc_ranges
-            and common.logits_indices_padded is None
-            and common.seq_lens_cpu_upper_bound is not None
-        )
 
 
 class SharePrefillImpl:
@@ -262,7 +253,22 @@ class SharePrefillImpl:
 
     def _is_shared(self, core: ServingCore, layer: Any) -> bool:
         """Whether the artifact knows the layer (it knows no draft model's), and it is plain."""
-        return self.why_dense is None and self._index(layer) < core.n_layers
+        is_known = self._index(layer) < core.n_layers
+        if not is_known:
+            logger.info_once("shareprefill: layers of a draft model run dense")
+        return is_known and self.why_dense is None
+
+
+def _why_dense(common_prefix_len: int, common: CommonAttentionMetadata) -> str | None:
+    """What our kernels do not know of a step; None where it is plainly causal."""
+    unknown = {
+        "cascade attention": common_prefix_len > 0,
+        "attention that is not causal": common.causal is not True,
+        "images whose tokens see each other": bool(common.mm_req_doc_ranges),
+        "fast prefill": common.logits_indices_padded is not None,
+        "lengths that only the device knows": common.seq_lens_cpu_upper_bound is None,
+    }
+    return next((name for name, holds in unknown.items() if holds), None)
 
 
 def _check_layers(vllm_config: Any) -> None:

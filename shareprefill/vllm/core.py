@@ -25,8 +25,9 @@ from shareprefill.runtime.rules.base import Exchange
 from shareprefill.vllm.options import OFF
 from shareprefill.vllm.rows import Prefill
 
-# Records of layers that are kept for a report, so that a server's memory does not grow.
-_RECORDS = 8192
+# Rows whose layers' records are kept for a report. A record is 3 KiB, but 8,192 of them took 180
+# MiB of a CPU's memory: what is freed between records that stay cannot be given back.
+_RECENT_ROWS = 64
 # Blocks of the prefill that compiles the kernels: enough for every part of a pattern.
 _WARM_BLOCKS = 16
 
@@ -65,6 +66,7 @@ class ServingCore:
         n_layers: Layers of the plan.
         least_rows: Query rows from which on a row may be sparse: a block.
         switches: Of requests that carry one, by their places in the engine's batch.
+        check_files: What is still to be checked once the model is loaded; None for nothing.
     """
 
     def __init__(
@@ -86,13 +88,16 @@ class ServingCore:
         # Read here, so that a table that cannot be read stops the engine's start.
         self.crossover = crossover(device, backend)
         self._prefills: dict[str | None, SparsePrefill] = {}
-        self._records: deque[tuple[str | None, LayerRecord]] = deque(maxlen=_RECORDS)
         self._counts: Counter[tuple[str, str]] = Counter()
         self._is_prepared = False
         self._last_step: weakref.ref[Tensor] | None = None
         self.switches: dict[int, str] = {}
+        self.check_files: Callable[[], None] | None = None
         plan = self._prefill(None).plan
         self.n_layers, self.least_rows = len(plan.layers), plan.block_size
+        self._records: deque[tuple[str | None, LayerRecord]] = deque(
+            maxlen=_RECENT_ROWS * self.n_layers
+        )
 
     @property
     def min_tokens(self) -> int:
@@ -252,7 +257,7 @@ class ServingCore:
 
         Returns:
             JSON-ready. `rows`: rows of at least a block, `sparse` by policy and `dense` by reason.
-            `recent`: of the last records, by policy, what a session's report says of them
+            `recent`: of the last 64 sparse rows, by policy, what a session's report says of them
             (`density`, `selection_work`, `policies`, ...).
         """
         rows: dict[str, dict[str, int]] = {"sparse": {}, "dense": {}}

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import weakref
 from dataclasses import replace
+from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
@@ -130,11 +131,8 @@ def _chosen_backend(config: Any) -> type:
         )
 
 
-def _check_artifact(artifact: Artifact, model: Any, n_layers: int, n_heads: int) -> None:
-    """Refuses an artifact of other sizes, or of another checkpoint's files.
-
-    vLLM fuses and splits weights, so that what it has loaded cannot be compared.
-    """
+def _check_sizes(artifact: Artifact, model: Any, n_layers: int, n_heads: int) -> None:
+    """Refuses an artifact of other sizes."""
     sizes = artifact.fingerprint.geometry
     found = (n_layers, n_heads, model.get_total_num_kv_heads(), model.get_head_size())
     wanted = (sizes.layers, sizes.heads, sizes.kv_heads, sizes.head_dim)
@@ -143,7 +141,22 @@ def _check_artifact(artifact: Artifact, model: Any, n_layers: int, n_heads: int)
             f"the artifact is of another model: layers, heads, KV heads and head_dim are {wanted} "
             f"in it, {found} in {model.model}"
         )
-    check_checkpoint(artifact, model.model, model.revision)
+
+
+def _check_files(artifact: Artifact, model: str, revision: str | None) -> None:
+    """Refuses an artifact of another checkpoint's files, or of unknown ones.
+
+    vLLM fuses and splits weights, so that what it has loaded cannot be compared.
+    """
+    if not check_checkpoint(artifact, model, revision):
+        missing = "the model lies in no safetensors files"
+        if not artifact.fingerprint.checkpoint:
+            missing = "the artifact holds no fingerprint of its model's files"
+        raise ArtifactError(
+            f"whether the artifact was made for the weights of {model} cannot be checked: "
+            f"{missing}. Make it anew with sp calibrate and sp cluster, from safetensors; or take "
+            'it unchecked with "checkpoint": "unchecked"'
+        )
 
 
 def _make(options: ServingOptions, config: Any) -> ServingCore:
@@ -158,8 +171,15 @@ def _make(options: ServingOptions, config: Any) -> ServingCore:
     if group.world_size > 1:
         shard = HeadShard(group.rank_in_group, group.world_size, group.device_group)
     artifact = None if options.artifact is None else load_artifact(options.artifact)
+    check_files = None
     if artifact is not None:
-        _check_artifact(artifact, model, n_layers, n_heads)
+        _check_sizes(artifact, model, n_layers, n_heads)
+        if options.checkpoint != "unchecked":
+            check_files = partial(_check_files, artifact, model.model, model.revision)
+    if check_files is not None and os.path.exists(model.model):
+        # Before minutes of loading. What comes from a hub is there only after them.
+        check_files()
+        check_files = None
     layers = range(*model.get_layers_start_end_indices(config.parallel_config))
 
     # The core may not keep the engine's configuration: it would keep the engine's caches.
@@ -185,6 +205,7 @@ def _make(options: ServingOptions, config: Any) -> ServingCore:
         max_keys=model.max_model_len,
         count=count,
     )
+    core.check_files = check_files
     logger.info(
         "shareprefill: policy %s, prefills of %d tokens and more are sparse (%s)",
         options.runtime.policy,

@@ -31,11 +31,14 @@ class ServingOptions:
         runtime: A session's options (`policy`, `gamma`, `min_tokens`, ...).
         lora: What requests with a LoRA adapter do: None refuses an engine that serves adapters,
             `share` reads the patterns of the base model for them too.
+        checkpoint: None refuses an artifact that cannot be compared with the model's files;
+            `unchecked` takes it if its sizes fit.
     """
 
     artifact: str | None
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
     lora: str | None = None
+    checkpoint: str | None = None
 
     def __post_init__(self) -> None:
         if self.artifact is None and is_planned(self.runtime.policy):
@@ -44,8 +47,12 @@ class ServingOptions:
                 f'({{"{NAME}": {{"artifact": "clusters.st"}}}}), or a policy that needs no '
                 f"calibration ({', '.join(SELECTION_POLICIES)})"
             )
-        if self.lora not in (None, "share"):
-            raise ConfigError(f"lora = {self.lora!r} is not allowed: it must be 'share', or unset")
+        for name, allowed in (("lora", "share"), ("checkpoint", "unchecked")):
+            value = getattr(self, name)
+            if value not in (None, allowed):
+                raise ConfigError(
+                    f"{name} = {value!r} is not allowed: it must be {allowed!r}, or unset"
+                )
 
     @classmethod
     def find(
@@ -86,6 +93,7 @@ class ServingOptions:
             artifact=values.get("artifact"),
             runtime=RuntimeConfig.from_dict(others),
             lora=values.get("lora"),
+            checkpoint=values.get("checkpoint"),
         )
 
 

@@ -2,11 +2,11 @@
 
     python tests/support/vllm_engine.py '{"engines": [{"options": {}, "batches": [[{"n": 300}]]}]}'
 
-A request is `{"seed": S, "n": N}` (N random tokens; the same seed begins with the same tokens) with
-`"switch"` for its `extra_args`, `"tokens"` and `"samples"` to generate at a `"temperature"`, and
-`"abort"`: the step after which it is given up. An engine is `options` (its entry in
-`additional_config`, null for none), `arguments` of `vllm.LLM`, and `batches` of requests; one that
-`fails` gives its error.
+A request is `{"seed": S, "n": N}` (N random tokens; the same seed begins with the same ones) with
+`"switch"` for its `extra_args`, the folder of a LoRA adapter as `"lora"`, `"tokens"` and
+`"samples"` to generate at a `"temperature"`, and `"abort"`: the step after which it is given up. An
+engine is `options` (its entry in `additional_config`, null for none), `arguments` of `vllm.LLM`,
+and `batches` of requests; one that `fails` gives its error.
 """
 
 from __future__ import annotations
@@ -68,7 +68,8 @@ def run_engine(engine: dict[str, Any]) -> dict[str, Any]:
             aborts = [r.get("abort") for r in batch]
             outputs = _with_aborts(llm.llm_engine, prompts, parameters, aborts)
         else:
-            outputs = llm.generate(prompts, parameters, use_tqdm=False)
+            adapters = [_adapter(r.get("lora")) for r in batch]
+            outputs = llm.generate(prompts, parameters, lora_request=adapters, use_tqdm=False)
         batches.append([_found(output) for output in outputs])
     reports = [] if options is None else llm.collective_rpc("shareprefill_report")
     found = {"batches": batches, "reports": reports}
@@ -94,6 +95,12 @@ def _start(engine: dict[str, Any]) -> Any:
         worker_extension_cls="shareprefill.vllm.report.ReportExtension",
         **{"enforce_eager": True, "max_model_len": 4096} | engine.get("arguments", {}),
     )
+
+
+def _adapter(folder: str | None) -> Any:
+    from vllm.lora.request import LoRARequest
+
+    return None if folder is None else LoRARequest("adapter", 1, folder)
 
 
 def _with_aborts(

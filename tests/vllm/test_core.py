@@ -8,6 +8,7 @@ from shareprefill.runtime.core import SparsePrefill
 from shareprefill.runtime.crossover import crossover, save_crossover
 from shareprefill.runtime.plan import RuntimePlan, plan_without_artifact
 from shareprefill.vllm.core import ServingCore
+from shareprefill.vllm.rows import Prefill
 
 
 def serving_core(**options: object) -> ServingCore:
@@ -66,8 +67,14 @@ def test_a_reports_records_are_bounded_and_forgotten():
         "sparse": {"pooled": 1},
         "dense": {"request": 1, "length": 1},
     }
+    query, keys = torch.randn(4, 128, 8), torch.randn(2, 128, 8)
+    for _ in range(70):
+        state = core.begin(Prefill(0, slice(0, 128), 128), None, query.device)
+        for layer in (0, 1):
+            core.attend(layer, state, query, keys, keys, scale=1, softcap=None, sinks=None)
+    assert core.report()["recent"]["pooled"]["prefills"] == 64
     core.reset()
-    assert core.report()["rows"] == {"sparse": {}, "dense": {}}
+    assert core.report() == {"rows": {"sparse": {}, "dense": {}}, "recent": {}}
 
 
 def test_a_tuned_crossover_of_its_backend_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -15,9 +15,9 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from shareprefill.artifact import load_artifact, save_artifact
-from shareprefill.checkpoint import checkpoint_fingerprint
 from tests.support.vllm_engine import MODEL, prompt_tokens
 
 pytestmark = [
@@ -87,12 +87,13 @@ def test_without_options_an_engine_is_as_without_the_plug_in(tmp_path: Path, den
 
 
 def test_every_block_gives_what_dense_attention_gives(tmp_path: Path, dense: dict[str, Any]):
-    whole, chunked = run(
+    engine = {"options": EVERYTHING, "batches": [REQUESTS]}
+    whole, small, large = run(
         tmp_path,
-        {"options": EVERYTHING, "batches": [REQUESTS]},
-        {"options": EVERYTHING, "batches": [REQUESTS], "arguments": CHUNKED},
+        engine,
+        *(engine | {"arguments": {"max_num_batched_tokens": chunk}} for chunk in (1000, 2048)),
     )
-    for found, least in ((whole, 3), (chunked, 5)):
+    for found, least in ((whole, 3), (small, 5), (large, 4)):
         assert difference(found, batch_of(dense, 0)) < 1e-4
         (report,) = found["reports"]
         assert report["rows"]["sparse"]["auto"] >= least
@@ -101,9 +102,7 @@ def test_every_block_gives_what_dense_attention_gives(tmp_path: Path, dense: dic
 
 def test_an_ended_engine_frees_its_caches(tmp_path: Path):
     batches = [[{"n": 300}]]
-    same_files = _artifact_with(tmp_path, "a.st", checkpoint=checkpoint_fingerprint(str(MODEL)))
-    options = PLANNED | {"artifact": same_files}
-    for found in run(tmp_path, {"options": options, "batches": batches}, {"batches": batches}):
+    for found in run(tmp_path, {"options": PLANNED, "batches": batches}, {"batches": batches}):
         assert found["caches"] == 6
         assert found["left"] == 0
 
@@ -238,6 +237,39 @@ def test_speculative_decoding_runs_with_the_switch_off(tmp_path: Path, dense: di
     assert found["reports"][0]["rows"]["sparse"]["auto"] >= 3
 
 
+def _adapter(folder: Path) -> str:
+    """A LoRA adapter of sp-tiny's queries, with random weights."""
+    sizes = json.loads((MODEL / "config.json").read_text())
+    settings = {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": ["q_proj"]}
+    rows = sizes["num_attention_heads"] * sizes["head_dim"]
+    weights = {}
+    for layer in range(sizes["num_hidden_layers"]):
+        name = f"base_model.model.model.layers.{layer}.self_attn.q_proj"
+        weights[f"{name}.lora_A.weight"] = torch.randn(8, sizes["hidden_size"]) / 20
+        weights[f"{name}.lora_B.weight"] = torch.randn(rows, 8) / 20
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+    save_file(weights, folder / "adapter_model.safetensors")
+    return str(folder)
+
+
+def test_requests_with_an_adapter_share_where_that_is_allowed(
+    tmp_path: Path, dense: dict[str, Any]
+):
+    adapted = [request | {"lora": _adapter(tmp_path / "adapter")} for request in REQUESTS[:1]]
+    engine = {
+        "options": EVERYTHING | {"lora": "share"},
+        "batches": [[r | {"switch": "off"} for r in adapted], adapted, REQUESTS[:1]],
+        "arguments": {"enable_lora": True, "enable_prefix_caching": False},
+    }
+    (found,) = run(tmp_path, engine)
+    assert difference(batch_of(found, 1), batch_of(found, 0)) < 1e-4
+    assert difference(batch_of(found, 2), batch_of(dense, 1)) < 1e-4
+    first = [batch[0]["logprobs"] for batch in found["batches"][1:]]
+    assert first[0] != first[1]
+    assert found["reports"][0]["rows"] == {"sparse": {"auto": 2}, "dense": {"request": 1}}
+
+
 @pytest.fixture(scope="module")
 def window_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Random weights: every second layer has a window, all cap their logits."""
@@ -264,15 +296,26 @@ def window_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_layers_with_a_window_stay_dense(tmp_path: Path, window_model: Path):
+def test_layers_with_a_window_stay_dense_and_models_follow_each_other(
+    tmp_path: Path, window_model: Path, dense: dict[str, Any]
+):
     engine = {
         "model": str(window_model),
         "batches": [REQUESTS],
         "arguments": {"num_gpu_blocks_override": 200, **WHOLE},
     }
     options = {"policy": "pooled", "min_tokens": 0, "gamma": 1.0, "max_density": 1.0}
-    plain, found = run(tmp_path, engine, engine | {"options": options})
+    of_nobody = _artifact_with(tmp_path, "old.st", checkpoint="")
+    other = EVERYTHING | {"artifact": of_nobody, "checkpoint": "unchecked"}
+    plain, found, after = run(
+        tmp_path,
+        engine,
+        engine | {"options": options},
+        {"options": other, "batches": [REQUESTS]},
+    )
     assert difference(found, plain) < 1e-4
+    assert difference(after, batch_of(dense, 0)) < 1e-4
+    assert after["reports"][0]["rows"]["sparse"]["auto"] >= 3
     (report,) = found["reports"]
     # Two of four layers are shared; both groups of layers build a step's metadata, one books it.
     assert report["rows"]["sparse"] == {"pooled": 3}
@@ -286,10 +329,21 @@ def _artifact_with(folder: Path, name: str, **changes: Any) -> str:
     return str(path)
 
 
+def _hub_cache(folder: Path, name: str) -> Path:
+    """A cache of the hub that holds sp-tiny under another name."""
+    repository = folder / f"models--{name.replace('/', '--')}"
+    commit = "0" * 40
+    shutil.copytree(MODEL, repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    return folder
+
+
 def test_what_cannot_be_served_fails_at_the_start(tmp_path: Path, window_model: Path):
     sizes = replace(load_artifact(ARTIFACT).fingerprint.geometry, head_dim=128)
     other_sizes = _artifact_with(tmp_path, "sizes.st", geometry=sizes)
     other_files = _artifact_with(tmp_path, "files.st", checkpoint="0" * 64)
+    of_nobody = _artifact_with(tmp_path, "old.st", checkpoint="")
     window = {"sliding_window": 64, "layer_types": ["sliding_attention"] * 4}
     cases: list[tuple[dict[str, Any], str]] = [
         ({"options": {"artifact": "nowhere.st"}}, "ArtifactError: .*nowhere.st"),
@@ -297,6 +351,9 @@ def test_what_cannot_be_served_fails_at_the_start(tmp_path: Path, window_model: 
         ({"options": PLANNED | {"policy": "flax"}}, "ConfigError: policy = 'flax'"),
         ({"options": {"artifact": other_sizes}}, "of another model"),
         ({"options": {"artifact": other_files}}, "from other files"),
+        ({"options": {"artifact": of_nobody}}, "cannot be checked: the artifact holds no"),
+        # What comes from the hub is compared when it is there: after the model is loaded.
+        ({"model": "organisation/tiny", "options": {"artifact": other_files}}, "from other files"),
         (
             {
                 "model": str(window_model),
@@ -307,7 +364,9 @@ def test_what_cannot_be_served_fails_at_the_start(tmp_path: Path, window_model: 
         ),
         ({"options": PLANNED, "arguments": {"enable_lora": True}}, "LoRA"),
     ]
-    found = run(tmp_path, *({"fails": True} | engine for engine, _ in cases))
+    cache = _hub_cache(tmp_path / "hub", "organisation/tiny")
+    offline = {"HF_HUB_CACHE": str(cache), "HF_HUB_OFFLINE": "1"}
+    found = run(tmp_path, *({"fails": True} | engine for engine, _ in cases), **offline)
     for (_, message), answer in zip(cases, found, strict=True):
         assert re.search(message, answer["error"] or "started")
 

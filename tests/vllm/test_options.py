@@ -34,6 +34,7 @@ def test_a_policy_of_the_environment_needs_no_artifact():
         ({"artifact": 3}, "must be a path"),
         ({"artifact": "a.st", "policy": "flax"}, "policy = 'flax'"),
         ({"artifact": "a.st", "lora": "yes"}, "lora = 'yes'"),
+        ({"artifact": "a.st", "checkpoint": "no"}, "checkpoint = 'no'.*'unchecked'"),
         ({"artifact": "a.st", "gamma": 2}, "gamma = 2"),
     ],
 )
