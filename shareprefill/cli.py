@@ -10,6 +10,7 @@ import typer
 
 from shareprefill.commands.audit import audit_command
 from shareprefill.commands.bench import bench_command
+from shareprefill.commands.bench_serve import bench_serve_command
 from shareprefill.commands.calibrate import calibrate_command
 from shareprefill.commands.cluster import cluster_command
 from shareprefill.commands.common import outcomes_kept, prompts_kept, register, stages_kept
@@ -68,7 +69,7 @@ _KEEPS = {
 for _command in (
     *(calibrate_command, train_command, cluster_command, run_command, inspect_command),
     *(diff_command, doctor_command, eval_command, sweep_command, audit_command, bench_command),
-    *(tune_command, regenerate_command, push_command, pull_command),
+    *(bench_serve_command, tune_command, regenerate_command, push_command, pull_command),
 ):
     register(app, _command, _KEEPS.get(_command))
 

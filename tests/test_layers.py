@@ -47,7 +47,7 @@ ALLOWED = {
     "report": set(),
     "audit": {"clustering", "autoencoder", "calib", "runtime", "report"},
     "regeneration": {"evaluation", "clustering", "autoencoder", "calib", "runtime", "report"},
-    "bench": {"calib", "runtime", "vllm"},
+    "bench": {"calib", "runtime", "report", "vllm"},
     "hub": {"runtime"},
     "vllm": {"runtime"},
     "console": EVERY_STAGE,

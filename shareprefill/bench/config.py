@@ -93,3 +93,40 @@ class TuneConfig:
             raise ConfigError("a model and its artifact go together: give both, or neither")
         if self.model is not None and (self.shape is not None or self.layers is not None):
             raise ConfigError("shape and layers are for random weights: a model has its own")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeBenchConfig:
+    """What `sp bench-serve` asks of a server.
+
+    Attributes:
+        model: The served model, a folder or a hub id: its tokenizer makes the prompts.
+        served_name: The name that the server knows it by (vLLM's `--served-model-name`); None: the
+            same.
+        url: Of the server, which runs with the plug-in and its switch.
+        lengths: Tokens of the prompts.
+        rates: Requests a second.
+        prompts: Requests of each kind at each length and rate.
+        output_tokens: Tokens that every request generates.
+        seed: Of the prompts; another one makes prompts that the server has not seen.
+    """
+
+    model: str
+    served_name: str | None = None
+    url: str = "http://127.0.0.1:8000"
+    lengths: tuple[int, ...] = (8192, 32768)
+    rates: tuple[float, ...] = (0.5, 1.0, 2.0)
+    prompts: int = 60
+    output_tokens: int = 64
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        require(bool(self.model), "model", self.model, "a folder or a hub id")
+        for name in ("lengths", "rates"):
+            values = getattr(self, name)
+            allowed = "at least one number above 0"
+            require(bool(values) and min(values) > 0, name, values, allowed)
+        for name in ("prompts", "output_tokens"):
+            require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        starts = ("http://", "https://")
+        require(self.url.startswith(starts), "url", self.url, "an address like http://host:8000")

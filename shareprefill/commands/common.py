@@ -49,7 +49,7 @@ Keeps = Callable[[dict[str, Any]], str]
 
 def register(app: typer.Typer, command: Callable[..., None], keeps: Keeps | None = None) -> None:
     """Makes a function a command, named for it, with what all commands have."""
-    name = command.__name__.removesuffix("_command")
+    name = command.__name__.removesuffix("_command").replace("_", "-")
     app.command(name, cls=Command)(_complete(command, keeps))
 
 

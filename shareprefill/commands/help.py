@@ -43,7 +43,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
 COMMANDS: dict[str, tuple[str, ...]] = {
     "The three steps": ("calibrate", "cluster", "run"),
     "Look": ("inspect", "diff", "audit", "doctor"),
-    "Measure": ("eval", "sweep", "bench", "tune"),
+    "Measure": ("eval", "sweep", "bench", "bench-serve", "tune"),
     "Automate and share": ("regenerate", "train", "push", "pull"),
 }
 

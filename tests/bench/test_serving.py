@@ -1,0 +1,87 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+from typer.testing import CliRunner, Result
+
+from shareprefill.bench import serving
+from shareprefill.commands.bench_serve import bench_serve_command
+from shareprefill.errors import ConfigError, DataError, UnsupportedError
+
+app = typer.Typer(pretty_exceptions_enable=False)
+app.command()(bench_serve_command)
+SMALL = ("--model", "m", "--lengths", "1K,2K", "--rate", 0.5, "--rate", 2, "--prompts", 3)
+
+
+def bench_serve(*options: object) -> Result:
+    return CliRunner().invoke(app, list(map(str, options)))
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, str]]:
+    """What vLLM's benchmark was asked for; it answers as vLLM 0.32 does."""
+    found: list[dict[str, str]] = []
+
+    def run(arguments: list[str]) -> None:
+        options = dict(zip(arguments[3::2], arguments[4::2], strict=True))
+        found.append(options)
+        slower = 2 if "--extra-body" in options else 1
+        result: dict[str, Any] = {"completed": int(options["--num-prompts"])}
+        result |= {"median_ttft_ms": 1000 * slower, "p99_ttft_ms": 3000, "median_itl_ms": 20}
+        result |= {"p99_itl_ms": 50, "request_throughput": 1.5, "output_throughput": 96 / slower}
+        Path(options["--result-dir"], options["--result-filename"]).write_text(json.dumps(result))
+
+    monkeypatch.setattr(serving, "_vllm", lambda: run)
+    return found
+
+
+def test_every_load_is_sent_dense_and_shared(calls: list[dict[str, str]], tmp_path: Path) -> None:
+    picture = tmp_path / "load.svg"
+    served = ("--url", "http://there:1", "--served-name", "n")
+    result = bench_serve(*SMALL, *served, "--plot", picture)
+    assert result.exit_code == 0, result.output
+    loads = [(call["--random-input-len"], call["--request-rate"]) for call in calls]
+    assert loads == [(n, r) for n in ("1024", "2048") for r in ("0.5", "2.0") for _ in (0, 1)]
+    for dense, shared in zip(calls[::2], calls[1::2], strict=True):
+        assert json.loads(dense["--extra-body"]) == {"vllm_xargs": {"shareprefill": "off"}}
+        assert "--extra-body" not in shared
+        assert shared["--served-model-name"] == "n"
+        assert (shared["--model"], shared["--base-url"]) == ("m", "http://there:1")
+    assert len({call["--seed"] for call in calls}) == len(calls)
+    rows = [line.split() for line in result.stdout.splitlines() if "dense" in line]
+    assert [row[3] for row in rows] == ["2.000"] * 4
+    assert "<svg" in picture.read_text()
+    for label in ("1024 tokens, dense", "2048 tokens, shared", "requests a second"):
+        assert label in picture.read_text()
+    values = json.loads(bench_serve(*SMALL, "--json").stdout)
+    assert [v["first_token_ms"] for v in values] == [2000, 1000] * 4
+
+
+def test_what_fails_is_said(
+    calls: list[dict[str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(match: str, kind: type, *options: object) -> None:
+        with pytest.raises(kind, match=match):
+            raise bench_serve(*options).exception or AssertionError
+
+    fails("rates = .* at least one number above 0", ConfigError, "--model", "m", "--rate", 0)
+    fails("url = 'there'", ConfigError, "--model", "m", "--url", "there")
+    (tmp_path / "notes.svg").write_text("text")
+    fails("of another kind", DataError, *SMALL, "--plot", tmp_path / "notes.svg")
+    assert not calls
+    read = json.loads
+    monkeypatch.setattr(serving.json, "loads", lambda text: read(text) | {"completed": 1})
+    fails(r"2 of 3 requests of 1024 tokens failed \(dense\)", DataError, *SMALL)
+    monkeypatch.undo()
+    is_there: list[object] = [None, True]
+    monkeypatch.setattr(serving.importlib.util, "find_spec", lambda _: is_there.pop(0))
+    fails("not installed here", UnsupportedError, *SMALL)
+    program = tmp_path / "python"
+    monkeypatch.setattr(serving.sys, "executable", str(program))
+    program.write_text("#!/bin/sh\necho no such host\nexit 3\n")
+    program.chmod(0o755)
+    fails("vllm bench serve failed: no such host: is a server there", DataError, *SMALL)
