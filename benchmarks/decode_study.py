@@ -458,11 +458,14 @@ def recall(options: argparse.Namespace) -> None:
     rows = []
     for block in options.block:
         calibration = calibration_of(options, block, by_head=options.by_head)
+        policies = {
+            (spec, density): make_policy(spec, density, block, calibration)
+            for spec, density in product_of(options)
+        }
         for path in options.captured:
             captured = Captured.load(path)
             every = steps_of(captured, block, by_head=options.by_head)
-            for spec, density in product_of(options):
-                policy = make_policy(spec, density, block, calibration)
+            for (spec, density), policy in policies.items():
                 if policy is None:
                     continue
                 held, reads, union = [], [], []
@@ -497,16 +500,18 @@ def kl(options: argparse.Namespace) -> None:
         plain = calibration_of(options, block)
         effects = effects_of(options)
         weighed = None if effects is None else calibration_of(options, block, weighed=True)
+        policies = {}
+        for spec, density in product_of(options):
+            calibration = weighed if weighed is not None and by_effect(spec) else plain
+            policies[spec, density] = make_policy(spec, density, block, calibration)
         for path in options.captured:
             captured = Captured.load(path)
             prompt = prompt_of(captured)
-            for spec, density in product_of(options):
-                special = by_effect(spec) and weighed is not None
-                calibration = weighed if special and weighed is not None else plain
-                policy = make_policy(spec, density, block, calibration)
+            for (spec, density), policy in policies.items():
                 if policy is None:
                     continue
-                handler = Decode(prompt, policy, block, effects if special else None)
+                heads = effects if by_effect(spec) else None
+                handler = Decode(prompt, policy, block, heads)
                 states = run_steps(model, captured.ids, captured.prompt, handler)
                 reads = sum(handler.kept) / len(handler.kept)
                 row = described(captured, path, spec, density, block)
