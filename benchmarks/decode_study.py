@@ -100,9 +100,20 @@ class Captured:
         torch.save(vars(self), path)
 
     @classmethod
-    def load(cls, path: Path) -> Captured:
-        """Reads it."""
-        return cls(**torch.load(path))
+    def load(cls, path: Path, steps: int | None = None) -> Captured:
+        """Reads it, with its first steps alone where `steps` says so."""
+        found = cls(**torch.load(path))
+        if steps is None or steps >= found.steps:
+            return found
+        stop = found.prompt + steps
+        return replace(
+            found,
+            ids=found.ids[:stop],
+            answers=[(a, min(b, steps)) for a, b in found.answers if b <= steps or a == 0],
+            key=found.key[:, :, :stop],
+            query=found.query[:, :, :steps],
+            states=found.states[:steps],
+        )
 
 
 class Prefill:
@@ -140,9 +151,12 @@ def _mean_map(query: Tensor, rows: Tensor, key: Tensor, scale: float) -> Tensor:
 
 
 def by_block(mass: Tensor, block: int) -> Tensor:
-    """Sums over blocks of the last dimension, padded with zeros."""
-    padding = -mass.shape[-1] % block
-    return F.pad(mass, (0, padding)).unflatten(-1, (-1, block)).sum(-1)
+    """Sums over blocks of the last dimension; the last block may be smaller."""
+    full = mass.shape[-1] // block * block
+    sums = mass[..., :full].unflatten(-1, (-1, block)).sum(-1)
+    if full == mass.shape[-1]:
+        return sums
+    return torch.cat((sums, mass[..., full:].sum(-1, keepdim=True)), -1)
 
 
 class Decode:
@@ -176,10 +190,13 @@ class Decode:
         weights = attention(call.query[0], key, call.scale)
         if self.policy is not None:
             self._hide(layer, weights, call, key)
-        return (weights @ value[:, None]).flatten(0, 1)[None]
+        out = weights @ value[:, None]
+        if self.policy is not None:
+            out /= weights.sum(-1, keepdim=True)
+        return out.flatten(0, 1)[None]
 
     def _hide(self, layer: int, weights: Tensor, call: AttentionCall, key: Tensor) -> None:
-        """Takes the weights of blocks that the policy does not read away."""
+        """Takes the weights of blocks that the policy does not read away; rows sum to less then."""
         assert self.policy is not None
         prompt, block = self.prompt, self.block
         steps = layer_steps(
@@ -190,9 +207,10 @@ class Decode:
         )
         keep = self.policy.keep(layer, steps)
         self.kept.append((keep.sum(-1) / steps.visible.sum(-1)).mean().item() + self.policy.extra)
-        read = keep.repeat_interleave(block, -1)[..., : weights.shape[-1]]
-        weights *= read[:, None]
-        weights /= weights.sum(-1, keepdim=True)
+        full = weights.shape[-1] // block
+        blocks = weights[..., : full * block].unflatten(-1, (full, block))
+        blocks *= keep[:, None, :, :full, None]
+        weights[..., full * block :] *= keep[:, None, :, full:].any(-1, keepdim=True)
 
 
 @dataclass(frozen=True)
@@ -222,8 +240,7 @@ def attention(query: Tensor, key: Tensor, scale: float) -> Tensor:
         scale: On the logits.
     """
     steps, tokens = query.shape[1], key.shape[1]
-    logits = query.unflatten(0, (len(key), -1)) @ key[:, None].mT
-    logits *= scale
+    logits = (query * scale).unflatten(0, (len(key), -1)) @ key[:, None].mT
     later = torch.ones(steps, steps, dtype=torch.bool).triu(1)
     logits[..., tokens - steps :].masked_fill_(later, -torch.inf)
     return logits.softmax(-1)
@@ -425,7 +442,7 @@ def calibration_of(
     effects = effects_of(options)
     for path in options.calibrate:
         heads = effects if weighed else None
-        every = steps_of(Captured.load(path), block, by_head=by_head, heads=heads)
+        every = steps_of(Captured.load(path, options.steps), block, by_head=by_head, heads=heads)
         layers = len(every)
         joined = {
             name: torch.cat([getattr(steps, name) for steps in every])
@@ -463,7 +480,7 @@ def recall(options: argparse.Namespace) -> None:
             for spec, density in product_of(options)
         }
         for path in options.captured:
-            captured = Captured.load(path)
+            captured = Captured.load(path, options.steps)
             every = steps_of(captured, block, by_head=options.by_head)
             for (spec, density), policy in policies.items():
                 if policy is None:
@@ -505,7 +522,7 @@ def kl(options: argparse.Namespace) -> None:
             calibration = weighed if weighed is not None and by_effect(spec) else plain
             policies[spec, density] = make_policy(spec, density, block, calibration)
         for path in options.captured:
-            captured = Captured.load(path)
+            captured = Captured.load(path, options.steps)
             prompt = prompt_of(captured)
             for (spec, density), policy in policies.items():
                 if policy is None:
@@ -526,7 +543,7 @@ def plan(options: argparse.Namespace) -> None:
     model = load_model(options.model, device="cpu", dtype="float32")
     rows = []
     for path in options.captured:
-        captured = Captured.load(path)
+        captured = Captured.load(path, options.steps)
         for artifact in options.artifact:
             session = share_prefill(model, load_artifact(artifact), RuntimeConfig())
             with session, final_states(model) as states:
@@ -704,7 +721,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--model", help="a folder, a hub id, or sp-tiny")
     parser.add_argument("--task", choices=TASKS)
     parser.add_argument("--length", type=int, default=8192, help="tokens of prompt and steps")
-    parser.add_argument("--steps", type=int, default=256)
+    parser.add_argument("--steps", type=int, default=256, help="at most")
     parser.add_argument("--seed", type=int, default=1001)
     parser.add_argument("--calibrate", type=Path, nargs="*", default=[], help="captured prompts")
     parser.add_argument("--artifact", type=Path, nargs="*", default=[], help="of sp cluster")
