@@ -294,7 +294,7 @@ def choose_cuts(calibration: Calibration, shared: Shared, density: float, goal: 
     lost, reads = _cut_curves(calibration, shared, squared=goal == "effect")
     if goal == "effect":
         if calibration.effect is None:
-            raise ConfigError("units' effects are not known: name an artifact that has them")
+            raise ConfigError("units' effects are not known: name a file of them with --effect")
         lost *= calibration.effect
     return _CUTS[_at_one_price(lost, reads, density)]
 
@@ -408,7 +408,7 @@ def make_plan(calibration: Calibration, density: float, block: int) -> Planned:
         ConfigError: units' effects are not known.
     """
     if calibration.effect is None:
-        raise ConfigError("units' effects are not known: name an artifact that has them")
+        raise ConfigError("units' effects are not known: name a file of them with --effect")
     names = ["vertical", "bounds", "own"]
     curves = [_option_curves(calibration, name, None, block) for name in names]
     best = _best(calibration, names, curves, density)

@@ -2,7 +2,8 @@
 
     python benchmarks/decode_study.py capture --model DIR --task text --length 8192 --out F/a.pt
     python benchmarks/decode_study.py recall --by-head --calibrate F/c.pt --json r.json F/a.pt
-    python benchmarks/decode_study.py kl --model DIR --calibrate F/c.pt --artifact x.st \
+    python benchmarks/decode_study.py effect --model DIR --calibrate F/c.pt --out F/e.pt
+    python benchmarks/decode_study.py kl --model DIR --calibrate F/c.pt --effect F/e.pt \
         --json kl.json F/a.pt
     python benchmarks/decode_study.py plan --model DIR --artifact x.st --json plan.json F/a.pt
     python benchmarks/decode_study.py show --plot decoding.svg r.json kl.json plan.json
@@ -30,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from decode_policies import Calibration, Policy, Steps, make_policy, quest_bounds
+from decode_policies import Calibration, Ordered, Policy, Steps, make_policy, quest_bounds
 from provenance import provenance
 from torch import Tensor
 from torch.nn import functional as F
@@ -40,8 +41,8 @@ from shareprefill.calib.tasks import generate, wording
 from shareprefill.calib.tasks.haystack import Haystack
 from shareprefill.config import RuntimeConfig
 from shareprefill.models import load_model, load_tokenizer
-from shareprefill.runtime.fidelity import Fidelity, compare_predictions, final_states
-from shareprefill.runtime.interface import AttentionCall, attached
+from shareprefill.runtime.fidelity import Fidelity, compare_predictions, final_states, sampled_score
+from shareprefill.runtime.interface import AttentionCall, HasGradients, attached
 from shareprefill.runtime.session import share_prefill
 from shareprefill.tokens import encode
 
@@ -53,6 +54,8 @@ POLICIES = (
 )
 # Query rows of the prompt: the last ones, and one in so many of all.
 LAST, EVERY = 128, 8
+# Sets of tokens that a prompt's effects are measured with.
+DRAWS = 4
 # Tokens of the finest key blocks that maps of the prompt are kept at.
 FINE = 16
 _NEEDLES, _QUOTED_FROM, _QUOTED_WORDS = 8, 0.4, 24
@@ -430,7 +433,7 @@ def steps_of(
 def calibration_of(
     options: argparse.Namespace, block: int, *, by_head: bool = False, weighed: bool = False
 ) -> Calibration:
-    """Captured prompts as pivots and cuts are chosen on them, with effects of the artifact.
+    """Captured prompts as pivots and cuts are chosen on them, with heads' effects.
 
     Args:
         options: Of the command line.
@@ -456,12 +459,8 @@ def calibration_of(
 
 
 def effects_of(options: argparse.Namespace) -> Tensor | None:
-    """KL divergence for every head's squared lost attention `[L, H]`, of the first artifact."""
-    if not options.artifact:
-        return None
-    effect = load_artifact(options.artifact[0]).effect
-    # A head that loses nothing in calibration has an effect of next to nothing.
-    return None if effect is None else effect.clamp(min=1e-6)
+    """KL divergence for every head's squared lost attention `[L, H]`, where it was measured."""
+    return None if options.effect is None else torch.load(options.effect)
 
 
 def by_effect(spec: str) -> bool:
@@ -535,6 +534,76 @@ def kl(options: argparse.Namespace) -> None:
                 rows.append({**row, "reads": reads, **outcome(model, captured, states)})
                 show_row(rows[-1])
                 write(options, "kl", rows)
+
+
+class Traced(HasGradients):
+    """Attention handler: dense steps, and what each head's output loses if it reads few blocks.
+
+    Attributes:
+        outputs: Of every layer `[1, H, T, D]`; their gradients can be asked for.
+        change: What reading the best blocks alone changes them by.
+        lost: Attention outside of those blocks, `[H, T]`.
+    """
+
+    def __init__(self, prompt: Prompt, block: int, density: float) -> None:
+        self.prompt, self.block, self.density = prompt, block, density
+        self.outputs: list[Tensor] = []
+        self.change: list[Tensor] = []
+        self.lost: list[Tensor] = []
+
+    def __call__(self, call: AttentionCall) -> Tensor:
+        prompt, layer = self.prompt, call.layer
+        key = torch.cat((prompt.key[layer], call.key[0]), 1)
+        value = torch.cat((prompt.value[layer], call.value[0]), 1)[:, None]
+        weights = attention(call.query[0], key, call.scale)
+        out = (weights @ value).flatten(0, 1)[None]
+        if not out.requires_grad:
+            out = out.detach().requires_grad_()
+        out.retain_grad()
+        self.outputs.append(out)
+        with torch.no_grad():
+            maps = prompt.last[layer], prompt.vertical[layer]
+            sizes = {"block": self.block, "scale": call.scale, "by_head": True}
+            steps = layer_steps(weights, call.query[0], key, *maps, **sizes)
+            keep = Ordered("mass", self.density).keep(layer, steps)
+            read = keep.repeat_interleave(self.block, -1)[..., : key.shape[1]]
+            few = weights * read.view_as(weights)
+            few = few @ value / few.sum(-1, keepdim=True)
+            self.change.append(few.flatten(0, 1) - out[0])
+            self.lost.append(1 - (steps.mass * keep).sum(-1))
+        return out
+
+
+def effect(options: argparse.Namespace) -> None:
+    """KL divergence for every head's mean squared lost attention, `[L, H]`, over the prompts.
+
+    As `sp calibrate` measures it of prefills: tokens are drawn from the model's predictions, and
+    the gradient of their log likelihood tells what a change of each head's output does.
+    """
+    model: Any = load_model(options.model, device="cpu", dtype="float32").requires_grad_(False)
+    caused, mass = 0.0, 0.0
+    for path in options.calibrate:
+        captured = Captured.load(path, options.steps)
+        positions = torch.arange(captured.prompt, len(captured.ids))[None]
+        ids = captured.ids[None, captured.prompt :]
+        handler = Traced(prompt_of(captured), options.block[0], options.density[0])
+        with attached(model, handler), final_states(model) as states:
+            model(input_ids=ids, position_ids=positions, use_cache=False)
+        for draw in range(DRAWS):
+            generator = torch.Generator().manual_seed(draw)
+            score = sampled_score(model, states(), generator)
+            grads = torch.autograd.grad(states(), handler.outputs, score, retain_graph=True)
+            change = [(g[0] * c).sum(-1) for g, c in zip(grads, handler.change, strict=True)]
+            # Half of the mean square: the KL divergence of all steps, to second order.
+            caused = caused + torch.stack(change).square().sum(-1) / 2 / DRAWS
+        mass = mass + torch.stack(handler.lost).square().sum(-1)
+        print(path.stem, flush=True)
+    # A head's own figure, mixed with a quarter of its layer's.
+    prior = mass.mean(1, keepdim=True) / 4
+    of_layer = caused.sum(1, keepdim=True) / mass.sum(1, keepdim=True)
+    found = (caused + prior * of_layer) / (mass + prior)
+    print("by layer", " ".join(f"{e:.3g}" for e in found.mean(1).tolist()))
+    torch.save(found, options.out)
 
 
 @torch.no_grad()
@@ -715,7 +784,7 @@ def figure_of(kinds: dict[str, list[dict[str, Any]]]) -> Any:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parses the command line and runs one of the commands."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    commands = {f.__name__: f for f in (capture, recall, kl, plan, show)}
+    commands = {f.__name__: f for f in (capture, effect, recall, kl, plan, show)}
     parser.add_argument("command", choices=commands)
     parser.add_argument("captured", type=Path, nargs="*", help="written by capture; JSON for show")
     parser.add_argument("--model", help="a folder, a hub id, or sp-tiny")
@@ -724,6 +793,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=256, help="at most")
     parser.add_argument("--seed", type=int, default=1001)
     parser.add_argument("--calibrate", type=Path, nargs="*", default=[], help="captured prompts")
+    parser.add_argument("--effect", type=Path, help="written by effect")
     parser.add_argument("--artifact", type=Path, nargs="*", default=[], help="of sp cluster")
     parser.add_argument("--policy", nargs="*", default=list(POLICIES))
     parser.add_argument("--density", type=float, nargs="*", default=list(DENSITIES))
