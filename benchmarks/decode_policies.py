@@ -33,7 +33,7 @@ _CUTS = torch.tensor(
 )
 _SPEC = re.compile(
     r"(?P<name>oracle|last|vertical|quest|own|pivots|planned)"
-    r"(:(?P<share>[.\d]+))?(/(?P<every>\d+))?(\+(?P<goal>cuts|effect))?"
+    r"(:(?P<share>[.\d]+))?(/(?P<every>\d+))?(?P<ahead>>)?(\+(?P<goal>cuts|effect))?"
 )
 
 
@@ -123,6 +123,8 @@ class Shared:
         density: Reads of a step that is not dense; for units without cuts.
         cuts: Share of the pivot's attention that a unit's blocks hold, `[L * U]`.
         oracle: Pivots know their attention without reading it: no policy, but a bound.
+        ahead: A block counts as much as the one before it, if that is more: what copies a passage
+            moves on from block to block.
         extra: Reads that choosing takes; the pivots' are in what they keep.
     """
 
@@ -131,13 +133,14 @@ class Shared:
     density: float
     cuts: Tensor | None = None
     oracle: bool = False
+    ahead: bool = False
     extra: float = 0.0
     seen: dict[int, Tensor] = field(default_factory=dict)
 
     def keep(self, layer: int, steps: Steps) -> Tensor:
         units, count, _ = steps.mass.shape
         mine = layer * units + torch.arange(units)
-        known = stale(steps.mass, self.every)
+        known = self.known(steps.mass)
         is_pivot = torch.isin(mine, self.pivots)
         for unit in is_pivot.nonzero()[:, 0].tolist():
             self.seen[int(mine[unit])] = known[unit]
@@ -152,6 +155,13 @@ class Shared:
             return kept
         dense = is_pivot[:, None] & (torch.arange(count) % self.every == 0)
         return kept | (dense[..., None] & visible)
+
+    def known(self, mass: Tensor) -> Tensor:
+        """What pivots of this attention tell at every step, `[U, T, n]`."""
+        mass = stale(mass, self.every)
+        if not self.ahead:
+            return mass
+        return torch.maximum(mass, torch.nn.functional.pad(mass[..., :-1], (1, 0)))
 
 
 def visible_blocks(positions: Tensor, n: int, block: int) -> Tensor:
@@ -324,7 +334,7 @@ def _cut_curves(
     is_pivot = torch.isin(torch.arange(calibration.units), shared.pivots) & (not shared.oracle)
     for steps in calibration.prompts:
         always, visible = steps.always(), steps.visible
-        score = stale(steps.mass, shared.every)[shared.pivots]
+        score = shared.known(steps.mass)[shared.pivots]
         order = ranked(score, always, visible)
         held = score.gather(-1, order).cumsum(-1)
         own = steps.mass.gather(-1, order).cumsum(-1)
@@ -481,7 +491,8 @@ def make_policy(spec: str, density: float, block: int, calibration: Calibration)
 
     Args:
         spec: `oracle`, `last`, `vertical`, `quest`, `own/8` (refreshed every 8 steps),
-            `pivots:.05/4` (a twentieth of the units are pivots, dense every 4 steps); `+cuts` gives
+            `own/8>` (and of each block the next one too), `pivots:.05/4` (a twentieth of the
+            units are pivots, dense every 4 steps); `+cuts` gives
             every unit a cut of its own, `+effect` one by what its lost attention does; `planned`
             chooses an order and a cut for every unit by that.
         density: Reads.
@@ -513,6 +524,7 @@ def make_policy(spec: str, density: float, block: int, calibration: Calibration)
     if dense >= density:
         return None
     shared = Shared(pivots, every, (density - dense) / (1 - dense), oracle=name == "oracle")
+    shared.ahead = found["ahead"] is not None
     if goal is not None:
         shared.cuts = choose_cuts(calibration, shared, density, goal)
     return shared

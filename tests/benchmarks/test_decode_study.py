@@ -54,7 +54,7 @@ def kept(policy: Any, calibration: Any) -> torch.Tensor:
 @pytest.mark.parametrize(
     "spec",
     [
-        *("oracle", "oracle+cuts", "last", "vertical", "quest", "own/4", "own/4+cuts"),
+        *("oracle", "oracle+cuts", "last", "vertical", "quest", "own/4", "own/4+cuts", "own/4>"),
         *("pivots:.2", "pivots:.2/4", "pivots:.2+cuts", "pivots:.2+effect", "planned"),
     ],
 )
