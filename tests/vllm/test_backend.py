@@ -1,0 +1,64 @@
+"""What of a step goes to the inner backend, with vLLM's own types: `make test-vllm`."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("vllm", reason="vLLM is not installed: make test-vllm")
+
+from vllm.v1.attention.backend import CommonAttentionMetadata  # pyright: ignore
+
+from shareprefill.errors import UnsupportedError
+from shareprefill.vllm.backend import _why_dense, rows_of
+from shareprefill.vllm.rows import Run
+
+
+def step(**changes: Any) -> CommonAttentionMetadata:
+    """Three rows of 1, 300 and 2 tokens."""
+    starts = torch.tensor([0, 1, 301, 303], dtype=torch.int32)
+    lengths = torch.tensor([9, 300, 40], dtype=torch.int32)
+    values = {
+        "query_start_loc": starts,
+        "query_start_loc_cpu": starts,
+        "seq_lens": lengths,
+        "seq_lens_cpu_upper_bound": lengths,
+        "num_reqs": 3,
+        "num_actual_tokens": 303,
+        "max_query_len": 300,
+        "max_seq_len": 300,
+        "block_table_tensor": torch.arange(12).view(3, 4),
+        "slot_mapping": torch.arange(303),
+        "causal": True,
+    }
+    known = {field.name for field in fields(CommonAttentionMetadata)}
+    assert values.keys() <= known
+    return CommonAttentionMetadata(**values | changes)
+
+
+def test_a_plainly_causal_step_may_be_sparse_and_others_say_why():
+    assert _why_dense(0, step()) is None
+    assert _why_dense(128, step()) == "cascade attention"
+    assert _why_dense(0, step(causal=False)) == "attention that is not causal"
+    assert _why_dense(0, step(mm_req_doc_ranges={0: [(0, 4)]})) == (
+        "images whose tokens see each other"
+    )
+    assert _why_dense(0, step(logits_indices_padded=torch.zeros(1))) == "fast prefill"
+    assert "lengths" in str(_why_dense(0, step(seq_lens_cpu_upper_bound=None)))
+
+
+def test_a_run_has_the_metadata_of_its_rows():
+    part = rows_of(step(), Run(slice(2, 3), slice(301, 303)))
+    assert part.query_start_loc.tolist() == part.query_start_loc_cpu.tolist() == [0, 2]
+    assert (part.num_reqs, part.num_actual_tokens, part.max_query_len) == (1, 2, 2)
+    assert part.seq_lens.tolist() == [40]
+    assert part.block_table_tensor.tolist() == [[8, 9, 10, 11]]
+    assert part.slot_mapping.tolist() == [301, 302]
+
+
+def test_metadata_that_nobody_here_knows_is_refused():
+    with pytest.raises(UnsupportedError, match="'encoder_seq_lens', which this version"):
+        rows_of(step(encoder_seq_lens=torch.ones(3)), Run(slice(0, 1), slice(0, 1)))
