@@ -31,7 +31,6 @@ from shareprefill.policy_names import POLICIES, listed_policies
 if TYPE_CHECKING:
     from shareprefill.evaluation.results import Evaluation
 
-ArtifactOption = Annotated[Path, typer.Option(help="Artifact of the model.")]
 OutOption = Annotated[
     Path | None, typer.Option(help="Folder that keeps every outcome, to go on with, and results.")
 ]

@@ -19,6 +19,11 @@ CalibrationArgument = Annotated[
     typer.Argument(help="Calibration folder; the newest one under artifacts/ by default."),
 ]
 
+ArtifactOption = Annotated[
+    Path | None,
+    typer.Option(help="Artifact of the model; clusters.st by default, if it is needed."),
+]
+
 
 def calibration_folder(given: Path | None) -> Path:
     """The folder given, or the newest calibration under `artifacts/`, which is said."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from shareprefill.commands.known import artifact_here, model_of
+from shareprefill.commands.known import ArtifactOption, artifact_here, model_of
 from shareprefill.commands.options import (
     POLICY_HELP,
     DeviceOption,
@@ -48,10 +48,7 @@ def run_command(
         ),
     ],
     options: dict[str, Any],
-    artifact: Annotated[
-        Path | None,
-        typer.Option(help="Artifact of the model; clusters.st by default, if it is needed."),
-    ] = None,
+    artifact: ArtifactOption = None,
     model: OtherModelOption = None,
     chat: Annotated[
         bool,

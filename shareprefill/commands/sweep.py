@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import typer
 
 from shareprefill.commands.evaluate import (
-    ArtifactOption,
     FreshOption,
     HtmlOption,
     OutOption,
@@ -16,7 +14,7 @@ from shareprefill.commands.evaluate import (
     require_folder,
     require_own_results,
 )
-from shareprefill.commands.known import CLUSTERS, model_of
+from shareprefill.commands.known import ArtifactOption, artifact_here, model_of
 from shareprefill.commands.options import (
     POLICY_HELP,
     JsonOption,
@@ -53,7 +51,7 @@ if TYPE_CHECKING:
 )
 def sweep_command(
     options: dict[str, Any],
-    artifact: ArtifactOption = CLUSTERS,
+    artifact: ArtifactOption = None,
     model: OtherModelOption = None,
     out: OutOption = None,
     resume: FreshOption = True,
@@ -67,11 +65,13 @@ def sweep_command(
     Example:
       sp sweep --gamma 0.8 --gamma 0.9 --tasks retr_kv --out results
     """
-    config = SweepConfig(**options, artifact=str(artifact), model=model)
-    config = replace(config, model=model_of(artifact, model))
+    path = artifact or artifact_here(model, [options["policy"]])
+    config = SweepConfig(
+        **options, artifact=None if path is None else str(path), model=model_of(path, model)
+    )
     require_folder(out, html=html)
     if not force:
-        require_own_results(out, "sweep", artifact, config.model)
+        require_own_results(out, "sweep", path, config.model)
     from shareprefill.console import progress
     from shareprefill.evaluation.pages import sweep_page
     from shareprefill.evaluation.sweep import sweep

@@ -141,7 +141,8 @@ class SweepConfig(Stage):
     """What `sp sweep` varies, one parameter at a time.
 
     Attributes:
-        artifact: Path of the artifact that the others values are taken from.
+        artifact: Path of the artifact that the other values are taken from; none where the policy
+            needs none.
         model: Where the model is; None: where the artifact says.
         slacks: With policy `auto`, masses below gamma at which a head still shares.
         taus: With policy `shareprefill`, JS distances to share.
@@ -162,7 +163,7 @@ class SweepConfig(Stage):
             crossover, 0.6 on a CPU and 0.7 on a GPU.
     """
 
-    artifact: str
+    artifact: str | None = None
     model: str | None = None
     slacks: tuple[float, ...] = ()
     taus: tuple[float, ...] = ()
@@ -196,6 +197,11 @@ class SweepConfig(Stage):
             require(size in BLOCK_SIZES, "block_size", size, f"one of {BLOCK_SIZES}")
         for k in self.ks:
             require(k >= 1, "k", k, "at least 1")
+        if (self.block_sizes or self.ks) and self.artifact is None:
+            raise ConfigError(
+                "another block size or number of clusters is clustered with an artifact's other "
+                "settings: name the artifact"
+            )
         if (self.block_sizes or self.ks) and not self.calibrations:
             raise ConfigError(
                 "another block size or number of clusters needs the calibration that it is "

@@ -16,7 +16,7 @@ from shareprefill.evaluation.config import SweepConfig
 from shareprefill.evaluation.frontier import knee
 from shareprefill.evaluation.questions import check_task
 from shareprefill.evaluation.results import SCHEMA, Cell, Summary, summarize_cells
-from shareprefill.evaluation.runner import ModelRunner, Variant, artifact_digest
+from shareprefill.evaluation.runner import ModelRunner, Variant, artifact_digest, model_name
 from shareprefill.evaluation.suite import OutcomeCache, Progress, measure_variants, output_folder
 from shareprefill.runtime.policies import require_policy
 
@@ -112,7 +112,7 @@ def sweep(
     for task in config.tasks:
         check_task(task)
     require_policy(config.policy)
-    artifact = load_artifact(config.artifact)
+    artifact = None if config.artifact is None else load_artifact(config.artifact)
     variants = {
         name: _of_session(config, artifact, name, values)
         for name, values in config.of_sessions().items()
@@ -120,26 +120,27 @@ def sweep(
     }
     with output_folder(out) as folder:
         runtime = config.runtime()
-        if config.block_sizes:
+        if artifact is not None and config.block_sizes:
             variants["block_size"] = [
                 _clustered(config, artifact, "block_size", size, runtime, folder)
                 for size in sorted(config.block_sizes)
             ]
-        if config.ks:
+        if artifact is not None and config.ks:
             variants["k"] = [
                 _clustered(config, artifact, "k", k, runtime, folder) for k in sorted(config.ks)
             ]
         runner = ModelRunner.load(
-            config.model or artifact.model,
+            model_name(config.evaluation(), [artifact] if artifact else []),
             config.evaluation(),
             trust_remote_code=trust_remote_code,
         )
         every = [variant for group in variants.values() for variant in group]
         cells = measure_variants(runner, every, OutcomeCache(folder, fresh=fresh), progress)
     dense, *summaries = summarize_cells(tuple(cells))
+    digest = None if artifact is None else artifact_digest(artifact)
     return Sweep(
         config,
-        {**runner.context.values, "artifact": artifact_digest(artifact)},
+        {**runner.context.values, "artifact": digest},
         dense,
         tuple(_curve(name, summaries) for name in variants),
         tuple(cells),
@@ -147,7 +148,7 @@ def sweep(
 
 
 def _of_session(
-    config: SweepConfig, artifact: Artifact, name: str, values: tuple[float, ...]
+    config: SweepConfig, artifact: Artifact | None, name: str, values: tuple[float, ...]
 ) -> list[Variant]:
     return [
         Variant(config.policy, {name: value}, artifact, config.runtime(**{name: value}))

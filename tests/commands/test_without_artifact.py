@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from shareprefill.artifact import save_artifact
 from shareprefill.commands.evaluate import eval_command
 from shareprefill.commands.run import run_command
+from shareprefill.commands.sweep import sweep_command
 from shareprefill.models import load_model, warn_once
 from tests.support.checkpoint import save_checkpoint
 from tests.support.tiny import tiny_artifact
@@ -21,6 +22,7 @@ from tests.support.tiny import tiny_artifact
 app = typer.Typer(pretty_exceptions_enable=False)
 app.command("run")(run_command)
 app.command("eval")(eval_command)
+app.command("sweep")(sweep_command)
 POLICY = """
 import torch
 
@@ -87,6 +89,17 @@ def test_eval_compares_policies_without_an_artifact(folder: Path, tmp_path: Path
     assert (tmp_path / "outcomes.jsonl").read_text().count("\n") == kept + 1
 
 
+def test_sweep_varies_gamma_without_an_artifact() -> None:
+    values = ("--gamma", 0.3, "--gamma", 0.9, "--max-density", 1)
+    options = ("--model", "model", "--tasks", "perplexity", "--length", 700, "--samples", 1)
+    result = sp("sweep", *options, "--policy", "smoothed", *values, "--json")
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert found["context"]["artifact"] is None
+    low, high = (point["density"] for point in found["curves"][0]["points"])
+    assert 0 < low < high <= 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -96,6 +109,8 @@ def test_eval_compares_policies_without_an_artifact(folder: Path, tmp_path: Path
         ((*EVAL, "--policies", "flex,share"), "policy 'share' needs an artifact"),
         ((*EVAL, "--policies", "flix"), "did you mean 'flex'"),
         ((*RUN, "--policy", "first_block:Frist"), r"has no Frist"),
+        (("sweep", "--model", "model", "--gamma", "0.5"), "policy 'auto' needs an artifact"),
+        (("sweep", "--model", "m", "--policy", "flex", "--k", "2"), "name the artifact"),
         ((*EVAL, "--policies", "first_block:FirstBlock:n=1"), "has no parameter 'n'"),
     ],
 )
