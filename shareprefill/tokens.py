@@ -44,6 +44,22 @@ def encode(tokenizer: Any, text: str) -> Tensor:
     return torch.tensor(ids, dtype=torch.int64, device="cpu")
 
 
+def without_end(tokenizer: Any, text: str, ids: list[int]) -> list[int]:
+    """Token ids that somebody else has made of a text, without what the tokenizer adds after it.
+
+    Args:
+        tokenizer: What made them, with special tokens or without.
+        text: Of which they are.
+        ids: All of them, or the last ones.
+    """
+    whole, kept = tokenizer(text).input_ids, encode(tokenizer, text)
+    added = len(whole) - len(kept) if len(kept) else 0
+    # An end that the text spells stays: ids without special tokens have no other.
+    if not added or ids[-added:] != whole[-added:] or ids != whole[-len(ids) :]:
+        return ids
+    return ids[: len(ids) - added]
+
+
 def encode_some(tokenizer: Any, text: str) -> Tensor:
     """The same as `encode`, for a text that must leave a token.
 

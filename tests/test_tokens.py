@@ -15,7 +15,7 @@ from shareprefill.calib.tasks import generate
 from shareprefill.config import CalibrateConfig
 from shareprefill.errors import DataError
 from shareprefill.models import load_tokenizer
-from shareprefill.tokens import encode, encode_some
+from shareprefill.tokens import encode, encode_some, without_end
 
 WORDS = {"<unk>": 0, "<s>": 1, "</s>": 2, "<sep>": 3, "a": 4, "b": 5, "1": 6}
 
@@ -66,6 +66,26 @@ def test_what_is_added_after_a_text_is_dropped(
     template: str, text: str, expected: list[int]
 ) -> None:
     assert encode(made(template), text).tolist() == expected
+
+
+@pytest.mark.parametrize(
+    ("template", "text", "ids", "expected"),
+    [
+        ("<s> $A </s>", "a b", [1, 4, 5, 2], [1, 4, 5]),
+        ("<s> $A <sep> </s>", "a b", [1, 4, 5, 3, 2], [1, 4, 5]),
+        ("<s> $A", "a b", [1, 4, 5], [1, 4, 5]),
+        # Cut at the left, and without special tokens.
+        ("<s> $A </s>", "a b", [5, 2], [5]),
+        ("<s> $A </s>", "a b", [4, 5], [4, 5]),
+        ("<s> $A </s>", "a </s>", [4, 2], [4, 2]),
+        ("<s> $A </s>", "", [1, 2], [1, 2]),
+        ("<s> $A", "", [1], [1]),
+    ],
+)
+def test_what_others_encoded_is_ended_no_more(
+    template: str, text: str, ids: list[int], expected: list[int]
+) -> None:
+    assert without_end(made(template), text, ids) == expected
 
 
 def test_a_tokenizer_that_adds_eos_only_where_the_text_has_none() -> None:

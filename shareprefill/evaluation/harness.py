@@ -9,6 +9,7 @@ from shareprefill.artifact import Artifact
 from shareprefill.config import RuntimeConfig
 from shareprefill.errors import ConfigError, UnsupportedError
 from shareprefill.runtime.session import share_prefill
+from shareprefill.tokens import without_end
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -64,7 +65,18 @@ def harness_model(
     session = share_prefill(model, artifact, config)
 
     class SharedPrefillLM(HFLM):
-        """An HFLM that enters the session around each of its model's calls."""
+        """An HFLM that enters the session around each of its model's calls, and ends no prompt."""
+
+        def tok_encode(self, string: str, *arguments: Any, **options: Any) -> list[int]:
+            ids = super().tok_encode(string, *arguments, **options)
+            return without_end(tokenizer, string, ids)
+
+        def tok_batch_encode(
+            self, strings: list[str], *arguments: Any, **options: Any
+        ) -> tuple[Tensor, Tensor]:
+            ids, mask = super().tok_batch_encode(strings, *arguments, **options)
+            kept = len(without_end(tokenizer, strings[0], ids[0].tolist()))
+            return ids[:, :kept], mask[:, :kept]
 
         def _model_call(self, *arguments: Any, **call: Any) -> Tensor:
             with session:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 
 from shareprefill.artifact import Policy
 from shareprefill.config import RuntimeConfig
@@ -93,6 +94,26 @@ def test_generation_runs_under_a_policy(model, tokenizer) -> None:
     )
     assert isinstance(lm.generate_until([request])[0], str)
     assert lm.session.report().prefills == 1
+
+
+@needs_harness
+def test_no_prompt_ends_where_the_tokenizer_adds_an_eos(model) -> None:
+    tokenizer = load_tokenizer("sp-tiny")
+    bos, eos = tokenizer.bos_token, tokenizer.eos_token
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{bos} $A {eos}",
+        special_tokens=[(bos, tokenizer.bos_token_id), (eos, tokenizer.eos_token_id)],
+    )
+    lm = harness_model(model, tokenizer, tiny_artifact(model), RuntimeConfig(min_tokens=0))
+    expected = tokenizer("some words").input_ids[:-1]
+    assert lm.tok_encode("some words") == expected
+    assert lm.tok_encode("some words", add_special_tokens=False) == expected[1:]
+    ids, mask = lm.tok_batch_encode(["some words"])
+    assert ids.tolist() == [expected]
+    assert mask.tolist() == [[1] * len(expected)]
+    context, continuation = lm._encode_pair("some words", " more")
+    assert context == expected
+    assert tokenizer.eos_token_id not in continuation
 
 
 @needs_harness
