@@ -2,6 +2,7 @@ import pytest
 
 from shareprefill.config import RuntimeConfig
 from shareprefill.errors import ConfigError
+from shareprefill.vllm import options
 from shareprefill.vllm.options import ServingOptions, check_switch
 
 
@@ -41,6 +42,20 @@ def test_a_policy_of_the_environment_needs_no_artifact():
 def test_wrong_options_are_refused(entry: object, message: str):
     with pytest.raises(ConfigError, match=message):
         ServingOptions.find({"shareprefill": entry}, {})
+
+
+def test_an_engine_takes_a_policy_from_outside_and_a_request_an_installed_one(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    found = ServingOptions.find({}, {"SHAREPREFILL_POLICY": "strided:Strided:stride=2"})
+    assert found == ServingOptions(
+        artifact=None, runtime=RuntimeConfig(policy="strided:Strided:stride=2")
+    )
+    monkeypatch.setattr(options, "installed_policies", lambda: {"strided": "strided:Strided"})
+    check_switch("strided")
+    for value in ("strided:Strided", "strided:stride=2", "flex:tau=0.2", "os:system"):
+        with pytest.raises(ConfigError, match="is not allowed"):
+            check_switch(value)
 
 
 def test_a_switch_is_off_or_a_policy_that_needs_no_calibration():
