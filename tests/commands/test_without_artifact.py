@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -82,11 +83,13 @@ def test_eval_compares_policies_without_an_artifact(folder: Path, tmp_path: Path
     # Both read the first block and the last two of every query block.
     assert densities[named] == densities[outside] < 1
     assert named in (tmp_path / "evaluation.html").read_text()
-    # The outcomes of a policy's file are not those of another one.
+    # The outcomes of a policy's file are not those of another one, once that one is loaded.
     kept = (tmp_path / "outcomes.jsonl").read_text().count("\n")
     (folder / "first_block.py").write_text(POLICY + "\n# changed\n")
-    assert sp(*options, "--out", tmp_path).exit_code == 0
-    assert (tmp_path / "outcomes.jsonl").read_text().count("\n") == kept + 1
+    for more in (0, 1):
+        assert sp(*options, "--out", tmp_path).exit_code == 0
+        assert (tmp_path / "outcomes.jsonl").read_text().count("\n") == kept + more
+        sys.modules.pop("first_block")
 
 
 def test_sweep_varies_gamma_without_an_artifact() -> None:

@@ -21,6 +21,7 @@ from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType, UnionType
 from typing import TYPE_CHECKING, Any, Union, get_args, get_origin, get_type_hints
+from weakref import WeakKeyDictionary
 
 from shareprefill.errors import ConfigError, did_you_mean
 from shareprefill.policy_names import (
@@ -42,6 +43,9 @@ __all__ = [
     "require_policy",
     "source_digest",
 ]
+
+
+_sources: WeakKeyDictionary[ModuleType, str] = WeakKeyDictionary()
 
 
 def make_policy(text: str) -> SelectionPolicy:
@@ -70,15 +74,24 @@ def require_policy(text: str) -> None:
 
 
 def source_digest(text: str) -> str | None:
-    """SHA-256 of the file that a policy from outside is in, which may change; None for ours."""
+    """SHA-256 of the file that a policy from outside was loaded from; None for ours."""
     name = PolicyName.parse(text).name
-    if name in POLICIES:
-        return None
-    file = getattr(sys.modules[policy_class(text).__module__], "__file__", None)
-    if file is None:
+    return None if name in POLICIES else _source(policy_class(text))
+
+
+def _source(policy: type) -> str:
+    """What the file of a policy's module held when it was first asked for here.
+
+    The file may change since, and what was loaded does not.
+    """
+    module = sys.modules.get(policy.__module__)
+    file = getattr(module, "__file__", None)
+    if module is None or file is None:
         # What was measured of a class without a file is never used again.
         return secrets.token_hex(16)
-    return hashlib.sha256(Path(file).read_bytes()).hexdigest()
+    if module not in _sources:
+        _sources[module] = hashlib.sha256(Path(file).read_bytes()).hexdigest()
+    return _sources[module]
 
 
 def policy_class(text: str) -> type:
@@ -108,6 +121,7 @@ def policy_class(text: str) -> type:
         raise ConfigError(
             f"policy {place!r} lacks the methods that a policy must have: {', '.join(missing)}"
         )
+    _source(found)
     return found
 
 
