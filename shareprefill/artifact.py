@@ -261,6 +261,11 @@ def load_artifact(path: str | Path) -> Artifact:
         with open_regular(path) as file:
             return _decode(file, os.fstat(file.fileno()).st_size)
     except RefusedError as error:
+        if isinstance(error.__context__, FileNotFoundError):
+            raise ArtifactError(
+                f"{printable(path)} does not exist: make it with sp calibrate and sp cluster, or "
+                "name another artifact"
+            ) from error
         advice = "" if isinstance(error, _NewerFormatError) else f"; {_REGENERATE}"
         raise ArtifactError(f"{printable(path)} is not usable: {error}{advice}") from error
     except OSError as error:

@@ -388,7 +388,7 @@ def test_links_are_followed_and_other_files_refused(tmp_path: Path) -> None:
         (tmp_path / "pipe", "not a regular file"),
         ("/dev/zero", "not a regular file"),
         (tmp_path / "loop", "cannot be opened"),
-        (tmp_path / "none.st", "no such file.*sp calibrate and sp cluster"),
+        (tmp_path / "none.st", "none.st does not exist.*sp calibrate and sp cluster"),
         ("a\0b", "null character"),
         ("x" * 5000, "cannot be opened"),
     ):

@@ -10,6 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from shareprefill import cli
+from shareprefill.calib.pipeline import capture_maps
 from shareprefill.calib.prompts import make_prompts
 from shareprefill.commands.streams import read_chat
 from shareprefill.config import CalibrateConfig
@@ -105,6 +106,12 @@ def test_missing_files_are_called_missing(tokenizer: Any) -> None:
     config = CalibrateConfig(model="m", data=("retr_vk",), samples=3, length=512)
     with pytest.raises(ConfigError, match=r"'retr_vk' is not known.*did you mean 'retr_kv'\?"):
         make_prompts(config, tokenizer)
+
+
+def test_data_is_looked_for_before_a_model_is_loaded(tmp_path: Path) -> None:
+    config = CalibrateConfig(model="no/such model", data=("none.txt",), samples=3, length=512)
+    with pytest.raises(DataError, match="none.txt does not exist"):
+        capture_maps(config, tmp_path)
 
 
 def test_a_system_message_needs_a_conversation(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from shareprefill.calib.capture import PromptMaps, capture
 from shareprefill.calib.effect import measure_effect
-from shareprefill.calib.prompts import Prompt, make_prompts
+from shareprefill.calib.prompts import Prompt, check_data, make_prompts
 from shareprefill.calib.store import MapStore
 from shareprefill.checkpoint import checkpoint_fingerprint
 from shareprefill.config import CalibrateConfig
@@ -51,6 +51,7 @@ def capture_maps(
         ModelError: the model or its tokenizer cannot be loaded.
         UnsupportedError: the model's family is not supported.
     """
+    check_data(config)
     with launched() as processes:
         tokenizer = load_tokenizer(config.model, trust_remote_code=trust_remote_code)
         model = load_model(

@@ -62,6 +62,7 @@ def make_prompts(config: CalibrateConfig, tokenizer: Any) -> list[Prompt]:
         ConfigError: a data set's name is unknown.
         DataError: a file is missing or has too few usable rows.
     """
+    check_data(config)
     sources = [_open(data, config, tokenizer) for data in config.data]
     prompts = []
     for number in range(config.samples):
@@ -77,6 +78,25 @@ def make_prompts(config: CalibrateConfig, tokenizer: Any) -> list[Prompt]:
     return prompts
 
 
+def check_data(config: CalibrateConfig) -> None:
+    """Checks that all data sets are known and all files there, before a model is loaded for them.
+
+    Raises:
+        ConfigError: a name is unknown.
+        DataError: a file is missing.
+    """
+    for data in config.data:
+        if data in DATA_SETS or data.startswith(HUB) or kind_of(data) is not None:
+            continue
+        if "/" in data or data.lower().endswith(TEXT_FILES):
+            raise DataError(f"{printable(data)} does not exist: name a file or a folder of them")
+        raise ConfigError(
+            f"data set {printable(data)!r} is not known: give one of "
+            f"{', '.join(DATA_SETS)}, a .jsonl, .json or .txt file, a folder of them, or "
+            f"hub:<dataset>:<config>:<split>{did_you_mean(data, DATA_SETS)}"
+        )
+
+
 def _least(config: CalibrateConfig) -> int:
     """Tokens under which a row of a file is left out: its map would have fewer than four blocks."""
     return 4 * config.block_size
@@ -89,14 +109,6 @@ def _open(data: str, config: CalibrateConfig, tokenizer: Any) -> Iterator[Prompt
         return _generated((data,), config, tokenizer)
     if data.startswith(HUB):
         return _from_texts(data, _hub_texts(data, config), config, tokenizer)
-    if kind_of(data) is None and ("/" in data or data.lower().endswith(TEXT_FILES)):
-        raise DataError(f"{printable(data)} does not exist: name a file or a folder of them")
-    if kind_of(data) is None:
-        raise ConfigError(
-            f"data set {printable(data)!r} is not known: give one of "
-            f"{', '.join(DATA_SETS)}, a .jsonl, .json or .txt file, a folder of them, or "
-            f"hub:<dataset>:<config>:<split>{did_you_mean(data, DATA_SETS)}"
-        )
     return _from_files(data, config, tokenizer)
 
 

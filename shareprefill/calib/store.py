@@ -23,7 +23,13 @@ from torch import Tensor
 from shareprefill.calib.capture import FULL, ROWS, PromptMaps
 from shareprefill.config import CalibrateConfig
 from shareprefill.errors import ConfigError, DataError
-from shareprefill.files import atomic_write_bytes, atomic_write_text, make_folder
+from shareprefill.files import (
+    atomic_write_bytes,
+    atomic_write_text,
+    kind_of,
+    make_folder,
+    printable,
+)
 from shareprefill.models import Fingerprint, ModelGeometry
 from shareprefill.runtime.ops.blocks import count_blocks
 
@@ -119,8 +125,9 @@ class MapStore:
         try:
             index = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError as error:
+            there = "holds no calibration" if kind_of(folder) else "does not exist"
             raise DataError(
-                f"{folder} holds no calibration; run sp calibrate, or name another folder"
+                f"{printable(folder)} {there}: run sp calibrate, or name another folder"
             ) from error
         except (OSError, ValueError) as error:
             raise DataError(f"{path} cannot be read ({error}); run sp calibrate --fresh") from error

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from shareprefill.calib.tasks import NIAH_TASKS, TASKS, generate
 from shareprefill.data.sources import HUB, Row, read_objects, read_texts
-from shareprefill.errors import ConfigError, DataError
+from shareprefill.errors import ConfigError, DataError, did_you_mean
 from shareprefill.evaluation.config import PERPLEXITY, EvalConfig
 from shareprefill.evaluation.scores import SCORES, Reference, read_reference
 from shareprefill.files import kind_of, printable
@@ -132,9 +132,11 @@ def check_task(task: str) -> None:
         return
     if not address or kind not in (PERPLEXITY, *BENCHMARKS):
         benchmarks = ", ".join(f"{name}:<file>" for name in (PERPLEXITY, *BENCHMARKS))
+        known = (*GENERATED, PERPLEXITY, *BENCHMARKS)
         raise ConfigError(
             f"task {task!r} is not known: it must be one of {', '.join(GENERATED)}, {PERPLEXITY}, "
             f"or {benchmarks} (a file, a folder, or hub:<dataset>:<config>:<split>)"
+            f"{did_you_mean(kind, known)}"
         )
     if not address.startswith(HUB) and kind_of(address) is None:
         raise ConfigError(
