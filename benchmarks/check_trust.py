@@ -28,9 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shareprefill.artifact import load_artifact
 from shareprefill.calib.tasks.haystack import held_out_text
-from shareprefill.config import RuntimeConfig
 from shareprefill.models import load_model, load_tokenizer
 from shareprefill.runtime.generation import cache_of, encode_prompt, generate, relative_error
 from shareprefill.runtime.session import Session, share_prefill
@@ -63,7 +61,7 @@ class Score:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", required=True)
-    parser.add_argument("--artifact", type=Path, required=True)
+    parser.add_argument("--artifact", type=Path, help="none: the policy that needs none")
     parser.add_argument("--length", type=int, default=2048, help="tokens of a conversation")
     parser.add_argument("--checks", help="with commas; all by default")
     parser.add_argument("--device", default="auto")
@@ -71,7 +69,7 @@ def main() -> None:
     args = parser.parse_args()
     model = load_model(args.model, device=args.device, dtype="float32")
     tokenizer = load_tokenizer(args.model)
-    session = share_prefill(model, load_artifact(args.artifact), RuntimeConfig(min_tokens=0))
+    session = share_prefill(model, args.artifact, min_tokens=0)
     ids = encode_prompt(model, tokenizer, pairs(args.length, tokenizer)[0])[: args.length]
     checks: dict[str, Any] = {
         "turns": lambda: turns(session, ids),
