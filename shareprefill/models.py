@@ -10,6 +10,7 @@ import pickle
 import re
 import struct
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, redirect_stderr
 from dataclasses import dataclass, field
@@ -185,6 +186,7 @@ def load_model(
         ConfigError: device or dtype is no such thing.
         ModelError: the model cannot be found or loaded, or is no causal decoder.
     """
+    started = time.monotonic()
     target = resolve_device(device)
     if dtype != "auto" and dtype not in _DTYPES:
         raise ConfigError(f"dtype = {dtype!r} is not allowed: it must be auto or {list(_DTYPES)}")
@@ -218,7 +220,16 @@ def load_model(
     if any(getattr(layer.module, "is_causal", True) is False for layer in attention_layers(model)):
         raise _not_causal(name, config)
     try:
-        return model.to(target).eval()
+        placed = model.to(target).eval()
+        logger.info(
+            "model %s: %.3g parameters in %s on %s, loaded in %.1f s",
+            printable(name),
+            sum(weight.numel() for weight in placed.parameters()),
+            str(placed.dtype).removeprefix("torch."),
+            target,
+            time.monotonic() - started,
+        )
+        return placed
     except torch.OutOfMemoryError as error:
         raise ModelError(
             f"{printable(name)} does not fit into the memory of {target}: use a smaller dtype, "

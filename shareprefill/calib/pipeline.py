@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,8 @@ from shareprefill.errors import ConfigError, DataError
 from shareprefill.files import locked_folder
 from shareprefill.models import fingerprint, load_model, load_tokenizer, max_length
 from shareprefill.processes import launched
+
+logger = logging.getLogger(__name__)
 
 Progress = Callable[[int, int], None]
 
@@ -105,6 +108,9 @@ def capture_maps(
                 turn = (number - begun) % processes.size
                 maps = captured(number) if turn == 0 else processes.receive(turn)
                 prompt = prompts[number]
+                logger.info(
+                    "prompt %d: %s, %d tokens", number, prompt.source, len(prompt.input_ids)
+                )
                 store.add(prompt.source, prompt.input_ids, prompt.digest, maps)
             if progress is not None:
                 progress(len(prompts), len(prompts))

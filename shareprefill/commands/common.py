@@ -82,6 +82,10 @@ def _complete(command: Callable[..., None], keeps: Keeps | None) -> Callable[...
     def run(**values: Any) -> None:
         values.pop("config")
         with _told(quiet=values.pop("quiet"), verbose=values.pop("verbose")):
+            taken = ", ".join(
+                f"{name} = {value}" for name, value in values.items() if value is not None
+            )
+            logging.getLogger("shareprefill").info("options: %s", taken or "none")
             try:
                 command(**{name: _expanded(value) for name, value in values.items()})
             except KeyboardInterrupt:

@@ -135,7 +135,7 @@ def test_how_much_is_said(sp: Sp, capsys: pytest.CaptureFixture[str]) -> None:
         said[option] = capsys.readouterr().err.splitlines()
     assert said[()] == ["sp: warning: slow", "a note"]
     assert said["-q",] == []
-    assert said["-v",] == ["sp: loading", "sp: warning: slow", "a note"]
+    assert said["-v",] == [*("sp: options: none", "sp: loading", "sp: warning: slow", "a note")]
     assert logging.getLogger("shareprefill").handlers == []
     code, _, err = sp("inspect", ARTIFACT, "-q", "-v")
     assert (code, "exclude each other" in err) == (1, True)
