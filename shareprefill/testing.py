@@ -24,8 +24,8 @@ BLOCK = 16
 HEADS, KV_HEADS = 4, 2
 # Query rows and keys: whole blocks and parts of them, whole prompts and chunks, one row.
 SIZES = ((101, 101), (64, 64), (30, 101), (16, 16), (1, 70))
-# Of blocks that rounding may decide otherwise.
-_SAME_IN_HALF_PRECISION = 0.98
+# Share of the blocks that rounding must leave as they are.
+_SAME_BUT_FOR_ROUNDING = 0.98
 
 
 def check_policy(policy: str | SelectionPolicy, *, device: str = "cpu") -> None:
@@ -115,21 +115,21 @@ def check_heads_are_alone(policy: SelectionPolicy, device: torch.device) -> None
     whole = policy.select(inputs, heads, gamma).pattern
     half = LayerInputs(inputs.query[:2], inputs.key[:1], inputs.scale, inputs.geometry)
     _require(
-        torch.equal(policy.select(half, heads[:2], gamma[:2]).pattern, whole[:2]),
+        _is_same(policy.select(half, heads[:2], gamma[:2]).pattern, whole[:2]),
         "heads 0 and 1 read other blocks in a process of their own than beside heads 2 and 3, so "
         "that tensor parallelism would change the result",
     )
     order = torch.tensor([2, 0, 3], device=device)
     some = policy.select(inputs, order, gamma[order]).pattern
     _require(
-        torch.equal(some, whole[order]),
+        _is_same(some, whole[order]),
         "heads 2, 0 and 3 alone get other blocks than among all heads: pattern s must be of head "
         "heads[s] at gamma[s]",
     )
     not_all = torch.tensor([-1, 3, -1], device=device)
     one = policy.select(inputs, not_all, gamma[[0, 3, 1]]).pattern
     _require(
-        torch.equal(one[1], whole[3]),
+        _is_same(one[1], whole[3]),
         "head 3 gets other blocks beside heads of number -1, which need no pattern",
     )
 
@@ -140,7 +140,7 @@ def check_key_heads(policy: SelectionPolicy, device: torch.device) -> None:
     repeated = inputs.key.repeat_interleave(HEADS // KV_HEADS, 0)
     expanded = LayerInputs(inputs.query, repeated, inputs.scale, inputs.geometry)
     _require(
-        torch.equal(_pattern(policy, inputs), _pattern(policy, expanded)),
+        _is_same(_pattern(policy, inputs), _pattern(policy, expanded)),
         "grouped KV heads give other blocks than the same keys repeated for every query head: "
         "query head h reads KV head h // (H / G)",
     )
@@ -151,7 +151,7 @@ def check_softcap(policy: SelectionPolicy, device: torch.device) -> None:
     inputs = layer_inputs(device=device)
     capped = LayerInputs(inputs.query, inputs.key, inputs.scale, inputs.geometry, softcap=1e4)
     _require(
-        torch.equal(_pattern(policy, inputs), _pattern(policy, capped)),
+        _is_same(_pattern(policy, inputs), _pattern(policy, capped)),
         "a soft-cap far above all logits changes the blocks",
     )
 
@@ -162,9 +162,9 @@ def check_half_precision(policy: SelectionPolicy, device: torch.device) -> None:
     half = LayerInputs(inputs.query.half(), inputs.key.half(), inputs.scale, inputs.geometry)
     same = (_pattern(policy, half) == _pattern(policy, inputs)).float().mean().item()
     _require(
-        same > _SAME_IN_HALF_PRECISION,
+        same > _SAME_BUT_FOR_ROUNDING,
         f"float16 inputs change {1 - same:.1%} of the blocks, at most "
-        f"{1 - _SAME_IN_HALF_PRECISION:.0%} may: sum and exponentiate in float32",
+        f"{1 - _SAME_BUT_FOR_ROUNDING:.0%} may: sum and exponentiate in float32",
     )
 
 
@@ -245,6 +245,13 @@ def _every_head(inputs: LayerInputs, gamma: float = 0.8) -> tuple[Tensor, Tensor
 
 def _pattern(policy: SelectionPolicy, inputs: LayerInputs, gamma: float = 0.8) -> Tensor:
     return policy.select(inputs, *_every_head(inputs, gamma)).pattern
+
+
+def _is_same(pattern: Tensor, other: Tensor) -> bool:
+    """Whether patterns are equal; on a GPU, whose sums come in another order, but for rounding."""
+    if pattern.device.type == "cpu":
+        return torch.equal(pattern, other)
+    return (pattern == other).float().mean().item() > _SAME_BUT_FOR_ROUNDING
 
 
 def _require(holds: bool | Tensor, text: str) -> None:

@@ -10,10 +10,11 @@ import torch
 from shareprefill.runtime.geometry import Geometry
 from shareprefill.runtime.policies import SELECTION_POLICIES, make_policy
 from shareprefill.runtime.policies.base import LayerInputs
-from shareprefill.testing import BLOCK, CHECKS
+from shareprefill.testing import BLOCK, CHECKS, check_waits_for_nothing
 from shareprefill.testing import layer_inputs as layer
 
 NAMES = sorted(SELECTION_POLICIES)
+ON_A_CPU = [check for check in CHECKS if check is not check_waits_for_nothing]
 # A chunk's rows choose as they would in the whole prompt.
 ROW_LOCAL = ["antidiagonal", "flash", "oracle", "pooled", "sampled", "streaming"]
 
@@ -24,10 +25,16 @@ def patterns(name: str, inputs: LayerInputs, heads: list[int], gamma: float = 0.
     return chosen.pattern & inputs.geometry.causal
 
 
-@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+@pytest.mark.parametrize("check", ON_A_CPU, ids=lambda check: check.__name__)
 @pytest.mark.parametrize("name", NAMES)
 def test_every_policy_passes_the_public_checks(name: str, check: Any) -> None:
     check(make_policy(name), torch.device("cpu"))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", NAMES)
+def test_the_public_check_finds_that_no_policy_waits_for_a_gpu(name: str) -> None:
+    check_waits_for_nothing(make_policy(name), torch.device("cuda"))
 
 
 @pytest.mark.parametrize("name", [n for n in NAMES if n != "streaming"])

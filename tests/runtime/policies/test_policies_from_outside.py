@@ -21,7 +21,7 @@ from shareprefill.runtime.core import SparsePrefill
 from shareprefill.runtime.plan import plan_without_artifact
 from shareprefill.runtime.policies import make_policy, policy_text
 from shareprefill.runtime.policies.sampled import Sampled
-from shareprefill.testing import check_policy, layer_inputs
+from shareprefill.testing import check_policy, check_waits_for_nothing, layer_inputs
 
 FILE = """
 from dataclasses import dataclass
@@ -205,6 +205,12 @@ class Wrong(Covering):
 def test_what_is_no_bitmap_is_refused_by_sessions(change: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         Wrong(change).select(layer_inputs(), torch.arange(4), torch.full((4,), 0.8))
+
+
+@pytest.mark.gpu
+def test_the_public_check_finds_a_policy_that_waits_for_a_gpu() -> None:
+    with pytest.raises(AssertionError, match="the policy waits for the GPU"):
+        check_waits_for_nothing(Wrong(lambda p: p if p.any() else ~p), torch.device("cuda"))
 
 
 def _loose(pattern: Tensor) -> Tensor:
