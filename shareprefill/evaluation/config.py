@@ -184,12 +184,11 @@ class SweepConfig(Stage):
     def __post_init__(self) -> None:
         object.__setattr__(self, "policy", current_policy(self.policy))
         varied = ("slacks", "taus", "deltas", "gammas", "block_sizes", "ks")
-        require(
-            any(getattr(self, name) for name in varied),
-            "values",
-            (),
-            "at least one value of slack, tau, delta, gamma, block size or k",
-        )
+        if not any(getattr(self, name) for name in varied):
+            raise ConfigError(
+                "there is nothing to vary: give at least one value of slack, tau, delta, gamma, "
+                "block size or k, as --gamma 0.9"
+            )
         for name in varied:
             values = getattr(self, name)
             require(len(set(values)) == len(values), name, values, "a list without repetitions")
