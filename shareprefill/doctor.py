@@ -156,7 +156,7 @@ def _implementations() -> list[Check]:
     """Every implementation of block-sparse attention, and what each operator takes by itself."""
     import torch
 
-    from shareprefill.runtime.crossover import crossover
+    from shareprefill.runtime.crossover import crossover, tuned
     from shareprefill.runtime.ops.dispatch import describe, unavailable
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -171,6 +171,9 @@ def _implementations() -> list[Check]:
             checks.append(absent if reason else _compare(name, device))
     checks += [Check(c.operator, c.implementation, c.reason) for c in describe(device)]
     checks += _crossover(crossover(torch.device(device)))
+    for backend, found in tuned(torch.device(device)).items():
+        detail = f"shorter prompts run dense in vLLM; measured on {found.source}"
+        checks.append(Check(f"crossover: {backend}", f"{found.tokens} tokens", detail))
     return checks
 
 

@@ -80,6 +80,13 @@ def crossover(device: torch.device, backend: str = SDPA) -> Crossover:
     return Crossover(entry["tokens"], known.density, entry["source"])
 
 
+def tuned(device: torch.device) -> dict[str, Crossover]:
+    """What `sp tune` measured on a device against other backends than SDPA, by backend."""
+    path = table_path()
+    backends = [] if path is None else _entries(path).get(device_name(device), {})
+    return {name: crossover(device, name) for name in sorted(backends) if name != SDPA}
+
+
 def table_path() -> Path | None:
     """The file that holds what `sp tune` measured; None where there is none to be read.
 

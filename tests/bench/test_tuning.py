@@ -9,6 +9,7 @@ import torch
 import typer
 from typer.testing import CliRunner, Result
 
+from shareprefill import doctor
 from shareprefill.artifact import save_artifact
 from shareprefill.bench import measure, tuning
 from shareprefill.bench.timings import Timing, crossover_of
@@ -68,7 +69,7 @@ def test_the_crossover_is_where_sharing_stays_faster():
 
 
 def test_what_was_measured_holds_for_sessions(
-    seconds: dict[tuple[int, str], float], tmp_path: Path
+    seconds: dict[tuple[int, str], float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     seconds |= {(400, "dense"): 1.0, (400, "share"): 1.5, (600, "dense"): 2.0, (600, "share"): 1.6}
     known = crossover(CPU)
@@ -83,6 +84,10 @@ def test_what_was_measured_holds_for_sessions(
     assert crossover(CPU, "CPU_ATTN") == known
     crossovers.save_crossover(table, CPU, "CPU_ATTN", 700, "by hand", [])
     assert [crossover(CPU).tokens, crossover(CPU, "CPU_ATTN").tokens] == [600, 700]
+    monkeypatch.setattr(doctor, "_compare", lambda *_: doctor.Check("", doctor.WORKS, ""))
+    checks = {check.name: check for check in doctor._implementations()}
+    vllm_s = checks["crossover: CPU_ATTN"]
+    assert (vllm_s.state, vllm_s.detail.endswith("by hand")) == ("700 tokens", True)
     (rows,) = [kinds["SDPA"]["rows"] for kinds in json.loads(table.read_text())["devices"].values()]
     assert [row["speedup"] for row in rows] == [1 / 1.5, 2.0 / 1.6]
     model = tiny_llama()

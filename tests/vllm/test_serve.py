@@ -127,21 +127,18 @@ def rows(url: str) -> dict[tuple[str, str], float]:
     return {(kind, name): float(value) for kind, name, value in found}
 
 
-def test_the_page_s_engines_serve_as_it_says(tmp_path: Path):
+@pytest.mark.parametrize(("number", "policy"), enumerate(("auto", "auto", "pooled")))
+def test_the_page_s_engines_serve_as_it_says(number: int, policy: str, tmp_path: Path):
     assert len(SERVE) == 3
-    wanted = ("auto", "auto", "pooled")
-    for number, (line, policy) in enumerate(zip(SERVE, wanted, strict=True)):
-        (command,) = written(line.strip())
-        folder = tmp_path / str(number)
-        folder.mkdir()
-        with server(command, folder) as url:
-            complete(url, prompt=prompt_tokens(1, CROSSOVER))
-            assert rows(url) == {("sparse", policy): 1}
-            complete(url, prompt=prompt_tokens(2, CROSSOVER - 1))
-            assert rows(url)["dense", "length"] == 1
-            if number == 0:
-                _requests_choose(url)
-                _load_is_sent(url, folder)
+    (command,) = written(SERVE[number].strip())
+    with server(command, tmp_path) as url:
+        complete(url, prompt=prompt_tokens(1, CROSSOVER))
+        assert rows(url) == {("sparse", policy): 1}
+        complete(url, prompt=prompt_tokens(2, CROSSOVER - 1))
+        assert rows(url)["dense", "length"] == 1
+        if number == 0:
+            _requests_choose(url)
+            _load_is_sent(url, tmp_path)
 
 
 def _requests_choose(url: str) -> None:
@@ -162,14 +159,16 @@ def _load_is_sent(url: str, folder: Path) -> None:
     (words,) = map(shlex.split, written("sp bench-serve"))
     before = rows(url)
     smaller = ["--lengths", "700", "--prompts", "2", "--output-tokens", "4", "--url", url, "--json"]
-    # Given twice, an option's last value counts; each rate is one more.
+    # Given twice, an option's last value counts; but each rate is one more, so one of two stays.
+    words = words[: words.index("--rate")] + words[words.index("--rate") + 2 :]
     found = _sp([*words[1:], *smaller, "--plot", str(folder / "load.svg")])
-    assert [row["attention"] for row in found] == ["dense", "shared"] * 2
+    assert [row["attention"] for row in found] == ["dense", "shared"]
     assert all(row["first_token_ms"] > 0 for row in found)
+    assert "<svg" in (folder / "load.svg").read_text()
     after = rows(url)
-    # Before its load the benchmark sends one request to see whether the server is there.
-    assert after["sparse", "auto"] - before["sparse", "auto"] >= 4
-    assert after["dense", "request"] - before["dense", "request"] >= 4
+    # Before its load the benchmark may send a request to see whether the server is there.
+    assert after["sparse", "auto"] - before["sparse", "auto"] >= 2
+    assert after["dense", "request"] - before["dense", "request"] >= 2
 
 
 def test_the_page_s_tuning_writes_what_an_engine_reads(tmp_path: Path):
