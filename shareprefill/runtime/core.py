@@ -52,7 +52,7 @@ class SequenceState:
     pivots: Pivots
 
     def move_to(self, device: torch.device) -> None:
-        """Moves to the device of the next layers."""
+        """Moves to the device of the next layers: with a device map, layers are on several."""
         if device != self.geometry.device:
             self.geometry, self.pivots = self.geometry.to(device), self.pivots.to(device)
 
@@ -62,14 +62,19 @@ class LayerChoice:
     """What one layer's heads read, before attention is computed.
 
     Attributes:
+        plan: The layer's plan.
         selection: The rule's answer.
         lists: The blocks that heads read, list P being of every causal block; None where no head
             reads a list.
+        by_sdpa: Heads that dense attention computes faster than a list of every block, int64
+            `[S]`; None for none.
         record: What was done.
     """
 
+    plan: LayerPlan
     selection: LayerSelection
     lists: BlockLists | None
+    by_sdpa: Tensor | None
     record: LayerRecord
 
     @property
@@ -100,6 +105,7 @@ class SparsePrefill:
         self.heads = range(len(plan.layers[0])) if heads is None else heads
         rule = SharePrefillRule if plan.online else PlannedRule
         self.rule: LayerRule[Any, Any] = rule(plan, self.heads, exchange)
+        self._layers: dict[tuple[int, torch.device], LayerPlan] = {}
 
     def begin(self, geometry: Geometry) -> SequenceState:
         """The state of a sequence before the first layer of a forward pass.
@@ -158,7 +164,7 @@ class SparsePrefill:
         if self.plan.refuse_nonfinite:
             _refuse_nonfinite(layer, {"query": query, "key": key, "value": value})
         choice = self.choose(layer, state, inputs, value)
-        output = self._compute(layer, choice, inputs, value)
+        output = _compute(choice, inputs, value)
         record = choice.record
         if measure_recall:
             record = replace(record, **_measured(inputs, choice, keep_maps=keep_maps))
@@ -175,17 +181,24 @@ class SparsePrefill:
             inputs: Queries and keys.
             value: `[G, Nk, Dv]`.
         """
-        geometry = state.geometry
-        plan: LayerPlan = self.rule.layer(layer, geometry.device)
+        geometry, device = state.geometry, state.geometry.device
+        plan = self._layers.get((layer, device))
+        if plan is None:
+            plan = self._layers[layer, device] = self.rule.make_layer(layer, device)
         selection = self.rule.select(plan, state.pivots, inputs, value)
-        lists = None
-        if plan.reads_patterns and not (plan.is_dense and inputs.is_plain):
+        lists = by_sdpa = None
+        most = self.plan.max_density
+        # SDPA knows neither soft-capping nor sinks.
+        is_plain = inputs.softcap is None and inputs.sinks is None
+        if plan.reads_patterns and not (plan.is_dense and is_plain):
             lists = list_blocks(
                 selection.patterns,
                 selection.head_to_pattern,
-                max_density=self._max_density(geometry.device),
+                max_density=crossover(device).density if most is None else most,
                 **geometry.sizes,
             )
+            if is_plain:
+                by_sdpa = _heads_of_sdpa(plan, lists, inputs, value)
         record = LayerRecord(
             layer=layer,
             causal=geometry.causal_count,
@@ -195,53 +208,43 @@ class SparsePrefill:
             candidate_distances=selection.distances,
             totals=None if lists is None else lists.totals(),
         )
-        return LayerChoice(selection, lists, record)
+        return LayerChoice(plan, selection, lists, by_sdpa, record)
 
-    def _compute(
-        self, layer: int, choice: LayerChoice, inputs: LayerInputs, value: Tensor
-    ) -> Tensor:
-        """Computes all heads that have no output yet."""
-        plan: LayerPlan = self.rule.layer(layer, inputs.query.device)
-        output, lists = choice.selection.output, choice.lists
-        if lists is None:
-            return _dense(inputs, value) if plan.is_dense else output
-        if inputs.is_plain:
-            # SDPA knows neither soft-capping nor sinks.
-            heads = _heads_of_sdpa(plan, choice, inputs, value)
-            if len(heads) == plan.n_heads:
-                return _dense(inputs, value)
-            if len(heads):
-                output[heads] = _dense(inputs, value, heads)
-                lists = replace(lists, head_to_list=lists.head_to_list.index_fill(0, heads, -1))
-        block_sparse_attention(
-            inputs.query,
-            inputs.key,
-            value,
-            lists,
-            scale=inputs.scale,
-            softcap=inputs.softcap,
-            sinks=inputs.sinks,
-            out=output,
-        )
-        return output
 
-    def _max_density(self, device: torch.device) -> float:
-        if self.plan.max_density is not None:
-            return self.plan.max_density
-        return crossover(device).density
+def _compute(choice: LayerChoice, inputs: LayerInputs, value: Tensor) -> Tensor:
+    """The output of a layer, with that of the heads that have none yet."""
+    plan, output, lists = choice.plan, choice.selection.output, choice.lists
+    if lists is None:
+        return _dense(inputs, value) if plan.is_dense else output
+    heads = choice.by_sdpa
+    if heads is not None and len(heads) == plan.n_heads:
+        return _dense(inputs, value)
+    if heads is not None and len(heads):
+        output[heads] = _dense(inputs, value, heads)
+        lists = replace(lists, head_to_list=lists.head_to_list.index_fill(0, heads, -1))
+    block_sparse_attention(
+        inputs.query,
+        inputs.key,
+        value,
+        lists,
+        scale=inputs.scale,
+        softcap=inputs.softcap,
+        sinks=inputs.sinks,
+        out=output,
+    )
+    return output
 
 
 def _heads_of_sdpa(
-    plan: LayerPlan, choice: LayerChoice, inputs: LayerInputs, value: Tensor
+    plan: LayerPlan, lists: BlockLists, inputs: LayerInputs, value: Tensor
 ) -> Tensor:
     """Heads that dense attention computes faster than a list of every block, int64 `[S]`."""
-    assert choice.lists is not None
-    if has_fast_kernel(inputs.query, inputs.key, value, choice.lists.block_size):
+    if has_fast_kernel(inputs.query, inputs.key, value, lists.block_size):
         # One launch for all heads beats copies of some heads' tensors.
         return plan.dense[:0]
-    if choice.lists.device.type == "cpu":
+    if value.device.type == "cpu":
         # Its values may be read at no cost, and its sparse blocks cost more than dense ones.
-        return (choice.lists.head_to_list == len(choice.selection.patterns)).nonzero()[:, 0]
+        return (lists.head_to_list == lists.n_patterns - 1).nonzero()[:, 0]
     return plan.dense
 
 

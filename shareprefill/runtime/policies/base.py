@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar, Generic, Protocol, TypeVar
@@ -34,19 +33,6 @@ class LayerInputs:
     geometry: Geometry
     softcap: float | None = None
     sinks: Tensor | None = None
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether the logits go into the softmax as they are, and nothing beside them."""
-        return self.softcap is None and self.sinks is None
-
-    def empty_output(self, value: Tensor) -> Tensor:
-        """Room for the output, `[H, Nq, Dv]`.
-
-        Tokens come first in memory, as the model reads it: its transposition is no copy then.
-        """
-        heads, n_query, _ = self.query.shape
-        return self.query.new_empty((n_query, heads, value.shape[-1])).transpose(0, 1)
 
 
 @dataclass(frozen=True)
@@ -200,8 +186,3 @@ class InPlacePolicy(MapEstimator[T]):
         Returns:
             bool `[S]`: False where the estimate holds NaN or Inf.
         """
-
-
-def are_finite(masses: Tensor) -> Tensor:
-    """Whether masses `[S, n]`, none negative, hold numbers only, bool `[S]`."""
-    return masses.sum(-1) < math.inf

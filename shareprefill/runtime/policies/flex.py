@@ -7,7 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from shareprefill.runtime.ops.block_selection import head_blocks, js_distances
+from shareprefill.runtime.ops.block_selection import (
+    head_blocks,
+    js_distances,
+    vertical_slash_blocks,
+)
 from shareprefill.runtime.policies.base import LayerInputs, MapEstimator
 from shareprefill.runtime.policies.logits import (
     block_means,
@@ -15,7 +19,7 @@ from shareprefill.runtime.policies.logits import (
     products,
     real_heads,
 )
-from shareprefill.runtime.policies.vertical_slash import profile_work, profiles, slashes
+from shareprefill.runtime.policies.vertical_slash import profile_work, profiles
 
 
 @dataclass(frozen=True)
@@ -48,7 +52,7 @@ class Flex(MapEstimator[tuple[Tensor, Tensor, Tensor]]):
         return torch.where(
             (apart < self.tau)[:, None, None],
             head_blocks(maps, gamma, **inputs.geometry.sizes)[0],
-            slashes(inputs, vertical, slash, gamma),
+            vertical_slash_blocks(vertical, slash, gamma, **inputs.geometry.sizes),
         )
 
     def work(self, inputs: LayerInputs) -> float:

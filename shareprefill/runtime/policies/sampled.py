@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from shareprefill.runtime.ops.block_selection import select_blocks
 from shareprefill.runtime.ops.pooled_attention import pooled_attention
-from shareprefill.runtime.policies.base import InPlacePolicy, LayerInputs, are_finite
+from shareprefill.runtime.policies.base import InPlacePolicy, LayerInputs
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,8 @@ class Sampled(InPlacePolicy[Tensor]):
     def write(self, inputs: LayerInputs, estimate: Tensor, gamma: Tensor, out: Tensor) -> Tensor:
         """The same blocks, and those that are always read."""
         select_blocks(estimate, gamma, out=out, **inputs.geometry.reads)
-        return are_finite(estimate.flatten(1))
+        # Masses are not negative: NaN and Inf are what a sum shows.
+        return estimate.flatten(1).sum(-1) < math.inf
 
     def work(self, inputs: LayerInputs) -> float:
         """The share of the rows that are sampled, logits alone."""

@@ -29,8 +29,9 @@ class FewRows(MapEstimator[Tensor]):
     weights: LineWeights = UNFITTED
 
     def estimate(self, inputs: LayerInputs, heads: Tensor) -> Tensor:
-        """Smoothed maps."""
-        return smoothed_maps(inputs, heads, self.rows, self.weights)
+        """Smoothed maps, float32 `[S, n_q, n_k]`; zeros for negative heads."""
+        maps = sampled_maps(inputs, heads, self.rows)
+        return smooth_maps(maps, self.weights, **inputs.geometry.sizes)
 
     def work(self, inputs: LayerInputs) -> float:
         """The share of the rows that are sampled, logits alone."""
@@ -55,19 +56,6 @@ class Smoothed(FewRows, InPlacePolicy[Tensor]):
     def write(self, inputs: LayerInputs, estimate: Tensor, gamma: Tensor, out: Tensor) -> Tensor:
         """The same blocks, and those that are always read."""
         return head_blocks(estimate, gamma, out=out, **inputs.geometry.reads)[1]
-
-
-def smoothed_maps(inputs: LayerInputs, heads: Tensor, rows: int, weights: LineWeights) -> Tensor:
-    """Maps of sampled rows, smoothed: float32 `[S, n_q, n_k]`.
-
-    Args:
-        inputs: The layer's inputs.
-        heads: int64 `[S]`; the maps of negative ones are zeros.
-        rows: Rows a block.
-        weights: What the lines through a block count.
-    """
-    maps = sampled_maps(inputs, heads, rows)
-    return smooth_maps(maps, weights, **inputs.geometry.sizes)
 
 
 def line_weights(estimator: Mapping[str, Sequence[float]] | None, rows: int) -> LineWeights:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from shareprefill.runtime.ops.block_selection import vertical_slash_blocks
 from shareprefill.runtime.ops.vertical_slash import vertical_slash_profile
-from shareprefill.runtime.policies.base import InPlacePolicy, LayerInputs, are_finite
+from shareprefill.runtime.policies.base import InPlacePolicy, LayerInputs
 
 
 @dataclass(frozen=True)
@@ -24,14 +25,15 @@ class VerticalSlash(InPlacePolicy[tuple[Tensor, Tensor]]):
 
     def choose(self, inputs: LayerInputs, estimate: tuple[Tensor, Tensor], gamma: Tensor) -> Tensor:
         """The lines of the last query block, drawn through all query blocks."""
-        return slashes(inputs, *estimate, gamma)
+        return vertical_slash_blocks(*estimate, gamma, **inputs.geometry.sizes)
 
     def write(
         self, inputs: LayerInputs, estimate: tuple[Tensor, Tensor], gamma: Tensor, out: Tensor
     ) -> Tensor:
         """The same blocks, and those that are always read."""
-        write_lines(inputs, estimate, gamma, out)
-        return are_finite(estimate[0])
+        vertical_slash_blocks(*estimate, gamma, out=out, **inputs.geometry.reads)
+        # Masses are not negative: NaN and Inf are what a sum shows.
+        return estimate[0].sum(-1) < math.inf
 
     def work(self, inputs: LayerInputs) -> float:
         """Logits of the last query block, which reads all keys."""
@@ -55,15 +57,3 @@ def profile_work(inputs: LayerInputs) -> float:
     n_query, n_key = inputs.query.shape[1], inputs.key.shape[1]
     pairs = n_query * (n_key - (n_query - 1) / 2)
     return min(0.5, min(inputs.geometry.block_size, n_query) * n_key / pairs / 2)
-
-
-def slashes(inputs: LayerInputs, vertical: Tensor, slash: Tensor, gamma: Tensor) -> Tensor:
-    """The vertical-slash pattern of some profiles, bool `[S, n_q, n_k]`."""
-    return vertical_slash_blocks(vertical, slash, gamma, **inputs.geometry.sizes)
-
-
-def write_lines(
-    inputs: LayerInputs, profile: tuple[Tensor, Tensor], gamma: Tensor, out: Tensor
-) -> None:
-    """The same into `out`, with the blocks that are always read."""
-    vertical_slash_blocks(*profile, gamma, out=out, **inputs.geometry.reads)

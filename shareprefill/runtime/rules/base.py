@@ -94,17 +94,14 @@ class LayerPlan:
     Attributes:
         n_heads: Query heads.
         dense: Heads that are dense by plan, int64 `[S]`.
+        is_dense: Whether all heads are.
         reads_patterns: Whether any head may read a pattern.
     """
 
     n_heads: int
     dense: Tensor
+    is_dense: bool
     reads_patterns: bool
-
-    @property
-    def is_dense(self) -> bool:
-        """Whether all heads are dense by plan."""
-        return len(self.dense) == self.n_heads
 
 
 class Exchange(Protocol):
@@ -138,18 +135,10 @@ class LayerRule(ABC, Generic[L, V]):
 
     def __init__(self, plan: RuntimePlan, heads: range, exchange: Exchange | None = None) -> None:
         self.plan, self.heads, self.exchange = plan, heads, exchange
-        self._layers: dict[tuple[int, torch.device], L] = {}
-
-    def layer(self, index: int, device: torch.device) -> L:
-        """A layer's plan as tensors on a device: made once, read by every prefill."""
-        made = self._layers.get((index, device))
-        if made is None:
-            made = self._layers[index, device] = self.make_layer(index, device)
-        return made
 
     @abstractmethod
     def make_layer(self, index: int, device: torch.device) -> L:
-        """Makes a layer's plan."""
+        """Makes a layer's plan as tensors on a device; every prefill reads them."""
 
     @abstractmethod
     def new_pivots(self, geometry: Geometry) -> V:

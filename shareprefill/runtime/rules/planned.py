@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -22,7 +22,12 @@ from torch import Tensor
 
 from shareprefill.artifact import Policy
 from shareprefill.runtime.geometry import Geometry
-from shareprefill.runtime.ops.block_selection import covered_mass, head_blocks, js_distances
+from shareprefill.runtime.ops.block_selection import (
+    covered_mass,
+    head_blocks,
+    js_distances,
+    vertical_slash_blocks,
+)
 from shareprefill.runtime.ops.pooled_attention import pooled_attention
 from shareprefill.runtime.plan import HeadPlan
 from shareprefill.runtime.policies.base import (
@@ -32,13 +37,8 @@ from shareprefill.runtime.policies.base import (
     check_pattern,
 )
 from shareprefill.runtime.policies.sampled import Sampled, sampled_maps, sampling_work
-from shareprefill.runtime.policies.smoothed import Smoothed, line_weights, smoothed_maps
-from shareprefill.runtime.policies.vertical_slash import (
-    VerticalSlash,
-    profile_work,
-    profiles,
-    write_lines,
-)
+from shareprefill.runtime.policies.smoothed import Smoothed, line_weights
+from shareprefill.runtime.policies.vertical_slash import VerticalSlash, profile_work, profiles
 from shareprefill.runtime.rules.base import (
     Coverage,
     Exchange,
@@ -101,6 +101,7 @@ class OwnPatterns:
         gamma: Attention mass that the pattern of each covers, float32 `[S]`.
         policy: Number of the policy.
         rows: Where their patterns lie in the layer's bitmap.
+        pattern_ids: The numbers of these patterns, int64 `[S]`.
         requested: Where they are in `PlannedLayer.on_fail`: a head, or -1 where none is needed.
     """
 
@@ -108,6 +109,7 @@ class OwnPatterns:
     gamma: Tensor
     policy: int
     rows: slice
+    pattern_ids: Tensor
     requested: slice
 
 
@@ -131,8 +133,10 @@ class PlannedLayer(LayerPlan):
         sparse: Heads that may take a vertical-slash pattern while they are highly sparse; and those
             that may take a row-sampled one, first the former, in their order. None for none, and
             where vertical-slash patterns are for all heads: then both groups are in `own`.
+        n_patterns: Patterns P in the bitmap.
         pattern_ids: Every pattern's own number and P, then -1, which is what -1 reads: int64
             `[P + 2]`.
+        dense_id: The number of the pattern of every causal block, int64 `[1]`.
         no_index: Zeros, int64 `[H]`.
     """
 
@@ -146,18 +150,10 @@ class PlannedLayer(LayerPlan):
     on_fail: Tensor
     own: tuple[OwnPatterns, ...]
     sparse: tuple[OwnPatterns, OwnPatterns] | None
+    n_patterns: int
     pattern_ids: Tensor
+    dense_id: Tensor
     no_index: Tensor
-
-    @property
-    def n_patterns(self) -> int:
-        """Patterns P in the bitmap."""
-        return len(self.pattern_ids) - 2
-
-    @property
-    def dense_id(self) -> Tensor:
-        """The number of the pattern of every causal block, int64 `[1]`."""
-        return self.pattern_ids[-2:-1]
 
 
 class PivotPatterns:
@@ -228,11 +224,17 @@ class PlannedRule(LayerRule[PlannedLayer, PivotPatterns]):
         built_in: dict[int, SelectionPolicy] = {
             int(Policy.SAMPLED): Sampled(self.plan.sample_rows),
             int(Policy.VERTICAL_SLASH): VerticalSlash(),
-            int(Policy.SMOOTHED): Smoothed(
-                weights=line_weights(self.plan.estimator, Smoothed.rows)
-            ),
+            int(Policy.SMOOTHED): self._smoothed(Smoothed.rows),
         }
         return {**built_in, **self.plan.selectors}
+
+    @cached_property
+    def estimator(self) -> Smoothed:
+        """What pivots' maps are estimated by, where they are not exact."""
+        return self._smoothed(self.plan.pivot_rows)
+
+    def _smoothed(self, rows: int) -> Smoothed:
+        return Smoothed(rows, line_weights(self.plan.estimator, rows))
 
     @cached_property
     def pivot_patterns(self) -> dict[tuple[int, float], int]:
@@ -283,74 +285,80 @@ class PlannedRule(LayerRule[PlannedLayer, PivotPatterns]):
         self, layer: PlannedLayer, pivots: PivotPatterns, inputs: LayerInputs, value: Tensor
     ) -> LayerSelection:
         """Pivots, then the check of the sharing heads, then the heads that choose themselves."""
-        return _Selection(self, layer, pivots, inputs).make(value)
-
-
-class _Selection:
-    """The selection of one layer, step by step."""
-
-    def __init__(
-        self, rule: PlannedRule, layer: PlannedLayer, pivots: PivotPatterns, inputs: LayerInputs
-    ) -> None:
-        self.rule, self.plan, self.layer = rule, rule.plan, layer
-        self.pivots, self.inputs = pivots, inputs
-        self.patterns, self.checked, self.copied = self._room()
-        self.overhead: list[Overhead] = []
-        # Patterns that are of every causal block where they rest on NaN or Inf.
-        self.is_finite: list[tuple[int, Tensor]] = []
-        # For patterns that are not read everywhere, what is read instead: int64, of their rows.
-        self.instead: list[tuple[slice, Tensor]] = []
-
-    def make(self, value: Tensor) -> LayerSelection:
-        """Chooses."""
-        layer = self.layer
-        output = self.inputs.empty_output(value)
-        self._choose_pivots(value, output)
+        patterns, checked, copied = _room(layer, inputs.geometry)
+        heads, n_query, _ = inputs.query.shape
+        # Tokens come first in memory, as the model reads it: its transposition is no copy then.
+        output = inputs.query.new_empty((n_query, heads, value.shape[-1])).transpose(0, 1)
+        steps = _Steps(self, layer, pivots, inputs, patterns, checked)
+        steps.choose_pivots(value, output)
         if len(layer.shared):
-            torch.index_select(
-                self.pivots.patterns.flatten(0, 1),
-                0,
-                self.rule.rows_to_copy(layer, self.inputs.geometry),
-                out=self.copied,
-            )
-        requested, coverage = self._check()
+            rows = self.rows_to_copy(layer, inputs.geometry)
+            torch.index_select(pivots.patterns.flatten(0, 1), 0, rows, out=copied)
+        requested, coverage = steps.check()
         for group in layer.own:
-            self._choose(group, requested)
+            steps.choose(group, requested)
         if layer.sparse is not None:
-            requested = self._choose_sparse(*layer.sparse, requested)
+            requested = steps.choose_sparse(*layer.sparse, requested)
         return LayerSelection(
-            patterns=self.patterns,
-            head_to_pattern=self._read(requested[: layer.n_heads]),
+            patterns=patterns,
+            head_to_pattern=steps.read(requested[: layer.n_heads]),
             output=output,
-            policy_taken=PolicyTaken(layer.by_head, layer.by_pattern, tuple(self.is_finite)),
-            overhead=tuple(self.overhead),
+            policy_taken=PolicyTaken(layer.by_head, layer.by_pattern, tuple(steps.is_finite)),
+            overhead=tuple(steps.overhead),
             coverage=coverage,
         )
 
-    def _room(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Room for the layer's patterns, in front of which are the rows for its check.
 
-        Returns:
-            The patterns bool `[P, n_q, n_k]`; for each shared pattern the rows that the check looks
-            at, bool `[S, m, n_k]`; and all rows of either that are copied, bool `[R, n_k]`.
-        """
-        geometry, n_shared = self.inputs.geometry, len(self.layer.shared)
-        n_q, n_k = geometry.shape
-        n_checked = len(geometry.checked)
-        ahead = n_shared * n_checked if n_checked < n_q else 0
-        n_rows = ahead + self.layer.n_patterns * n_q
-        rows = torch.empty((n_rows, n_k), dtype=torch.bool, device=geometry.device)
-        patterns = rows[ahead:].view(-1, n_q, n_k)
-        checked = rows[:ahead].view(-1, n_checked, n_k) if ahead else patterns[:n_shared]
-        return patterns, checked, rows[: ahead + n_shared * n_q]
+def _room(layer: PlannedLayer, geometry: Geometry) -> tuple[Tensor, Tensor, Tensor]:
+    """Room for a layer's patterns, in front of which are the rows for its check.
 
-    def _choose_pivots(self, value: Tensor, output: Tensor) -> None:
+    Returns:
+        The patterns bool `[P, n_q, n_k]`; for each shared pattern the rows that the check looks at,
+        bool `[S, m, n_k]`; and all rows of either that are copied, bool `[R, n_k]`.
+    """
+    n_shared, n_checked = len(layer.shared), len(geometry.checked)
+    n_q, n_k = geometry.shape
+    ahead = n_shared * n_checked if n_checked < n_q else 0
+    n_rows = ahead + layer.n_patterns * n_q
+    rows = torch.empty((n_rows, n_k), dtype=torch.bool, device=geometry.device)
+    patterns = rows[ahead:].view(-1, n_q, n_k)
+    checked = rows[:ahead].view(-1, n_checked, n_k) if ahead else patterns[:n_shared]
+    return patterns, checked, rows[: ahead + n_shared * n_q]
+
+
+@dataclass(frozen=True, eq=False)
+class _Steps:
+    """The steps of one layer's selection, and what they leave.
+
+    Attributes:
+        rule: The rule.
+        layer: The layer's plan.
+        pivots: What pivots gave so far.
+        inputs: Queries and keys.
+        patterns: Where patterns are written, bool `[P, n_q, n_k]`.
+        checked: The rows of shared patterns that the check looks at, bool `[S, m, n_k]`.
+        overhead: What the steps cost.
+        is_finite: As in `PolicyTaken`.
+        read_instead: For patterns that are not read everywhere, their rows, and what is read in
+            place of each, int64.
+    """
+
+    rule: PlannedRule
+    layer: PlannedLayer
+    pivots: PivotPatterns
+    inputs: LayerInputs
+    patterns: Tensor
+    checked: Tensor
+    overhead: list[Overhead] = field(default_factory=list)
+    is_finite: list[tuple[int, Tensor]] = field(default_factory=list)
+    read_instead: list[tuple[slice, Tensor]] = field(default_factory=list)
+
+    def choose_pivots(self, value: Tensor, output: Tensor) -> None:
         """Pivots' patterns: from sampled rows, or from all of them with the dense output."""
-        layer, inputs, rows = self.layer, self.inputs, self.plan.pivot_rows
+        layer, inputs, rows = self.layer, self.inputs, self.rule.plan.pivot_rows
         heads = layer.pivots.heads
         if len(heads) and rows:
-            weights = line_weights(self.plan.estimator, rows)
-            self.pivots.keep(layer.pivots, smoothed_maps(inputs, heads, rows, weights))
+            self.pivots.keep(layer.pivots, self.rule.estimator.estimate(inputs, heads))
             self.overhead.append(Overhead(heads, sampling_work(inputs, rows)))
         elif len(heads):
             dense, maps = pooled_attention(
@@ -369,7 +377,7 @@ class _Selection:
         if self.rule.exchange is not None:
             self.pivots.fill_in(layer.pivots, self.rule.exchange)
 
-    def _check(self) -> tuple[Tensor, Coverage | None]:
+    def check(self) -> tuple[Tensor, Coverage | None]:
         """Lets heads share whose sampled rows have enough of their attention inside the pattern.
 
         The rows are of some query blocks alone (`Geometry.checked`). A head's own map that is not
@@ -381,7 +389,7 @@ class _Selection:
         layer, sharing, inputs = self.layer, self.layer.sharing, self.inputs
         if sharing is None:
             return layer.on_fail, None
-        rows = inputs.geometry.checked_rows(self.plan.check_rows)
+        rows = inputs.geometry.checked_rows(self.rule.plan.check_rows)
         maps = sampled_maps(inputs, sharing.heads, rows)
         mass = covered_mass(maps, self.checked, sharing.place_of_pattern)
         is_finite = self.pivots.is_finite[sharing.pattern_of_head]
@@ -390,7 +398,7 @@ class _Selection:
         requested = torch.where(passed[layer.check_of], layer.on_pass, layer.on_fail)
         return requested, Coverage(sharing.heads, mass, is_finite)
 
-    def _choose(self, group: OwnPatterns, requested: Tensor) -> Tensor:
+    def choose(self, group: OwnPatterns, requested: Tensor) -> Tensor:
         """Patterns of heads that choose by themselves.
 
         Returns:
@@ -404,7 +412,7 @@ class _Selection:
             self.overhead.append(Overhead(heads, policy.work(inputs)))
             if policy.fills_nonfinite:
                 self.is_finite.append((group.rows.start, is_finite))
-                return self._ids(group)
+                return group.pattern_ids
         else:
             chosen = policy.select(inputs, heads, group.gamma)
             check_pattern(policy, chosen.pattern, tuple(out.shape), out.device)
@@ -413,7 +421,7 @@ class _Selection:
             is_finite = _are_finite(inputs)[group.heads]
         return self._read_if(is_finite, group, self.layer.dense_id)
 
-    def _choose_sparse(self, slash: OwnPatterns, sampled: OwnPatterns, requested: Tensor) -> Tensor:
+    def choose_sparse(self, slash: OwnPatterns, sampled: OwnPatterns, requested: Tensor) -> Tensor:
         """Vertical-slash patterns for highly sparse heads, row-sampled ones for the others.
 
         Returns:
@@ -421,15 +429,19 @@ class _Selection:
         """
         inputs, geometry, heads = self.inputs, self.inputs.geometry, requested[slash.requested]
         profile = profiles(inputs, heads)
-        write_lines(inputs, profile, slash.gamma, self.patterns[slash.rows])
+        vertical_slash_blocks(
+            *profile, slash.gamma, out=self.patterns[slash.rows], **geometry.reads
+        )
         self.overhead.append(Overhead(heads, profile_work(inputs)))
         # A distance that is not a number is above nothing: its head samples, and is found out then.
         index = self.layer.no_index[: len(slash.heads)]
-        is_sparse = js_distances(profile[0][:, None], geometry.uniform, index) > self.plan.delta
+        is_sparse = (
+            js_distances(profile[0][:, None], geometry.uniform, index) > self.rule.plan.delta
+        )
         if self.layer.sharing is None:
             requested = requested.clone()  # It is the plan's.
         requested[sampled.requested][: len(slash.heads)].masked_fill_(is_sparse, -1)
-        read = self._choose(sampled, requested)
+        read = self.choose(sampled, requested)
         self._read_if(is_sparse, slash, read[: len(slash.heads)])
         return requested
 
@@ -439,20 +451,16 @@ class _Selection:
         Returns:
             What each head reads, int64 `[S]`.
         """
-        read = torch.where(holds, self._ids(group), otherwise)
-        self.instead.append((group.rows, read))
+        read = torch.where(holds, group.pattern_ids, otherwise)
+        self.read_instead.append((group.rows, read))
         return read
 
-    def _ids(self, group: OwnPatterns) -> Tensor:
-        """The numbers of a group's patterns, int64 `[S]`."""
-        return self.layer.pattern_ids[group.rows]
-
-    def _read(self, wanted: Tensor) -> Tensor:
+    def read(self, wanted: Tensor) -> Tensor:
         """What heads read in the end, where they want these patterns, int64 `[H]`."""
-        if not self.instead:
+        if not self.read_instead:
             return wanted
         ids, end, parts = self.layer.pattern_ids, 0, []
-        for rows, read in sorted(self.instead, key=lambda part: part[0].start):
+        for rows, read in sorted(self.read_instead, key=lambda part: part[0].start):
             parts += [ids[end : rows.start], read]
             end = rows.stop
         return torch.cat([*parts, ids[end:]])[wanted]
@@ -495,10 +503,12 @@ class _LayerMaker:
             sparse = slash, sampled
             del groups[Policy.VERTICAL_SLASH], groups[Policy.SAMPLED]
         on_pass, on_fail = self._read(fails=False), self._read(fails=True)
-        shares = set(self.sharing)
+        shares, n_patterns = set(self.sharing), len(self.by_pattern)
+        dense = self._having(lambda plan: plan.policy == Policy.DENSE)
         return PlannedLayer(
             n_heads=len(self.heads),
-            dense=self._integers(self._having(lambda plan: plan.policy == Policy.DENSE)),
+            dense=self._integers(dense),
+            is_dense=len(dense) == len(self.heads),
             reads_patterns=max(on_pass + on_fail) >= 0,
             by_head=self._integers(int(plan.policy) for plan in self.heads),
             by_pattern=self._integers([*self.by_pattern, int(Policy.DENSE)]),
@@ -513,7 +523,9 @@ class _LayerMaker:
             on_fail=self._integers(on_fail + self.requested),
             own=tuple(groups.values()),
             sparse=sparse,
-            pattern_ids=self._integers([*range(len(self.by_pattern) + 1), -1]),
+            n_patterns=n_patterns,
+            pattern_ids=self._integers([*range(n_patterns + 1), -1]),
+            dense_id=self._integers([n_patterns]),
             no_index=self._integers([0] * len(self.heads)),
         )
 
@@ -547,6 +559,7 @@ class _LayerMaker:
             gamma=numbers(gamma, self.device),
             policy=int(code),
             rows=slice(row, row + len(chosen)),
+            pattern_ids=self._integers(range(row, row + len(chosen))),
             requested=slice(place, place + len(chosen)),
         )
 

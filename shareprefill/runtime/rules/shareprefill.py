@@ -101,6 +101,7 @@ class SharePrefillRule(LayerRule[ClusteredLayer, ElectedPivots]):
         return ClusteredLayer(
             n_heads=n_heads,
             dense=integers([], device),
+            is_dense=False,
             reads_patterns=True,
             heads=torch.arange(n_heads, device=device),
             clusters=integers(clusters, device),

@@ -6,6 +6,7 @@ No function here waits for a CUDA device, and a new length compiles nothing.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from types import ModuleType
 
 import torch
@@ -344,6 +345,7 @@ def list_blocks(
     return module.list_blocks(bitmap, head_to_list, n_query, n_key, block_size, max_blocks)
 
 
+@lru_cache(maxsize=64)
 def _check_sizes(
     n_query: int, n_key: int, block_size: int, sink_blocks: int = 0, local_blocks: int = 0
 ) -> tuple[int, int]:
