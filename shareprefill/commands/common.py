@@ -133,8 +133,7 @@ def _told(*, quiet: bool, verbose: bool) -> Iterator[None]:
     from shareprefill import console
 
     logger = logging.getLogger("shareprefill")
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(_Line())
+    handler = _Lines()
     level, was_quiet = logger.level, console.set_quiet(quiet)
     logger.addHandler(handler)
     logger.setLevel(logging.ERROR if quiet else logging.INFO if verbose else logging.WARNING)
@@ -146,12 +145,14 @@ def _told(*, quiet: bool, verbose: bool) -> Iterator[None]:
         console.set_quiet(was_quiet)
 
 
-class _Line(logging.Formatter):
-    """A record as a line of `sp`."""
+class _Lines(logging.Handler):
+    """A record as a line of `sp`, on whatever is standard error then: a spinner may stand in."""
 
-    def format(self, record: logging.LogRecord) -> str:
+    def emit(self, record: logging.LogRecord) -> None:
+        """Prints it."""
         level = "warning: " if record.levelno >= logging.WARNING else ""
-        return f"sp: {level}{printable(record.getMessage(), 2000)}"
+        line = f"sp: {level}{printable(record.getMessage(), 2000)}"
+        print(line, file=sys.stderr)  # noqa: T201
 
 
 def _expanded(value: Any) -> Any:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import logging
 import sys
@@ -125,7 +127,10 @@ def test_how_much_is_said(sp: Sp, capsys: pytest.CaptureFixture[str]) -> None:
         logger = logging.getLogger("shareprefill.test")
         logger.info("loading")
         logger.warning("slow")
-        console.note("a note")
+        # As rich does for a spinner, which else would stand in the line.
+        with contextlib.redirect_stderr(io.StringIO()) as replaced:
+            logger.warning("meanwhile")
+        console.note(f"a note {replaced.getvalue().strip()}".strip())
 
     register(app, speak_command)
     said = {}
@@ -133,9 +138,9 @@ def test_how_much_is_said(sp: Sp, capsys: pytest.CaptureFixture[str]) -> None:
         with pytest.raises(SystemExit):
             app([*option])
         said[option] = capsys.readouterr().err.splitlines()
-    assert said[()] == ["sp: warning: slow", "a note"]
+    assert said[()] == ["sp: warning: slow", "a note sp: warning: meanwhile"]
     assert said["-q",] == []
-    assert said["-v",] == [*("sp: options: none", "sp: loading", "sp: warning: slow", "a note")]
+    assert said["-v",] == ["sp: options: none", "sp: loading", *said[()]]
     assert logging.getLogger("shareprefill").handlers == []
     code, _, err = sp("inspect", ARTIFACT, "-q", "-v")
     assert (code, "exclude each other" in err) == (1, True)
