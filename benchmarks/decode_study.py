@@ -614,7 +614,9 @@ def plan(options: argparse.Namespace) -> None:
     for path in options.captured:
         captured = Captured.load(path, options.steps)
         for artifact in options.artifact:
-            session = share_prefill(model, load_artifact(artifact), RuntimeConfig())
+            # Sparse even where this device would gain nothing by it.
+            config = RuntimeConfig(min_tokens=0, max_density=1.0)
+            session = share_prefill(model, load_artifact(artifact), config)
             with session, final_states(model) as states:
                 model(input_ids=captured.ids[None], use_cache=False, logits_to_keep=1)
             report = session.report()
