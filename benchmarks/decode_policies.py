@@ -43,7 +43,7 @@ class Steps:
 
     Attributes:
         mass: Attention of every step by key block, mean over a unit's heads, `[U, T, n]`.
-        bounds: Upper bounds of it from the blocks' extreme keys (Quest), `[U, T, n]`.
+        bounds: The like by rank, from upper bounds of the blocks' logits (Quest), `[U, T, n]`.
         last: Mean attention of the prompt's last 128 rows by key block, `[U, n]`.
         vertical: The same of all rows of the prompt, `[U, n]`.
         prompt: Tokens before the first step.
@@ -217,23 +217,25 @@ def _take(order: Tensor, counts: Tensor) -> Tensor:
     return torch.zeros(order.shape, dtype=torch.bool).scatter(-1, order, taken)
 
 
-def quest_bounds(query: Tensor, key: Tensor, block: int, scale: float) -> Tensor:
-    """Upper bounds of logits by key block from minima and maxima of its keys (Tang et al., 2024).
+def quest_bounds(query: Tensor, key: Tensor, block: int) -> Tensor:
+    """Order of key blocks by upper bounds of their logits (Quest; Tang et al., 2024).
+
+    The bounds come from minima and maxima of a block's keys.
 
     Args:
         query: `[G, R, T, D]`.
         key: `[G, M, D]`, M a multiple of `block`; keys after a step count as they do in no cache,
             but blocks that hold them are always read.
         block: Tokens a key block.
-        scale: On the logits.
 
     Returns:
-        Softmax over blocks, `[G, R, T, M // block]`.
+        1 / (1 + rank) of every block, `[G, R, T, M // block]`: bounds of one query head say nothing
+        about another's, so that their mean over a KV head goes by ranks.
     """
     blocks = key.unflatten(1, (-1, block))  # [G, n, block, D]
     high, low = blocks.amax(2)[:, None], blocks.amin(2)[:, None]
     bound = query.clamp(min=0) @ high.mT + query.clamp(max=0) @ low.mT
-    return (bound * scale).softmax(-1)
+    return 1 / (1 + bound.argsort(-1, descending=True).argsort(-1))
 
 
 @dataclass(frozen=True)

@@ -205,7 +205,6 @@ class Decode:
         steps = layer_steps(
             *(weights, call.query[0], key, prompt.last[layer], prompt.vertical[layer]),
             block=block,
-            scale=call.scale,
             heads=None if self.heads is None else self.heads[layer],
         )
         keep = self.policy.keep(layer, steps)
@@ -257,7 +256,6 @@ def layer_steps(
     vertical: Tensor,
     *,
     block: int,
-    scale: float,
     by_head: bool = False,
     heads: Tensor | None = None,
 ) -> Steps:
@@ -268,7 +266,7 @@ def layer_steps(
     n = -(-key.shape[1] // block)
     groups, repeats, count, tokens = weights.shape
     padded = F.pad(key, (0, 0, 0, n * block - tokens))
-    bounds = quest_bounds(query.unflatten(0, (groups, -1)), padded, block, scale)
+    bounds = quest_bounds(query.unflatten(0, (groups, -1)), padded, block)
     mass = by_block(weights, block)  # [G, R, T, n]
     maps = [by_block(m, block // FINE) for m in (last, vertical)]
     maps = [F.pad(m, (0, n - m.shape[-1])).unflatten(0, (groups, -1)) for m in maps]
@@ -422,7 +420,6 @@ def steps_of(
             layer_steps(
                 *(weights, query, key, *maps),
                 block=block,
-                scale=captured.scale,
                 by_head=by_head,
                 heads=None if heads is None else heads[layer],
             )
@@ -563,7 +560,7 @@ class Traced(HasGradients):
         self.outputs.append(out)
         with torch.no_grad():
             maps = prompt.last[layer], prompt.vertical[layer]
-            sizes = {"block": self.block, "scale": call.scale, "by_head": True}
+            sizes = {"block": self.block, "by_head": True}
             steps = layer_steps(weights, call.query[0], key, *maps, **sizes)
             keep = Ordered("mass", self.density).keep(layer, steps)
             read = keep.repeat_interleave(self.block, -1)[..., : key.shape[1]]
@@ -734,53 +731,46 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def figure_of(kinds: dict[str, list[dict[str, Any]]]) -> Any:
-    """Recall by head, and KL, against reads; one line a policy."""
+    """Recall or KL against reads: a panel for each kind and prompt, a line for each policy."""
     from matplotlib.figure import Figure
 
-    from shareprefill.report.drawing import INK, MARKERS, SERIES, figure_style
+    from shareprefill.report.drawing import figure_style
 
-    panels = [(kind, "kl" if "kl" in rows[0] else "recall") for kind, rows in kinds.items()]
-    panels = [panel for panel in panels if panel[0] != "plan"]
-    names = list(dict.fromkeys(r["policy"] for kind, _ in panels for r in kinds[kind]))
+    panels: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
+    for kind, rows in kinds.items():
+        for row in rows:
+            panels["kl" if kind == "plan" else kind, row["prompt"]].append(row)
+    names = list(dict.fromkeys(row["policy"] for rows in panels.values() for row in rows))
     with figure_style():
         figure = Figure(figsize=(4.4 * len(panels) + 1.9, 3.9), layout="constrained")
-        for axes, (kind, value) in zip(
-            figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True
-        ):
+        every = figure.subplots(1, len(panels), squeeze=False)[0]
+        for axes, ((_, prompt), rows) in zip(every, panels.items(), strict=True):
+            value = "kl" if "kl" in rows[0] else "recall"
             for number, name in enumerate(names):
-                points: dict[float, list[tuple[float, float]]] = defaultdict(list)
-                for row in kinds[kind]:
-                    if row["policy"] == name:
-                        points[row["density"]].append((row["reads"], row[value]))
-                means = [
-                    tuple(sum(c) / len(c) for c in zip(*p, strict=True)) for p in points.values()
-                ]
-                look = {
-                    "color": SERIES[number % len(SERIES)],
-                    "marker": MARKERS[number % len(MARKERS)],
-                }
-                if name == "oracle":
-                    look = {"color": INK, "marker": ".", "linestyle": "--"}
-                axes.plot(
-                    [m[0] for m in means], [m[1] for m in means], label=name, markersize=5, **look
-                )
-            if value == "kl":
-                axes.set_yscale("log")
-                plans = kinds.get("plan", [])
-                axes.scatter(
-                    [r["reads"] for r in plans],
-                    [r["kl"] for r in plans],
-                    color=INK,
-                    marker="x",
-                    label="prefill's plan",
-                )
-            axes.set_title(kind)
+                _line(axes, [row for row in rows if row["policy"] == name], value, name, number)
+            axes.set_yscale("log" if value == "kl" else "linear")
+            axes.set_title(prompt)
             axes.set_xlabel("bytes read / dense")
             axes.set_ylabel("KL from dense, nats" if value == "kl" else "recall")
             axes.grid(visible=True)
-        handles, labels = axes.get_legend_handles_labels()
+        handles, labels = every[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside right upper")
     return figure
+
+
+def _line(axes: Any, rows: list[dict[str, Any]], value: str, name: str, number: int) -> None:
+    from shareprefill.report.drawing import INK, MARKERS, SERIES
+
+    turn = number // len(SERIES)
+    look = {
+        "color": SERIES[number % len(SERIES)],
+        "marker": MARKERS[(number + turn) % len(MARKERS)],
+    }
+    if name == "oracle":
+        look = {"color": INK, "marker": "."}
+    points = sorted((row["reads"], row[value]) for row in rows)
+    x, y = [p[0] for p in points], [p[1] for p in points]
+    axes.plot(x, y, label=name, markersize=6, **look)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
