@@ -664,7 +664,8 @@ def answers_right(captured: Captured, top: Tensor) -> dict[str, int]:
 
 def product_of(options: argparse.Namespace) -> list[tuple[str, float]]:
     """Every policy at every density."""
-    return [(spec, density) for spec in options.policy for density in options.density]
+    specs = options.policy or POLICIES
+    return [(spec, density) for spec in specs for density in options.density]
 
 
 def described(
@@ -700,7 +701,10 @@ def show(options: argparse.Namespace) -> None:
     kinds: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for path in options.captured:
         found = json.loads(path.read_text(encoding="utf-8"))
-        kinds[found["kind"]] += found["rows"]
+        rows = found["rows"]
+        if options.policy:
+            rows = [row for row in rows if row["policy"] in options.policy]
+        kinds[found["kind"]] += rows
     for kind, rows in kinds.items():
         print(f"\n### {kind}\n")
         for line in table(rows):
@@ -787,7 +791,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--calibrate", type=Path, nargs="*", default=[], help="captured prompts")
     parser.add_argument("--effect", type=Path, help="written by effect")
     parser.add_argument("--artifact", type=Path, nargs="*", default=[], help="of sp cluster")
-    parser.add_argument("--policy", nargs="*", default=list(POLICIES))
+    parser.add_argument("--policy", nargs="*", help="several by default; for show, all")
     parser.add_argument("--density", type=float, nargs="*", default=list(DENSITIES))
     parser.add_argument("--block", type=int, nargs="*", default=[32])
     parser.add_argument("--by-head", action="store_true", help="units are query heads")
