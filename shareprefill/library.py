@@ -146,12 +146,13 @@ def evaluate(
             "evaluate takes the path of an artifact, as its workers read it: write yours with "
             "save_artifact, and name the file"
         )
-    named = [policies] if isinstance(policies, str) or hasattr(policies, "select") else policies
+    if isinstance(policies, str) or not isinstance(policies, Sequence):
+        policies = [policies]
     config = EvalConfig.from_dict(
         {
             "artifact": None if artifact is None else str(artifact),
             "model": model,
-            "policies": tuple(map(policy_text, named)),
+            "policies": tuple(map(policy_text, policies)),
             **_listed(options, "tasks", "lengths", "gammas"),
         }
     )
