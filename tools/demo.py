@@ -18,6 +18,10 @@ FOLDER = Path("artifacts/demo")
 LENGTH = 8192
 # Not a prompt of the calibration: those have other seeds and half the length.
 SEED = 2026
+NEXT = """The same for your own model, a hub id or a folder, on your own prompts (.jsonl or .txt):
+  {sp} calibrate --model MODEL --data prompts.jsonl
+  {sp} cluster
+  {sp} run prompt.txt --compare-dense"""
 
 
 def sp(*arguments: str, show: bool = True) -> str:
@@ -69,7 +73,8 @@ def main() -> int:
         f"relative error of the last hidden state {found['hidden_error']:.1e}"
     )
     verdict = "right" if right else "WRONG"
-    print(f"the answer is {verdict}; the demo took {time.monotonic() - started:.0f} s")
+    print(f"the answer is {verdict}; the demo took {time.monotonic() - started:.0f} s\n")
+    print(NEXT.format(sp=Path(sys.executable).with_name("sp")))
     return 0 if right else 1
 
 
