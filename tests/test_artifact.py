@@ -492,10 +492,24 @@ def test_tensors_that_share_memory_are_saved() -> None:
     assert artifact_bytes(turned) == artifact_bytes(artifact)
 
 
-def test_only_a_built_in_model_is_loaded_by_its_name_in_a_file() -> None:
+def test_a_path_in_a_file_is_not_loaded_by_itself() -> None:
     assert model_to_load(example(model="sp-tiny"), None) == "sp-tiny"
     assert model_to_load(example(), "mine") == "mine"
-    for name in ("organisation/model", "folder", ".", "sp-tiny/"):
+    for name in ("folder", ".", "sp-tiny/", "a/b/c", "../model", "/models/m", "~/model", "a/.."):
         with pytest.raises(ArtifactError, match="is not loaded by itself: say --model"):
             model_to_load(example(model=name), None)
         assert model_to_load(example(model=name), None, {name}) == name
+
+
+def test_a_hub_id_in_a_file_is_loaded_but_runs_no_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    named = example(model="organisation/model-1.5")
+    assert model_to_load(named, None) == "organisation/model-1.5"
+    with pytest.raises(ArtifactError, match="is not run: say --model organisation/model-1.5"):
+        model_to_load(named, None, trust_remote_code=True)
+    assert model_to_load(named, "mine", trust_remote_code=True) == "mine"
+    (tmp_path / "organisation" / "model-1.5").mkdir(parents=True)
+    with pytest.raises(ArtifactError, match="is not loaded by itself"):
+        model_to_load(named, None)

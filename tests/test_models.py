@@ -359,3 +359,27 @@ def test_what_interrupts_loading_is_not_taken_for_damage(
         monkeypatch.setattr(AutoTokenizer, "from_pretrained", fail)
         with pytest.raises(kind):
             load_tokenizer(str(broken))
+
+
+@pytest.mark.parametrize(("trusted", "safe"), [(False, True), (True, None)])
+def test_weights_of_the_hub_come_from_safetensors_alone(
+    monkeypatch: pytest.MonkeyPatch, trusted: bool, safe: bool | None
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    class StopHereError(Exception):
+        pass
+
+    asked: dict[str, Any] = {}
+
+    def from_pretrained(place: str, **options: Any) -> None:
+        asked.update(options, place=place)
+        raise StopHereError
+
+    monkeypatch.setattr(models, "_only_cached", lambda name: False)
+    monkeypatch.setattr(models, "_load_config", lambda *_: None)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", from_pretrained)
+    with pytest.raises(StopHereError):
+        load_model("organisation/model", trust_remote_code=trusted)
+    assert asked["place"] == "organisation/model"
+    assert asked.get("use_safetensors") is safe

@@ -97,7 +97,7 @@ def test_the_sdist_holds_what_building_and_testing_need(sources: Path) -> None:
         *(".ci", ".github", ".gitignore", "benchmarks", "docs", "requirements", "shareprefill"),
         *("tests", "tools", "CHANGELOG.md", "CONTRIBUTING.md", "DESIGN.md", "LICENSE", "Makefile"),
         *("PKG-INFO", "README.md", "SECURITY.md", "THIRD_PARTY.md", "constraints.txt"),
-        "pyproject.toml",
+        *("mkdocs.yml", "pyproject.toml"),
     }
     assert package_files() <= found
     assert not any("__pycache__" in name for name in found)

@@ -101,7 +101,7 @@ def eval_command(
         **options,
         artifact=None if first is None else str(first),
         others=tuple(map(str, others)),
-        model=model_of(first, model),
+        model=model_of(first, model, trust_remote_code=trust_remote_code),
     )
     require_folder(out, html=html)
     require_plot(plot, measure=config.measure)

@@ -79,22 +79,28 @@ def artifact_here(model: str | None, policies: Sequence[str]) -> Path | None:
     return None
 
 
-def model_of(artifact: Path | None, given: str | None) -> str:
-    """The model that a command loads: the one given, or the artifact's where it is known here.
+def model_of(artifact: Path | None, given: str | None, *, trust_remote_code: bool = False) -> str:
+    """The model that a command loads: the one given, or the artifact's (`model_to_load`).
 
     Args:
         artifact: The artifact; None for none, where a model is given.
         given: The model that the user named; None for none.
+        trust_remote_code: Whether code of the model's repository is to be run.
 
     Raises:
-        ArtifactError: the artifact cannot be read, or names a model that is not known here.
+        ArtifactError: the artifact cannot be read, or names a model that is not loaded by itself.
     """
     from shareprefill.artifact import load_artifact, model_to_load
 
     if artifact is None:
         assert given is not None
         return given
-    return model_to_load(load_artifact(artifact), given, known_models(ARTIFACTS))
+    return model_to_load(
+        load_artifact(artifact),
+        given,
+        known_models(ARTIFACTS),
+        trust_remote_code=trust_remote_code,
+    )
 
 
 def known_models(root: Path) -> set[str]:

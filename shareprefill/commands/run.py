@@ -111,7 +111,7 @@ def run_command(
             loaded,
             text,
             config,
-            model=model_of(path, model),
+            model=model_of(path, model, trust_remote_code=trust_remote_code),
             max_new_tokens=max_new_tokens,
             prefill_chunk=prefill_chunk,
             compare_dense=compare_dense,

@@ -67,7 +67,9 @@ def sweep_command(
     """
     path = artifact or artifact_here(model, [options["policy"]])
     config = SweepConfig(
-        **options, artifact=None if path is None else str(path), model=model_of(path, model)
+        **options,
+        artifact=None if path is None else str(path),
+        model=model_of(path, model, trust_remote_code=trust_remote_code),
     )
     require_folder(out, html=html)
     if not force:

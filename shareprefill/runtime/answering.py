@@ -134,7 +134,7 @@ def answer(
     require_policy(config.policy)
     begin = on_stage or _nothing
     begin("loading the model")
-    name = _model_of(artifact, model, config)
+    name = _model_of(artifact, model, config, trust_remote_code)
     tokenizer = load_tokenizer(name, trust_remote_code=trust_remote_code)
     network = load_model(name, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     input_ids = encode_prompt(network, tokenizer, prompt)
@@ -230,9 +230,11 @@ def _nothing(stage: str) -> None:
     """Where nobody asks what is done."""
 
 
-def _model_of(artifact: Artifact | None, given: str | None, config: RuntimeConfig) -> str:
+def _model_of(
+    artifact: Artifact | None, given: str | None, config: RuntimeConfig, trust_remote_code: bool
+) -> str:
     if artifact is not None:
-        return model_to_load(artifact, given)
+        return model_to_load(artifact, given, trust_remote_code=trust_remote_code)
     require_no_plan(config.policy)
     if given is None:
         raise ConfigError("without an artifact the model must be named")
