@@ -61,7 +61,13 @@ def calls(text: str) -> list[list[str]]:
 
 
 def written(page: Path) -> list[list[str]]:
-    return [call for kind, text in blocks(page) if kind != "python" for call in calls(text)]
+    found = []
+    for kind, text in blocks(page):
+        if kind == "console":
+            # The other lines are what was printed.
+            text = "\n".join(re.findall(r"(?m)^\$ .*", text))
+        found += [] if kind == "python" else calls(text)
+    return found
 
 
 def parse(words: list[str]) -> None:
