@@ -19,6 +19,7 @@ import torch
 from shareprefill import share_prefill
 from shareprefill.config import RuntimeConfig
 from shareprefill.errors import ConfigError, UnsupportedError
+from shareprefill.runtime.generation import cache_of
 from shareprefill.runtime.interface import AttentionCall, attached, dense_attention
 from shareprefill.runtime.session import Session
 from tests.support.tiny import tiny_artifact, tiny_llama, token_ids
@@ -314,8 +315,7 @@ def test_a_dense_call_is_the_models_own_bit_for_bit(name: str, inputs: str) -> N
                 made = model.generate(ids, max_new_tokens=4, do_sample=False, **options)
                 return torch.stack(made.logits)
         first = model(input_ids=ids[:, :70], use_cache=True)
-        cache = first.past_key_values
-        second = model(input_ids=ids[:, 70:], past_key_values=cache).logits
+        second = model(input_ids=ids[:, 70:], **cache_of(first)).logits
         return torch.cat([first.logits, second], 1)
 
     expected = run()

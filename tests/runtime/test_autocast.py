@@ -11,6 +11,7 @@ from shareprefill import share_prefill
 from shareprefill.artifact import Policy
 from shareprefill.config import RuntimeConfig
 from shareprefill.policy_names import POLICIES
+from shareprefill.runtime.generation import cache_of
 from tests.support.families import FAMILIES, build
 from tests.support.tiny import tiny_artifact, tiny_llama, token_ids
 
@@ -34,7 +35,7 @@ def test_every_policy_computes_what_it_does_in_the_type_of_autocast(
         with share_prefill(model, artifact, config, measure_recall=True) as session:
             found = model(input_ids=ids).logits
             step = model(input_ids=ids, use_cache=True)
-            model(input_ids=ids[:, :1], past_key_values=step.past_key_values)
+            model(input_ids=ids[:, :1], **cache_of(step))
             report = session.report()
     assert found.dtype == expected.dtype
     assert report.prefills == 2

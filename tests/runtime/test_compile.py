@@ -11,6 +11,7 @@ import torch
 from shareprefill import share_prefill
 from shareprefill.artifact import Policy
 from shareprefill.config import RuntimeConfig
+from shareprefill.runtime.generation import cache_of
 from shareprefill.runtime.session import Session
 from tests.support.tiny import tiny_artifact, tiny_llama, token_ids
 
@@ -130,7 +131,7 @@ def test_a_compiled_model_takes_padding_chunks_and_caches() -> None:
     def run(runner: Any) -> list[torch.Tensor]:
         padded = runner(input_ids=ids, attention_mask=mask).logits[mask.bool()]
         step = runner(input_ids=ids[:, :32], use_cache=True)
-        rest = runner(input_ids=ids[:, 32:], past_key_values=step.past_key_values).logits
+        rest = runner(input_ids=ids[:, 32:], **cache_of(step)).logits
         return [padded, step.logits, rest]
 
     with session_of(plain), session_of(model):

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from shareprefill.runtime import dense
+from shareprefill.runtime.generation import cache_of
 from shareprefill.runtime.interface import AttentionCall, attached, dense_attention
 from shareprefill.runtime.masks import FactMask, MaskFacts
 from shareprefill.runtime.ops.block_sparse_attention import block_sparse_attention
@@ -136,9 +137,9 @@ def test_models_take_lists_for_long_prompts_alone(monkeypatch: pytest.MonkeyPatc
             found = model(input_ids=prompt, attention_mask=mask).logits
             assert launches == [(4, length, 16) for length in lengths] * 3
             torch.testing.assert_close(found[mask], own[mask], **CLOSE)
-        cache = model(input_ids=ids, use_cache=True).past_key_values
+        step = model(input_ids=ids, use_cache=True)
         launches.clear()
-        model(input_ids=ids[:, :1], past_key_values=cache)
+        model(input_ids=ids[:, :1], **cache_of(step))
     assert not launches
 
 

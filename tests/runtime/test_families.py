@@ -9,6 +9,7 @@ from shareprefill import share_prefill
 from shareprefill.artifact import Policy
 from shareprefill.config import RuntimeConfig
 from shareprefill.errors import UnsupportedError
+from shareprefill.runtime.generation import cache_of
 from shareprefill.runtime.layers import LayerKind, layer_uses
 from tests.support.families import FAMILIES, IMAGE_TOKEN, Family, build, is_installed
 from tests.support.sweep import DOCUMENT, every_family, measure, support_of, words
@@ -65,8 +66,7 @@ def runs(model: Any) -> dict[str, torch.Tensor]:
     # Transformers' MiniMax takes a cache for empty whose first layer is linear.
     if model.config.model_type != "minimax":
         first = model(input_ids=ids[:1, :40], use_cache=True)
-        cache = first.past_key_values
-        second = model(input_ids=ids[:1, 40:], past_key_values=cache, use_cache=True)
+        second = model(input_ids=ids[:1, 40:], **cache_of(first), use_cache=True)
         found["chunks"] = torch.cat([first.logits, second.logits], 1)
     if hasattr(model.config, "vision_config"):
         found["with an image"] = model(**with_image(model, ids[:1])).logits

@@ -12,6 +12,7 @@ import torch
 from shareprefill import share_prefill
 from shareprefill.artifact import Policy
 from shareprefill.config import RuntimeConfig
+from shareprefill.runtime.generation import cache_of
 from tests.support.checkpoint import save_checkpoint
 from tests.support.families import FAMILIES, build
 from tests.support.tiny import tiny_artifact, tiny_llama, token_ids
@@ -69,11 +70,11 @@ def test_a_prefix_is_continued(model: Any) -> None:
     first, second = token_ids(1, 60), token_ids(1, 90)
     with torch.no_grad():
         own = model(input_ids=torch.cat([first, second], 1)).logits[:, 60:]
-        cache = model(input_ids=first, use_cache=True).past_key_values
+        cache = cache_of(model(input_ids=first, use_cache=True))
         with share_prefill(model, tiny_artifact(model, POLICIES), EVERYTHING) as session:
             ids = torch.cat([first, second], 1)
-            found = model(input_ids=second, past_key_values=copy.deepcopy(cache)).logits
-            generated = model.generate(ids, past_key_values=cache, max_new_tokens=4)
+            found = model(input_ids=second, **copy.deepcopy(cache)).logits
+            generated = model.generate(ids, **cache, max_new_tokens=4)
     torch.testing.assert_close(found, own, **CLOSE)
     assert torch.equal(generated, model.generate(ids, max_new_tokens=4))
     assert session.report().prefills == 2

@@ -15,7 +15,7 @@ from shareprefill.config import RuntimeConfig
 from shareprefill.errors import ConfigError, DataError
 from shareprefill.models import load_model, load_tokenizer, max_length, position_table
 from shareprefill.runtime import generation
-from shareprefill.runtime.generation import chunk_tokens, generate, prefill
+from shareprefill.runtime.generation import cache_of, chunk_tokens, generate, prefill
 from shareprefill.testing import LargestTensor
 from tests.support.checkpoint import save_checkpoint
 from tests.support.tiny import tiny_artifact, tiny_llama, token_ids
@@ -38,7 +38,8 @@ def test_a_prefill_in_chunks_is_one_prefill(model: Any, chunk: int | None) -> No
     before = model.config._attn_implementation
     step = prefill(model, ids, chunk)
     torch.testing.assert_close(step.logits, own, **CLOSE)
-    assert step.past_key_values.get_seq_length() == 150
+    (cache,) = cache_of(step).values()
+    assert cache.get_seq_length() == 150
     assert model.config._attn_implementation == before
     with share_prefill(model, tiny_artifact(model, POLICIES), EVERYTHING) as session:
         torch.testing.assert_close(prefill(model, ids, chunk).logits, own, **CLOSE)

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from shareprefill import share_prefill
 from shareprefill.config import RuntimeConfig
@@ -17,6 +18,8 @@ from tests.support.families import FAMILIES, build
 from tests.support.tiny import tiny_artifact, tiny_llama, token_ids
 
 CLOSE: Any = {"rtol": 1e-4, "atol": 1e-4}
+# The keyword under which models take a cache; transformers 5.24 has renamed it.
+CACHE = "cache" if hasattr(CausalLMOutputWithPast, "cache") else "past_key_values"
 CPU = torch.device("cpu")
 
 
@@ -98,7 +101,7 @@ def test_dense_handler_serves_chunks_and_generation(model: Any) -> None:
     cache = DynamicCache(config=model.config)
     with attached(model, dense_attention), torch.no_grad():
         pieces = [
-            model(input_ids=piece, past_key_values=cache).logits
+            model(input_ids=piece, **{CACHE: cache}).logits
             for piece in ids.split([20, 1, 7, 22], dim=1)
         ]
         generated = model.generate(ids, max_new_tokens=5, do_sample=False)
@@ -185,7 +188,7 @@ def test_a_mask_that_is_more_than_packed_is_transformers_own(model: Any) -> None
 
     inputs = {
         "attention_mask": None,
-        "past_key_values": None,
+        CACHE: None,
         "inputs_embeds": torch.zeros(1, 9, 1),
     }
     with attached(model, dense_attention):
@@ -209,7 +212,7 @@ def test_static_cache(model: Any) -> None:
     ids = token_ids(1, 40)
     own = logits(model, input_ids=ids)
     cache = StaticCache(config=model.config, max_cache_len=64)
-    found = logits(model, dense_attention, input_ids=ids, past_key_values=cache)
+    found = logits(model, dense_attention, input_ids=ids, **{CACHE: cache})
     torch.testing.assert_close(found, own, **CLOSE)
 
 
@@ -540,9 +543,9 @@ def test_masks_of_another_length_than_the_keys_do_what_the_model_makes_of_them(
                 if cached == "dynamic"
                 else StaticCache(config=config, max_cache_len=64)
             )
-            model(ids[:, :20], attention_mask=mask[:, :20], past_key_values=cache)
+            model(ids[:, :20], attention_mask=mask[:, :20], **{CACHE: cache})
             tokens = ids[:, 20:]
-        options = {"past_key_values": cache, "use_cache": cached != "none"}
+        options = {CACHE: cache, "use_cache": cached != "none"}
         try:
             found = model(tokens, attention_mask=mask, **options).logits
             return found if cached != "none" else found[:, padding:]

@@ -12,6 +12,7 @@ from shareprefill.artifact import Policy, save_artifact
 from shareprefill.config import RuntimeConfig
 from shareprefill.errors import ArtifactError, ConfigError
 from shareprefill.models import warn_once
+from shareprefill.runtime.generation import cache_of
 from shareprefill.runtime.policies import policy_text
 from shareprefill.runtime.policies.streaming import Streaming
 from tests.support.families import FAMILIES, build
@@ -110,10 +111,11 @@ def test_chunks_with_everything_selected_equal_one_prefill(model: Any) -> None:
     with torch.no_grad():
         own = model(input_ids=ids).logits
         with share_prefill(model, tiny_artifact(model, POLICIES), EVERYTHING) as session:
-            cache, pieces = None, []
+            cache: dict[str, Any] = {}
+            pieces = []
             for piece in ids.split([70, 1, 7, 22, 100], dim=1):
-                step = model(input_ids=piece, past_key_values=cache, use_cache=True)
-                cache = step.past_key_values
+                step = model(input_ids=piece, **cache, use_cache=True)
+                cache = cache_of(step)
                 pieces.append(step.logits)
     torch.testing.assert_close(torch.cat(pieces, 1), own, **CLOSE)
     # Pieces shorter than a block run dense.

@@ -17,6 +17,7 @@ from shareprefill.artifact import Policy
 from shareprefill.config import RuntimeConfig
 from shareprefill.errors import ShareprefillError, UnsupportedError
 from shareprefill.models import geometry
+from shareprefill.runtime.generation import cache_of
 from shareprefill.runtime.layers import LayerKind, LayerUse, layer_uses
 from tests.support.families import FAMILIES, SMALL, Family, build
 from tests.support.tiny import tiny_artifact, token_ids
@@ -184,7 +185,7 @@ def _batch(model: Any) -> torch.Tensor:
 def _chunks(model: Any) -> torch.Tensor:
     ids = _prompts()[0][:1]
     first = model(input_ids=ids[:, :40], use_cache=True)
-    second = model(input_ids=ids[:, 40:], past_key_values=first.past_key_values, use_cache=True)
+    second = model(input_ids=ids[:, 40:], **cache_of(first), use_cache=True)
     return torch.cat([first.logits, second.logits], 1)
 
 
