@@ -289,7 +289,10 @@ def map_png(sketch: Sketch, head: int) -> bytes:
 def read_png(sketch: Sketch, head: int) -> bytes:
     """What a head read of its map; cells of which some blocks were read are as much fainter."""
     read = sketch.read[head].float()[..., None]
-    colours = torch.where(read > 0, torch.tensor(_READ), torch.tensor(_NOT_READ))
+    drawn, left = (
+        torch.tensor(colour, dtype=torch.int64, device="cpu") for colour in (_READ, _NOT_READ)
+    )
+    colours = torch.where(read > 0, drawn, left)
     colours[..., 3:] = torch.where(read > 0, read * 215 + 40, colours[..., 3:].float())
     colours = colours.to(torch.uint8).masked_fill(_future(sketch)[..., None], 0)
     return colour_png(colours.numpy())
@@ -298,8 +301,10 @@ def read_png(sketch: Sketch, head: int) -> bytes:
 def _future(sketch: Sketch) -> Tensor:
     """Cells whose keys are all behind their queries, bool `[n_q, n_k]`."""
     n_q, n_k = sketch.maps.shape[1:]
-    ends = sketch.keys - sketch.queries + torch.arange(1, n_q + 1) * sketch.queries / n_q
-    return torch.arange(n_k) * sketch.keys / n_k >= ends[:, None]
+    ends = (
+        sketch.keys - sketch.queries + torch.arange(1, n_q + 1, device="cpu") * sketch.queries / n_q
+    )
+    return torch.arange(n_k, device="cpu") * sketch.keys / n_k >= ends[:, None]
 
 
 def _heads(page: Page, heads: list[HeadTrace]) -> None:
