@@ -168,6 +168,15 @@ def _wrapped(text: str, width: int) -> list[str]:
     ]
 
 
+def size_of(count: float) -> str:
+    """Bytes in words.
+
+    >>> size_of(300_000_000), size_of(2.5e10)
+    ('300 MB', '25.0 GB')
+    """
+    return f"{count / 1e6:.0f} MB" if count < 1e9 else f"{count / 1e9:.1f} GB"
+
+
 @contextmanager
 def progress(what: str) -> Iterator[Callable[[int, int], None]]:
     """Tells on standard error how far a piece of work is, and how long it will take.
@@ -239,7 +248,7 @@ class _Stage:
 
     def line(self) -> str | None:
         """What is done now; None for nothing."""
-        spent = _duration(time.monotonic() - self._started)
+        spent = duration_of(time.monotonic() - self._started)
         return None if self._what is None else f"{self._what}: {spent}"
 
 
@@ -291,12 +300,12 @@ class _Work:
         """How far it is now."""
         spent = time.monotonic() - self._started
         if not self._total:
-            return f"{_LOADING}: {_duration(spent)}"
-        line = f"{self._what}: {self._done} of {self._total}, {_duration(spent)}"
+            return f"{_LOADING}: {duration_of(spent)}"
+        line = f"{self._what}: {self._done} of {self._total}, {duration_of(spent)}"
         if self._done == self._first:
             return line
         left = spent / (self._done - self._first) * (self._total - self._done)
-        return f"{line}, about {_duration(left)} left"
+        return f"{line}, about {duration_of(left)} left"
 
 
 @contextmanager
@@ -318,7 +327,7 @@ def _line_a_minute(line: Callable[[], str | None]) -> Iterator[None]:
         thread.join()
 
 
-def _duration(seconds: float) -> str:
+def duration_of(seconds: float) -> str:
     if seconds < 90:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)

@@ -47,7 +47,7 @@ def main() -> int:
     started = time.monotonic()
     FOLDER.mkdir(parents=True, exist_ok=True)
     calibration, clusters = str(FOLDER / "calibration"), str(FOLDER / "clusters.st")
-    # Effects serve --budget and --max-kl, and cost more here than all of the rest.
+    # Effects serve --budget and --max-kl, and cost as much as the maps.
     sp(
         *("calibrate", "--model", MODEL, "--data", "mixture", "--samples", "24"),
         *("--length", "4096", "--effect-tokens", "0", "--out", calibration),

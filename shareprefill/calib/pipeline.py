@@ -6,17 +6,27 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from shareprefill.calib.capture import PromptMaps, capture
 from shareprefill.calib.effect import measure_effect
 from shareprefill.calib.prompts import Prompt, check_data, make_prompts
-from shareprefill.calib.store import MapStore
+from shareprefill.calib.store import INDEX, MapStore
 from shareprefill.checkpoint import checkpoint_fingerprint
 from shareprefill.config import CalibrateConfig
 from shareprefill.errors import ConfigError, DataError
 from shareprefill.files import locked_folder
-from shareprefill.models import fingerprint, load_model, load_tokenizer, max_length
-from shareprefill.processes import launched
+from shareprefill.models import (
+    Fingerprint,
+    fingerprint,
+    load_model,
+    load_tokenizer,
+    max_length,
+)
+from shareprefill.processes import Processes, launched
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
 
@@ -56,22 +66,7 @@ def capture_maps(
     """
     check_data(config)
     with launched() as processes:
-        tokenizer = load_tokenizer(config.model, trust_remote_code=trust_remote_code)
-        model = load_model(
-            config.model,
-            device=processes.device(config.device),
-            dtype=config.dtype,
-            trust_remote_code=trust_remote_code,
-        )
-        longest = max_length(model)
-        if longest is not None and config.length > longest:
-            raise ConfigError(
-                f"length = {config.length} is beyond the model's maximum of {longest} tokens; "
-                "lower --length"
-            )
-        prompts = make_prompts(config, tokenizer)
-
-        made_for = replace(fingerprint(model), checkpoint=checkpoint_fingerprint(config.model))
+        model, prompts, made_for = load_for_capture(config, processes, trust_remote_code)
 
         def captured(number: int) -> PromptMaps:
             ids = prompts[number].input_ids
@@ -100,7 +95,7 @@ def capture_maps(
             return None
         with locked_folder(folder):
             store = MapStore.begin(folder, config, made_for, resume=resume)
-            _check_prompts(store, prompts)
+            check_prompts(store, prompts)
             begun = processes.tell(len(store.prompts))
             for number in range(begun, len(prompts)):
                 if progress is not None:
@@ -117,7 +112,54 @@ def capture_maps(
         return store
 
 
-def _check_prompts(store: MapStore, prompts: Sequence[Prompt]) -> None:
+def load_for_capture(
+    config: CalibrateConfig, processes: Processes, trust_remote_code: bool
+) -> tuple[PreTrainedModel, list[Prompt], Fingerprint]:
+    """Loads what a capture reads: the model, the prompts, and the model's fingerprint.
+
+    Raises:
+        As `capture_maps`.
+    """
+    tokenizer = load_tokenizer(config.model, trust_remote_code=trust_remote_code)
+    model = load_model(
+        config.model,
+        device=processes.device(config.device),
+        dtype=config.dtype,
+        trust_remote_code=trust_remote_code,
+    )
+    longest = max_length(model)
+    if longest is not None and config.length > longest:
+        raise ConfigError(
+            f"length = {config.length} is beyond the model's maximum of {longest} tokens; "
+            "lower --length"
+        )
+    prompts = make_prompts(config, tokenizer)
+    made_for = replace(fingerprint(model), checkpoint=checkpoint_fingerprint(config.model))
+    return model, prompts, made_for
+
+
+def open_for_capture(
+    folder: Path,
+    config: CalibrateConfig,
+    made_for: Fingerprint,
+    prompts: Sequence[Prompt],
+    *,
+    resume: bool,
+) -> MapStore:
+    """The store that a capture would go on with, to read: an empty one where it would start anew.
+
+    Raises:
+        As `capture_maps`.
+    """
+    if not resume or not (folder / INDEX).exists():
+        return MapStore(folder, config, made_for, [])
+    store = MapStore.open(folder)
+    store.refuse_other(config, made_for)
+    check_prompts(store, prompts)
+    return store
+
+
+def check_prompts(store: MapStore, prompts: Sequence[Prompt]) -> None:
     """Refuses to go on with a store that is damaged, or that other prompts are in."""
     store.verify()
     for number, record in enumerate(store.prompts):

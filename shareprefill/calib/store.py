@@ -100,7 +100,7 @@ class MapStore:
         """
         if resume and (folder / INDEX).exists():
             store = cls.open(folder)
-            _refuse_other(store, config, fingerprint)
+            store.refuse_other(config, fingerprint)
             if asdict(store.fingerprint) != asdict(fingerprint):
                 # Equal weights: an earlier version knew less of them, or the files were repacked.
                 store.fingerprint = fingerprint
@@ -162,12 +162,24 @@ class MapStore:
 
     def map_block(self, tokens: int) -> int:
         """Tokens a block of the maps that are kept of a prompt: a multiple of the block size."""
-        geometry, config = self.fingerprint.geometry, self.config
-        kinds = 1 + len(config.rows)
-        # Two bytes an entry, of the causal half.
-        most = math.isqrt(_PROMPT_BYTES // (kinds * geometry.layers * geometry.heads))
+        layers, config = self.fingerprint.geometry.layers, self.config
+        most = config.map_blocks
+        while most > 1 and self._bytes(most, layers) > _PROMPT_BYTES:
+            most -= 1
         blocks = count_blocks(tokens, config.block_size)
-        return config.block_size * count_blocks(blocks, max(1, min(config.map_blocks, most)))
+        return config.block_size * count_blocks(blocks, most)
+
+    def prompt_bytes(self, tokens: int, layers: int) -> int:
+        """Bytes of the tensors that are kept of a prompt, of which so many layers are captured."""
+        return self._bytes(count_blocks(tokens, self.map_block(tokens)), layers)
+
+    def _bytes(self, n: int, layers: int) -> int:
+        """The same for maps of `n` blocks a side."""
+        kinds, heads = len(self.config.rows), layers * self.fingerprint.geometry.heads
+        # Two bytes an entry: the causal half of the maps, and the last query block's two profiles.
+        maps = 2 * heads * ((1 + kinds) * n * (n + 1) // 2 + n + n + 1)
+        lines = 8 * 8 * 8 * kinds
+        return maps + lines + (4 * (2 * heads + 1) if self.config.effect_tokens else 0)
 
     def add(self, source: str, input_ids: Tensor, digest: str, maps: PromptMaps) -> None:
         """Writes the next prompt's maps, then names them in the index."""
@@ -216,6 +228,29 @@ class MapStore:
             if digest != record.sha256:
                 raise DataError(f"{path} is damaged (checksum); run sp calibrate --fresh")
 
+    def refuse_other(self, config: CalibrateConfig, fingerprint: Fingerprint) -> None:
+        """Refuses to be gone on with by a calibration of another configuration or model.
+
+        Raises:
+            ConfigError: it has another one.
+        """
+        if self.config != config:
+            old, new = self.config.to_dict(), config.to_dict()
+            changed = ", ".join(
+                f"{name} {old[name]!r} there, {new[name]!r} now"
+                for name in new
+                if old[name] != new[name]
+            )
+            raise ConfigError(
+                f"{self.folder} holds a calibration with another configuration ({changed}); "
+                "use --fresh to replace it, or --out for another folder"
+            )
+        if self.fingerprint != fingerprint:
+            raise ConfigError(
+                f"{self.folder} holds a calibration of another model ({self.fingerprint} there, "
+                f"{fingerprint} now); use --fresh to replace it, or --out for another folder"
+            )
+
     def _remove_unnamed(self, pattern: str) -> None:
         named = {record.file for record in self.prompts}
         for path in self.folder.glob(pattern):
@@ -253,25 +288,6 @@ def _unpacked(name: str, tensor: Tensor) -> Tensor:
 
 def _fingerprint(values: dict[str, Any]) -> Fingerprint:
     return Fingerprint(**{**values, "geometry": ModelGeometry(**values["geometry"])})
-
-
-def _refuse_other(store: MapStore, config: CalibrateConfig, fingerprint: Fingerprint) -> None:
-    if store.config != config:
-        old, new = store.config.to_dict(), config.to_dict()
-        changed = ", ".join(
-            f"{name} {old[name]!r} there, {new[name]!r} now"
-            for name in new
-            if old[name] != new[name]
-        )
-        raise ConfigError(
-            f"{store.folder} holds a calibration with another configuration ({changed}); "
-            "use --fresh to replace it, or --out for another folder"
-        )
-    if store.fingerprint != fingerprint:
-        raise ConfigError(
-            f"{store.folder} holds a calibration of another model ({store.fingerprint} there, "
-            f"{fingerprint} now); use --fresh to replace it, or --out for another folder"
-        )
 
 
 def newest_calibration(root: Path) -> Path:

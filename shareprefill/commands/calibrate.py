@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -21,6 +21,9 @@ from shareprefill.commands.options import (
 from shareprefill.commands.train import show_training
 from shareprefill.commands.verdicts import judge_calibration
 from shareprefill.config import DATA_SETS, CalibrateConfig, TrainConfig
+
+if TYPE_CHECKING:
+    from shareprefill.calib.forecast import Forecast
 
 
 @options_of(
@@ -45,6 +48,12 @@ def calibrate_command(
     resume: Annotated[
         bool, typer.Option("--resume/--fresh", help="Go on with a killed run, or start anew.")
     ] = True,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run", help="Time two short prompts, and tell time, disk and memory of the whole."
+        ),
+    ] = False,
     trust_remote_code: RemoteCodeOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -56,11 +65,20 @@ def calibrate_command(
     """
     config = CalibrateConfig(**options)
     from shareprefill.autoencoder.pipeline import train
+    from shareprefill.calib.forecast import forecast
     from shareprefill.calib.pipeline import capture_maps
     from shareprefill.console import progress, status
     from shareprefill.models import model_slug
 
     folder = out or ARTIFACTS / model_slug(config.model) / "calibration"
+    if dry_run:
+        with status("timing two short prompts"):
+            found = forecast(config, folder, resume=resume, trust_remote_code=trust_remote_code)
+        if found is not None and as_json:
+            typer.echo(json.dumps({"path": str(folder), **asdict(found)}))
+        elif found is not None:
+            show_forecast(found, folder)
+        return
     with progress("prompts") as advance:
         store = capture_maps(
             config,
@@ -81,3 +99,23 @@ def calibrate_command(
         return
     show_training(folder, training)
     verdict.show()
+
+
+def show_forecast(found: Forecast, folder: Path) -> None:
+    """Prints what a calibration would take."""
+    from shareprefill.console import duration_of, show_line, size_of
+
+    least, most = min(found.tokens), max(found.tokens)
+    short, long = found.probes
+    memory = f"{size_of(found.host_memory)} at the peak"
+    if found.device_memory is not None:
+        memory += f", and {size_of(found.device_memory)} on the GPU"
+    each = size_of(found.disk / found.prompts)
+    for line in (
+        f"prompts: {found.prompts} of {least:,} to {most:,} tokens; {found.done} are done",
+        f"time: about {duration_of(found.seconds)}, as {short} and {long} tokens took here; then "
+        "the autoencoder is trained",
+        f"disk: {size_of(found.disk)} in {folder}, {each} a prompt",
+        f"memory: about {memory}",
+    ):
+        show_line(line)

@@ -44,6 +44,32 @@ def test_what_was_added_is_read_back(tmp_path: Path) -> None:
         assert torch.equal(opened.load(number, "full")["full"], one.tensors["full"])
 
 
+@pytest.mark.parametrize(
+    ("layers", "heads", "tokens"), [(32, 32, 131_072), (80, 64, 32_768), (108, 48, 65_536)]
+)
+def test_prompts_of_real_sizes_take_at_most_300_mb(
+    tmp_path: Path, layers: int, heads: int, tokens: int
+) -> None:
+    """As the shard of one layer says, of an 8B and a 70B shape and one at the limit."""
+    config = CalibrateConfig(model="m", length=tokens, map_blocks=512)
+    model = Fingerprint("llama", ModelGeometry(layers, heads, 8, 128), "0" * 64)
+    store = MapStore.begin(tmp_path, config, model, resume=True)
+    n = -(-tokens // store.map_block(tokens))
+    names = ["full", *(f"rows{rows}" for rows in config.rows)]
+    tensors = {name: torch.zeros(1, heads, n, n, dtype=torch.float16) for name in names}
+    tensors |= {"vertical": torch.zeros(1, heads, n).half()}
+    tensors |= {"slash": torch.zeros(1, heads, n + 1).half()}
+    tensors |= {"lines": torch.zeros(4, 8, 8, dtype=torch.float64)}
+    tensors |= {name: torch.zeros(1, heads) for name in ("effect_change", "effect_lost")}
+    tensors |= {"effect_divergence": torch.zeros(1)}
+    store.add("needle", torch.zeros(tokens, dtype=torch.int64), "digest", PromptMaps((0,), tensors))
+    size = (tmp_path / store.prompts[0].file).stat().st_size
+    assert 0 < size - store.prompt_bytes(tokens, 1) < 2048
+    assert store.prompt_bytes(tokens, layers) <= 300_000_000
+    # No smaller than it must be.
+    assert n > 64
+
+
 def test_resuming_keeps_what_is_there(tmp_path: Path) -> None:
     filled(tmp_path, prompts=2)
     assert len(MapStore.begin(tmp_path, CONFIG, MODEL, resume=True).prompts) == 2
