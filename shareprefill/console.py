@@ -328,6 +328,7 @@ def _line_a_minute(line: Callable[[], str | None]) -> Iterator[None]:
 
 
 def duration_of(seconds: float) -> str:
+    """A time in words, of two units at most."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
