@@ -20,17 +20,20 @@ from shareprefill.clustering.measurements import (
     HeldOutMeasurements,
     PolicyCurve,
     predicted_cost,
+    time_in_blocks,
 )
 from shareprefill.config import ClusterConfig
 from shareprefill.errors import ConfigError
 
 NO_HEAD = -1
 
-# Prices of harm that are tried, in effective density: from "blocks are all that counts" to "harm is
+# Prices of harm that are tried, in density: from "blocks are all that counts" to "harm is
 # all that counts", be it lost mass, of about .1, or a head's share of a KL divergence.
 _PRICES = tuple(10 ** (-2 + 5 * step / 63) for step in range(152))
 # Gammas that the heads of one pivot may cut its order at.
 _LEVELS = 4
+# Candidates for a pivot whose gains are made anew at a time.
+_ANEW = 8
 # Below it, a gain is rounding.
 _LEAST_GAIN = 1e-9
 
@@ -73,8 +76,8 @@ class Goal:
         target: Recall that a head must reach on every held-out prompt, at the least predicted time
             (so that a head that varies from prompt to prompt is given more, or shares with no
             other); None where harm has a price.
-        price: Effective density (blocks and selection work) of one head that a harm of 1 is worth:
-            the Lagrange multiplier of the budget.
+        price: Predicted time of one head, as a density of blocks, that a harm of 1 is worth: the
+            Lagrange multiplier of the budget.
     """
 
     target: float | None = None
@@ -87,12 +90,12 @@ class Goal:
         if self.target is not None:
             return torch.where(lowest >= self.target, predicted_cost(density, work), torch.inf)
         # Where nobody knows what lost mass does, all of it is alike.
-        return density + work + self.price * (1 - recall if harm is None else harm)
+        return time_in_blocks(density, work) + self.price * (1 - recall if harm is None else harm)
 
     def of(self, choice: Choice) -> float:
         """Of one choice that is allowed."""
         if self.target is None:
-            return choice.density + choice.work + self.price * choice.harm
+            return time_in_blocks(choice.density, choice.work) + self.price * choice.harm
         return choice.cost
 
 
@@ -369,21 +372,27 @@ def _share_scores(evidence: HeldOutMeasurements, goal: Goal) -> tuple[Tensor, Te
     best = torch.full_like(evidence.pairs[0], torch.inf)
     number = torch.zeros(best.shape, dtype=torch.int64, device="cpu")
     for g in range(len(GAMMAS)):
-        score = _share_score(evidence, goal, g)
+        score = _share_score(evidence, goal, g, slice(None), slice(None))
         better = score < best
         best, number = torch.where(better, score, best), torch.where(better, g, number)
     return best, number
 
 
-def _share_score(evidence: HeldOutMeasurements, goal: Goal, g: int) -> Tensor:
-    """Score of every head under every pivot's pattern at one gamma, float64 `[K, K]`."""
-    pairs = evidence.pairs[g]
+def _share_score(
+    evidence: HeldOutMeasurements,
+    goal: Goal,
+    g: int,
+    heads: slice | list[int],
+    pivots: slice | int,
+) -> Tensor:
+    """Score of heads under pivots' patterns at one gamma, float64 `[heads, pivots]`."""
+    pairs, harm = evidence.pairs[g][heads, pivots], evidence.pair_harm
     return goal.score(
         pairs,
-        evidence.worst_pairs[g],
-        evidence.pivots.density[g].expand_as(pairs),
+        evidence.worst_pairs[g][heads, pivots],
+        evidence.pivots.density[g][pivots].expand_as(pairs),
         evidence.check_work,
-        None if evidence.pair_harm is None else evidence.pair_harm[g],
+        None if harm is None else harm[g][heads, pivots],
     )
 
 
@@ -408,19 +417,39 @@ def _locate_pivots(own: Tensor, giving: Tensor, scores: Tensor, min_size: int) -
     while True:
         cost, pivot = own.clone(), torch.full((heads,), -1, dtype=torch.int64, device="cpu")
         is_pivot = torch.zeros(heads, dtype=torch.bool, device="cpu")
-        for _ in range(heads):
+
+        def gain(of: Tensor, cost: Tensor = cost, is_pivot: Tensor = is_pivot) -> Tensor:
+            """What pivots `of` would save now. It only ever falls, as costs do."""
+            savings = (cost[:, None] - scores[:, of]).clamp_(min=0)
             # Pivots read their own patterns whoever comes later.
-            savings = (cost[:, None] - scores).clamp_(min=0)
             savings[is_pivot] = 0
-            savings.fill_diagonal_(0)
-            gains = savings.sum(0) + cost - giving
-            gains[is_pivot | barred] = -torch.inf
-            best = int(gains.argmax())
-            if not gains[best] > _LEAST_GAIN:
+            savings[of, torch.arange(len(of), device="cpu")] = 0
+            return savings.sum(0) + cost[of] - giving[of]
+
+        most = gain(torch.arange(heads, device="cpu"))
+        most[barred] = -torch.inf
+        is_new = torch.zeros(heads, dtype=torch.bool, device="cpu")
+        while True:
+            # Earlier gains are bounds: the largest are made anew until the best of all is new.
+            if not bool(is_new.all()):
+                old = most.masked_fill(is_new, -torch.inf)
+                found = old.topk(min(_ANEW, heads)).indices
+                found = found[~is_new[found]]
+                known = most[found]
+                most[found] = torch.where(known > -torch.inf, gain(found), known)
+                is_new[found] = True
+            best = int(most.argmax())
+            if not most[best] > _LEAST_GAIN:
                 break
-            takes = savings[:, best] > 0
+            if not is_new[best]:
+                continue
+            takes = cost > scores[:, best]
+            takes &= ~is_pivot
+            takes[best] = False
             cost[takes], pivot[takes] = scores[takes, best], best
             cost[best], pivot[best], is_pivot[best] = giving[best], best, True
+            most[best] = -torch.inf
+            is_new[:] = False
         sizes = torch.bincount(pivot[pivot >= 0], minlength=heads)
         small = is_pivot & (sizes < min_size)
         if not bool(small.any()):
@@ -444,7 +473,7 @@ def _with_few_levels(
         wanted = sorted({GAMMAS.index(choices[h].gamma) for h in heads})
         if len(wanted) <= _LEVELS:
             continue
-        columns = [_share_score(evidence, goal, g)[heads, pivot] for g in wanted]
+        columns = [_share_score(evidence, goal, g, heads, pivot) for g in wanted]
         scores = torch.stack(columns)  # [gammas, heads]
         # The last gamma that is wanted serves all of them, where a target is to be reached.
         kept = [len(wanted) - 1] if goal.target is not None else []

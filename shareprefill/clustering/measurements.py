@@ -56,6 +56,11 @@ def predicted_cost(density: D, work: float) -> D:
     return SPARSE_OVERHEAD * density + SELECTION_OVERHEAD * work
 
 
+def time_in_blocks(density: D, work: float) -> D:
+    """The same time as a density of blocks alone."""
+    return predicted_cost(density, work) / SPARSE_OVERHEAD
+
+
 @dataclass(frozen=True)
 class PolicyCurve:
     """One selector on the held-out prompts, at every gamma: means over prompts.
@@ -272,9 +277,12 @@ class _Prompt:
             covered = torch.zeros(len(pattern), len(pattern), dtype=torch.float64, device="cpu")
             lost = torch.zeros_like(covered)
             # `covered_mass` of all pairs, as products, row by row.
-            for rows in torch.arange(n_q, device="cpu").split(_PAIR_ROWS):
-                read = pattern[:, rows].permute(1, 2, 0).float()
-                inside = by_row[rows] @ read  # [rows, K, K]: head, pivot
+            for start in range(0, n_q, _PAIR_ROWS):
+                rows = slice(start, min(start + _PAIR_ROWS, n_q))
+                # Behind the diagonal there is nothing.
+                seen = slice(0, rows.stop)
+                read = pattern[:, rows, seen].permute(1, 2, 0).float()
+                inside = by_row[rows, :, seen] @ read  # [rows, K, K]: head, pivot
                 covered += inside.sum(0)
                 lost += (held[rows] - inside).clamp_(min=0).square_().sum(0)
             recalls.append(covered.div_(n_q).clamp_(max=1))

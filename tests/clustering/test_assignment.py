@@ -10,6 +10,7 @@ import torch
 
 from shareprefill.artifact import Policy
 from shareprefill.clustering.assignment import (
+    _locate_pivots,
     alone,
     choose,
     mean_density,
@@ -334,3 +335,41 @@ def test_a_bound_that_no_pattern_keeps_makes_heads_dense() -> None:
 def test_a_bound_without_effects_is_refused() -> None:
     with pytest.raises(ConfigError, match="max_kl needs effects"):
         chosen(curves(5, 0), max_kl=0.1)
+
+
+@pytest.mark.parametrize("min_size", [2, 4])
+def test_pivots_are_those_of_the_plain_greedy_rule(min_size: int) -> None:
+    """Gains that are made anew a few at a time choose as if all of them were."""
+    heads = 40
+    own = torch.rand(heads, dtype=torch.float64) + 0.2
+    giving = own * (0.9 + 0.3 * torch.rand(heads, dtype=torch.float64))
+    scores = torch.rand(heads, heads, dtype=torch.float64) + 0.15
+    scores = torch.where(torch.rand(heads, heads) < 0.3, torch.inf, scores)
+    costs, table, giving_of = own.tolist(), scores.tolist(), giving.tolist()
+    barred: set[int] = set()
+    while True:
+        cost, pivot = list(costs), [-1] * heads
+
+        def saves(
+            p: int,
+            cost: list[float] = cost,
+            pivot: list[int] = pivot,
+            barred: set[int] = barred,
+        ) -> float:
+            if p in barred or pivot[p] == p:
+                return -1.0
+            others = (h for h in range(heads) if h != p and pivot[h] != h)
+            return sum(max(cost[h] - table[h][p], 0) for h in others) + cost[p] - giving_of[p]
+
+        while saves(best := max(range(heads), key=saves)) > 1e-9:
+            for h in range(heads):
+                if h != best and pivot[h] != h and table[h][best] < cost[h]:
+                    cost[h], pivot[h] = table[h][best], best
+            cost[best], pivot[best] = giving_of[best], best
+        small = {p for p in set(pivot) - {-1} if pivot.count(p) < min_size}
+        if not small:
+            break
+        barred |= small
+    found = _locate_pivots(own, giving, scores, min_size)
+    assert found == pivot
+    assert len(set(found)) > 3

@@ -83,13 +83,14 @@ def test_a_sampled_pivot_gives_what_it_would_read_itself(store: MapStore, rows: 
 def test_the_check_is_of_the_fewest_rows(store: MapStore, rows: int) -> None:
     evidence = HeldOutMeasurements(store, [0, 2], rows, estimator={})
     assert (evidence.check_rows, evidence.sample_rows) == (1, 8)
-    assert evidence.check_work == 1 / 64
-    found = []
+    found, work = [], []
     for number in (0, 2):
         maps, causal, always = _of_prompt(store, number)
+        work.append(len(causal) / (2 * store.prompts[number].tokens))
         estimate = smooth(maps[f"rows{rows}"]) if rows else maps["full"]
         pattern = (head_pattern(estimate[5, None], 0.75)[0] | always) & causal
         found.append(recall(maps["rows1"][3], pattern).item())
+    assert evidence.check_work == pytest.approx(sum(work) / 2)
     assert evidence.least_covered(3, 5, 0.75) == pytest.approx(min(found), abs=1e-6)
     assert max(found) > min(found)
 
