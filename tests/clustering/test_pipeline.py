@@ -62,7 +62,9 @@ def test_metrics_and_linkages(calibration: Path, metric: str, linkage: str) -> N
 
 
 def most_alike(trials: list[Clustering]) -> Clustering:
-    return max((t for t in trials if t.silhouette == t.silhouette), key=lambda t: t.silhouette)
+    """The first one, where one cluster alone is left, which has no silhouette."""
+    defined = [t for t in trials if t.silhouette == t.silhouette]
+    return max(defined, key=lambda t: t.silhouette, default=trials[0])
 
 
 def test_auto_takes_the_most_alike_of_the_cheapest(calibration: Path) -> None:
