@@ -11,6 +11,9 @@ MiB. What is resident beside that is the heap's free room, and pages of the cach
 touched before.
 """
 
+# vLLM lives in an environment of its own: it is not there where types are checked.
+# pyright: reportMissingImports=false
+
 from __future__ import annotations
 
 import argparse
