@@ -11,7 +11,7 @@ from shareprefill.artifact import save_artifact
 from shareprefill.commands.pull import pull_command
 from shareprefill.commands.push import push_command
 from shareprefill.errors import DataError
-from shareprefill.hub import sharing
+from shareprefill.hub import transfer
 from tests.support.hub import fake_hub
 from tests.support.tiny import tiny_artifact, tiny_llama
 
@@ -28,8 +28,8 @@ def test_push_and_pull(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_artifact(tiny_artifact(tiny_llama()), "a.st")
     with fake_hub() as hub:
         for name in ("push", "pull"):
-            whole = getattr(sharing, name)
-            monkeypatch.setattr(sharing, name, partial(whole, endpoint=hub.address))
+            whole = getattr(transfer, name)
+            monkeypatch.setattr(transfer, name, partial(whole, endpoint=hub.address))
         dry = RUNNER.invoke(app, ["push", "a.st", "me/x", "--dry-run"])
         assert dry.exit_code == 0
         assert dry.stdout.startswith("---\nlibrary_name")

@@ -148,7 +148,7 @@ def test_bad_names_of_files(name: str, hub: FakeHub) -> None:
 
 def test_what_is_no_artifact_is_not_pushed(hub: FakeHub) -> None:
     Path("bad.st").write_bytes(b"{}")
-    for name in ("bad.st", "none.st"):
-        with pytest.raises(ArtifactError, match="is not usable"):
+    for name, problem in (("bad.st", "is not usable"), ("none.st", "does not exist")):
+        with pytest.raises(ArtifactError, match=problem):
             push(name, "me/patterns", endpoint=hub.address)
     assert hub.requests == []

@@ -215,9 +215,8 @@ def test_sampled_rows_of_a_whole_block_are_the_oracle() -> None:
     gamma = torch.tensor([0.8])
     expected = select_blocks(exact, gamma, **inputs.geometry.sizes)
     assert torch.equal(make_policy("oracle").select(inputs, ZERO, gamma).pattern, expected)
-    assert torch.equal(
-        make_policy("sampled", rows=BLOCK).select(inputs, ZERO, gamma).pattern, expected
-    )
+    sampled = make_policy(f"sampled:rows={BLOCK}")
+    assert torch.equal(sampled.select(inputs, ZERO, gamma).pattern, expected)
 
 
 @pytest.mark.parametrize(("n_q", "n_k"), [(9, 9), (4, 9)])
