@@ -208,6 +208,14 @@ def test_a_head_shares_what_covers_enough_of_its_sampled_rows(model: Any, margin
     assert record.policies[1] == (S if margin > 0 else M)
 
 
+def test_a_head_that_covers_just_what_it_must_shares(model: Any) -> None:
+    inputs, policies = tensors(150, 150), [[P, S, D, D], [D] * 4, [D] * 4]
+    _, before, _ = run(model, policies, inputs, RuntimeConfig(gamma=0.8, slack=1.0))
+    slack = 0.8 - before.covered[1].item()
+    _, record, _ = run(model, policies, inputs, RuntimeConfig(gamma=0.8, slack=slack))
+    assert record.policies[1] == S
+
+
 def test_nothing_is_computed_for_a_fallback_that_is_not_taken(model: Any) -> None:
     """A head that passes is -1 to its fallback's policy, and its work is not booked."""
     inputs = tensors(150, 150)

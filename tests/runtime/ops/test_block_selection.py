@@ -52,6 +52,19 @@ def test_selected_blocks_are_the_smallest_cover(
 
 
 @pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize(("gamma", "taken"), [(0.5, [0]), (0.75, [0, 1]), (1.0, [0, 1, 2])])
+def test_a_sum_that_is_gamma_is_enough(gamma: float, taken: list[int], impl: str) -> None:
+    masses, limit = torch.tensor([0.5, 0.25, 0.25]), torch.tensor([gamma])
+    sizes = {"n_query": 16, "n_key": 48, "block_size": 16, "impl": impl}
+    chosen = select_blocks(masses[None, None], limit, **sizes)
+    assert chosen[0, 0].nonzero()[:, 0].tolist() == taken
+    diagonal = torch.tensor([[1.0, 0.0, 0.0, 0.0]])
+    lines = vertical_slash_blocks(masses[None], diagonal, limit, **sizes)
+    first_alone = vertical_slash_blocks(torch.eye(3)[:1], diagonal, limit, **sizes)
+    assert lines[0, 0].tolist() == (first_alone | chosen)[0, 0].tolist()
+
+
+@pytest.mark.parametrize("impl", IMPLS)
 def test_sink_and_local_blocks_are_always_read(impl: str) -> None:
     shape = (50, 113, 16)
     nothing = torch.zeros(1, 4, 8)
