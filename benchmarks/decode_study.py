@@ -42,6 +42,7 @@ from shareprefill.calib.tasks.haystack import Haystack
 from shareprefill.config import RuntimeConfig
 from shareprefill.models import load_model, load_tokenizer
 from shareprefill.runtime.fidelity import Fidelity, compare_predictions, final_states, sampled_score
+from shareprefill.runtime.generation import cache_of
 from shareprefill.runtime.interface import AttentionCall, HasGradients, attached
 from shareprefill.runtime.session import share_prefill
 from shareprefill.tokens import encode
@@ -292,14 +293,13 @@ def run_steps(model: Any, ids: Tensor, prompt: int, handler: Decode) -> Tensor:
 @torch.no_grad()
 def greedy(model: Any, ids: Tensor, first: int, prompt: Prompt, steps: int) -> Tensor:
     """A greedy continuation of `steps` tokens, of which the first is known."""
-    from transformers import DynamicCache
-
-    tokens, cache = [first], DynamicCache()
+    tokens, cache = [first], {}
     while len(tokens) < steps:
         positions = torch.tensor([[len(ids) + len(tokens) - 1]])
         step = torch.tensor([[tokens[-1]]])
         with attached(model, _Step(prompt)):
-            out = model(input_ids=step, position_ids=positions, past_key_values=cache)
+            out = model(input_ids=step, position_ids=positions, **cache, use_cache=True)
+        cache = cache_of(out)
         tokens.append(int(out.logits[0, -1].argmax()))
     return torch.tensor(tokens)
 
