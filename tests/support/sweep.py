@@ -314,6 +314,9 @@ of a padded batch, and of two chunks against a cache, as far as the model runs t
 deviations of its logits: of a session that stays dense, and of one that computes sparsely and
 leaves no block out. "no" and "partly" have their reason beside them.
 
+CodeGen and GPT-J call attention through the interface from transformers 5.24 on, and are shared
+there.
+
 """
 
 
