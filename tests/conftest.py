@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import sys
 from importlib.metadata import version
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -49,3 +52,24 @@ def seed(request: pytest.FixtureRequest) -> int:
     number %= 2**31
     torch.manual_seed(number)
     return number
+
+
+@pytest.fixture
+def sp(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> Any:
+    """Runs `sp` in an empty folder; returns exit status, stdout and stderr."""
+    from shareprefill import cli
+
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["sp", *map(str, arguments)])
+        capfd.readouterr()
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as end:
+            code = int(end.code or 0)
+        out, err = capfd.readouterr()
+        return code, out, err
+
+    return run

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 
-from shareprefill import cli
 from shareprefill.artifact import load_artifact
 from shareprefill.files import locked_folder, locked_output, reading_folder
 from shareprefill.runtime.crossover import crossover
@@ -19,25 +18,6 @@ from tests.support.checkpoint import save_checkpoint
 from tests.support.families import FAMILIES, build
 
 Sp = Any
-
-
-@pytest.fixture
-def sp(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> Sp:
-    """Runs `sp` in an empty folder; returns exit status, stdout and stderr."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["sp", *map(str, arguments)])
-        capfd.readouterr()
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as end:
-            code = int(end.code or 0)
-        out, err = capfd.readouterr()
-        return code, out, err
-
-    return run
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,6 @@ import contextlib
 import io
 import json
 import logging
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,22 +18,6 @@ from shareprefill.commands.common import register
 COMMANDS: dict[str, Any] = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
 ARTIFACT = Path(__file__).parents[1] / "data" / "format-1.st"
 Sp = Any
-
-
-@pytest.fixture
-def sp(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Sp:
-    monkeypatch.chdir(tmp_path)
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["sp", *map(str, arguments)])
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as end:
-            code = int(end.code or 0)
-        return (code, *capsys.readouterr())
-
-    return run
 
 
 def parsed(name: str, *arguments: str) -> dict[str, Any]:
@@ -119,7 +102,7 @@ def test_every_command_takes_a_file_and_its_options_as_keys(tmp_path: Path) -> N
         assert parsed(name, *required, "--config", str(tmp_path / "c.toml"))["quiet"] is True
 
 
-def test_how_much_is_said(sp: Sp, capsys: pytest.CaptureFixture[str]) -> None:
+def test_how_much_is_said(sp: Sp, capfd: pytest.CaptureFixture[str]) -> None:
     app = typer.Typer()
 
     def speak_command() -> None:
@@ -137,7 +120,7 @@ def test_how_much_is_said(sp: Sp, capsys: pytest.CaptureFixture[str]) -> None:
     for option in ((), ("-q",), ("-v",)):
         with pytest.raises(SystemExit):
             app([*option])
-        said[option] = capsys.readouterr().err.splitlines()
+        said[option] = capfd.readouterr().err.splitlines()
     assert said[()] == ["sp: warning: slow", "a note sp: warning: meanwhile"]
     assert said["-q",] == []
     assert said["-v",] == ["sp: options: none", "sp: loading", *said[()]]

@@ -9,29 +9,21 @@ from shareprefill.runtime.crossover import crossover, save_crossover
 from shareprefill.runtime.plan import RuntimePlan, plan_without_artifact
 from shareprefill.vllm.core import ServingCore
 from shareprefill.vllm.rows import Prefill
+from tests.support.serving import serving_core
 
 
-def serving_core(**options: object) -> ServingCore:
+def core_with(**options: object) -> ServingCore:
     config = RuntimeConfig.from_dict({"policy": "pooled", "min_tokens": 0} | options)
 
     def plan_of(policy: str | None) -> RuntimePlan:
         assert policy is None
         return plan_without_artifact(2, 4, config)
 
-    return ServingCore(
-        plan_of,
-        config,
-        heads=None,
-        exchange=None,
-        device=torch.device("cpu"),
-        backend="CPU_ATTN",
-        max_rows=1024,
-        max_keys=4096,
-    )
+    return serving_core(plan_of, config)
 
 
 def test_a_step_is_new_once_however_many_groups_ask():
-    core = serving_core()
+    core = core_with()
     first = torch.arange(3)
     assert [core.is_new_step(first) for _ in range(3)] == [True, False, False]
     # Builders that come later (an engine makes its own twice) book the next step all the same.
@@ -42,7 +34,7 @@ def test_a_step_is_new_once_however_many_groups_ask():
 
 
 def test_warming_runs_every_layer_and_counts_nothing(monkeypatch: pytest.MonkeyPatch):
-    core, seen = serving_core(), []
+    core, seen = core_with(), []
     attend = SparsePrefill.attend
 
     def noted(self: SparsePrefill, layer: int, *args: torch.Tensor, **options: object) -> object:
@@ -59,7 +51,7 @@ def test_warming_runs_every_layer_and_counts_nothing(monkeypatch: pytest.MonkeyP
 
 
 def test_a_reports_records_are_bounded_and_forgotten():
-    core = serving_core(min_tokens=300)
+    core = core_with(min_tokens=300)
     for n_key, switch in ((400, None), (400, "off"), (200, None)):
         core.book(128, n_key, switch)
     core.book(127, 400, None)
@@ -83,9 +75,9 @@ def test_a_tuned_crossover_of_its_backend_holds(tmp_path: Path, monkeypatch: pyt
     save_crossover(table, cpu, "SDPA", 300, "by hand", [])
     monkeypatch.setenv("SHAREPREFILL_CROSSOVERS", str(table))
     try:
-        core = serving_core(min_tokens=None)
+        core = core_with(min_tokens=None)
         assert (core.min_tokens, core.crossover.source) == (700, "by hand")
         assert [core.is_sparse(128, keys, None) for keys in (699, 700)] == [False, True]
-        assert serving_core(min_tokens=200).min_tokens == 200
+        assert core_with(min_tokens=200).min_tokens == 200
     finally:
         crossover.cache_clear()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import re
@@ -18,15 +17,10 @@ import torch
 from safetensors.torch import save_file
 
 from shareprefill.artifact import load_artifact, save_artifact
+from tests.support.serving import IN_VLLM
 from tests.support.vllm_engine import MODEL, prompt_tokens
 
-pytestmark = [
-    pytest.mark.skipif(
-        importlib.util.find_spec("vllm") is None, reason="vLLM is not installed: make test-vllm"
-    ),
-    pytest.mark.slow,
-    pytest.mark.timeout(900),
-]
+pytestmark = IN_VLLM
 
 ROOT = Path(__file__).parents[2]
 ARTIFACT = str(ROOT / "artifacts" / "sp-tiny.st")

@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import re
@@ -25,15 +24,10 @@ import pytest
 import torch
 
 from shareprefill.runtime.crossover import save_crossover
+from tests.support.serving import IN_VLLM
 from tests.support.vllm_engine import MODEL, SETTINGS, prompt_tokens
 
-pytestmark = [
-    pytest.mark.skipif(
-        importlib.util.find_spec("vllm") is None, reason="vLLM is not installed: make test-vllm"
-    ),
-    pytest.mark.slow,
-    pytest.mark.timeout(900),
-]
+pytestmark = IN_VLLM
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "vllm.md").read_text(encoding="utf-8")

@@ -13,9 +13,9 @@ from shareprefill.config import RuntimeConfig
 from shareprefill.runtime.core import SparsePrefill
 from shareprefill.runtime.dense import causal_attention
 from shareprefill.runtime.plan import RuntimePlan, make_plan
-from shareprefill.vllm.core import ServingCore
 from shareprefill.vllm.pages import gather_joined
 from shareprefill.vllm.rows import Prefill, divide
+from tests.support.serving import serving_core
 from tests.support.tiny import tiny_artifact, tiny_llama
 
 P, S, R, V = Policy.PIVOT, Policy.SHARE, Policy.SAMPLED, Policy.VERTICAL_SLASH
@@ -48,19 +48,6 @@ class Requests:
                 self.caches[layer, page, :, token % PAGE] = both
 
 
-def core_of(plan: RuntimePlan, config: RuntimeConfig) -> ServingCore:
-    return ServingCore(
-        lambda _: plan,
-        config,
-        heads=None,
-        exchange=None,
-        device=torch.device("cpu"),
-        backend="CPU_ATTN",
-        max_rows=1024,
-        max_keys=1024,
-    )
-
-
 def plan_of(config: RuntimeConfig) -> RuntimePlan:
     return make_plan(
         tiny_artifact(tiny_llama(), [[P, S, R, V], [S, S, P, R], [V, R, S, S]]), config
@@ -70,11 +57,13 @@ def plan_of(config: RuntimeConfig) -> RuntimePlan:
 @pytest.mark.parametrize(
     ("policy", "gamma"), [("auto", 1.0), ("auto", None), ("shareprefill", None)]
 )
-def test_rows_of_mixed_steps_are_as_if_they_were_alone(policy: str, gamma: float | None) -> None:
+def test_rows_of_mixed_steps_are_as_if_they_were_alone(
+    policy: str, gamma: float | None, seed: int
+) -> None:
     """Chunks of any size at any offset, several in a step, between decodes."""
     config = RuntimeConfig(policy=policy, gamma=gamma, min_tokens=40, max_density=1.0)
-    plan, draw = plan_of(config), random.Random()
-    core, requests = core_of(plan, config), Requests([150, 9, 260, 77])
+    plan, draw = plan_of(config), random.Random(seed)
+    core, requests = serving_core(lambda _: plan, config), Requests([150, 9, 260, 77])
     sparse = 0
     while requests.done != requests.lengths:
         rows = [r for r, n in enumerate(requests.lengths) if requests.done[r] < n]
@@ -132,7 +121,7 @@ def test_a_head_whose_pivot_s_layer_did_not_run_here_does_without() -> None:
     """A layer may run dense in an engine (a window, another rank) and be sparse in the artifact."""
     config = RuntimeConfig(min_tokens=0, max_density=1.0, gamma=1.0)
     plan = plan_of(config)
-    core, requests = core_of(plan, config), Requests([200])
+    core, requests = serving_core(lambda _: plan, config), Requests([200])
     whole = Prefill(0, slice(0, 200), 200)
     state = core.begin(whole, None, core.device)
     for layer in (1, 2):
