@@ -100,7 +100,8 @@ def policy_class(text: str) -> type:
     Raises:
         ConfigError: there is none, or it is of no policy.
     """
-    place = place_of(PolicyName.parse(text).name)
+    policy = PolicyName.parse(text).name
+    place = place_of(policy)
     name, _, word = place.rpartition(":")
     module = _module(name, place)
     found = getattr(module, word, None)
@@ -121,7 +122,8 @@ def policy_class(text: str) -> type:
         raise ConfigError(
             f"policy {place!r} lacks the methods that a policy must have: {', '.join(missing)}"
         )
-    _source(found)
+    if policy not in POLICIES:
+        _source(found)
     return found
 
 
