@@ -13,7 +13,13 @@ from shareprefill.commands.bench import bench_command
 from shareprefill.commands.bench_serve import bench_serve_command
 from shareprefill.commands.calibrate import calibrate_command
 from shareprefill.commands.cluster import cluster_command
-from shareprefill.commands.common import outcomes_kept, prompts_kept, register, stages_kept
+from shareprefill.commands.common import (
+    may_be_sent,
+    outcomes_kept,
+    prompts_kept,
+    register,
+    stages_kept,
+)
 from shareprefill.commands.diff import diff_command
 from shareprefill.commands.doctor import doctor_command
 from shareprefill.commands.evaluate import eval_command
@@ -65,6 +71,7 @@ _KEEPS = {
     eval_command: outcomes_kept,
     sweep_command: outcomes_kept,
     regenerate_command: stages_kept,
+    push_command: may_be_sent,
 }
 for _command in (
     *(calibrate_command, train_command, cluster_command, run_command, inspect_command),

@@ -139,6 +139,7 @@ def test_how_much_is_said(sp: Sp, capfd: pytest.CaptureFixture[str]) -> None:
         (("eval", "--artifact", "a.st", "--out", "found"), ("kept in found",)),
         (("eval", "--artifact", "a.st"), ("Nothing is kept", "--out FOLDER")),
         (("regenerate", "models.toml"), ("artifacts/regenerated",)),
+        (("push", "a.st", "me/patterns"), ("may be in the repository",)),
         (("inspect", "a.st"), ("Nothing was written",)),
     ],
 )
@@ -152,6 +153,7 @@ def test_a_stopped_command_says_what_is_kept(
         *("calib.pipeline.capture_maps", "commands.evaluate.model_of", "artifact.load_artifact"),
         "regeneration.jobs.load_jobs",
         "regeneration.pipeline.regenerate",
+        "hub.transfer.push",
     ):
         monkeypatch.setattr(f"shareprefill.{name}", stop)
     code, out, err = sp(*arguments)
