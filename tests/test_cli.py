@@ -13,6 +13,8 @@ import torch
 
 from shareprefill.artifact import load_artifact
 from shareprefill.files import locked_folder, locked_output, reading_folder
+from shareprefill.report.marks import TRACE, mark_of
+from shareprefill.report.page import Page
 from shareprefill.runtime.crossover import crossover
 from tests.support.checkpoint import save_checkpoint
 from tests.support.families import FAMILIES, build
@@ -137,6 +139,17 @@ def test_a_model_that_only_a_file_names_is_not_loaded(work: Path, sp: Sp, tmp_pa
     (tmp_path / "prompt.txt").write_text("words")
     result = sp("run", "--artifact", work / "clusters.st", "prompt.txt")
     expect_error(result, "names the model model", "say --model")
+
+
+def test_a_trace_replaces_its_models_traces_alone(work: Path, sp: Sp, tmp_path: Path) -> None:
+    (tmp_path / "prompt.txt").write_text("A line of text that is read. " * 60)
+    options = ["--artifact", work / "clusters.st", "--model", work / "model", "--min-tokens", "0"]
+    run = ["run", *options, "prompt.txt", "--max-new-tokens", 1, "--trace", "trace.html"]
+    assert [sp(*run)[0] for _ in range(2)] == [0, 0]
+    for page in ("<!DOCTYPE html>my own", Page("t", mark=mark_of(TRACE, "other")).html()):
+        (tmp_path / "trace.html").write_text(page)
+        expect_error(sp(*run), "trace.html is there and", "use --force")
+        assert (tmp_path / "trace.html").read_text() == page
 
 
 def test_recall_on_request(work: Path, sp: Sp, tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from shareprefill.audit.map_figures import map_pictures
 from shareprefill.audit.separation import NAMES
 from shareprefill.files import printable
 from shareprefill.report.drawing import figure_style
+from shareprefill.report.marks import AUDIT, mark_of
 from shareprefill.report.page import Cell, Page
 
 _ROWS = 20
@@ -35,6 +36,7 @@ def build_page(findings: Findings) -> Page:
     page = Page(
         "Audit of a clustering",
         f"{printable(artifact.model)}: {heads.count} heads of {len(heads.layers)} layers",
+        mark_of(AUDIT, artifact.model),
     )
     _verdict(page, findings)
     for warning in findings.warnings:

@@ -15,6 +15,7 @@ from shareprefill.config import RuntimeConfig
 from shareprefill.files import printable
 from shareprefill.report.drawing import colour_png, value_png
 from shareprefill.report.grids import Cell, Grid, value_colour, value_legend
+from shareprefill.report.marks import TRACE, mark_of
 from shareprefill.report.page import Page, Picture
 from shareprefill.runtime.crossover import crossover
 from shareprefill.runtime.plan import make_plan
@@ -114,7 +115,9 @@ def trace_page(
         device: Where it ran.
     """
     page = Page(
-        "Trace of a run", f"{printable(artifact.model)}, {prompt_tokens:,} prompt tokens, {device}"
+        "Trace of a run",
+        f"{printable(artifact.model)}, {prompt_tokens:,} prompt tokens, {device}",
+        mark_of(TRACE, artifact.model),
     )
     heads = trace_heads(artifact, config, report, device)
     if not heads:

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from shareprefill.commands.options import JsonOption, require_own
+from shareprefill.commands.options import JsonOption, require_same
 
 PAGE = Path("audit.html")
 
@@ -24,7 +24,10 @@ def audit_command(
         Path | None,
         typer.Option(help="The page to write; audit.html by default, none with --json."),
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace a file that is no page.")] = False,
+    force: Annotated[
+        bool,
+        typer.Option("--force", help="Replace a file that is no such page, or another model's."),
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Write a page about an artifact: clusters, maps, distances, stability, recall and density.
@@ -36,11 +39,12 @@ def audit_command(
     from shareprefill.audit.findings import examine, to_dict
     from shareprefill.console import note, status
     from shareprefill.files import atomic_write_text, locked_output, printable
+    from shareprefill.report.marks import AUDIT
 
     loaded = load_artifact(artifact)
     path = out or (None if as_json else PAGE)
     if path is not None:
-        require_own(path, (b"<!DOCTYPE html>",), force=force)
+        require_same(path, AUDIT, loaded.model, force=force)
     with status("auditing"), nullcontext() if path is None else locked_output(path):
         findings = examine(loaded, calibration)
         if path is not None:

@@ -15,14 +15,12 @@ from shareprefill.commands.options import (
     lengths_option,
     options_of,
     repeated,
-    require_own,
+    require_same,
     required,
 )
 
 if TYPE_CHECKING:
     from shareprefill.bench.serving import ServeRow
-
-_SVG_STARTS = (b"<?xml", b"<svg")
 
 
 @options_of(
@@ -48,16 +46,18 @@ def bench_serve_command(
     from shareprefill.console import note
     from shareprefill.files import atomic_write_bytes
     from shareprefill.report.drawing import figure_file, figure_style
+    from shareprefill.report.marks import LOAD, mark_of
 
     if plot is not None:
-        require_own(plot, _SVG_STARTS, force=force)
+        require_same(plot, LOAD, options["model"], force=force)
     rows = []
     for row in run_serve_bench(ServeBenchConfig(**options)):
         rows.append(row)
         note(f"{row.tokens} tokens, {row.rate:g} requests/s, {row.attention}")
     if plot is not None:
         with figure_style():
-            atomic_write_bytes(plot, figure_file(draw(rows), "svg"))
+            mark = mark_of(LOAD, options["model"])
+            atomic_write_bytes(plot, figure_file(draw(rows), "svg", mark))
     if as_json:
         typer.echo(json.dumps([row.to_dict() for row in rows], indent=1))
     else:

@@ -21,6 +21,7 @@ from shareprefill.commands.options import (
     options_of,
     repeated,
     require_own,
+    require_same,
     with_commas,
 )
 from shareprefill.errors import ConfigError, DataError
@@ -97,18 +98,21 @@ def eval_command(
       sp eval --policies all --lengths 8K,32K --plot frontier.svg
     """
     first, *others = artifact or [artifact_here(model, options["policies"])]
+    name = model_of(first, model, trust_remote_code=trust_remote_code)
     config = EvalConfig(
         **options,
         artifact=None if first is None else str(first),
         others=tuple(map(str, others)),
-        model=model_of(first, model, trust_remote_code=trust_remote_code),
+        model=name,
     )
     require_folder(out, html=html)
     require_plot(plot, measure=config.measure)
+    from shareprefill.report.marks import EVALUATION, mark_of
+
     if not force:
-        require_own_results(out, "evaluation", first, config.model)
+        require_own_results(out, EVALUATION, first, name, html=html)
     if plot is not None:
-        require_own(plot, (b"<?xml", b"<svg", b"\x89PNG"), force=force)
+        require_same(plot, EVALUATION, name, force=force)
     if markdown is not None:
         require_own(markdown, (f"{config.model}: ".encode(errors="surrogatepass"),), force=force)
     from shareprefill.console import progress
@@ -136,7 +140,9 @@ def eval_command(
         if html:
             atomic_write_text(out / "evaluation.html", evaluation_page(found))
     if plot is not None:
-        atomic_write_bytes(plot, figure_file(frontier_figure(found), plot.suffix[1:]))
+        mark = mark_of(EVALUATION, name)
+        drawn = figure_file(frontier_figure(found), plot.suffix[1:], mark)
+        atomic_write_bytes(plot, drawn)
     if markdown is not None:
         atomic_write_text(markdown, as_markdown(found))
     if as_json:
@@ -172,7 +178,7 @@ def require_folder(out: Path | None, *, html: bool) -> None:
 
 
 def require_own_results(
-    out: Path | None, name: str, artifact: Path | None, model: str | None
+    out: Path | None, name: str, artifact: Path | None, model: str, *, html: bool
 ) -> None:
     """Refuses to replace results of another model.
 
@@ -181,12 +187,17 @@ def require_own_results(
         name: Of their files, without the ending.
         artifact: Of the model to be measured; None for none.
         model: Its name.
+        html: Whether a page is to be written, too.
 
     Raises:
         DataError: there are such results, or files of these names that hold none.
     """
     path = None if out is None else out / f"{name}.json"
-    if path is None or kind_of(path) != "file":
+    if path is None:
+        return
+    if kind_of(path) != "file":
+        if html:
+            require_same(path.with_suffix(".html"), name, model, force=False)
         return
     from shareprefill.artifact import load_artifact
 

@@ -21,6 +21,8 @@ POLICY_HELP = (
     f"One of {', '.join(POLICIES)}, or module:Class of your own; parameters may follow, "
     "as in streaming:local_blocks=16."
 )
+# Enough of a page or figure to say what it is of.
+_MARKED_BYTES = 1 << 16
 _UNITS = {"": 1, "k": 1024, "m": 1024**2}
 
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
@@ -280,18 +282,46 @@ def require_own(path: Path, starts: tuple[bytes, ...], *, force: bool) -> None:
     Raises:
         DataError: there is a file that begins otherwise.
     """
-    if force or kind_of(path) != "file":
-        return
-    try:
-        with path.open("rb") as file:
-            start = file.read(max(map(len, starts)))
-    except OSError as error:
-        raise DataError(f"{printable(path)} cannot be read: {error.strerror}") from error
+    start = b"" if force else _start_of(path, max(map(len, starts)))
     if start and not start.startswith(starts):
         raise DataError(
             f"{printable(path)} is there and of another kind: use --force to replace it, or name "
             "another file"
         )
+
+
+def require_same(path: Path, kind: str, model: str, *, force: bool) -> None:
+    """Refuses to replace a page or a figure of another kind or model than the one to be written.
+
+    Args:
+        path: The file to write.
+        kind: Of `report.marks`.
+        model: That it will be of.
+        force: Whether the user has said to replace it.
+
+    Raises:
+        DataError: there is a file that is no such page or figure, or one of another model.
+    """
+    from shareprefill.report.marks import mark_of, read_mark
+
+    start = b"" if force else _start_of(path, _MARKED_BYTES)
+    if not start or (found := read_mark(start)) == mark_of(kind, model):
+        return
+    what = "of another kind" if found is None else f"holds another one: {printable(found)}"
+    raise DataError(
+        f"{printable(path)} is there and {what}: use --force to replace it, or name another file"
+    )
+
+
+def _start_of(path: Path, count: int) -> bytes:
+    """The first bytes of a file; none where there is no file."""
+    if kind_of(path) != "file":
+        return b""
+    try:
+        with path.open("rb") as file:
+            return file.read(count)
+    except OSError as error:
+        raise DataError(f"{printable(path)} cannot be read: {error.strerror}") from error
 
 
 def listed(text: str) -> tuple[str, ...]:

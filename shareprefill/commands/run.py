@@ -21,7 +21,7 @@ from shareprefill.commands.options import (
     RemoteCodeOption,
     explained,
     options_of,
-    require_own,
+    require_same,
 )
 from shareprefill.commands.streams import print_now, read_chat, read_prompt
 from shareprefill.commands.verdicts import judge_recall, planned_and_taken, why_dense
@@ -76,7 +76,9 @@ def run_command(
         Path | None,
         typer.Option(help="Write a page: what each head took and why, with maps. Measures recall."),
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace a file that is no page.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace a file that is no trace, or another model's.")
+    ] = False,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     trust_remote_code: RemoteCodeOption = False,
@@ -92,8 +94,6 @@ def run_command(
     if system is not None and not chat:
         raise ConfigError("--system is for conversations: give --chat too")
     text = read_chat(prompt, system) if chat else read_prompt(prompt)
-    if trace is not None:
-        require_own(trace, (b"<!DOCTYPE html>",), force=force)
     path = artifact or artifact_here(model, [config.policy])
     if trace is not None and path is None:
         raise ConfigError(
@@ -102,9 +102,12 @@ def run_command(
     from shareprefill.artifact import load_artifact
     from shareprefill.console import status
     from shareprefill.files import atomic_write_text, locked_output
+    from shareprefill.report.marks import TRACE
     from shareprefill.runtime.answering import answer
 
     loaded = None if path is None else load_artifact(path)
+    if trace is not None and loaded is not None:
+        require_same(trace, TRACE, loaded.model, force=force)
     # Now, not after the run: whether the page can be written.
     with nullcontext() if trace is None else locked_output(trace), status("loading") as say:
         result = answer(

@@ -66,14 +66,17 @@ def sweep_command(
       sp sweep --gamma 0.8 --gamma 0.9 --tasks retr_kv --out results
     """
     path = artifact or artifact_here(model, [options["policy"]])
+    name = model_of(path, model, trust_remote_code=trust_remote_code)
     config = SweepConfig(
         **options,
         artifact=None if path is None else str(path),
-        model=model_of(path, model, trust_remote_code=trust_remote_code),
+        model=name,
     )
     require_folder(out, html=html)
+    from shareprefill.report.marks import SWEEP
+
     if not force:
-        require_own_results(out, "sweep", path, config.model)
+        require_own_results(out, SWEEP, path, name, html=html)
     from shareprefill.console import progress
     from shareprefill.evaluation.pages import sweep_page
     from shareprefill.evaluation.sweep import sweep

@@ -39,6 +39,7 @@ from shareprefill.report.drawing import (
     legend_figure,
     plain_label,
 )
+from shareprefill.report.marks import EVALUATION, SWEEP, mark_of
 from shareprefill.report.page import Page
 
 if TYPE_CHECKING:
@@ -64,6 +65,7 @@ def evaluation_page(evaluation: Evaluation) -> str:
         f"Evaluation of {context['model']}",
         f"{config.samples} prompts of each task and length, {context['device']}, "
         f"{context['dtype']}",
+        mark_of(EVALUATION, context["model"]),
     )
     _add_verdict(page, evaluation)
     page.heading("Policies")
@@ -187,6 +189,7 @@ def sweep_page(sweep: Sweep) -> str:
         f"Sweep of {context['model']}",
         f"policy {config.policy}, {config.samples} prompts of each task at {config.length} tokens, "
         f"{context['device']}, {context['dtype']}",
+        mark_of(SWEEP, context["model"]),
     )
     page.text(
         "One parameter is changed at a time. The knee is the point farthest above the chord from "

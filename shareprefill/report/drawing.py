@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
 
 from shareprefill.files import printable
+from shareprefill.report.marks import MARK
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist
@@ -130,7 +131,7 @@ def inline_svg(figure: Figure, label: str, name: str, style_class: Callable[[str
     Returns:
         The element.
     """
-    root = ElementTree.fromstring(_draw(figure, transparent=True))  # noqa: S314  matplotlib wrote it, not a stranger
+    root = ElementTree.fromstring(_draw(figure, {}, transparent=True))  # noqa: S314  matplotlib wrote it, not a stranger
     for defs in root.iter(f"{_SVG}defs"):
         for style in defs.findall(f"{_SVG}style"):
             defs.remove(style)
@@ -146,17 +147,20 @@ def inline_svg(figure: Figure, label: str, name: str, style_class: Callable[[str
     return _element(root, names, style_class)
 
 
-def figure_file(figure: Figure, kind: str) -> bytes:
+def figure_file(figure: Figure, kind: str, mark: str = "") -> bytes:
     """A figure as a file of its own, on the pages' light ground, the same for an equal figure.
 
     Args:
         figure: To draw.
         kind: One of `FILE_KINDS`.
+        mark: What it is of (`marks.mark_of`), to be read before the file is replaced.
     """
+    title = {"Title": f"{MARK}: {mark}"} if mark else {}
     if kind == "svg":
-        return _draw(figure, facecolor=PAPER).encode()
+        return _draw(figure, title, facecolor=PAPER).encode()
     drawn = io.BytesIO()
-    figure.savefig(drawn, format=kind, dpi=_DOTS, facecolor=PAPER, metadata={"Software": None})
+    of_file = {"Software": None} | title
+    figure.savefig(drawn, format=kind, dpi=_DOTS, facecolor=PAPER, metadata=of_file)
     return drawn.getvalue()
 
 
@@ -183,13 +187,13 @@ def colour_png(colours: Any) -> bytes:
     return held.getvalue()
 
 
-def _draw(figure: Figure, **ground: Any) -> str:
+def _draw(figure: Figure, title: dict[str, str], **ground: Any) -> str:
     from matplotlib import rc_context
 
     drawn = io.StringIO()
-    nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+    nothing: dict[str, str | None] = dict.fromkeys(("Date", "Creator", "Format", "Type"))
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": _SALT}):
-        figure.savefig(drawn, format="svg", metadata=nothing, **ground)
+        figure.savefig(drawn, format="svg", metadata=nothing | title, **ground)
     return drawn.getvalue()
 
 

@@ -68,10 +68,11 @@ class Page:
     Args:
         title: Of the page.
         subtitle: What it is about, in a line.
+        mark: What it is of (`marks.mark_of`), to be read before the file is replaced.
     """
 
-    def __init__(self, title: str, subtitle: str = "") -> None:
-        self._title, self._subtitle = title, subtitle
+    def __init__(self, title: str, subtitle: str = "", mark: str = "") -> None:
+        self._title, self._subtitle, self._mark = title, subtitle, mark
         self._blocks: list[dict[str, Any]] = []
         self._sections: list[str] = []
         self._styles: dict[str, str] = {}
@@ -206,6 +207,7 @@ class Page:
         digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
         return _template().render(
             title=self._title,
+            mark=self._mark,
             subtitle=self._subtitle,
             sections=self._sections,
             blocks=self._blocks,

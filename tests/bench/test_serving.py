@@ -6,11 +6,14 @@ from typing import Any
 
 import pytest
 import typer
+from matplotlib.figure import Figure
 from typer.testing import CliRunner, Result
 
 from shareprefill.bench import serving
 from shareprefill.commands.bench_serve import bench_serve_command
 from shareprefill.errors import ConfigError, DataError, UnsupportedError
+from shareprefill.report.drawing import figure_file, figure_style
+from shareprefill.report.marks import LOAD, mark_of
 
 app = typer.Typer(pretty_exceptions_enable=False)
 app.command()(bench_serve_command)
@@ -72,6 +75,10 @@ def test_what_fails_is_said(
     fails("url = 'there'", ConfigError, "--model", "m", "--url", "there")
     (tmp_path / "notes.svg").write_text("text")
     fails("of another kind", DataError, *SMALL, "--plot", tmp_path / "notes.svg")
+    with figure_style():
+        drawn = figure_file(Figure(figsize=(1, 1)), "svg", mark_of(LOAD, "other"))
+    (tmp_path / "load.svg").write_bytes(drawn)
+    fails("another one: load of other", DataError, *SMALL, "--plot", tmp_path / "load.svg")
     assert not calls
     read = json.loads
     monkeypatch.setattr(serving.json, "loads", lambda text: read(text) | {"completed": 1})

@@ -84,6 +84,11 @@ def test_a_page_replaces_a_page_and_nothing_else(artifact: Path) -> None:
     assert "of another kind: use --force" in str(found.exception)
     assert artifact.read_bytes() == before
     assert [sp_audit("--out", "page.html").exit_code for _ in range(2)] == [0, 0]
+    other = (artifact.parent / "page.html").read_text().replace("audit of ", "audit of another ")
+    (artifact.parent / "page.html").write_text(other)
+    found = sp_audit("--out", "page.html")
+    assert "holds another one: audit of another" in str(found.exception)
+    assert (artifact.parent / "page.html").read_text() == other
     (artifact.parent / "notes").write_text("mine")
     assert sp_audit("--out", "notes", "--force").exit_code == 0
     assert (artifact.parent / "notes").read_text(encoding="utf-8").startswith("<!DOCTYPE html>")

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import typer
+from matplotlib.figure import Figure
 from typer.testing import CliRunner, Result
 
 from shareprefill.artifact import save_artifact
@@ -14,6 +15,9 @@ from shareprefill.errors import ArtifactError, ConfigError, DataError
 from shareprefill.evaluation.results import load_evaluation
 from shareprefill.models import load_model
 from shareprefill.policy_names import POLICIES
+from shareprefill.report.drawing import figure_file, figure_style
+from shareprefill.report.marks import EVALUATION, mark_of, read_mark
+from shareprefill.report.page import Page
 from tests.support.checkpoint import save_checkpoint
 from tests.support.tiny import tiny_artifact
 
@@ -52,6 +56,7 @@ def test_a_table_and_files(folder: Path, tmp_path: Path) -> None:
     assert "<svg" in (tmp_path / "evaluation.html").read_text()
     assert ">sampled</text>" in (tmp_path / "frontier.svg").read_text()
     assert "| sampled, gamma 0.5 |" in (tmp_path / "tables.md").read_text()
+    assert read_mark((tmp_path / "frontier.svg").read_bytes()) == f"evaluation of {folder}/model"
     # The same again, from the outcomes that are kept.
     stamp = (tmp_path / "outcomes.jsonl").stat().st_mtime_ns
     again = sp_eval(folder, *options, *gammas, "--out", tmp_path, "--json")
@@ -96,6 +101,19 @@ def test_a_plot_replaces_no_file_of_another_kind(folder: Path, tmp_path: Path) -
     with pytest.raises(DataError, match="of another kind"):
         raise result.exception or AssertionError(result.output)
     assert (tmp_path / "notes.svg").read_text() == "mine"
+
+
+def test_a_figure_or_page_of_another_model_is_not_replaced(folder: Path, tmp_path: Path) -> None:
+    other = Page("t", mark=mark_of(EVALUATION, "other")).html()
+    with figure_style():
+        drawn = figure_file(Figure(figsize=(1, 1)), "png", mark_of(EVALUATION, "other"))
+    (tmp_path / "evaluation.html").write_text(other)
+    (tmp_path / "frontier.png").write_bytes(drawn)
+    for options in (("--plot", tmp_path / "frontier.png"), ("--out", tmp_path, "--html")):
+        result = sp_eval(folder, *options)
+        with pytest.raises(DataError, match="holds another one: evaluation of other: use --force"):
+            raise result.exception or AssertionError(result.output)
+    assert {path.name for path in tmp_path.iterdir()} == {"evaluation.html", "frontier.png"}
 
 
 @pytest.mark.parametrize(
