@@ -14,6 +14,7 @@ from shareprefill.commands.bench_serve import bench_serve_command
 from shareprefill.commands.calibrate import calibrate_command
 from shareprefill.commands.cluster import cluster_command
 from shareprefill.commands.common import (
+    loads_told,
     may_be_sent,
     outcomes_kept,
     prompts_kept,
@@ -72,6 +73,7 @@ _KEEPS = {
     sweep_command: outcomes_kept,
     regenerate_command: stages_kept,
     push_command: may_be_sent,
+    bench_serve_command: loads_told,
 }
 for _command in (
     *(calibrate_command, train_command, cluster_command, run_command, inspect_command),

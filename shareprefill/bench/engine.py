@@ -146,8 +146,10 @@ def time_prefills(
     tokens: int,
     repeats: int,
     clock: Callable[[], float] = time.perf_counter,
+    *,
+    warm_ups: int = 1,
 ) -> Timing:
-    """Seconds to the first token of prompts of one length; one prefill of each kind warms up.
+    """Seconds to the first token of prompts of one length.
 
     Args:
         llm: Of `start_engine`.
@@ -155,18 +157,19 @@ def time_prefills(
         tokens: Of every prompt.
         repeats: Prefills of each kind.
         clock: Seconds.
+        warm_ups: Prefills of each kind that come before, and are not timed.
     """
     from vllm import SamplingParams
 
     times: dict[str, list[float]] = {"off": [], "on": []}
-    for repeat in range(repeats + 1):
+    for repeat in range(warm_ups + repeats):
         for kind in times:
             prompt = {"prompt_token_ids": prompts(tokens)}
             extra = {"shareprefill": "off"} if kind == "off" else None
             parameters = SamplingParams(max_tokens=1, temperature=0, extra_args=extra)
             begun = clock()
             llm.generate(prompt, parameters, use_tqdm=False)
-            if repeat:
+            if repeat >= warm_ups:
                 times[kind].append(clock() - begun)
     (report, *_) = llm.collective_rpc("shareprefill_report", args=(True,))
     density = report["recent"]["auto"]["density"]

@@ -18,7 +18,7 @@ from shareprefill.errors import DataError, UnsupportedError
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-DENSE, SHARED = "dense", "shared"
+DENSE, SHARED = KINDS = ("dense", "shared")
 _OFF = json.dumps({"vllm_xargs": {"shareprefill": "off"}})
 # Of vLLM's results, by ours.
 _FIGURES = {
@@ -89,7 +89,7 @@ def run_serve_bench(config: ServeBenchConfig, run: RunVllm | None = None) -> Ite
     seed = config.seed
     for tokens in config.lengths:
         for rate in config.rates:
-            for attention in (DENSE, SHARED):
+            for attention in KINDS:
                 # No prompt comes again: it would be found in the prefix cache.
                 seed += 1
                 yield _row(config, tokens, rate, attention, seed, run)

@@ -37,31 +37,40 @@ def bench_serve_command(
 ) -> None:
     """Send load to a vLLM server that runs with the plug-in, dense and shared.
 
-    It runs vLLM's own benchmark (vllm bench serve) once for every length, rate and kind.
+    It runs vLLM's own benchmark (vllm bench serve) once for every length, rate and kind. Where it
+    is stopped, or a load fails, the table has those that ended.
 
     Example:
       sp bench-serve --model MODEL --lengths 8K,32K --rate 0.5 --rate 1 --plot load.svg
     """
-    from shareprefill.bench.serving import draw, run_serve_bench
-    from shareprefill.console import note
+    from shareprefill.bench.serving import KINDS, draw, run_serve_bench
+    from shareprefill.console import note, progress
     from shareprefill.files import atomic_write_bytes
     from shareprefill.report.drawing import figure_file, figure_style
     from shareprefill.report.marks import LOAD, mark_of
 
     if plot is not None:
         require_same(plot, LOAD, options["model"], force=force)
-    rows = []
-    for row in run_serve_bench(ServeBenchConfig(**options)):
-        rows.append(row)
-        note(f"{row.tokens} tokens, {row.rate:g} requests/s, {row.attention}")
+    config = ServeBenchConfig(**options)
+    rows: list[ServeRow] = []
+    try:
+        with progress("loads") as advance:
+            total = len(config.lengths) * len(config.rates) * len(KINDS)
+            advance(0, total)
+            for row in run_serve_bench(config):
+                rows.append(row)
+                note(f"{row.tokens} tokens, {row.rate:g} requests/s, {row.attention}")
+                advance(len(rows), total)
+    finally:
+        # Also of a load that failed or was stopped: minutes were spent on each of these.
+        if as_json and rows:
+            typer.echo(json.dumps([row.to_dict() for row in rows], indent=1))
+        elif rows:
+            show_rows(config.model, rows)
     if plot is not None:
         with figure_style():
-            mark = mark_of(LOAD, options["model"])
+            mark = mark_of(LOAD, config.model)
             atomic_write_bytes(plot, figure_file(draw(rows), "svg", mark))
-    if as_json:
-        typer.echo(json.dumps([row.to_dict() for row in rows], indent=1))
-    else:
-        show_rows(options["model"], rows)
 
 
 def show_rows(model: str, rows: list[ServeRow]) -> None:

@@ -75,6 +75,11 @@ def outcomes_kept(values: dict[str, Any]) -> str:
     return f"Outcomes are kept in {printable(values['out'])}: the same command{again} goes on."
 
 
+def loads_told(_values: dict[str, Any]) -> str:
+    """Of `sp bench-serve`."""
+    return "Loads that ended are in the table; no picture was drawn."
+
+
 def may_be_sent(_values: dict[str, Any]) -> str:
     """Of `sp push`."""
     return "The artifact may be in the repository, whole or not at all: --force sends it again."

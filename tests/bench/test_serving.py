@@ -64,6 +64,31 @@ def test_every_load_is_sent_dense_and_shared(calls: list[dict[str, str]], tmp_pa
     assert [v["first_token_ms"] for v in values] == [2000, 1000] * 4
 
 
+@pytest.mark.parametrize("end", [KeyboardInterrupt(), DataError("a load failed")])
+@pytest.mark.parametrize("form", [(), ("--json",)])
+def test_loads_that_ended_are_told_where_a_later_one_does_not(
+    calls: list[dict[str, str]],
+    monkeypatch: pytest.MonkeyPatch,
+    end: BaseException,
+    form: tuple[str, ...],
+) -> None:
+    run = serving._vllm()
+
+    def ends(arguments: list[str]) -> None:
+        if len(calls) == 3:
+            raise end
+        run(arguments)
+
+    monkeypatch.setattr(serving, "_vllm", lambda: ends)
+    result = bench_serve(*SMALL, *form)
+    assert result.exit_code != 0
+    assert sum(word in result.stdout for word in ("dense", "shared")) == 2
+    if form:
+        assert len(json.loads(result.stdout[: result.stdout.rindex("]") + 1])) == 3
+    else:
+        assert len([line for line in result.stdout.splitlines() if line.startswith("1024")]) == 3
+
+
 def test_what_fails_is_said(
     calls: list[dict[str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

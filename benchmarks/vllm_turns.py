@@ -1,0 +1,341 @@
+"""Engines of vLLM that take turns, each in a process of its own: first tokens, throughput, answers.
+
+    python benchmarks/vllm_turns.py --engines shared,plain --throughput 1024:128:64 --compiled
+    python benchmarks/vllm_turns.py --engines shared,shared:2 --lengths 32768,131072
+    python benchmarks/vllm_turns.py --engines shared --model MODEL --artifact clusters.st \
+        --questions 200 --length 16384
+
+`shared` is an engine with the plug-in, `plain` one without it; `:N` divides an engine over N GPUs.
+Weights are random and patterns synthetic, as in `bench_vllm.py`, where no model is named.
+
+- `--lengths`: time to first token of each `shared` engine, dense (requests with `off`) and shared
+  in turns, at every number of tokens a step that `--chunks` names (0: the whole prompt). The first
+  shared prefill of an engine is told beside them: nothing may be compiled in it.
+- `--throughput TOKENS:OUTPUT:REQUESTS`: so many requests at once, shorter than `--min-tokens`.
+- `--questions`: of key-value retrieval, answered by each `shared` engine, dense and shared.
+"""
+
+# vLLM lives in an environment of its own: it is not there where types are checked.
+# pyright: reportMissingImports=false
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from provenance import provenance, summary
+
+from shareprefill.bench.engine import (
+    engine_settings,
+    random_checkpoint,
+    random_prompts,
+    start_engine,
+    time_prefills,
+)
+from shareprefill.bench.shapes import layers_of
+from shareprefill.bench.timings import Timing, rows_of
+from shareprefill.calib.tasks import generate, score
+from shareprefill.models import load_tokenizer
+from shareprefill.tokens import encode
+
+Json = dict[str, Any]
+
+
+class Engine(NamedTuple):
+    """What one process runs: its kind, and the GPUs that it is divided over."""
+
+    kind: str
+    processes: int
+
+    @classmethod
+    def read(cls, text: str) -> Engine:
+        """`shared`, `plain`, `shared:2`, ..."""
+        kind, _, processes = text.partition(":")
+        if kind not in ("shared", "plain"):
+            raise SystemExit(f"--engines: {text!r} is neither shared nor plain")
+        return cls(kind, int(processes or 1))
+
+    @property
+    def name(self) -> str:
+        """As in the tables."""
+        return f"{self.kind}:{self.processes}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--engines", default="shared,plain")
+    parser.add_argument("--model", type=Path, help="a model; without one: --shape")
+    parser.add_argument("--artifact", type=Path, help="of the model")
+    parser.add_argument("--shape", default="llama-3.1-8b")
+    parser.add_argument("--layers", type=int, help="fewer than the shape has")
+    parser.add_argument("--density", type=float, default=0.1)
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--lengths", default="", help="tokens of prompts that are timed")
+    parser.add_argument("--chunks", default="0", help="tokens of a step; 0: the whole prompt")
+    parser.add_argument("--throughput", default="", help="TOKENS:OUTPUT:REQUESTS,...")
+    parser.add_argument("--questions", type=int, default=0)
+    parser.add_argument("--length", type=int, default=16384, help="of a question's prompt")
+    parser.add_argument("--min-tokens", type=int, default=8192, help="shorter prompts are dense")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--requests", type=int, default=16, help="of a step, at most")
+    parser.add_argument("--compiled", action="store_true", help="torch.compile and CUDA graphs")
+    parser.add_argument("--graphs", help="which CUDA graphs, as vLLM names them")
+    parser.add_argument("--memory", type=float, help="share of a GPU for an engine")
+    parser.add_argument("--cache", type=float, help="GiB of keys and values for an engine")
+    parser.add_argument("--commit", help="of the sources, where git is not there to tell")
+    parser.add_argument("--json", type=Path, help="writes the figures there")
+    args = parser.parse_args()
+    args.lengths = [int(length) for length in args.lengths.split(",") if length]
+    args.chunks = [int(chunk) for chunk in args.chunks.split(",")]
+    args.loads = [[int(n) for n in load.split(":")] for load in args.throughput.split(",") if load]
+    args.is_random = args.model is None
+    args.most = max(
+        [args.length * bool(args.questions), *args.lengths, *(a + b for a, b, _ in args.loads)]
+    )
+    engines = [Engine.read(text) for text in args.engines.split(",")]
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        if args.is_random:
+            layers = args.layers or layers_of(args.shape)
+            args.model = Path(folder)
+            args.artifact = random_checkpoint(
+                args.model, args.shape, layers, args.most + 64, args.density
+            )
+        # All start at once: most of a start is the host's work.
+        ends = {engine: stack.enter_context(running(engine, args)) for engine in engines}
+        found = measured(args, ends)
+    if args.json:
+        args.json.write_text(json.dumps(found, indent=1))
+
+
+@contextmanager
+def running(engine: Engine, args: argparse.Namespace) -> Iterator[Connection]:
+    """An engine's process; gives the end of a pipe that takes tasks and returns what they find."""
+    context = multiprocessing.get_context("spawn")
+    mine, theirs = context.Pipe()
+    process = context.Process(target=serve, args=(theirs, engine, args))
+    process.start()
+    # The process holds the other end alone: where it dies, this end says so.
+    theirs.close()
+    try:
+        yield mine
+    finally:
+        mine.close()
+        process.join()
+
+
+def serve(end: Connection, engine: Engine, args: argparse.Namespace) -> None:
+    """Starts an engine and does its tasks, until there is nobody to give some."""
+    if engine.kind == "plain":
+        os.environ["VLLM_PLUGINS"] = ""
+        # Folders that hold our entry points alone. Where they lie among other packages, the switch
+        # of single requests stays, and idles.
+        sys.path[:] = [path for path in sys.path if not _is_ours_alone(Path(path))]
+    # Scheduled in this process, however many compute: `run_prefills` tells the scheduler the chunk.
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    with engine_settings():
+        began = time.perf_counter()
+        llm = started(engine, args)
+        end.send(state_of(llm) | {"start_s": time.perf_counter() - began})
+        while True:
+            try:
+                name, *arguments = end.recv()
+            except EOFError:
+                return
+            end.send(TASKS[name](llm, *arguments))
+
+
+def _is_ours_alone(folder: Path) -> bool:
+    return any(folder.glob("shareprefill-*.dist-info")) and not (folder / "vllm").exists()
+
+
+def started(engine: Engine, args: argparse.Namespace) -> Any:
+    """The engine."""
+    import torch
+
+    arguments: Json = {
+        "dtype": args.dtype,
+        "enforce_eager": not args.compiled,
+        "tensor_parallel_size": engine.processes,
+        "max_num_seqs": args.requests,
+    }
+    options = {"artifact": str(args.artifact), "min_tokens": args.min_tokens}
+    if args.is_random:
+        options["checkpoint"] = "unchecked"
+    arguments["additional_config"] = {"shareprefill": options}
+    if engine.kind == "plain":
+        arguments["additional_config"] = {}
+        if torch.cuda.is_available():
+            arguments["attention_backend"] = "FLASH_ATTN"
+    if args.graphs:
+        arguments["compilation_config"] = {"cudagraph_mode": args.graphs}
+    if args.memory:
+        arguments["gpu_memory_utilization"] = args.memory
+    if args.cache:
+        # Not measured: the other engines take memory meanwhile.
+        arguments["kv_cache_memory_bytes"] = int(args.cache * 2**30)
+    return start_engine(
+        str(args.model), str(args.artifact), tokens=args.most, is_random=args.is_random, **arguments
+    )
+
+
+def state_of(llm: Any) -> Json:
+    """The modes that an engine says it runs in."""
+    import vllm
+
+    config = llm.llm_engine.vllm_config
+    graphs = config.compilation_config.cudagraph_mode
+    return {
+        "vllm": vllm.__version__,
+        "cudagraph_mode": getattr(graphs, "name", str(graphs)),
+        "compilation": str(config.compilation_config.mode),
+        "async_scheduling": config.scheduler_config.async_scheduling,
+    }
+
+
+def measured(args: argparse.Namespace, ends: dict[Engine, Connection]) -> Json:
+    """Does all tasks, and prints tables."""
+    import torch
+
+    states = {engine.name: end.recv() for engine, end in ends.items()}
+    print(summary(provenance("cuda" if torch.cuda.is_available() else "cpu", args.commit)))
+    for name, state in states.items():
+        print(f"{name}: {state}")
+    found: Json = {"states": states}
+    shared = {engine: end for engine, end in ends.items() if engine.kind == "shared"}
+    if args.loads:
+        found["throughput"] = throughputs(args, ends)
+    if args.lengths:
+        found["prefills"] = first_tokens(args, shared)
+    if args.questions:
+        found["questions"] = answers(args, shared)
+    return found
+
+
+def ask(end: Connection, *task: Any) -> Any:
+    """One task of an engine."""
+    end.send(task)
+    return end.recv()
+
+
+def throughputs(args: argparse.Namespace, ends: dict[Engine, Connection]) -> list[Json]:
+    """Tokens a second under every load, the engines in turns; the first turn warms up."""
+    print("| prompt | output | requests | engine | seconds | spread | throughput of the last |")
+    print("| --- | --- | --- | --- | --- | --- | --- |")
+    rows = []
+    for load in args.loads:
+        times: dict[Engine, list[float]] = {engine: [] for engine in ends}
+        for _ in range(args.repeats + 1):
+            for engine, end in ends.items():
+                times[engine].append(ask(end, "load", *load))
+        medians = {engine: statistics.median(taken[1:]) for engine, taken in times.items()}
+        last = list(medians.values())[-1]
+        for engine, median in medians.items():
+            taken = times[engine][1:]
+            spread = (max(taken) - min(taken)) / median
+            cells = (*load, engine.name, f"{median:.3f}", f"{spread:.1%}", f"{last / median:.3f}")
+            print(f"| {' | '.join(map(str, cells))} |", flush=True)
+            rows.append({"load": load, "engine": engine.name, "seconds": times[engine]})
+    return rows
+
+
+def first_tokens(args: argparse.Namespace, ends: dict[Engine, Connection]) -> list[Json]:
+    """Time to first token at every length and number of tokens a step."""
+    print("| tokens | a step | engine | vLLM | shareprefill | speed-up | spread | density |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
+    rows = []
+    for engine, end in ends.items():
+        first = ask(end, "prefills", min(args.lengths), 0, 1, 0)
+        print(f"{engine.name}: the first of all took {first.shared_s[0]:.3f} s")
+        rows.append({"engine": engine.name, "chunk": "first", **rows_of([first])[0]})
+    for length in args.lengths:
+        for chunk in args.chunks:
+            for engine, end in ends.items():
+                timing: Timing = ask(end, "prefills", length, chunk, args.repeats, 1)
+                off, on = statistics.median(timing.dense_s), statistics.median(timing.shared_s)
+                print(
+                    f"| {length} | {chunk or 'all'} | {engine.name} | {off:.3f} | {on:.3f} "
+                    f"| {timing.speedup:.2f} | {timing.spread:.1%} | {timing.density:.3f} |",
+                    flush=True,
+                )
+                rows.append({"engine": engine.name, "chunk": chunk, **rows_of([timing])[0]})
+    return rows
+
+
+def answers(args: argparse.Namespace, ends: dict[Engine, Connection]) -> list[Json]:
+    """Right answers of every engine, dense and shared; and how many are the first one's."""
+    tokenizer = load_tokenizer(str(args.model))
+    examples = [generate("retr_kv", tokenizer, args.length, n) for n in range(args.questions)]
+    prompts = [encode(tokenizer, example.prompt).tolist() for example in examples]
+    longest = max(len(encode(tokenizer, example.answer)) for example in examples) + 2
+    print("| engine | requests | right | as the first engine's | density | seconds |")
+    print("| --- | --- | --- | --- | --- | --- |")
+    rows, known = [], {}
+    for switch in ("off", None):
+        for engine, end in ends.items():
+            tokens, density, seconds = ask(end, "answers", prompts, longest, switch)
+            texts = [tokenizer.decode(answer) for answer in tokens]
+            right = sum(score(e, text) for e, text in zip(examples, texts, strict=True))
+            same = sum(map(list.__eq__, tokens, known.setdefault(switch, tokens)))
+            cells = (engine.name, switch or "shared", right, same, density, f"{seconds:.1f}")
+            print(f"| {' | '.join(map(str, cells))} |", flush=True)
+            rows.append({"engine": engine.name, "switch": switch, "right": right, "same": same})
+    return rows
+
+
+def run_prefills(llm: Any, tokens: int, chunk: int, repeats: int, warm_ups: int) -> Timing:
+    """Times prefills, `chunk` tokens of each a step."""
+    llm.llm_engine.vllm_config.scheduler_config.long_prefill_token_threshold = chunk
+    return time_prefills(llm, random_prompts(llm), tokens, repeats, warm_ups=warm_ups)
+
+
+def run_load(llm: Any, tokens: int, output: int, requests: int) -> float:
+    """Seconds of some requests that come at once."""
+    from vllm import SamplingParams
+
+    make = random_prompts(llm)
+    prompts = [{"prompt_token_ids": make(tokens)} for _ in range(requests)]
+    parameters = SamplingParams(max_tokens=output, temperature=0, ignore_eos=True)
+    begun = time.perf_counter()
+    llm.generate(prompts, parameters, use_tqdm=False)
+    return time.perf_counter() - begun
+
+
+def run_answers(
+    llm: Any, prompts: list[list[int]], longest: int, switch: str | None
+) -> tuple[list[list[int]], float | None, float]:
+    """Greedy answers, the density of the last sparse rows, and the seconds."""
+    from vllm import SamplingParams
+
+    extra = None if switch is None else {"shareprefill": switch}
+    parameters = SamplingParams(max_tokens=longest, temperature=0, extra_args=extra)
+    begun = time.perf_counter()
+    inputs = [{"prompt_token_ids": prompt} for prompt in prompts]
+    found = llm.generate(inputs, parameters, use_tqdm=False)
+    seconds = time.perf_counter() - begun
+    (report, *_) = llm.collective_rpc("shareprefill_report", args=(True,))
+    density = report["recent"].get("auto", {}).get("density")
+    return [list(one.outputs[0].token_ids) for one in found], density, seconds
+
+
+TASKS: dict[str, Callable[..., Any]] = {
+    "prefills": run_prefills,
+    "load": run_load,
+    "answers": run_answers,
+}
+
+
+if __name__ == "__main__":
+    main()
