@@ -30,7 +30,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -45,11 +44,13 @@ from shareprefill.bench.engine import (
 )
 from shareprefill.bench.shapes import layers_of
 from shareprefill.bench.timings import Timing, rows_of
-from shareprefill.calib.tasks import generate, score
+from shareprefill.calib.tasks import Example, generate, score
 from shareprefill.models import load_tokenizer
 from shareprefill.tokens import encode
 
 Json = dict[str, Any]
+# A `multiprocessing.connection.Connection`, whose type differs by system.
+Pipe = Any
 
 
 class Engine(NamedTuple):
@@ -121,7 +122,7 @@ def main() -> None:
 
 
 @contextmanager
-def running(engine: Engine, args: argparse.Namespace) -> Iterator[Connection]:
+def running(engine: Engine, args: argparse.Namespace) -> Iterator[Pipe]:
     """An engine's process; gives the end of a pipe that takes tasks and returns what they find."""
     context = multiprocessing.get_context("spawn")
     mine, theirs = context.Pipe()
@@ -136,7 +137,7 @@ def running(engine: Engine, args: argparse.Namespace) -> Iterator[Connection]:
         process.join()
 
 
-def serve(end: Connection, engine: Engine, args: argparse.Namespace) -> None:
+def serve(end: Pipe, engine: Engine, args: argparse.Namespace) -> None:
     """Starts an engine and does its tasks, until there is nobody to give some."""
     if engine.kind == "plain":
         os.environ["VLLM_PLUGINS"] = ""
@@ -205,10 +206,12 @@ def state_of(llm: Any) -> Json:
     }
 
 
-def measured(args: argparse.Namespace, ends: dict[Engine, Connection]) -> Json:
+def measured(args: argparse.Namespace, ends: dict[Engine, Pipe]) -> Json:
     """Does all tasks, and prints tables."""
     import torch
 
+    # While the engines start.
+    examples = questions_of(args)
     states = {engine.name: end.recv() for engine, end in ends.items()}
     print(summary(provenance("cuda" if torch.cuda.is_available() else "cpu", args.commit)))
     for name, state in states.items():
@@ -220,17 +223,25 @@ def measured(args: argparse.Namespace, ends: dict[Engine, Connection]) -> Json:
     if args.lengths:
         found["prefills"] = first_tokens(args, shared)
     if args.questions:
-        found["questions"] = answers(args, shared)
+        found["questions"] = answers(args, examples, shared)
     return found
 
 
-def ask(end: Connection, *task: Any) -> Any:
+def questions_of(args: argparse.Namespace) -> list[Example]:
+    """Key-value retrieval, no two alike."""
+    if not args.questions:
+        return []
+    tokenizer = load_tokenizer(str(args.model))
+    return [generate("retr_kv", tokenizer, args.length, seed) for seed in range(args.questions)]
+
+
+def ask(end: Pipe, *task: Any) -> Any:
     """One task of an engine."""
     end.send(task)
     return end.recv()
 
 
-def throughputs(args: argparse.Namespace, ends: dict[Engine, Connection]) -> list[Json]:
+def throughputs(args: argparse.Namespace, ends: dict[Engine, Pipe]) -> list[Json]:
     """Tokens a second under every load, the engines in turns; the first turn warms up."""
     print("| prompt | output | requests | engine | seconds | spread | throughput of the last |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
@@ -251,7 +262,7 @@ def throughputs(args: argparse.Namespace, ends: dict[Engine, Connection]) -> lis
     return rows
 
 
-def first_tokens(args: argparse.Namespace, ends: dict[Engine, Connection]) -> list[Json]:
+def first_tokens(args: argparse.Namespace, ends: dict[Engine, Pipe]) -> list[Json]:
     """Time to first token at every length and number of tokens a step."""
     print("| tokens | a step | engine | vLLM | shareprefill | speed-up | spread | density |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- |")
@@ -274,10 +285,11 @@ def first_tokens(args: argparse.Namespace, ends: dict[Engine, Connection]) -> li
     return rows
 
 
-def answers(args: argparse.Namespace, ends: dict[Engine, Connection]) -> list[Json]:
+def answers(
+    args: argparse.Namespace, examples: list[Example], ends: dict[Engine, Pipe]
+) -> list[Json]:
     """Right answers of every engine, dense and shared; and how many are the first one's."""
     tokenizer = load_tokenizer(str(args.model))
-    examples = [generate("retr_kv", tokenizer, args.length, n) for n in range(args.questions)]
     prompts = [encode(tokenizer, example.prompt).tolist() for example in examples]
     longest = max(len(encode(tokenizer, example.answer)) for example in examples) + 2
     print("| engine | requests | right | as the first engine's | density | seconds |")
@@ -286,7 +298,7 @@ def answers(args: argparse.Namespace, ends: dict[Engine, Connection]) -> list[Js
     for switch in ("off", None):
         for engine, end in ends.items():
             tokens, density, seconds = ask(end, "answers", prompts, longest, switch)
-            texts = [tokenizer.decode(answer) for answer in tokens]
+            texts = [str(tokenizer.decode(answer)) for answer in tokens]
             right = sum(score(e, text) for e, text in zip(examples, texts, strict=True))
             same = sum(map(list.__eq__, tokens, known.setdefault(switch, tokens)))
             cells = (engine.name, switch or "shared", right, same, density, f"{seconds:.1f}")
