@@ -5,7 +5,8 @@
     python benchmarks/vllm_turns.py --engines shared --model MODEL --artifact clusters.st \
         --questions 200 --length 16384
 
-`shared` is an engine with the plug-in, `plain` one without it; `:N` divides an engine over N GPUs.
+`shared` is an engine with the plug-in, `plain` one without it; `:N` divides its heads over N GPUs,
+`:ppN` its layers.
 Weights are random and patterns synthetic, as in `bench_vllm.py`, where no model is named.
 
 - `--lengths`: time to first token of each `shared` engine, dense (requests with `off`) and shared
@@ -47,6 +48,7 @@ from shareprefill.bench.timings import Timing, rows_of
 from shareprefill.calib.tasks import Example, generate, score
 from shareprefill.models import load_tokenizer
 from shareprefill.tokens import encode
+from shareprefill.vllm.options import switch_is_on
 
 Json = dict[str, Any]
 # A `multiprocessing.connection.Connection`, whose type differs by system.
@@ -54,23 +56,26 @@ Pipe = Any
 
 
 class Engine(NamedTuple):
-    """What one process runs: its kind, and the GPUs that it is divided over."""
+    """What one process runs: its kind, and the GPUs that its heads and its layers are over."""
 
     kind: str
-    processes: int
+    heads_over: int
+    layers_over: int
 
     @classmethod
     def read(cls, text: str) -> Engine:
-        """`shared`, `plain`, `shared:2`, ..."""
-        kind, _, processes = text.partition(":")
+        """`shared`, `plain`, `shared:2`, `shared:pp2`, ..."""
+        kind, _, size = text.partition(":")
         if kind not in ("shared", "plain"):
             raise SystemExit(f"--engines: {text!r} is neither shared nor plain")
-        return cls(kind, int(processes or 1))
+        if size.startswith("pp"):
+            return cls(kind, 1, int(size[2:]))
+        return cls(kind, int(size or 1), 1)
 
     @property
     def name(self) -> str:
         """As in the tables."""
-        return f"{self.kind}:{self.processes}"
+        return f"{self.kind}:{'pp' * (self.layers_over > 1)}{self.heads_over * self.layers_over}"
 
 
 def main() -> None:
@@ -91,11 +96,13 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=16384, help="of a question's prompt")
     parser.add_argument("--min-tokens", type=int, default=8192, help="shorter prompts are dense")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--warm-ups", type=int, default=1, help="prefills that are not timed")
     parser.add_argument("--requests", type=int, default=16, help="of a step, at most")
     parser.add_argument("--compiled", action="store_true", help="torch.compile and CUDA graphs")
     parser.add_argument("--graphs", help="which CUDA graphs, as vLLM names them")
     parser.add_argument("--memory", type=float, help="share of a GPU for an engine")
     parser.add_argument("--cache", type=float, help="GiB of keys and values for an engine")
+    parser.add_argument("--arguments", type=json.loads, default={}, help="of vllm.LLM, as JSON")
     parser.add_argument("--commit", help="of the sources, where git is not there to tell")
     parser.add_argument("--json", type=Path, help="writes the figures there")
     args = parser.parse_args()
@@ -169,7 +176,8 @@ def started(engine: Engine, args: argparse.Namespace) -> Any:
     arguments: Json = {
         "dtype": args.dtype,
         "enforce_eager": not args.compiled,
-        "tensor_parallel_size": engine.processes,
+        "tensor_parallel_size": engine.heads_over,
+        "pipeline_parallel_size": engine.layers_over,
         "max_num_seqs": args.requests,
     }
     options = {"artifact": str(args.artifact), "min_tokens": args.min_tokens}
@@ -188,7 +196,11 @@ def started(engine: Engine, args: argparse.Namespace) -> Any:
         # Not measured: the other engines take memory meanwhile.
         arguments["kv_cache_memory_bytes"] = int(args.cache * 2**30)
     return start_engine(
-        str(args.model), str(args.artifact), tokens=args.most, is_random=args.is_random, **arguments
+        str(args.model),
+        str(args.artifact),
+        tokens=args.most,
+        is_random=args.is_random,
+        **arguments | args.arguments,
     )
 
 
@@ -274,7 +286,7 @@ def first_tokens(args: argparse.Namespace, ends: dict[Engine, Pipe]) -> list[Jso
     for length in args.lengths:
         for chunk in args.chunks:
             for engine, end in ends.items():
-                timing: Timing = ask(end, "prefills", length, chunk, args.repeats, 1)
+                timing: Timing = ask(end, "prefills", length, chunk, args.repeats, args.warm_ups)
                 off, on = statistics.median(timing.dense_s), statistics.median(timing.shared_s)
                 print(
                     f"| {length} | {chunk or 'all'} | {engine.name} | {off:.3f} | {on:.3f} "
@@ -292,18 +304,23 @@ def answers(
     tokenizer = load_tokenizer(str(args.model))
     prompts = [encode(tokenizer, example.prompt).tolist() for example in examples]
     longest = max(len(encode(tokenizer, example.answer)) for example in examples) + 2
-    print("| engine | requests | right | as the first engine's | density | seconds |")
-    print("| --- | --- | --- | --- | --- | --- |")
+    columns = (
+        *("engine", "requests", "right", "as the first engine's", "density", "seconds"),
+        *("sparse rows", "cached tokens", "preemptions"),
+    )
+    print(f"| {' | '.join(columns)} |\n|{' --- |' * len(columns)}")
     rows, known = [], {}
-    for switch in ("off", None):
+    # An engine without the switch refuses requests that carry one.
+    for switch in ("off", None) if switch_is_on() else (None,):
         for engine, end in ends.items():
-            tokens, density, seconds = ask(end, "answers", prompts, longest, switch)
+            found = ask(end, "answers", prompts, longest, switch)
+            tokens = found.pop("tokens")
             texts = [str(tokenizer.decode(answer)) for answer in tokens]
             right = sum(score(e, text) for e, text in zip(examples, texts, strict=True))
             same = sum(map(list.__eq__, tokens, known.setdefault(switch, tokens)))
-            cells = (engine.name, switch or "shared", right, same, density, f"{seconds:.1f}")
+            cells = (engine.name, switch or "shared", right, same, *found.values())
             print(f"| {' | '.join(map(str, cells))} |", flush=True)
-            rows.append({"engine": engine.name, "switch": switch, "right": right, "same": same})
+            rows.append(dict(zip(columns, cells, strict=True)))
     return rows
 
 
@@ -325,21 +342,26 @@ def run_load(llm: Any, tokens: int, output: int, requests: int) -> float:
     return time.perf_counter() - begun
 
 
-def run_answers(
-    llm: Any, prompts: list[list[int]], longest: int, switch: str | None
-) -> tuple[list[list[int]], float | None, float]:
-    """Greedy answers, the density of the last sparse rows, and the seconds."""
+def run_answers(llm: Any, prompts: list[list[int]], longest: int, switch: str | None) -> Json:
+    """Greedy answers, and what was done for them; preemptions where the engine counts them."""
     from vllm import SamplingParams
 
     extra = None if switch is None else {"shareprefill": switch}
     parameters = SamplingParams(max_tokens=longest, temperature=0, extra_args=extra)
     begun = time.perf_counter()
     inputs = [{"prompt_token_ids": prompt} for prompt in prompts]
-    found = llm.generate(inputs, parameters, use_tqdm=False)
+    answers = llm.generate(inputs, parameters, use_tqdm=False)
     seconds = time.perf_counter() - begun
     (report, *_) = llm.collective_rpc("shareprefill_report", args=(True,))
-    density = report["recent"].get("auto", {}).get("density")
-    return [list(one.outputs[0].token_ids) for one in found], density, seconds
+    metrics = llm.get_metrics() if llm.llm_engine.log_stats else []
+    return {
+        "tokens": [list(answer.outputs[0].token_ids) for answer in answers],
+        "density": report["recent"].get("auto", {}).get("density"),
+        "seconds": round(seconds, 1),
+        "sparse": report["rows"]["sparse"].get("auto", 0),
+        "cached": sum(answer.num_cached_tokens or 0 for answer in answers),
+        "preemptions": next((m.value for m in metrics if m.name == "vllm:num_preemptions"), None),
+    }
 
 
 TASKS: dict[str, Callable[..., Any]] = {

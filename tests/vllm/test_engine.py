@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import textwrap
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -137,6 +138,53 @@ def test_an_artifact_means_the_same_as_in_a_session(tmp_path: Path):
     of_session = session.report()
     assert report["recent"]["auto"]["density"] == pytest.approx(of_session.density, abs=1e-6)
     assert report["recent"]["auto"]["policies"] == of_session.policies
+
+
+def test_a_policy_from_outside_does_as_in_a_session(tmp_path: Path):
+    """The file of docs/add-a-policy.md, named by an engine; by a request once it is installed."""
+    from shareprefill import share_prefill
+    from shareprefill.models import load_model
+
+    page = (ROOT / "docs" / "add-a-policy.md").read_text(encoding="utf-8")
+    found = re.search(r"(?m)^`strided\.py`:\n\n((?:    .*\n|\n)+)", page)
+    assert found
+    file = tmp_path / "strided.py"
+    file.write_text(textwrap.dedent(found[1]))
+    package = tmp_path / "strided-1.dist-info"
+    package.mkdir()
+    (package / "METADATA").write_text("Metadata-Version: 2.1\nName: strided\nVersion: 1\n")
+    (package / "entry_points.txt").write_text(
+        "[shareprefill.policies]\nstrided = strided:Strided\n"
+    )
+    named, request = f"{file}:Strided:stride=2", REQUESTS[1]
+    path = os.pathsep.join((str(tmp_path), os.environ.get("PYTHONPATH", "")))
+    # The request names it as it is installed: without parameters, so of stride 4.
+    (in_engine,) = run(
+        tmp_path,
+        {
+            "options": {"policy": named, "min_tokens": 0, "max_density": 1.0},
+            "batches": [[request], [request | {"switch": "strided"}]],
+            "arguments": {"enable_prefix_caching": False},
+        },
+        PYTHONPATH=path,
+    )
+    (report,) = in_engine["reports"]
+    assert report["rows"]["sparse"] == {named: 1, "strided": 1}
+    model = load_model(str(MODEL), device="cpu", dtype="float32")
+    ids = torch.tensor([prompt_tokens(request["seed"], request["n"])])
+    in_session = ((named, named), ("strided", f"{file}:Strided:stride=4"))
+    for (name, policy), (answer,) in zip(in_session, in_engine["batches"], strict=True):
+        with (
+            torch.no_grad(),
+            share_prefill(model, policy=policy, min_tokens=0, max_density=1.0) as session,
+        ):
+            expected = model(ids).logits[0, -1].log_softmax(-1)
+            for token, value in answer["logprobs"].items():
+                assert abs(float(expected[int(token)]) - value) < 1e-4
+        density = report["recent"][name]["density"]
+        assert density == pytest.approx(session.report().density, abs=1e-6)
+        assert density < 0.8
+    assert report["recent"]["strided"]["density"] < report["recent"][named]["density"]
 
 
 def test_a_cached_prefix_is_continued_at_any_offset(tmp_path: Path, dense: dict[str, Any]):
