@@ -77,7 +77,7 @@ def show_table(
     if widths is None:
         _show_blocks(columns, rows)
     else:
-        _show_columns(columns, rows, shown, widths)
+        _show_columns(columns, rows, shown, widths, prose)
     show_line("")
 
 
@@ -127,11 +127,19 @@ def _least(texts: Sequence[str], full: int) -> int:
 
 
 def _show_columns(
-    columns: Sequence[str], rows: Sequence[Sequence[str]], shown: Sequence[int], widths: list[int]
+    columns: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    shown: Sequence[int],
+    widths: list[int],
+    prose: Sequence[str],
 ) -> None:
     table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, _GAP - 1, 0, 0))
     for number, size in zip(shown, widths, strict=True):
-        is_figure = number > 0 and all(_FIGURE.match(row[number]) for row in rows if row[number])
+        is_figure = (
+            number > 0
+            and columns[number] not in prose
+            and all(_FIGURE.match(row[number]) for row in rows if row[number])
+        )
         table.add_column(
             Text(columns[number]), justify="right" if is_figure else "left", width=size
         )

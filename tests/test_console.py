@@ -56,6 +56,17 @@ def terminal(monkeypatch: pytest.MonkeyPatch) -> Terminal:
     return make
 
 
+def test_a_column_of_texts_begins_at_the_left(
+    terminal: Terminal, capsys: pytest.CaptureFixture[str]
+) -> None:
+    terminal(40)
+    heads = " ".join(f"{number}.{number}" for number in range(1, 20))
+    console.show_table("t", ("cluster", "heads"), [("1", heads), ("2", "3.4")], prose=("heads",))
+    rows = [line for line in ANSI.sub("", capsys.readouterr().out).splitlines() if "." in line]
+    assert len(rows) > 2
+    assert all(re.match(r".{9}\d", row) for row in rows), rows
+
+
 def training() -> None:
     losses = Losses(
         autoencoder=0.01, start=0.02, pca=0.03, pca_linear=0.04, mean=0.05, head_mean=0.06

@@ -11,9 +11,16 @@ from typing import Any
 
 import pytest
 
+from shareprefill.calib.prompts import make_prompts
+from shareprefill.calib.tasks import generate, generation, score
+from shareprefill.config import CalibrateConfig
+from shareprefill.evaluation.config import EvalConfig
+from shareprefill.evaluation.questions import make_questions
+from shareprefill.models import load_tokenizer
 from shareprefill.policy_names import GROUP, listed_policies
 from shareprefill.runtime.policies import make_policy
 from shareprefill.testing import check_policy
+from shareprefill.tokens import encode
 from tests.support.tiny import tiny_llama, token_ids
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -31,6 +38,28 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.syspath_prepend(tmp_path)
     yield tmp_path
     sys.modules.pop("strided", None)
+
+
+def test_the_guide_to_a_data_set(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script, _, task = blocks_of("how-to/add-a-data-set.md")
+    tokenizer = load_tokenizer("sp-tiny")
+    exec(script, {})
+    config = CalibrateConfig(model="m", data=("orders.jsonl",), samples=30, length=2048)
+    assert all(len(prompt.input_ids) == 2048 for prompt in make_prompts(config, tokenizer))
+    asked = EvalConfig(artifact=None, model="m", policies=("oracle",), samples=20)
+    questions = make_questions("ruler:orders.jsonl", 8192, asked, tokenizer, None)
+    assert {question.metric for question in questions} == {"string_match_part"}
+    assert all(len(question.input_ids) > 2048 for question in questions)
+    names: dict[str, Any] = {}
+    exec(task, names)
+    monkeypatch.setitem(generation._DRAFTS, "orders", names["OrderDraft"])
+    for length in (200, 1500):
+        example = generate("orders", tokenizer, length, 3)
+        asked_for = re.search(r"What does order (A\d+) cost\? It costs\Z", example.prompt)
+        assert asked_for
+        assert f"Order {asked_for[1]} costs {example.answers[0]}.\n" in example.prompt
+        assert score(example, example.answer)
+        assert length - 20 < len(encode(tokenizer, example.prompt)) <= length
 
 
 def test_the_guide_to_a_policy(folder: Path) -> None:
