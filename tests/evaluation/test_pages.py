@@ -2,12 +2,15 @@ from __future__ import annotations
 
 import re
 
-from shareprefill.evaluation.config import SweepConfig
 from shareprefill.evaluation.pages import evaluation_page, sweep_page
-from shareprefill.evaluation.results import summarize_cells
 from shareprefill.evaluation.statistics import Estimate
-from shareprefill.evaluation.sweep import Curve, Sweep
-from tests.support.evaluations import dense_cell, made_cell, made_evaluation, perplexity_cells
+from tests.support.evaluations import (
+    dense_cell,
+    made_cell,
+    made_evaluation,
+    made_sweep,
+    perplexity_cells,
+)
 
 
 def test_the_page_of_an_evaluation() -> None:
@@ -27,6 +30,14 @@ def test_the_page_of_an_evaluation() -> None:
     assert not re.search(r"<script|https?://(?!www\.w3\.org)", html)
 
 
+def test_the_verdict_is_of_the_gamma_nearest_to_the_recall() -> None:
+    cells = [dense_cell()]
+    for gamma, recall in ((0.6, 0.8), (0.8, 0.94), (0.9, 0.99)):
+        cells.append(made_cell(settings={"gamma": gamma}, recall=Estimate(recall)))
+    verdict = evaluation_page(made_evaluation(cells)).split('<div class="verdict')[1]
+    assert "<p>auto, gamma 0.8: " in verdict
+
+
 def test_a_page_without_measured_recall() -> None:
     bare = made_cell(recall=None, recall_worst=None, layer_errors=())
     html = evaluation_page(made_evaluation([dense_cell(), bare]))
@@ -42,20 +53,6 @@ def test_names_cannot_bring_markup() -> None:
 
 
 def test_the_page_of_a_sweep_marks_the_knee() -> None:
-    cells = [dense_cell()]
-    values = (0.1, 0.2, 0.3, 0.4)
-    for value, recall in zip(values, (0.5, 0.9, 0.95, 0.96), strict=True):
-        cell = made_cell(settings={"slack": value}, recall=Estimate(recall))
-        cells.append(cell)
-    dense, *points = summarize_cells(tuple(cells))
-    knees: dict[str, float | None] = {
-        f"{gain} against {cost}": 0.2 if gain == "recall" else None
-        for gain in ("recall", "accuracy")
-        for cost in ("effective_density", "ttft_s")
-    }
-    curve = Curve("slack", values, tuple(points), knees)
-    config = SweepConfig(artifact="a.st", slacks=values)
-    context = {"model": "tiny", "device": "CPU", "dtype": "float32"}
-    html = sweep_page(Sweep(config, context, dense, (curve,), tuple(cells)))
+    html = sweep_page(made_sweep({0.1: 0.5, 0.2: 0.9, 0.3: 0.95, 0.4: 0.96}, knee=0.2))
     assert html.count("<svg") == 4  # two gains, two costs
     assert "recall against effective density" in html

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from shareprefill.evaluation.config import EvalConfig
-from shareprefill.evaluation.results import Bin, Cell, Evaluation
+from shareprefill.evaluation.config import EvalConfig, SweepConfig
+from shareprefill.evaluation.results import Bin, Cell, Evaluation, summarize_cells
 from shareprefill.evaluation.statistics import Estimate
+from shareprefill.evaluation.sweep import Curve, Sweep
 
 
 def made_cell(**changes: Any) -> Cell:
@@ -79,3 +80,20 @@ def made_evaluation(cells: Iterable[Cell]) -> Evaluation:
         lengths=tuple(dict.fromkeys(cell.length for cell in cells)),
     )
     return Evaluation(config, {"model": "tiny", "device": "CPU", "dtype": "float32"}, cells)
+
+
+def made_sweep(recalls: dict[float, float], knee: float) -> Sweep:
+    """A sweep of slack with these recalls by value, and a knee of recall against both costs."""
+    cells = [dense_cell()]
+    for value, recall in recalls.items():
+        cells.append(made_cell(settings={"slack": value}, recall=Estimate(recall)))
+    dense, *points = summarize_cells(tuple(cells))
+    knees = {
+        f"{gain} against {cost}": knee if gain == "recall" else None
+        for gain in ("recall", "accuracy")
+        for cost in ("effective_density", "ttft_s")
+    }
+    curve = Curve("slack", tuple(recalls), tuple(points), knees)
+    config = SweepConfig(artifact="a.st", slacks=tuple(recalls))
+    context = {"model": "tiny", "device": "CPU", "dtype": "float32"}
+    return Sweep(config, context, dense, (curve,), tuple(cells))
