@@ -1,30 +1,32 @@
 """Which key blocks a decode step reads: the policies that `decode_study.py` compares.
 
-A *unit* is what reads for itself: a query head, or a KV head with all of its query heads, which is
-what a kernel loads. All densities here are *reads*: the bytes that a policy reads of keys, values
-and what it chooses by, over those of dense decoding, mean over units and steps. What a policy
-spends on choosing is taken off what it may read, so that policies of one density cost the same.
+A *unit* is what reads for itself: a KV head with all of its query heads, which is what a kernel
+loads. All densities here are *reads*: the bytes that a policy reads of keys, values and what it
+chooses by, over those of dense decoding, mean over units and steps. What a policy spends on
+choosing is taken off what it may read, so that policies of one density cost the same.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from typing import Protocol
+from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from shareprefill.errors import ConfigError
 
 # The newest tokens, which every step reads, as it reads the first block.
 LOCAL = 64
-# What sharing is planned at: reads of a pivot's order, and the attention mass that cuts ask for.
-_PLAN_READS = 0.1
-# Reads that a plan chooses among, where an order knows no attention; steps between its refreshes.
-_LEVELS = torch.tensor([0.0, 0.02, 0.04, 0.07, 0.1, 0.15, 0.2, 0.3, 0.4, 0.6, 1.0])
-_PLAN_EVERY = 64
+# Reads of a pivot's order that pivots are chosen at.
+_PIVOT_READS = 0.1
+# Bytes of a key or a value's number, in the cache that reads are counted of.
+_BYTES = 2
+# Standard deviations that four bits of a sketch reach.
+_REACH = 2.7
 _CUTS = torch.tensor(
     [
         *(0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.92),
@@ -32,40 +34,105 @@ _CUTS = torch.tensor(
     ]
 )
 _SPEC = re.compile(
-    r"(?P<name>oracle|last|vertical|quest|own|pivots|planned)"
-    r"(:(?P<share>[.\d]+))?(/(?P<every>\d+))?(?P<ahead>>)?(\+(?P<goal>cuts|effect))?"
+    r"(?P<name>oracle|last|vertical|quest|own|pivots|sketch|channels)"
+    r"(:(?P<share>0?\.\d+)|:(?P<rank>\d+)x(?P<bits>4|8|16))?(/(?P<every>\d+))?"
+    r"(\+(?P<goal>cuts|effect|adaptive))?(?P<means>\+means)?"
 )
 
 
 @dataclass(frozen=True)
-class Steps:
-    """What the decode steps of one layer show.
+class Basis:
+    """Coordinates of one layer's keys and queries, the ones that matter most first.
+
+    A logit is nearly the product of the first coordinates of query and key, plus what the mean key
+    gives.
 
     Attributes:
-        mass: Attention of every step by key block, mean over a unit's heads, `[U, T, n]`.
-        bounds: The like by rank, from upper bounds of the blocks' logits (Quest), `[U, T, n]`.
-        last: Mean attention of the prompt's last 128 rows by key block, `[U, n]`.
-        vertical: The same of all rows of the prompt, `[U, n]`.
+        mean: Mean key of the prompt, `[G, D]`.
+        query: Of queries, `[G, D, D]`; a row is a coordinate.
+        key: Of keys less their mean, `[G, D, D]`.
+        spread: Standard deviation of the keys' coordinates, `[G, D]`.
+    """
+
+    mean: Tensor
+    query: Tensor
+    key: Tensor
+    spread: Tensor
+
+
+def make_basis(query: Tensor, key: Tensor) -> Basis:
+    """The coordinates that keep the mean square of logits, of a prompt's queries on its keys.
+
+    Args:
+        query: Queries of the prompt's last rows, `[..., G, rows, D]`.
+        key: Keys of the prompt, `[..., G, N, D]`.
+    """
+    mean = key.mean(-2)
+    centred = key - mean[..., None, :]
+    # The decomposition of many small matrices is faster on a CPU.
+    of_query = (query.mT @ query / query.shape[-2]).cpu().double()
+    of_key = (centred.mT @ centred / key.shape[-2]).cpu().double()
+    values, vectors = torch.linalg.eigh(of_query)
+    root = values.clamp(min=1e-6 * values.amax(-1, keepdim=True)).sqrt()
+    half = (vectors * root[..., None, :]) @ vectors.mT
+    inverse = (vectors / root[..., None, :]) @ vectors.mT
+    found, axes = torch.linalg.eigh(half @ of_key @ half)
+    axes = axes.flip(-1).mT
+    spread = found.flip(-1).clamp(min=0).sqrt()
+    return Basis(mean, *(t.to(key) for t in (axes @ inverse, axes @ half, spread)))
+
+
+@dataclass(frozen=True)
+class Steps:
+    """The decode steps of one layer.
+
+    Attributes:
+        heads: Attention of every query head and step by key block, `[G, R, T, n]`.
+        share: Weight of a query head in its KV head, of sum 1, `[G, R]`.
+        query: `[G, R, T, D]`.
+        key: Of prompt and steps, `[G, M, D]`.
+        scale: On the logits.
+        last: Mean attention of the prompt's last rows by key block, `[G, R, n]`.
+        vertical: The same of rows of the whole prompt.
+        basis: Of the prompt.
         prompt: Tokens before the first step.
         block: Tokens a key block.
     """
 
-    mass: Tensor
-    bounds: Tensor
+    heads: Tensor
+    share: Tensor
+    query: Tensor
+    key: Tensor
+    scale: float
     last: Tensor
     vertical: Tensor
+    basis: Basis
     prompt: int
     block: int
+
+    def of_unit(self, maps: Tensor) -> Tensor:
+        """The mean over each KV head's query heads, `[G, ...]`."""
+        return torch.einsum("gr,gr...->g...", self.share, maps)
+
+    @cached_property
+    def mass(self) -> Tensor:
+        """Attention of every step by key block, `[G, T, n]`."""
+        return self.of_unit(self.heads)
 
     @property
     def positions(self) -> Tensor:
         """Of the steps, int64 `[T]`."""
-        return self.prompt + torch.arange(self.mass.shape[1])
+        count = self.heads.shape[2]
+        return self.prompt + torch.arange(count, device=self.heads.device)
 
-    @property
+    @cached_property
     def visible(self) -> Tensor:
         """Blocks that a step may read, bool `[T, n]`."""
-        return visible_blocks(self.positions, self.mass.shape[2], self.block)
+        return self._starts <= self.positions[:, None]
+
+    @property
+    def _starts(self) -> Tensor:
+        return torch.arange(self.heads.shape[3], device=self.heads.device) * self.block
 
     def always(self, since: int | None = None) -> Tensor:
         """Blocks that a step reads whatever a policy says, bool `[T, n]`.
@@ -76,102 +143,162 @@ class Steps:
         oldest = self.positions - LOCAL + 1
         if since is not None:
             oldest = oldest.clamp(max=since)
-        starts = torch.arange(self.mass.shape[2]) * self.block
-        newest = (starts + self.block > oldest[:, None]) & self.visible
+        newest = (self._starts + self.block > oldest[:, None]) & self.visible
         newest[:, 0] = True
         return newest
 
 
-class Policy(Protocol):
-    """Chooses blocks; layers are asked for in their order."""
-
-    extra: float
-
-    def keep(self, layer: int, steps: Steps) -> Tensor:
-        """Blocks that every unit reads at every step, bool `[U, T, n]`."""
-        ...
+def by_block(mass: Tensor, block: int) -> Tensor:
+    """Sums over blocks of the last dimension; the last block may be smaller."""
+    return F.pad(mass, (0, -mass.shape[-1] % block)).unflatten(-1, (-1, block)).sum(-1)
 
 
-@dataclass(frozen=True)
-class Ordered:
-    """Every unit reads the same number of blocks, in the order of one of the scores of `Steps`.
+def causal_logits(logits: Tensor) -> Tensor:
+    """Logits `[..., T, M]` of the last T of M tokens, without those of later tokens."""
+    steps, tokens = logits.shape[-2:]
+    later = torch.ones(steps, steps, dtype=torch.bool, device=logits.device).triu(1)
+    logits[..., tokens - steps :].masked_fill_(later, -torch.inf)
+    return logits
 
-    Attributes:
-        score: Its name.
-        density: Reads.
-        extra: Reads that choosing takes: a minimum and a maximum of each block's keys.
+
+def sketched_logits(steps: Steps, rank: int, bits: int, channels: Tensor | None = None) -> Tensor:
+    """Logits from a few coordinates of keys alone, of few bits each, `[G, R, T, M]`.
+
+    Args:
+        steps: Of a layer.
+        rank: Coordinates.
+        bits: Of each.
+        channels: Those of the keys that are taken, int64 `[G, rank]`; None: the basis's first ones.
     """
+    basis = steps.basis
+    key = steps.key - basis.mean[:, None]
+    if channels is None:
+        axes = slice(0, rank)
+        query = steps.query @ basis.query[:, None, axes].mT
+        key = key @ basis.key[:, axes].mT
+        spread = basis.spread[:, None, axes]
+    else:
+        query = steps.query.gather(3, channels[:, None, None].expand(*steps.query.shape[:3], -1))
+        key = key.gather(2, channels[:, None].expand(*key.shape[:2], -1))
+        spread = key[:, : steps.prompt].std(1, keepdim=True)
+    if bits == 4:
+        size = 2 * _REACH / 15
+        key = ((key / spread).clamp(-_REACH, _REACH) / size + 0.5).round() - 0.5
+        key = key * size * spread
+    if bits == 8:
+        key = (key / spread).to(torch.float8_e4m3fn).to(key.dtype) * spread
+    mean = steps.query @ basis.mean[:, None, :, None]  # [G, R, T, 1]
+    return causal_logits((query @ key[:, None].mT + mean) * steps.scale)
 
-    score: str
-    density: float
-    extra: float = 0.0
 
-    def keep(self, layer: int, steps: Steps) -> Tensor:
-        score = getattr(steps, self.score)
-        always = steps.always(steps.prompt if score.dim() == 2 else None)
-        score = score[:, None].expand_as(steps.mass) if score.dim() == 2 else score
-        return first(ranked(score, always, steps.visible), self.density, always, steps.visible)
+def quest_order(steps: Steps) -> Tensor:
+    """Order of key blocks by upper bounds of their logits (Quest; Tang et al., 2024).
+
+    The bounds come from minima and maxima of a block's keys. Keys after a step count as they do in
+    no cache, but blocks that hold them are always read.
+
+    Returns:
+        1 / (1 + rank) of every block, `[G, T, n]`: bounds of one query head say nothing about
+        another's, so that their mean over a KV head goes by ranks.
+    """
+    key, query, block = steps.key, steps.query, steps.block
+    blocks = F.pad(key, (0, 0, 0, -key.shape[1] % block)).unflatten(1, (-1, block))
+    high, low = blocks.amax(2)[:, None], blocks.amin(2)[:, None]  # [G, 1, n, D]
+    bound = query.clamp(min=0) @ high.mT + query.clamp(max=0) @ low.mT
+    return steps.of_unit(1 / (1 + bound.argsort(-1, descending=True).argsort(-1)))
 
 
 @dataclass
-class Shared:
-    """Pivots attend densely every `every` steps; all units read in the order that one then saw.
+class Policy:
+    """Every unit reads blocks in an order, as many as its rule says.
 
     Attributes:
-        pivots: The pivot of every unit of the model, its own number for a pivot, int64 `[L * U]`.
+        order: `last`, `vertical`, `quest`, `sketch`, or `pivots`: attention that a unit's pivot saw
+            at its last dense step.
+        density: Reads of a unit and step that is not dense, where there is no other rule.
+        pivots: The pivot of every unit of the model, its own number for a pivot.
         every: Steps from one dense step of a pivot to the next.
-        density: Reads of a step that is not dense; for units without cuts.
-        cuts: Share of the pivot's attention that a unit's blocks hold, `[L * U]`.
         oracle: Pivots know their attention without reading it: no policy, but a bound.
-        ahead: A block counts as much as the one before it, if that is more: what copies a passage
-            moves on from block to block.
-        extra: Reads that choosing takes; the pivots' are in what they keep.
+        sketch: Coordinates of a key, and bits of each.
+        channels: The coordinates, where they are channels of the keys, int64 `[L * U, rank]`.
+        cuts: Share of the order's attention that a unit's blocks hold, `[L * U]`.
+        effect: KL divergence for a unit's squared lost attention, `[L * U]`.
+        price: With effects: KL divergence that all blocks of a unit must be worth; each step reads
+            what is worth more than it costs.
+        means: Blocks that are not read stand in by their mean value.
+        extra: Reads that choosing takes, without the pivots' dense steps.
     """
 
-    pivots: Tensor
-    every: int
+    order: str
     density: float
-    cuts: Tensor | None = None
+    pivots: list[int] = field(default_factory=list)
+    every: int = 1
     oracle: bool = False
-    ahead: bool = False
+    sketch: tuple[int, int] = (0, 0)
+    channels: Tensor | None = None
+    cuts: Tensor | None = None
+    effect: Tensor | None = None
+    price: float | None = None
+    means: bool = False
     extra: float = 0.0
     seen: dict[int, Tensor] = field(default_factory=dict)
 
+    def score(self, layer: int, steps: Steps) -> Tensor:
+        """What blocks are ordered by, `[U, T, n]`; layers are asked for in their order."""
+        if self.order == "pivots":
+            known = stale(steps.mass, self.every)
+            first_unit = layer * len(known)
+            for unit, mass in enumerate(known):
+                self.seen[first_unit + unit] = mass
+            mine = self.pivots[first_unit : first_unit + len(known)]
+            return torch.stack([self.seen[pivot] for pivot in mine])
+        if self.order == "quest":
+            return quest_order(steps)
+        if self.order == "sketch":
+            weights = self.sketched_logits(layer, steps).softmax(-1)
+            return steps.of_unit(by_block(weights, steps.block))
+        return steps.of_unit(getattr(steps, self.order))[:, None].expand_as(steps.mass)
+
+    def sketched_logits(self, layer: int, steps: Steps) -> Tensor:
+        """What the sketch tells of the logits, `[G, R, T, M]`."""
+        channels, groups = self.channels, len(steps.key)
+        if channels is not None:
+            channels = channels[layer * groups : (layer + 1) * groups]
+        return sketched_logits(steps, *self.sketch, channels)
+
+    def always(self, steps: Steps) -> Tensor:
+        """Blocks that are read whatever the score says, bool `[T, n]`."""
+        return steps.always(steps.prompt if self.order in ("last", "vertical") else None)
+
+    def dense(self, units: range, count: int, device: torch.device) -> Tensor:
+        """Units and steps that read all, bool `[U, T]`."""
+        if self.order != "pivots" or self.oracle:
+            return torch.zeros(len(units), count, dtype=torch.bool, device=device)
+        own = torch.tensor([self.pivots[unit] == unit for unit in units], device=device)
+        return own[:, None] & (torch.arange(count, device=device) % self.every == 0)
+
     def keep(self, layer: int, steps: Steps) -> Tensor:
-        units, count, _ = steps.mass.shape
-        mine = layer * units + torch.arange(units)
-        known = self.known(steps.mass)
-        is_pivot = torch.isin(mine, self.pivots)
-        for unit in is_pivot.nonzero()[:, 0].tolist():
-            self.seen[int(mine[unit])] = known[unit]
-        score = torch.stack([self.seen[pivot] for pivot in self.pivots[mine].tolist()])
-        always, visible = steps.always(), steps.visible
+        """Blocks that every unit reads at every step, bool `[U, T, n]`."""
+        score, always, visible = self.score(layer, steps), self.always(steps), steps.visible
+        units = range(layer * len(score), (layer + 1) * len(score))
+        mine = slice(units.start, units.stop)
         order = ranked(score, always, visible)
-        if self.cuts is None:
-            kept = first(order, self.density, always, visible)
+        if self.price is not None:
+            assert self.effect is not None
+            held = score.gather(-1, order).cumsum(-1)
+            counts = worth_counts(held, self.effect[mine], self.price, always, visible)
+        elif self.cuts is not None:
+            held = score.gather(-1, order).cumsum(-1)
+            counts = cut_counts(held, self.cuts[mine, None], always, visible)
         else:
-            kept = covering(order, score, self.cuts[mine], always, visible)
-        if self.oracle:
-            return kept
-        dense = is_pivot[:, None] & (torch.arange(count) % self.every == 0)
-        return kept | (dense[..., None] & visible)
-
-    def known(self, mass: Tensor) -> Tensor:
-        """What pivots of this attention tell at every step, `[U, T, n]`."""
-        mass = stale(mass, self.every)
-        if not self.ahead:
-            return mass
-        return torch.maximum(mass, torch.nn.functional.pad(mass[..., :-1], (1, 0)))
-
-
-def visible_blocks(positions: Tensor, n: int, block: int) -> Tensor:
-    """Blocks up to each position, bool `[T, n]`."""
-    return torch.arange(n) * block <= positions[:, None]
+            counts = level_counts(self.density, always, visible).expand(score.shape[:2])
+        dense = self.dense(units, score.shape[1], score.device)
+        return first(order, counts) | (dense[..., None] & visible)
 
 
 def stale(mass: Tensor, every: int) -> Tensor:
     """What was seen at the newest of every `every` steps, `[U, T, n]`."""
-    steps = torch.arange(mass.shape[1])
+    steps = torch.arange(mass.shape[1], device=mass.device)
     return mass[:, steps // every * every]
 
 
@@ -181,21 +308,16 @@ def ranked(score: Tensor, always: Tensor, visible: Tensor) -> Tensor:
     return score.argsort(-1, descending=True)
 
 
-def first(order: Tensor, density: float, always: Tensor, visible: Tensor) -> Tensor:
-    """The first blocks of an order, as many as a density allows, bool `[U, T, n]`."""
-    return _take(order, level_counts(density, always, visible)[None, :, None])
+def first(order: Tensor, counts: Tensor) -> Tensor:
+    """The first `counts` `[U, T]` blocks of an order, bool `[U, T, n]`."""
+    ranks = torch.arange(order.shape[-1], device=order.device)
+    taken = (ranks < counts[..., None]).expand_as(order)
+    return torch.zeros_like(order, dtype=torch.bool).scatter(-1, order, taken)
 
 
 def level_counts(density: float, always: Tensor, visible: Tensor) -> Tensor:
     """How many blocks a density allows, no fewer than are always read, int64 `[T]`."""
     return (density * visible.sum(-1)).floor().long().clamp(min=always.sum(-1))
-
-
-def covering(order: Tensor, score: Tensor, cuts: Tensor, always: Tensor, visible: Tensor) -> Tensor:
-    """The first blocks that hold a share `cuts` `[U]` of the score, bool `[U, T, n]`."""
-    held = score.gather(-1, order).cumsum(-1)
-    counts = cut_counts(held, cuts[:, None], always, visible)
-    return _take(order, counts[..., None])
 
 
 def cut_counts(held: Tensor, cuts: Tensor, always: Tensor, visible: Tensor) -> Tensor:
@@ -211,104 +333,136 @@ def cut_counts(held: Tensor, cuts: Tensor, always: Tensor, visible: Tensor) -> T
     return torch.minimum(torch.maximum(counts, always.sum(-1)), visible.sum(-1))
 
 
-def _take(order: Tensor, counts: Tensor) -> Tensor:
-    ranks = torch.arange(order.shape[-1])
-    taken = (ranks < counts).expand_as(order)
-    return torch.zeros(order.shape, dtype=torch.bool).scatter(-1, order, taken)
-
-
-def quest_bounds(query: Tensor, key: Tensor, block: int) -> Tensor:
-    """Order of key blocks by upper bounds of their logits (Quest; Tang et al., 2024).
-
-    The bounds come from minima and maxima of a block's keys.
+def worth_counts(
+    held: Tensor, effect: Tensor, price: float, always: Tensor, visible: Tensor
+) -> Tensor:
+    """How many blocks make the least of lost attention's effect and price, int64 `[U, T]`.
 
     Args:
-        query: `[G, R, T, D]`.
-        key: `[G, M, D]`, M a multiple of `block`; keys after a step count as they do in no cache,
-            but blocks that hold them are always read.
-        block: Tokens a key block.
-
-    Returns:
-        1 / (1 + rank) of every block, `[G, R, T, M // block]`: bounds of one query head say nothing
-        about another's, so that their mean over a KV head goes by ranks.
+        held: Score of the first blocks together, `[U, T, n]`.
+        effect: KL divergence for squared lost attention, `[U]`.
+        price: Of all blocks.
+        always: Blocks that are read whatever they hold.
+        visible: Blocks that there are.
     """
-    blocks = key.unflatten(1, (-1, block))  # [G, n, block, D]
-    high, low = blocks.amax(2)[:, None], blocks.amin(2)[:, None]
-    bound = query.clamp(min=0) @ high.mT + query.clamp(max=0) @ low.mT
-    return 1 / (1 + bound.argsort(-1, descending=True).argsort(-1))
+    counts = torch.arange(1, held.shape[-1] + 1, device=held.device)
+    there = visible.sum(-1)[:, None]  # [T, 1]
+    loss = effect[:, None, None] * (1 - held).clamp(min=0).square() + price * counts / there
+    allowed = (counts >= always.sum(-1)[:, None]) & (counts <= there)
+    return loss.masked_fill(~allowed, torch.inf).argmin(-1) + 1
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """Decode steps of prompts that no figure is of.
+    """Dense decode steps of prompts that no figure is of.
 
     Attributes:
-        layers: L.
-        prompts: Steps of all layers of each prompt, units of a layer behind those of the one
-            before: `mass` is `[L * U, T, n]`.
-        effect: KL divergence for a unit's mean squared lost attention, `[L * U]`; None: not known.
+        prompts: Steps of every layer of each prompt.
+        effect: KL divergence for a unit's mean squared lost attention, `[L * U]`.
     """
 
-    layers: int
-    prompts: Sequence[Steps]
-    effect: Tensor | None = None
+    prompts: Sequence[Sequence[Steps]]
+    effect: Tensor
 
     @property
     def units(self) -> int:
         """L * U."""
-        return self.prompts[0].mass.shape[0]
+        return len(self.effect)
 
-    @property
-    def layer(self) -> Tensor:
-        """Layer of every unit, int64 `[L * U]`."""
-        return torch.arange(self.units) // (self.units // self.layers)
+    @cached_property
+    def covered(self) -> Tensor:
+        """Attention of units in what a pivot reads first, `[pivot, unit]`; 0 where it is later."""
+        found = self.effect.new_zeros(self.units, self.units)
+        for layers in self.prompts:
+            mass = torch.cat([steps.mass for steps in layers])
+            always, visible = layers[0].always(), layers[0].visible
+            counts = level_counts(_PIVOT_READS, always, visible).expand(mass.shape[:2])
+            kept = first(ranked(mass, always, visible), counts)
+            found += kept.flatten(1).float() @ mass.flatten(1).T
+        layer = torch.arange(self.units, device=found.device) // len(self.prompts[0][0].mass)
+        return found.masked_fill(layer[:, None] > layer, 0)
 
 
-def choose_pivots(calibration: Calibration, count: int) -> Tensor:
-    """The pivot of every unit, int64 `[L * U]`: greedy facility location on covered attention.
+def choose_pivots(calibration: Calibration, count: int) -> list[int]:
+    """The pivot of every unit: greedy facility location on covered attention.
 
     A pivot is of the same layer as the units that share it, or of an earlier one.
     """
-    covered = _covered(calibration)
-    best, chosen = torch.zeros(calibration.units), []
+    covered = calibration.covered
+    best, chosen = covered.new_zeros(calibration.units), []
     for _ in range(count):
         chosen.append(int(torch.maximum(best, covered).sum(1).argmax()))
         best = torch.maximum(best, covered[chosen[-1]])
-    pivots = torch.tensor(chosen)
+    pivots = torch.tensor(chosen, device=covered.device)
     found = pivots[covered[pivots].argmax(0)]
     # Two pivots may be equally good for one of them.
     found[pivots] = pivots
-    return found
+    return found.tolist()
 
 
-def _covered(calibration: Calibration) -> Tensor:
-    """Attention of units in what a pivot reads first, `[pivot, unit]`; 0 where it is later."""
-    covered = torch.zeros(calibration.units, calibration.units)
-    for steps in calibration.prompts:
-        always, visible = steps.always(), steps.visible
-        kept = first(ranked(steps.mass, always, visible), _PLAN_READS, always, visible)
-        covered += kept.flatten(1).float() @ steps.mass.flatten(1).T
-    return covered.masked_fill(calibration.layer[:, None] > calibration.layer, 0)
+def choose_channels(calibration: Calibration, count: int) -> Tensor:
+    """Channels of every unit's keys that logits vary most by, int64 `[L * U, count]`."""
+    weight = 0.0
+    for layers in calibration.prompts:
+        query = torch.cat([s.query.square().mean((1, 2)) for s in layers])  # [L * U, D]
+        weight = weight + query * torch.cat([s.key[:, : s.prompt].var(1) for s in layers])
+    return torch.as_tensor(weight).topk(count, -1).indices
 
 
-def choose_cuts(calibration: Calibration, shared: Shared, density: float, goal: str) -> Tensor:
+def choose_price(calibration: Calibration, policy: Policy, density: float) -> float:
+    """The price at which a policy reads `density` of the calibration's prompts."""
+    prompts = []
+    for layers in calibration.prompts:
+        score = torch.cat([policy.score(n, steps) for n, steps in enumerate(layers)])
+        always, visible = policy.always(layers[0]), layers[0].visible
+        held = score.gather(-1, ranked(score, always, visible)).cumsum(-1)
+        dense = policy.dense(range(len(score)), score.shape[1], score.device)
+        prompts.append((held, dense, always, visible))
+
+    def reads(price: float) -> float:
+        total = 0.0
+        for held, dense, always, visible in prompts:
+            counts = worth_counts(held, calibration.effect, price, always, visible)
+            share = (counts / visible.sum(-1)).masked_fill(dense, 1)
+            total += share.mean().item() / len(prompts)
+        return total
+
+    low, high = 1e-9, 1e3
+    for _ in range(30):
+        price = (low * high) ** 0.5
+        low, high = (price, high) if reads(price) > density else (low, price)
+    return high
+
+
+def choose_cuts(calibration: Calibration, policy: Policy, density: float, goal: str) -> Tensor:
     """The cut of every unit, `[L * U]`, that loses least at a mean density of `density`.
 
     Args:
         calibration: Steps to choose on.
-        shared: The policy without cuts.
+        policy: Without cuts.
         density: Reads of all units, dense steps included.
         goal: `cuts`: the lost attention; `effect`: its square, weighed by the unit's effect.
-
-    Raises:
-        ConfigError: units' effects are not known.
     """
-    lost, reads = _cut_curves(calibration, shared, squared=goal == "effect")
+    cuts = _CUTS.to(calibration.effect)
+    lost = calibration.effect.new_zeros(len(cuts), calibration.units)
+    reads = torch.zeros_like(lost)
+    for layers in calibration.prompts:
+        score = torch.cat([policy.score(n, steps) for n, steps in enumerate(layers)])
+        mass = torch.cat([steps.mass for steps in layers])
+        always, visible = policy.always(layers[0]), layers[0].visible
+        order = ranked(score, always, visible)
+        held, own = (m.gather(-1, order).cumsum(-1) for m in (score, mass))
+        dense = policy.dense(range(len(score)), score.shape[1], score.device)
+        for number, cut in enumerate(cuts):
+            counts = cut_counts(held, cut[None, None], always, visible)
+            missed = (1 - own.gather(-1, counts[..., None] - 1)[..., 0]).clamp(min=0)
+            missed = missed.masked_fill(dense, 0)
+            share = (counts / visible.sum(-1)).masked_fill(dense, 1)
+            lost[number] += (missed if goal == "cuts" else missed**2).mean(1)
+            reads[number] += share.mean(1) / len(calibration.prompts)
     if goal == "effect":
-        if calibration.effect is None:
-            raise ConfigError("units' effects are not known: name a file of them with --effect")
         lost *= calibration.effect
-    return _CUTS[_at_one_price(lost, reads, density)]
+    return cuts[_at_one_price(lost, reads, density)]
 
 
 def _at_one_price(lost: Tensor, reads: Tensor, density: float) -> Tensor:
@@ -327,179 +481,18 @@ def _at_one_price(lost: Tensor, reads: Tensor, density: float) -> Tensor:
     return (lost + high * reads).argmin(0)
 
 
-def _cut_curves(
-    calibration: Calibration, shared: Shared, *, squared: bool
-) -> tuple[Tensor, Tensor]:
-    """Lost attention and reads of every unit at every cut, `[cuts, L * U]`, means over steps."""
-    lost = torch.zeros(len(_CUTS), calibration.units)
-    reads = torch.zeros_like(lost)
-    is_pivot = torch.isin(torch.arange(calibration.units), shared.pivots) & (not shared.oracle)
-    for steps in calibration.prompts:
-        always, visible = steps.always(), steps.visible
-        score = shared.known(steps.mass)[shared.pivots]
-        order = ranked(score, always, visible)
-        held = score.gather(-1, order).cumsum(-1)
-        own = steps.mass.gather(-1, order).cumsum(-1)
-        dense = is_pivot[:, None] & (torch.arange(own.shape[1]) % shared.every == 0)
-        for number, cut in enumerate(_CUTS):
-            counts = cut_counts(held, cut[None, None], always, visible)
-            missed = (1 - own.gather(-1, counts[..., None] - 1)[..., 0]).clamp(min=0)
-            missed = missed.masked_fill(dense, 0)
-            share = (counts / visible.sum(-1)).masked_fill(dense, 1)
-            lost[number] += (missed**2 if squared else missed).mean(1)
-            reads[number] += share.mean(1)
-    return lost / len(calibration.prompts), reads / len(calibration.prompts)
-
-
-@dataclass
-class Planned:
-    """Every unit has an order, and how far it reads in it.
-
-    Attributes:
-        order: Of every unit: `vertical`, `bounds`, `own` or `pivot`, or `dense`.
-        level: Share of the blocks, or of the attention that `own` and `pivot` know, `[L * U]`.
-        pivots: Of every unit, int64 `[L * U]`; units that are dense.
-        extra: Reads of the bounds.
-    """
-
-    order: Sequence[str]
-    level: Tensor
-    pivots: Tensor
-    extra: float
-    seen: dict[int, Tensor] = field(default_factory=dict)
-
-    def keep(self, layer: int, steps: Steps) -> Tensor:
-        units, count, _ = steps.mass.shape
-        mine = range(layer * units, (layer + 1) * units)
-        for unit, mass in zip(mine, steps.mass, strict=True):
-            if self.order[unit] == "dense":
-                self.seen[unit] = mass
-        refresh = torch.arange(count) % _PLAN_EVERY == 0
-        found = []
-        for unit, number in enumerate(mine):
-            order, level = self.order[number], self.level[number : number + 1]
-            if order == "dense":
-                found.append(steps.visible)
-                continue
-            one = _unit(steps, unit)
-            known = self.seen[int(self.pivots[number])][None] if order == "pivot" else None
-            score, always = _score(order, one, known)
-            ranks = ranked(score, always, steps.visible)
-            if order in ("own", "pivot"):
-                kept = covering(ranks, score, level, always, steps.visible)[0]
-            else:
-                kept = first(ranks, float(level), always, steps.visible)[0]
-            if order == "own":
-                kept = kept | (refresh[:, None] & steps.visible)
-            found.append(kept)
-        return torch.stack(found)
-
-
-def _unit(steps: Steps, unit: int) -> Steps:
-    """The same of one unit."""
-    own = slice(unit, unit + 1)
-    maps = {name: getattr(steps, name)[own] for name in ("mass", "bounds", "last", "vertical")}
-    return replace(steps, **maps)
-
-
-def _score(order: str, steps: Steps, known: Tensor | None) -> tuple[Tensor, Tensor]:
-    """What blocks are ordered by `[U, T, n]`, and those that are read whatever it says."""
-    if order == "vertical":
-        return steps.vertical[:, None].expand_as(steps.mass), steps.always(steps.prompt)
-    if order == "own":
-        known = stale(steps.mass, _PLAN_EVERY)
-    return (steps.bounds if known is None else known), steps.always()
-
-
-def make_plan(calibration: Calibration, density: float, block: int) -> Planned:
-    """Chooses order and level of every unit for the least predicted KL divergence.
-
-    Units that the first plan leaves dense are pivots that the others may follow in the second.
-
-    Raises:
-        ConfigError: units' effects are not known.
-    """
-    if calibration.effect is None:
-        raise ConfigError("units' effects are not known: name a file of them with --effect")
-    names = ["vertical", "bounds", "own"]
-    curves = [_option_curves(calibration, name, None, block) for name in names]
-    best = _best(calibration, names, curves, density)
-    dense = torch.tensor([order == "dense" for order, _ in best])
-    pivots = torch.arange(calibration.units)
-    if bool(dense.any()):
-        places = dense.nonzero()[:, 0]
-        covered = _covered(calibration)[places]
-        pivots = places[covered.argmax(0)]
-        curve = _option_curves(calibration, "pivot", pivots, block)
-        curve[0][:, covered.amax(0) == 0] = torch.inf  # no pivot is early enough
-        for lost, _ in [*curves, curve]:
-            lost[:-1, dense] = torch.inf
-        best = _best(calibration, [*names, "pivot"], [*curves, curve], density)
-    extra = sum(order == "bounds" for order, _ in best) / len(best) / block
-    return Planned([o for o, _ in best], torch.tensor([v for _, v in best]), pivots, extra)
-
-
-def _best(
-    calibration: Calibration,
-    names: Sequence[str],
-    curves: Sequence[tuple[Tensor, Tensor]],
-    density: float,
-) -> list[tuple[str, float]]:
-    """Order and level of every unit."""
-    options = [
-        ("dense" if number == len(levels) - 1 else name, float(level))
-        for name in names
-        for levels in (_CUTS if name in ("own", "pivot") else _LEVELS,)
-        for number, level in enumerate(levels)
-    ]
-    assert calibration.effect is not None
-    lost = torch.cat([curve[0] for curve in curves]) * calibration.effect
-    reads = torch.cat([curve[1] for curve in curves])
-    return [options[number] for number in _at_one_price(lost, reads, density).tolist()]
-
-
-def _option_curves(
-    calibration: Calibration, order: str, pivots: Tensor | None, block: int
-) -> tuple[Tensor, Tensor]:
-    """Squared lost attention and reads of every unit at every level, means over steps."""
-    levels = _CUTS if order in ("own", "pivot") else _LEVELS
-    lost = torch.zeros(len(levels), calibration.units)
-    reads = torch.zeros_like(lost)
-    for steps in calibration.prompts:
-        visible = steps.visible
-        score, always = _score(order, steps, None if pivots is None else steps.mass[pivots])
-        ranks = ranked(score, always, visible)
-        own, held = (m.gather(-1, ranks).cumsum(-1) for m in (steps.mass, score))
-        refresh = torch.arange(own.shape[1]) % _PLAN_EVERY == 0
-        for number, level in enumerate(levels):
-            if number == len(levels) - 1:
-                reads[number] += 1
-                continue
-            if order in ("own", "pivot"):
-                counts = cut_counts(held, level[None, None], always, visible)
-            else:
-                counts = level_counts(float(level), always, visible).expand(own.shape[:2])
-            missed = (1 - own.gather(-1, counts[..., None] - 1)[..., 0]).clamp(min=0)
-            share = counts / visible.sum(-1) + (1 / block if order == "bounds" else 0)
-            if order == "own":
-                missed, share = missed.masked_fill(refresh, 0), share.masked_fill(refresh, 1)
-            lost[number] += (missed**2).mean(1)
-            reads[number] += share.mean(1)
-    return lost / len(calibration.prompts), reads / len(calibration.prompts)
-
-
-def make_policy(spec: str, density: float, block: int, calibration: Calibration) -> Policy | None:
+def make_policy(spec: str, density: float, calibration: Calibration) -> Policy | None:
     """A policy by its name at a density of reads; None where choosing alone takes as much.
 
     Args:
         spec: `oracle`, `last`, `vertical`, `quest`, `own/8` (refreshed every 8 steps),
-            `own/8>` (and of each block the next one too), `pivots:.05/4` (a twentieth of the
-            units are pivots, dense every 4 steps); `+cuts` gives
-            every unit a cut of its own, `+effect` one by what its lost attention does; `planned`
-            chooses an order and a cut for every unit by that.
+            `pivots:.05/4` (a twentieth of the units are pivots, dense every 4 steps),
+            `sketch:8x4` (8 coordinates of each key, 4 bits each, in a basis of the prompt),
+            `channels:8x4` (8 channels of each key, chosen offline). `+cuts` gives every unit a cut
+            of its own, `+effect` one by what its lost attention does, `+adaptive` a new one at
+            every step by that. `+means` lets blocks that are not read stand in by their mean value.
         density: Reads.
-        block: Tokens a key block.
-        calibration: What pivots and cuts are chosen on.
+        calibration: What pivots, cuts and prices are chosen on.
 
     Raises:
         ConfigError: there is no such policy.
@@ -508,25 +501,41 @@ def make_policy(spec: str, density: float, block: int, calibration: Calibration)
     if found is None:
         raise ConfigError(f"policy {spec!r} is not known: see make_policy for their names")
     name, every, goal = found["name"], int(found["every"] or 1), found["goal"]
-    if name in ("last", "vertical", "oracle") and goal is None:
-        return Ordered("mass" if name == "oracle" else name, density)
-    if name == "quest":
-        # A minimum and a maximum stand beside the keys and values of `block` tokens.
-        extra = 1 / block
-        return Ordered("bounds", density - extra, extra) if density > extra else None
-    if name == "planned":
-        return make_plan(calibration, density, block)
     if every > LOCAL:
         raise ConfigError(f"policy {spec!r}: at most {LOCAL} steps lie between two refreshes")
-    pivots = torch.arange(calibration.units)
+    needs = {"pivots": found["share"], "sketch": found["rank"], "channels": found["rank"]}
+    if name in needs and needs[name] is None:
+        raise ConfigError(f"policy {spec!r} lacks its size: pivots:.05, sketch:8x4")
+    if goal is not None and name in ("last", "vertical", "quest"):
+        raise ConfigError(f"policy {spec!r}: the order of {name} is no attention that a cut can be")
+    if found["means"] and name not in ("sketch", "channels"):
+        raise ConfigError(f"policy {spec!r}: means need the logits of a sketch")
+    block, dim = calibration.prompts[0][0].block, calibration.prompts[0][0].key.shape[-1]
+    policy = Policy(name, density, every=every, means=found["means"] is not None)
+    if name in ("oracle", "own", "pivots"):
+        policy.order, policy.oracle = "pivots", name == "oracle"
+        policy.pivots = list(range(calibration.units))
     if name == "pivots":
         count = max(1, round(float(found["share"]) * calibration.units))
-        pivots = choose_pivots(calibration, count)
-    dense = 0.0 if name == "oracle" else len(pivots.unique()) / len(pivots) / every
-    if dense >= density:
+        policy.pivots = choose_pivots(calibration, count)
+    if name == "quest":
+        policy.extra = 1 / block  # A minimum and a maximum beside the keys and values of a block.
+    if name in ("sketch", "channels"):
+        policy.order = "sketch"
+        policy.sketch = int(found["rank"]), int(found["bits"])
+        policy.extra = policy.sketch[0] * policy.sketch[1] / 8 / (2 * dim * _BYTES)
+        policy.extra += 1 / (2 * block) if policy.means else 0
+    if name == "channels":
+        policy.channels = choose_channels(calibration, policy.sketch[0])
+    units = range(calibration.units)
+    dense = policy.dense(units, every, calibration.effect.device).float().mean().item()
+    allowed = density - policy.extra
+    if allowed <= dense:
         return None
-    shared = Shared(pivots, every, (density - dense) / (1 - dense), oracle=name == "oracle")
-    shared.ahead = found["ahead"] is not None
-    if goal is not None:
-        shared.cuts = choose_cuts(calibration, shared, density, goal)
-    return shared
+    policy.density = (allowed - dense) / (1 - dense)
+    if goal == "adaptive":
+        policy.effect = calibration.effect
+        policy.price = choose_price(calibration, policy, allowed)
+    elif goal is not None:
+        policy.cuts = choose_cuts(calibration, policy, allowed, goal)
+    return policy

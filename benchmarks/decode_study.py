@@ -1,21 +1,23 @@
 """Decoding with what the prefill learnt: how much attention a step keeps, and what it changes.
 
-    python benchmarks/decode_study.py capture --model DIR --task text --length 8192 --out F/a.pt
-    python benchmarks/decode_study.py recall --by-head --calibrate F/c.pt --json r.json F/a.pt
-    python benchmarks/decode_study.py effect --model DIR --calibrate F/c.pt --out F/e.pt
-    python benchmarks/decode_study.py kl --model DIR --calibrate F/c.pt --effect F/e.pt \
-        --json kl.json F/a.pt
-    python benchmarks/decode_study.py plan --model DIR --artifact x.st --json plan.json F/a.pt
-    python benchmarks/decode_study.py show --plot decoding.svg r.json kl.json plan.json
+    python benchmarks/decode_study.py prompts --model DIR --calibrate --seed 1 --samples 1 \
+        --out chosen.json
+    python benchmarks/decode_study.py prompts --model DIR --out measured.json
+    python benchmarks/decode_study.py run --model DIR --prompts chosen.json measured.json \
+        --artifact x.st --json model.json
+    python benchmarks/decode_study.py show --plot decoding.svg model.json other.json
 
-`capture` runs a prompt densely and keeps its keys and values, and the queries of the decode steps
-behind it. The steps continue plain text greedily. Tasks with a right answer are given it, question
+`prompts` writes prompts and what follows them. Tasks with a right answer are given it, question
 after question: the greedy answer is right exactly when every token of it is the likeliest one.
-`recall` lays every policy over the captured steps. `kl` runs the steps under each: blocks that a
+Plain text goes on greedily; `run` adds those tokens to the file.
+
+`run` runs every prompt densely, and the decode steps behind it under each policy: blocks that a
 policy does not read are hidden from its attention, in all layers, so that errors add up over steps
 and layers as in decoding. All steps go through the model in one pass, as none depends on a token
-that a policy would have chosen. `plan` runs prompt and steps as a prefill under an artifact:
-the divergence that the product's own plan brings at the same tokens.
+that a policy would have chosen. With an artifact it also runs each prompt as a sparse prefill, and
+the steps densely on the keys and values that this one left: what the prefill's own plan costs. Such
+prefills are in bfloat16, all else in float32; the same of a dense prefill says what that costs.
+Pivots, cuts, prices and effects come from other prompts, those of `--calibrate`.
 """
 
 from __future__ import annotations
@@ -24,14 +26,27 @@ import argparse
 import json
 import random
 import re
+import time
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from decode_policies import Calibration, Ordered, Policy, Steps, make_policy, quest_bounds
+from decode_policies import (
+    Basis,
+    Calibration,
+    Policy,
+    Steps,
+    by_block,
+    causal_logits,
+    first,
+    level_counts,
+    make_basis,
+    make_policy,
+    ranked,
+)
 from provenance import provenance
 from torch import Tensor
 from torch.nn import functional as F
@@ -41,7 +56,7 @@ from shareprefill.calib.tasks import generate, wording
 from shareprefill.calib.tasks.haystack import Haystack
 from shareprefill.config import RuntimeConfig
 from shareprefill.models import load_model, load_tokenizer
-from shareprefill.runtime.fidelity import Fidelity, compare_predictions, final_states, sampled_score
+from shareprefill.runtime.fidelity import compare_predictions, final_states, sampled_score
 from shareprefill.runtime.generation import cache_of
 from shareprefill.runtime.interface import AttentionCall, HasGradients, attached
 from shareprefill.runtime.session import share_prefill
@@ -50,74 +65,60 @@ from shareprefill.tokens import encode
 TASKS = ("retr_kv", "needle", "quotation", "text")
 DENSITIES = (0.05, 0.1, 0.2, 0.3)
 POLICIES = (
-    *("oracle", "oracle+cuts", "last", "vertical", "quest", "own/8", "own/16", "own/64"),
-    *("pivots:.05", "pivots:.05+cuts", "pivots:.05/4", "pivots:.1", "pivots:.1/4+cuts"),
+    *("oracle", "oracle+adaptive", "last", "vertical", "quest", "own/8", "own/64"),
+    *("pivots:.05", "pivots:.05/8", "pivots:.1+effect", "pivots:.15+effect"),
+    *("sketch:8x4", "sketch:8x4+adaptive"),
 )
 # Query rows of the prompt: the last ones, and one in so many of all.
 LAST, EVERY = 128, 8
-# Sets of tokens that a prompt's effects are measured with.
-DRAWS = 4
-# Tokens of the finest key blocks that maps of the prompt are kept at.
-FINE = 16
+# Sets of tokens that a prompt's effects are measured with, and reads that they are measured at.
+DRAWS, EFFECT_READS = 4, 0.1
 _NEEDLES, _QUOTED_FROM, _QUOTED_WORDS = 8, 0.4, 24
 _KV = re.compile(r'"([0-9a-f-]{36})": "([0-9a-f-]{36})"')
 _NEEDLE = re.compile(r"magic numbers for (\S+) is: (\d+)\.")
 
 
 @dataclass(frozen=True)
-class Captured:
-    """A prompt and the decode steps behind it, run densely.
+class Sample:
+    """A prompt and what follows it.
 
     Attributes:
         task: Task.
-        ids: Tokens of prompt and steps, int64 `[N + T]`.
-        prompt: N.
-        answers: First and last but one of the tokens of every right answer.
-        key: Keys of prompt and steps, float16 `[L, G, N + T, D]`.
-        value: Values of the prompt, float16 `[L, G, N, D]`.
-        query: Queries of the steps, float16 `[L, H, T, D]`.
-        last: Mean attention of the prompt's last rows by key block, `[L, H, n]`.
-        vertical: The same of rows of the whole prompt, `[L, H, n]`.
-        states: Final states of the steps, `[T, hidden size]`.
-        scale: On the logits.
+        calibrates: Whether it is one that policies are chosen on, or one that is measured.
+        prompt: Tokens of the prompt.
+        follow: Tokens of the decode steps; none where they are yet to be generated.
+        answers: First and last but one of the steps' tokens of every right answer.
     """
 
     task: str
-    ids: Tensor
-    prompt: int
+    calibrates: bool
+    prompt: list[int]
+    follow: list[int]
     answers: list[tuple[int, int]]
-    key: Tensor
-    value: Tensor
-    query: Tensor
-    last: Tensor
-    vertical: Tensor
-    states: Tensor
-    scale: float
 
     @property
-    def steps(self) -> int:
-        """T."""
-        return len(self.ids) - self.prompt
+    def ids(self) -> Tensor:
+        """Tokens of prompt and steps, int64 `[N + T]`."""
+        return torch.tensor(self.prompt + self.follow)
 
-    def save(self, path: Path) -> None:
-        """Writes it; tensors alone, so that nothing of it is code."""
-        torch.save(vars(self), path)
 
-    @classmethod
-    def load(cls, path: Path, steps: int | None = None) -> Captured:
-        """Reads it, with its first steps alone where `steps` says so."""
-        found = cls(**torch.load(path))
-        if steps is None or steps >= found.steps:
-            return found
-        stop = found.prompt + steps
-        return replace(
-            found,
-            ids=found.ids[:stop],
-            answers=[(a, min(b, steps)) for a, b in found.answers if b <= steps or a == 0],
-            key=found.key[:, :, :stop],
-            query=found.query[:, :, :steps],
-            states=found.states[:steps],
-        )
+@dataclass(frozen=True)
+class Prompt:
+    """What decode steps read of a prompt, by layer.
+
+    Attributes:
+        key: `[G, N, D]`.
+        value: `[G, N, D]`.
+        last: Mean attention of the prompt's last rows by token, `[H, N]`.
+        vertical: The same of rows of the whole prompt.
+        basis: Coordinates of keys and queries.
+    """
+
+    key: list[Tensor]
+    value: list[Tensor]
+    last: list[Tensor]
+    vertical: list[Tensor]
+    basis: list[Basis]
 
 
 class Prefill:
@@ -126,197 +127,302 @@ class Prefill:
     def __init__(self) -> None:
         self.key: list[Tensor] = []
         self.value: list[Tensor] = []
+        self.query: list[Tensor] = []
         self.last: list[Tensor] = []
         self.vertical: list[Tensor] = []
-        self.scale = 1.0
 
     def __call__(self, call: AttentionCall) -> Tensor:
         query, key = call.query[0], call.key[0]
         repeats, rows = len(query) // len(key), query.shape[1]
-        self.scale = call.scale
-        self.key.append(key.half())
-        self.value.append(call.value[0].half())
-        every = torch.arange(EVERY - 1, rows, EVERY)
+        self.key.append(key)
+        self.value.append(call.value[0])
+        every = torch.arange(EVERY - 1, rows, EVERY, device=key.device)
         self.vertical.append(_mean_map(query[:, every], every, key, call.scale))
-        tail = torch.arange(max(0, rows - LAST), rows)
+        tail = torch.arange(max(0, rows - LAST), rows, device=key.device)
         self.last.append(_mean_map(query[:, tail], tail, key, call.scale))
+        self.query.append(query[:, tail].unflatten(0, (len(key), -1)).flatten(1, 2))
         whole = (t[0].repeat_interleave(repeats, 0)[None] for t in (call.key, call.value))
         return F.scaled_dot_product_attention(call.query, *whole, is_causal=True, scale=call.scale)
 
+    def prompt(self) -> Prompt:
+        """What it kept."""
+        basis = make_basis(torch.stack(self.query), torch.stack(self.key))
+        parts = zip(*(vars(basis)[name] for name in vars(basis)), strict=True)
+        bases = [Basis(*part) for part in parts]
+        return Prompt(self.key, self.value, self.last, self.vertical, bases)
+
 
 def _mean_map(query: Tensor, rows: Tensor, key: Tensor, scale: float) -> Tensor:
-    """Mean attention of query rows `[H, rows, D]` by key block `[H, n]`."""
-    total = torch.zeros(len(query), key.shape[1])
-    for piece, places in zip(query.split(256, 1), rows.split(256), strict=True):
+    """Mean attention of query rows `[H, rows, D]` by key `[H, N]`."""
+    total = query.new_zeros(len(query), key.shape[1])
+    places = torch.arange(key.shape[1], device=key.device)
+    for piece, positions in zip(query.split(256, 1), rows.split(256), strict=True):
         logits = piece.unflatten(0, (len(key), -1)) @ key[:, None].mT * scale
-        logits.masked_fill_(torch.arange(key.shape[1]) > places[:, None], -torch.inf)
+        logits.masked_fill_(places > positions[:, None], -torch.inf)
         total += logits.softmax(-1).sum(2).flatten(0, 1)
-    return by_block(total / len(rows), FINE)
-
-
-def by_block(mass: Tensor, block: int) -> Tensor:
-    """Sums over blocks of the last dimension; the last block may be smaller."""
-    full = mass.shape[-1] // block * block
-    sums = mass[..., :full].unflatten(-1, (-1, block)).sum(-1)
-    if full == mass.shape[-1]:
-        return sums
-    return torch.cat((sums, mass[..., full:].sum(-1, keepdim=True)), -1)
+    return total / len(rows)
 
 
 class Decode:
-    """Attention handler: the steps behind a captured prompt, densely or under a policy.
+    """Attention handler: the steps behind a prompt, densely or under a policy.
 
     Attributes:
-        query: Of every layer.
-        key: Of every layer's steps.
-        kept: Reads of every layer, mean over KV heads and steps.
-        heads: Weight of every query head in its KV head's order, `[L, H]`; all equal without.
+        steps: Of every layer, without a policy.
+        reads: Of every layer, mean over KV heads and steps.
+        recall: Attention in what is read, of every layer `[H]`, mean over steps.
     """
 
     def __init__(
-        self,
-        prompt: Prompt,
-        policy: Policy | None = None,
-        block: int = FINE,
-        heads: Tensor | None = None,
+        self, prompt: Prompt, share: Tensor | None, policy: Policy | None, block: int
     ) -> None:
-        self.prompt, self.policy, self.block, self.heads = prompt, policy, block, heads
-        self.query: list[Tensor] = []
-        self.key: list[Tensor] = []
-        self.kept: list[float] = []
+        self.prompt, self.share, self.policy, self.block = prompt, share, policy, block
+        self.steps: list[Steps] = []
+        self.reads: list[Tensor] = []
+        self.recall: list[Tensor] = []
 
     def __call__(self, call: AttentionCall) -> Tensor:
-        layer, prompt = call.layer, self.prompt
-        self.query.append(call.query[0].half())
-        self.key.append(call.key[0].half())
-        key = torch.cat((prompt.key[layer], call.key[0]), 1)
-        value = torch.cat((prompt.value[layer], call.value[0]), 1)
-        weights = attention(call.query[0], key, call.scale)
-        if self.policy is not None:
-            self._hide(layer, weights, call, key)
-        out = weights @ value[:, None]
-        if self.policy is not None:
-            out /= weights.sum(-1, keepdim=True)
-        return out.flatten(0, 1)[None]
-
-    def _hide(self, layer: int, weights: Tensor, call: AttentionCall, key: Tensor) -> None:
-        """Takes the weights of blocks that the policy does not read away; rows sum to less then."""
-        assert self.policy is not None
-        prompt, block = self.prompt, self.block
-        steps = layer_steps(
-            *(weights, call.query[0], key, prompt.last[layer], prompt.vertical[layer]),
-            block=block,
-            heads=None if self.heads is None else self.heads[layer],
-        )
-        keep = self.policy.keep(layer, steps)
-        self.kept.append((keep.sum(-1) / steps.visible.sum(-1)).mean().item() + self.policy.extra)
-        full = weights.shape[-1] // block
-        blocks = weights[..., : full * block].unflatten(-1, (full, block))
-        blocks *= keep[:, None, :, :full, None]
-        weights[..., full * block :] *= keep[:, None, :, full:].any(-1, keepdim=True)
+        key, value = joined(self.prompt, call)
+        logits = logits_of(call, key)
+        if self.share is None:
+            return (logits.softmax(-1) @ value[:, None]).flatten(0, 1)[None]
+        steps = layer_steps(self.prompt, self.share, call, key, logits, self.block)
+        if self.policy is None:
+            self.steps.append(steps)
+            return (logits.softmax(-1) @ value[:, None]).flatten(0, 1)[None]
+        keep = self.policy.keep(call.layer, steps)
+        self.reads.append((keep.sum(-1) / steps.visible.sum(-1)).mean() + self.policy.extra)
+        self.recall.append((steps.heads * keep[:, None]).sum(-1).mean(2).flatten())
+        tokens = keep.repeat_interleave(self.block, -1)[:, None, :, : key.shape[1]]
+        if self.policy.means:
+            guessed = self.policy.sketched_logits(call.layer, steps)
+            return with_means(logits, guessed, tokens, value, self.block)[None]
+        logits.masked_fill_(~tokens, -torch.inf)
+        return (logits.softmax(-1) @ value[:, None]).flatten(0, 1)[None]
 
 
-@dataclass(frozen=True)
-class Prompt:
-    """What decode steps read of a prompt, by layer: float32 keys and values, maps of its rows."""
-
-    key: list[Tensor]
-    value: list[Tensor]
-    last: list[Tensor]
-    vertical: list[Tensor]
-
-
-def prompt_of(captured: Captured) -> Prompt:
-    """What the steps of a captured prompt read."""
-    keys = captured.key[:, :, : captured.prompt].float()
-    return Prompt(
-        *(list(keys), list(captured.value.float())), list(captured.last), list(captured.vertical)
-    )
-
-
-def attention(query: Tensor, key: Tensor, scale: float) -> Tensor:
-    """Dense attention weights `[G, R, T, M]` of the last T of M tokens.
+def with_means(
+    logits: Tensor, guessed: Tensor, tokens: Tensor, value: Tensor, block: int
+) -> Tensor:
+    """Attention `[H, T, Dv]` where blocks that are not read stand in by their mean value.
 
     Args:
-        query: `[H, T, D]`.
-        key: `[G, M, D]`.
-        scale: On the logits.
+        logits: `[G, R, T, M]`.
+        guessed: What is known of them where nothing is read.
+        tokens: Those that are read, bool `[G, 1, T, M]`.
+        value: `[G, M, Dv]`.
+        block: Tokens a key block.
     """
-    steps, tokens = query.shape[1], key.shape[1]
-    logits = (query * scale).unflatten(0, (len(key), -1)) @ key[:, None].mT
-    later = torch.ones(steps, steps, dtype=torch.bool).triu(1)
-    logits[..., tokens - steps :].masked_fill_(later, -torch.inf)
-    return logits.softmax(-1)
+    tops = torch.maximum(logits.amax(-1, keepdim=True), guessed.amax(-1, keepdim=True))
+    rest = by_block((guessed - tops).exp().masked_fill(tokens, 0), block)  # [G, R, T, n]
+    read = (logits - tops).exp().masked_fill(~tokens, 0)
+    padded = F.pad(value, (0, 0, 0, -value.shape[1] % block)).unflatten(1, (-1, block))
+    out = read @ value[:, None] + rest @ padded.mean(2)[:, None]
+    return (out / (read.sum(-1, keepdim=True) + rest.sum(-1, keepdim=True))).flatten(0, 1)
+
+
+def joined(prompt: Prompt, call: AttentionCall) -> tuple[Tensor, Tensor]:
+    """Keys and values of prompt and steps, `[G, M, D]` each."""
+    key = torch.cat((prompt.key[call.layer], call.key[0]), 1)
+    return key, torch.cat((prompt.value[call.layer], call.value[0]), 1)
+
+
+def logits_of(call: AttentionCall, key: Tensor) -> Tensor:
+    """Of the steps, `[G, R, T, M]`."""
+    query = call.query[0].unflatten(0, (len(key), -1))
+    return causal_logits((query * call.scale) @ key[:, None].mT)
 
 
 def layer_steps(
-    weights: Tensor,
-    query: Tensor,
-    key: Tensor,
-    last: Tensor,
-    vertical: Tensor,
-    *,
-    block: int,
-    by_head: bool = False,
-    heads: Tensor | None = None,
+    prompt: Prompt, share: Tensor, call: AttentionCall, key: Tensor, logits: Tensor, block: int
 ) -> Steps:
-    """The steps of one layer, as a policy sees them: KV heads are the units, or query heads.
+    """The steps of one layer, as a policy sees them.
 
-    A KV head has the mean of its query heads, weighed by `heads` `[H]`.
+    Args:
+        prompt: What is before them.
+        share: Weights of query heads, `[L, G, R]`.
+        call: Of the layer.
+        key: Of prompt and steps, `[G, M, D]`.
+        logits: `[G, R, T, M]`.
+        block: Tokens a key block.
     """
-    n = -(-key.shape[1] // block)
-    groups, repeats, count, tokens = weights.shape
-    padded = F.pad(key, (0, 0, 0, n * block - tokens))
-    bounds = quest_bounds(query.unflatten(0, (groups, -1)), padded, block)
-    mass = by_block(weights, block)  # [G, R, T, n]
-    maps = [by_block(m, block // FINE) for m in (last, vertical)]
-    maps = [F.pad(m, (0, n - m.shape[-1])).unflatten(0, (groups, -1)) for m in maps]
-    every = (mass, bounds, *maps)
-    if by_head:
-        units = [t.flatten(0, 1) for t in every]
-    else:
-        share = (torch.ones(groups * repeats) if heads is None else heads).view(groups, repeats)
-        share = share / share.sum(1, keepdim=True)
-        units = [torch.einsum("gr,gr...->g...", share, t) for t in every]
-    return Steps(*units, prompt=tokens - count, block=block)
+    layer, steps, groups = call.layer, call.key.shape[2], len(key)
+    maps = (F.pad(m[layer], (0, steps)) for m in (prompt.last, prompt.vertical))
+    return Steps(
+        by_block(logits.softmax(-1), block),
+        share[layer],
+        call.query[0].unflatten(0, (groups, -1)),
+        key,
+        call.scale,
+        *(by_block(m, block).unflatten(0, (groups, -1)) for m in maps),
+        basis=prompt.basis[layer],
+        prompt=key.shape[1] - steps,
+        block=block,
+    )
 
 
-@torch.no_grad()
-def run_steps(model: Any, ids: Tensor, prompt: int, handler: Decode) -> Tensor:
-    """Final states `[T, hidden size]` of the steps behind a prompt."""
-    positions = torch.arange(prompt, len(ids))[None]
-    with attached(model, handler), final_states(model) as states:
-        model(input_ids=ids[None, prompt:], position_ids=positions, use_cache=False)
-    return states()
+class Traced(HasGradients):
+    """Attention handler: dense steps, and what each head's output loses if it reads few blocks.
 
+    Attributes:
+        outputs: Of every layer `[1, H, T, D]`; their gradients can be asked for.
+        change: What reading the best blocks alone changes them by.
+        lost: Attention outside of those blocks, `[H, T]`.
+    """
 
-@torch.no_grad()
-def greedy(model: Any, ids: Tensor, first: int, prompt: Prompt, steps: int) -> Tensor:
-    """A greedy continuation of `steps` tokens, of which the first is known."""
-    tokens, cache = [first], {}
-    while len(tokens) < steps:
-        positions = torch.tensor([[len(ids) + len(tokens) - 1]])
-        step = torch.tensor([[tokens[-1]]])
-        with attached(model, _Step(prompt)):
-            out = model(input_ids=step, position_ids=positions, **cache, use_cache=True)
-        cache = cache_of(out)
-        tokens.append(int(out.logits[0, -1].argmax()))
-    return torch.tensor(tokens)
-
-
-class _Step:
-    """Attention handler: one dense step; the model's cache holds the steps before it alone."""
-
-    def __init__(self, prompt: Prompt) -> None:
-        self.prompt = prompt
+    def __init__(self, prompt: Prompt, share: Tensor, block: int) -> None:
+        self.prompt, self.share, self.block = prompt, share, block
+        self.outputs: list[Tensor] = []
+        self.change: list[Tensor] = []
+        self.lost: list[Tensor] = []
 
     def __call__(self, call: AttentionCall) -> Tensor:
-        query = call.query[0].unflatten(0, (call.key.shape[1], -1))[:, :, 0]  # [G, R, D]
-        keys = (self.prompt.key[call.layer], call.key[0])
-        weights = torch.cat([query @ key.mT for key in keys], -1).mul_(call.scale).softmax(-1)
-        old, new = weights.split([key.shape[1] for key in keys], -1)
-        out = old @ self.prompt.value[call.layer] + new @ call.value[0]
-        return out.flatten(0, 1)[None, :, None]
+        key, value = joined(self.prompt, call)
+        weights = logits_of(call, key).softmax(-1)
+        out = (weights @ value[:, None]).flatten(0, 1)[None]
+        if not out.requires_grad:
+            out = out.detach().requires_grad_()
+        out.retain_grad()
+        self.outputs.append(out)
+        with torch.no_grad():
+            steps = layer_steps(
+                self.prompt, self.share, call, key, logits_of(call, key), self.block
+            )
+            heads, always, visible = steps.heads.flatten(0, 1), steps.always(), steps.visible
+            counts = level_counts(EFFECT_READS, always, visible).expand(heads.shape[:2])
+            keep = first(ranked(heads, always, visible), counts)
+            read = keep.repeat_interleave(self.block, -1)[..., : key.shape[1]]
+            few = weights * read.view_as(weights)
+            few = few @ value[:, None] / few.sum(-1, keepdim=True)
+            self.change.append(few.flatten(0, 1) - out[0])
+            self.lost.append(1 - (heads * keep).sum(-1))
+        return out
+
+
+class Study:
+    """A model, and what policies are chosen on.
+
+    Attributes:
+        model: In float32.
+        half: In bfloat16, where there are artifacts to prefill by.
+        share: Weight of every query head in its KV head, of sum 1, `[L, G, R]`.
+        block: Tokens a key block.
+    """
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        loaded: Any = load_model(options.model, device=options.device, dtype="float32")
+        self.model = loaded.requires_grad_(False)
+        self.half: Any = None
+        if options.artifact:
+            self.half = load_model(options.model, device=options.device, dtype="bfloat16")
+        self.device, self.block = torch.device(options.device), options.block
+        config = loaded.config
+        groups = config.num_key_value_heads
+        shape = config.num_hidden_layers, groups, config.num_attention_heads // groups
+        self.share = torch.full(shape, 1 / shape[2], device=self.device)
+
+    @torch.no_grad()
+    def prefill(self, sample: Sample) -> Prompt:
+        """Runs a prompt densely."""
+        handler = Prefill()
+        ids = torch.tensor(sample.prompt, device=self.device)
+        with attached(self.model, handler):
+            self.model(input_ids=ids[None], use_cache=False, logits_to_keep=1)
+        return handler.prompt()
+
+    @torch.no_grad()
+    def half_prefill(self, sample: Sample, artifact: Path | None) -> tuple[Prompt, float]:
+        """Keys and values that a prefill in bfloat16 leaves, and its density; dense without a plan.
+
+        The plan is followed even where this device would gain nothing by it.
+        """
+        config = RuntimeConfig(min_tokens=0, max_density=1.0)
+        ids = torch.tensor(sample.prompt, device=self.device)[None]
+        if artifact is None:
+            out, density = self.half(input_ids=ids, use_cache=True, logits_to_keep=1), 1.0
+        else:
+            with share_prefill(self.half, load_artifact(artifact), config) as session:
+                out = self.half(input_ids=ids, use_cache=True, logits_to_keep=1)
+            density = session.report().density
+        [cache] = cache_of(out).values()
+        kept = [(layer.keys[0].float(), layer.values[0].float()) for layer in cache.layers]
+        return Prompt([k for k, _ in kept], [v for _, v in kept], [], [], []), density
+
+    def steps(self, sample: Sample, handler: Any) -> Tensor:
+        """Final states `[T, hidden size]` of the steps behind a prompt."""
+        ids = sample.ids.to(self.device)
+        start = len(sample.prompt)
+        positions = torch.arange(start, len(ids), device=self.device)[None]
+        with attached(self.model, handler), final_states(self.model) as states:
+            self.model(input_ids=ids[None, start:], position_ids=positions, use_cache=False)
+        return states()
+
+    def calibrate(self, samples: Sequence[Sample]) -> Calibration:
+        """Effects of heads and KV heads, and the steps that policies are chosen on."""
+        prompts = [self.prefill(sample) for sample in samples]
+        pairs = list(zip(samples, prompts, strict=True))
+        effect = self._effect(pairs).view_as(self.share)
+        self.share = effect / effect.sum(-1, keepdim=True)
+        found = []
+        for sample, prompt in pairs:
+            handler = Decode(prompt, self.share, None, self.block)
+            with torch.no_grad():
+                self.steps(sample, handler)
+            found.append(handler.steps)
+        return Calibration(found, effect.sum(-1).flatten())
+
+    def _effect(self, pairs: Sequence[tuple[Sample, Prompt]]) -> Tensor:
+        """KL divergence for every head's mean squared lost attention, `[L, H]`, over the prompts.
+
+        As `sp calibrate` measures it of prefills: tokens are drawn from the model's predictions,
+        and the gradient of their log likelihood tells what a change of each head's output does.
+        """
+        caused, mass = torch.zeros(()), torch.zeros(())
+        for sample, prompt in pairs:
+            handler = Traced(prompt, self.share, self.block)
+            states = self.steps(sample, handler)
+            found = torch.zeros((), device=self.device)
+            for draw in range(DRAWS):
+                generator = torch.Generator(self.device).manual_seed(draw)
+                score = sampled_score(self.model, states, generator)
+                grads = torch.autograd.grad(states, handler.outputs, score, retain_graph=True)
+                change = [(g[0] * c).sum(-1) for g, c in zip(grads, handler.change, strict=True)]
+                # Half of the mean square: the KL divergence of all steps, to second order.
+                found = found + torch.stack(change).square().sum(-1) / 2 / DRAWS
+            caused = caused + found.cpu()
+            mass = mass + torch.stack(handler.lost).square().sum(-1).cpu()
+        # A head's own figure, mixed with a quarter of its layer's.
+        prior = mass.mean(1, keepdim=True) / 4
+        of_layer = caused.sum(1, keepdim=True) / mass.sum(1, keepdim=True)
+        return ((caused + prior * of_layer) / (mass + prior)).to(self.device)
+
+    @torch.no_grad()
+    def top_tokens(self, states: Tensor) -> Tensor:
+        """The likeliest next token of every step, int64 `[T]`."""
+        head = self.model.get_output_embeddings()
+        return torch.cat([head(piece).argmax(-1) for piece in states.split(128)]).cpu()
+
+    def outcome(self, sample: Sample, dense: Tensor, states: Tensor) -> dict[str, Any]:
+        """KL divergence from the dense steps, and answers."""
+        fidelity = compare_predictions(self.model, dense, states)
+        return {
+            "kl": fidelity.mean_kl,
+            "kl_99": fidelity.kl.quantile(0.99).item(),
+            "agrees": fidelity.top1_agreement,
+            "dense_answers": answers_right(sample, self.top_tokens(dense)),
+            "answers": answers_right(sample, self.top_tokens(states)),
+        }
+
+    @torch.no_grad()
+    def continue_greedily(self, prompts: list[list[int]], steps: int) -> list[list[int]]:
+        """Greedy continuations of prompts of one length, by the model itself."""
+        out = self.model(
+            input_ids=torch.tensor(prompts, device=self.device), use_cache=True, logits_to_keep=1
+        )
+        tokens = [out.logits[:, -1:].argmax(-1)]  # [B, 1]
+        while len(tokens) < steps:
+            out = self.model(input_ids=tokens[-1], **cache_of(out), use_cache=True)
+            tokens.append(out.logits[:, -1:].argmax(-1))
+        return torch.cat(tokens, 1).tolist()
 
 
 def stream(task: str, tokenizer: Any, length: int, seed: int) -> tuple[str, list[tuple[str, str]]]:
@@ -363,297 +469,161 @@ def quotation(words: Sequence[str]) -> tuple[str, str]:
     return "".join(words) + asked + begun, "".join(words[start + _QUOTED_WORDS :])
 
 
-@torch.no_grad()
-def capture(options: argparse.Namespace) -> None:
-    """Runs a prompt and its decode steps densely and writes them."""
-    tokenizer = load_tokenizer(options.model)
-    model = load_model(options.model, device="cpu", dtype="float32")
-    room = options.length - options.steps
-    text, pieces = stream(options.task, tokenizer, room, options.seed)
-    ids = encode(tokenizer, text)
-    prefill = Prefill()
-    with attached(model, prefill):
-        logits = model(input_ids=ids[None], use_cache=False, logits_to_keep=1).logits
-    maps = torch.stack(prefill.last), torch.stack(prefill.vertical)
-    prompt = Prompt(
-        [key.float() for key in prefill.key],
-        [value.float() for value in prefill.value],
-        *map(list, maps),
-    )
+def make_sample(
+    task: str, tokenizer: Any, length: int, steps: int, seed: int, *, calibrates: bool
+) -> Sample:
+    """A prompt of at most `length` tokens and at most `steps` tokens that follow."""
+    text, pieces = stream(task, tokenizer, length, seed)
     answers, tokens = [], []
     for answer, question in pieces:
         start = len(tokens)
         tokens += tokenizer(answer, add_special_tokens=False).input_ids
         answers.append((start, len(tokens)))
         tokens += tokenizer(question, add_special_tokens=False).input_ids
-    follow = torch.tensor(tokens[: options.steps])
+    follow = tokens[:steps]
+    answers = [(a, min(b, len(follow))) for a, b in answers if b <= len(follow) or a == 0]
+    prompt = encode(tokenizer, text).tolist()
     if not pieces:
-        follow = greedy(model, ids, int(logits[0, -1].argmax()), prompt, options.steps)
-    whole = torch.cat((ids, follow))
-    handler = Decode(prompt)
-    states = run_steps(model, whole, len(ids), handler)
-    keys = torch.cat((torch.stack(prefill.key), torch.stack(handler.key)), 2)
-    found = Captured(
-        *(options.task, whole, len(ids)),
-        [(a, min(b, len(follow))) for a, b in answers if b <= len(follow) or a == 0],
-        *(keys, torch.stack(prefill.value), torch.stack(handler.query), *maps, states),
-        scale=prefill.scale,
-    )
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    found.save(options.out)
-    right = answers_right(found, top_tokens(model, states))
-    print(f"{options.out.stem}: {len(ids)} + {found.steps} tokens, answers {right}")
-    if not pieces:
-        print(repr(tokenizer.decode(follow)[:300]))
+        # Of one length, so that they go on together.
+        prompt = prompt[: length * 15 // 16]
+    return Sample(task, calibrates, prompt, follow, answers)
 
 
-def steps_of(
-    captured: Captured, block: int, *, by_head: bool, heads: Tensor | None = None
-) -> list[Steps]:
-    """The captured steps of every layer."""
+def prompts(options: argparse.Namespace) -> None:
+    """Writes prompts of every task and length, or with `--calibrate` those of policies' choice."""
+    tokenizer = load_tokenizer(options.model)
     found = []
-    for layer in range(len(captured.key)):
-        query, key = captured.query[layer].float(), captured.key[layer].float()
-        weights = attention(query, key, captured.scale)
-        maps = captured.last[layer], captured.vertical[layer]
-        found.append(
-            layer_steps(
-                *(weights, query, key, *maps),
-                block=block,
-                by_head=by_head,
-                heads=None if heads is None else heads[layer],
-            )
-        )
-    return found
+    for length in options.length:
+        for seed in range(options.seed, options.seed + options.samples):
+            for task in options.task:
+                sizes = length - options.steps, options.steps, seed
+                found.append(make_sample(task, tokenizer, *sizes, calibrates=options.calibrate))
+                print(task, seed, len(found[-1].prompt), len(found[-1].follow), flush=True)
+    save_samples(options.out, found, options.steps)
 
 
-def calibration_of(
-    options: argparse.Namespace, block: int, *, by_head: bool = False, weighed: bool = False
-) -> Calibration:
-    """Captured prompts as pivots and cuts are chosen on them, with heads' effects.
-
-    Args:
-        options: Of the command line.
-        block: Tokens a key block.
-        by_head: Units are query heads.
-        weighed: Query heads count in their KV head by their effect.
-    """
-    prompts, layers = [], 0
-    effects = effects_of(options)
-    for path in options.calibrate:
-        heads = effects if weighed else None
-        every = steps_of(Captured.load(path, options.steps), block, by_head=by_head, heads=heads)
-        layers = len(every)
-        joined = {
-            name: torch.cat([getattr(steps, name) for steps in every])
-            for name in ("mass", "bounds", "last", "vertical")
-        }
-        prompts.append(replace(every[0], **joined))
-    if effects is None:
-        return Calibration(layers, prompts)
-    units = len(prompts[0].mass) // layers
-    return Calibration(layers, prompts, effects.unflatten(1, (units, -1)).sum(2).flatten())
+def save_samples(path: Path, samples: Sequence[Sample], steps: int) -> None:
+    """Writes them as JSON."""
+    content = {"steps": steps, "samples": [asdict(sample) for sample in samples]}
+    path.write_text(json.dumps(content) + "\n", encoding="utf-8")
 
 
-def effects_of(options: argparse.Namespace) -> Tensor | None:
-    """KL divergence for every head's squared lost attention `[L, H]`, where it was measured."""
-    return None if options.effect is None else torch.load(options.effect)
+def load_samples(path: Path, study: Study) -> list[Sample]:
+    """Reads them; greedy continuations that they lack are made, and written."""
+    content = json.loads(path.read_text(encoding="utf-8"))
+    samples = [Sample(**row) for row in content["samples"]]
+    lengths = sorted({len(s.prompt) for s in samples if not s.follow})
+    for length in lengths:
+        places = [n for n, s in enumerate(samples) if not s.follow and len(s.prompt) == length]
+        found = study.continue_greedily([samples[n].prompt for n in places], content["steps"])
+        for place, follow in zip(places, found, strict=True):
+            old = samples[place]
+            samples[place] = Sample(old.task, old.calibrates, old.prompt, follow, [])
+    if lengths:
+        save_samples(path, samples, content["steps"])
+    return samples
 
 
-def by_effect(spec: str) -> bool:
-    """Whether a policy weighs heads by their effect."""
-    return spec.endswith("+effect") or spec == "planned"
-
-
-@torch.no_grad()
-def recall(options: argparse.Namespace) -> None:
-    """Attention inside what every policy reads, by density; nothing is run."""
-    rows = []
-    for block in options.block:
-        calibration = calibration_of(options, block, by_head=options.by_head)
+def run(options: argparse.Namespace) -> None:
+    """Runs prompts and their steps under every policy, and as sparse prefills."""
+    clock = time.perf_counter()
+    study = Study(options)
+    samples = [sample for path in options.prompts for sample in load_samples(path, study)]
+    print(f"loaded, continued: {time.perf_counter() - clock:.1f} s", flush=True)
+    calibration = study.calibrate([s for s in samples if s.calibrates])
+    print(f"calibrated: {time.perf_counter() - clock:.1f} s", flush=True)
+    with torch.no_grad():
         policies = {
-            (spec, density): make_policy(spec, density, block, calibration)
-            for spec, density in product_of(options)
+            (spec, density): make_policy(spec, density, calibration)
+            for spec in options.policy or POLICIES
+            for density in options.density
         }
-        for path in options.captured:
-            captured = Captured.load(path, options.steps)
-            every = steps_of(captured, block, by_head=options.by_head)
-            for (spec, density), policy in policies.items():
-                if policy is None:
-                    continue
-                held, reads, union = [], [], []
-                for layer, steps in enumerate(every):
-                    keep = policy.keep(layer, steps)
-                    held.append((steps.mass * keep).sum(-1).mean(1))  # [U]
-                    reads.append((keep.sum(-1) / steps.visible.sum(-1)).mean(1))
-                    groups = captured.key.shape[1]
-                    joint = keep.unflatten(0, (groups, -1)).any(1)
-                    union.append((joint.sum(-1) / steps.visible.sum(-1)).mean(1))
-                by_unit = torch.cat(held)
-                worst = by_unit.sort().values[: max(1, len(by_unit) // 20)].mean()
-                rows.append(
-                    {
-                        **described(captured, path, spec, density, block),
-                        "recall": by_unit.mean().item(),
-                        "worst": worst.item(),
-                        "reads": torch.cat(reads).mean().item() + policy.extra,
-                        "kv_reads": torch.cat(union).mean().item() + policy.extra,
-                    }
-                )
-                show_row(rows[-1])
-    write(options, "recall by head" if options.by_head else "recall by KV head", rows)
+    print(f"chosen: {time.perf_counter() - clock:.1f} s", flush=True)
+    rows: list[dict[str, Any]] = []
+    measured = [s for s in samples if not s.calibrates and s.task in options.task]
+
+    def note(sample: Sample, found: list[dict[str, Any]]) -> None:
+        rows.extend(found)
+        print(
+            f"{sample.task} {len(sample.prompt)}: {time.perf_counter() - clock:.1f} s", flush=True
+        )
+        facts = provenance(options.device, options.commit)
+        options.json.write_text(json.dumps({"facts": facts, "rows": rows}, indent=1) + "\n")
+
+    every_dense = []
+    for sample in measured:
+        dense, found = policy_rows(study, sample, policies)
+        every_dense.append(dense)
+        note(sample, found)
+    for sample, dense in zip(measured, every_dense, strict=True):
+        if options.artifact:
+            note(sample, plan_rows(study, sample, dense, options.artifact))
 
 
-@torch.no_grad()
-def kl(options: argparse.Namespace) -> None:
-    """Runs the steps under every policy; KV heads are the units."""
-    model = load_model(options.model, device="cpu", dtype="float32")
-    rows = []
-    for block in options.block:
-        plain = calibration_of(options, block)
-        effects = effects_of(options)
-        weighed = None if effects is None else calibration_of(options, block, weighed=True)
-        policies = {}
-        for spec, density in product_of(options):
-            calibration = weighed if weighed is not None and by_effect(spec) else plain
-            policies[spec, density] = make_policy(spec, density, block, calibration)
-        for path in options.captured:
-            captured = Captured.load(path, options.steps)
-            prompt = prompt_of(captured)
-            for (spec, density), policy in policies.items():
-                if policy is None:
-                    continue
-                heads = effects if by_effect(spec) else None
-                handler = Decode(prompt, policy, block, heads)
-                states = run_steps(model, captured.ids, captured.prompt, handler)
-                reads = sum(handler.kept) / len(handler.kept)
-                row = described(captured, path, spec, density, block)
-                rows.append({**row, "reads": reads, **outcome(model, captured, states)})
-                show_row(rows[-1])
-                write(options, "kl", rows)
-
-
-class Traced(HasGradients):
-    """Attention handler: dense steps, and what each head's output loses if it reads few blocks.
-
-    Attributes:
-        outputs: Of every layer `[1, H, T, D]`; their gradients can be asked for.
-        change: What reading the best blocks alone changes them by.
-        lost: Attention outside of those blocks, `[H, T]`.
-    """
-
-    def __init__(self, prompt: Prompt, block: int, density: float) -> None:
-        self.prompt, self.block, self.density = prompt, block, density
-        self.outputs: list[Tensor] = []
-        self.change: list[Tensor] = []
-        self.lost: list[Tensor] = []
-
-    def __call__(self, call: AttentionCall) -> Tensor:
-        prompt, layer = self.prompt, call.layer
-        key = torch.cat((prompt.key[layer], call.key[0]), 1)
-        value = torch.cat((prompt.value[layer], call.value[0]), 1)[:, None]
-        weights = attention(call.query[0], key, call.scale)
-        out = (weights @ value).flatten(0, 1)[None]
-        if not out.requires_grad:
-            out = out.detach().requires_grad_()
-        out.retain_grad()
-        self.outputs.append(out)
-        with torch.no_grad():
-            maps = prompt.last[layer], prompt.vertical[layer]
-            sizes = {"block": self.block, "by_head": True}
-            steps = layer_steps(weights, call.query[0], key, *maps, **sizes)
-            keep = Ordered("mass", self.density).keep(layer, steps)
-            read = keep.repeat_interleave(self.block, -1)[..., : key.shape[1]]
-            few = weights * read.view_as(weights)
-            few = few @ value / few.sum(-1, keepdim=True)
-            self.change.append(few.flatten(0, 1) - out[0])
-            self.lost.append(1 - (steps.mass * keep).sum(-1))
-        return out
-
-
-def effect(options: argparse.Namespace) -> None:
-    """KL divergence for every head's mean squared lost attention, `[L, H]`, over the prompts.
-
-    As `sp calibrate` measures it of prefills: tokens are drawn from the model's predictions, and
-    the gradient of their log likelihood tells what a change of each head's output does.
-    """
-    model: Any = load_model(options.model, device="cpu", dtype="float32").requires_grad_(False)
-    caused, mass = 0.0, 0.0
-    for path in options.calibrate:
-        captured = Captured.load(path, options.steps)
-        positions = torch.arange(captured.prompt, len(captured.ids))[None]
-        ids = captured.ids[None, captured.prompt :]
-        handler = Traced(prompt_of(captured), options.block[0], options.density[0])
-        with attached(model, handler), final_states(model) as states:
-            model(input_ids=ids, position_ids=positions, use_cache=False)
-        for draw in range(DRAWS):
-            generator = torch.Generator().manual_seed(draw)
-            score = sampled_score(model, states(), generator)
-            grads = torch.autograd.grad(states(), handler.outputs, score, retain_graph=True)
-            change = [(g[0] * c).sum(-1) for g, c in zip(grads, handler.change, strict=True)]
-            # Half of the mean square: the KL divergence of all steps, to second order.
-            caused = caused + torch.stack(change).square().sum(-1) / 2 / DRAWS
-        mass = mass + torch.stack(handler.lost).square().sum(-1)
-        print(path.stem, flush=True)
-    # A head's own figure, mixed with a quarter of its layer's.
-    prior = mass.mean(1, keepdim=True) / 4
-    of_layer = caused.sum(1, keepdim=True) / mass.sum(1, keepdim=True)
-    found = (caused + prior * of_layer) / (mass + prior)
-    print("by layer", " ".join(f"{e:.3g}" for e in found.mean(1).tolist()))
-    torch.save(found, options.out)
-
-
-@torch.no_grad()
-def plan(options: argparse.Namespace) -> None:
-    """Runs prompt and steps as one prefill under artifacts: KL at the steps' tokens."""
-    model = load_model(options.model, device="cpu", dtype="float32")
-    rows = []
-    for path in options.captured:
-        captured = Captured.load(path, options.steps)
-        for artifact in options.artifact:
-            # Sparse even where this device would gain nothing by it.
-            config = RuntimeConfig(min_tokens=0, max_density=1.0)
-            session = share_prefill(model, load_artifact(artifact), config)
-            with session, final_states(model) as states:
-                model(input_ids=captured.ids[None], use_cache=False, logits_to_keep=1)
-            report = session.report()
-            row = described(captured, path, f"prefill plan {artifact.stem}", report.density, 128)
-            found = outcome(model, captured, states()[captured.prompt :])
-            rows.append({**row, "reads": report.density, **found})
-            show_row(rows[-1])
-            write(options, "plan", rows)
-
-
-def outcome(model: Any, captured: Captured, states: Tensor) -> dict[str, Any]:
-    """KL divergence from the dense steps, and answers."""
-    fidelity: Fidelity = compare_predictions(model, captured.states, states)
-    dense, found = (top_tokens(model, s) for s in (captured.states, states))
+def about(study: Study, sample: Sample) -> dict[str, Any]:
+    """What a row is of."""
     return {
-        "kl": fidelity.mean_kl,
-        "kl_99": fidelity.kl.quantile(0.99).item(),
-        "agrees": fidelity.top1_agreement,
-        "dense_answers": answers_right(captured, dense),
-        "answers": answers_right(captured, found),
+        "model": Path(study.model.config.name_or_path).name,
+        "task": sample.task,
+        "tokens": len(sample.prompt),
+        "steps": len(sample.follow),
+        "block": study.block,
     }
 
 
 @torch.no_grad()
-def top_tokens(model: Any, states: Tensor) -> Tensor:
-    """The likeliest next token of every step, int64 `[T]`."""
-    head = model.get_output_embeddings()
-    return torch.cat([head(piece).argmax(-1) for piece in states.split(128)])
+def policy_rows(
+    study: Study, sample: Sample, policies: dict[tuple[str, float], Policy | None]
+) -> tuple[Tensor, list[dict[str, Any]]]:
+    """The dense steps' final states, and a row for every policy of one prompt."""
+    prompt = study.prefill(sample)
+    dense = study.steps(sample, Decode(prompt, None, None, study.block))
+    rows = []
+    for (spec, density), policy in policies.items():
+        if policy is None:
+            continue
+        handler = Decode(prompt, study.share, policy, study.block)
+        states = study.steps(sample, handler)
+        heads = torch.cat(handler.recall)
+        rows.append(
+            {
+                **about(study, sample),
+                "policy": spec,
+                "density": density,
+                "reads": torch.stack(handler.reads).mean().item(),
+                "recall": heads.mean().item(),
+                "worst": heads.sort().values[: max(1, len(heads) // 20)].mean().item(),
+                **study.outcome(sample, dense, states),
+            }
+        )
+    return dense, rows
 
 
-def answers_right(captured: Captured, top: Tensor) -> dict[str, int]:
+@torch.no_grad()
+def plan_rows(
+    study: Study, sample: Sample, dense: Tensor, artifacts: Sequence[Path]
+) -> list[dict[str, Any]]:
+    """A row for every sparse prefill of one prompt, and one for a dense one in bfloat16."""
+    rows = []
+    for artifact in (None, *artifacts):
+        left, density = study.half_prefill(sample, artifact)
+        states = study.steps(sample, Decode(left, None, None, study.block))
+        name = "dense in bfloat16" if artifact is None else f"sparse by {artifact.stem}"
+        row = {**about(study, sample), "policy": f"prefill {name}, then dense", "density": None}
+        rows.append({**row, "reads": density, **study.outcome(sample, dense, states)})
+    return rows
+
+
+def answers_right(sample: Sample, top: Tensor) -> dict[str, int]:
     """Right answers and tokens of them, and how many there are; the prefill gives the first token.
 
     Args:
-        captured: With the right answers.
+        sample: With the right answers.
         top: The likeliest token after every step.
     """
-    right = top[:-1] == captured.ids[captured.prompt + 1 :]
+    right = top[:-1] == torch.tensor(sample.follow[1:])
     counts = {"right": 0, "answers": 0, "tokens": 0, "of": 0}
-    for start, stop in captured.answers:
+    for start, stop in sample.answers:
         span = right[max(0, start - 1) : stop - 1]
         counts["right"] += int(span.all())
         counts["answers"] += 1
@@ -662,102 +632,79 @@ def answers_right(captured: Captured, top: Tensor) -> dict[str, int]:
     return counts
 
 
-def product_of(options: argparse.Namespace) -> list[tuple[str, float]]:
-    """Every policy at every density."""
-    specs = options.policy or POLICIES
-    return [(spec, density) for spec in specs for density in options.density]
-
-
-def described(
-    captured: Captured, path: Path, spec: str, density: float, block: int
-) -> dict[str, Any]:
-    """What a row is of."""
-    return {
-        "task": captured.task,
-        "prompt": path.stem,
-        "tokens": captured.prompt,
-        "steps": captured.steps,
-        "policy": spec,
-        "density": density,
-        "block": block,
-    }
-
-
-def show_row(row: dict[str, Any]) -> None:
-    """Prints a row as it comes."""
-    cells = [f"{k} {v:.4f}" if isinstance(v, float) else f"{v}" for k, v in row.items()]
-    print("  ".join(cells), flush=True)
-
-
-def write(options: argparse.Namespace, kind: str, rows: list[dict[str, Any]]) -> None:
-    """Writes rows with what they belong to."""
-    if options.json:
-        found = {"kind": kind, "facts": provenance("cpu"), "rows": rows}
-        options.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-
-
 def show(options: argparse.Namespace) -> None:
     """Prints tables of means over prompts, and draws the picture."""
-    kinds: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for path in options.captured:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        rows = found["rows"]
-        if options.policy:
-            rows = [row for row in rows if row["policy"] in options.policy]
-        kinds[found["kind"]] += rows
-    for kind, rows in kinds.items():
-        print(f"\n### {kind}\n")
+    panels: dict[tuple[str, int], list[dict[str, Any]]] = defaultdict(list)
+    for path in options.results:
+        for row in json.loads(path.read_text(encoding="utf-8"))["rows"]:
+            wanted = not options.policy or row["policy"] in options.policy
+            if (wanted or row["density"] is None) and row["task"] in options.task:
+                panels[row["model"], -(-row["tokens"] // 4096) * 4].append(row)
+    for (model, length), rows in panels.items():
+        print(f"\n### {model}, {length}K\n")
         for line in table(rows):
             print(line)
     if options.plot:
-        figure_of(kinds).savefig(options.plot, metadata={"Date": None})
+        figure_of(panels).savefig(options.plot, metadata={"Date": None})
+
+
+def grouped(rows: list[dict[str, Any]]) -> dict[tuple[str, float | None], list[dict[str, Any]]]:
+    """Rows of each policy and density."""
+    groups: dict[tuple[str, float | None], list[dict[str, Any]]] = defaultdict(list)
+    for row in rows:
+        groups[row["policy"], row["density"]].append(row)
+    return groups
+
+
+def mean_of(rows: list[dict[str, Any]], column: str) -> float:
+    """Mean over prompts."""
+    return sum(row[column] for row in rows) / len(rows)
 
 
 def table(rows: list[dict[str, Any]]) -> list[str]:
-    """Means over prompts by block, policy and density."""
-    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = defaultdict(list)
-    for row in rows:
-        density = None if row["policy"].startswith("prefill") else row["density"]
-        groups[row["block"], row["policy"], density].append(row)
-    columns = [c for c in ("reads", "kv_reads", "recall", "worst", "kl", "agrees") if c in rows[0]]
-    lines = ["| block | policy | density | " + " | ".join([*columns, "answers", "tokens"]) + " |"]
-    lines.append("| --- " * (len(columns) + 5) + "|")
-    for (block, policy, density), found in groups.items():
-        cells = [f"{sum(r[c] for r in found) / len(found):.4f}" for c in columns]
-        if "answers" in rows[0]:
-            ours = [sum(r["answers"][k] for r in found) for k in ("right", "answers")]
-            dense = sum(r["dense_answers"]["right"] for r in found)
-            tokens = [sum(r["answers"][k] for r in found) for k in ("tokens", "of")]
-            dense_tokens = sum(r["dense_answers"]["tokens"] for r in found)
-            cells += [f"{ours[0]}/{ours[1]} ({dense})", f"{tokens[0]}/{tokens[1]} ({dense_tokens})"]
-        lines.append("| " + " | ".join(map(str, (block, policy, density, *cells))) + " |")
+    """Means over prompts by policy and density, KL divergence by task, answers."""
+    tasks = [task for task in TASKS if any(row["task"] == task for row in rows)]
+    head = ["policy", "asked", "reads", "recall", "worst", "KL", *tasks, "top", "answers", "tokens"]
+    lines = ["| " + " | ".join(head) + " |", "| --- " * len(head) + "|"]
+    for (policy, density), found in grouped(rows).items():
+        cells = [policy, str(density), f"{mean_of(found, 'reads'):.3f}"]
+        kept = [f"{mean_of(found, c):.3f}" for c in ("recall", "worst") if c in found[0]]
+        cells += kept or ["", ""]
+        cells.append(f"{mean_of(found, 'kl'):.4f}")
+        for task in tasks:
+            cells.append(f"{mean_of([r for r in found if r['task'] == task], 'kl'):.4f}")
+        cells.append(f"{mean_of(found, 'agrees'):.3f}")
+        for ours, of in (("right", "answers"), ("tokens", "of")):
+            counts = [sum(r["answers"][k] for r in found) for k in (ours, of)]
+            dense = sum(r["dense_answers"][ours] for r in found)
+            cells.append(f"{counts[0]}/{counts[1]} ({dense})")
+        lines.append("| " + " | ".join(cells) + " |")
     return lines
 
 
-def figure_of(kinds: dict[str, list[dict[str, Any]]]) -> Any:
-    """Recall or KL against reads: a panel for each kind and prompt, a line for each policy."""
+def figure_of(panels: dict[tuple[str, int], list[dict[str, Any]]]) -> Any:
+    """KL and recall against reads: a column for each model and length, a line for each policy."""
     from matplotlib.figure import Figure
 
     from shareprefill.report.drawing import figure_style
 
-    panels: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
-    for kind, rows in kinds.items():
-        for row in rows:
-            panels["kl" if kind == "plan" else kind, row["prompt"]].append(row)
     names = list(dict.fromkeys(row["policy"] for rows in panels.values() for row in rows))
     with figure_style():
-        figure = Figure(figsize=(4.4 * len(panels) + 1.9, 3.9), layout="constrained")
-        every = figure.subplots(1, len(panels), squeeze=False)[0]
-        for axes, ((_, prompt), rows) in zip(every, panels.items(), strict=True):
-            value = "kl" if "kl" in rows[0] else "recall"
-            for number, name in enumerate(names):
-                _line(axes, [row for row in rows if row["policy"] == name], value, name, number)
-            axes.set_yscale("log" if value == "kl" else "linear")
-            axes.set_title(prompt)
-            axes.set_xlabel("bytes read / dense")
-            axes.set_ylabel("KL from dense, nats" if value == "kl" else "recall")
-            axes.grid(visible=True)
-        handles, labels = every[0].get_legend_handles_labels()
+        figure = Figure(figsize=(3.7 * len(panels) + 2.6, 6.4), layout="constrained")
+        every = figure.subplots(2, len(panels), squeeze=False)
+        for column, ((model, length), rows) in enumerate(panels.items()):
+            for axes, value in zip(every[:, column], ("kl", "recall"), strict=True):
+                for number, name in enumerate(names):
+                    mine = [r for r in rows if r["policy"] == name and value in r]
+                    _line(axes, mine, value, name, number)
+                axes.grid(visible=True)
+                axes.set_xlabel("bytes read / dense")
+            every[0, column].set_title(f"{model}, {length}K")
+            every[0, column].set_yscale("log")
+            every[0, column].axhline(0.01, linewidth=0.8, linestyle=":", color="grey")
+        every[0, 0].set_ylabel("KL from dense, nats")
+        every[1, 0].set_ylabel("recall, mean of heads")
+        handles, labels = every[0, 0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside right upper")
     return figure
 
@@ -772,29 +719,36 @@ def _line(axes: Any, rows: list[dict[str, Any]], value: str, name: str, number: 
     }
     if name == "oracle":
         look = {"color": INK, "marker": "."}
-    points = sorted((row["reads"], row[value]) for row in rows)
-    x, y = [p[0] for p in points], [p[1] for p in points]
-    axes.plot(x, y, label=name, markersize=6, **look)
+    points = sorted(
+        (mean_of(found, "reads"), mean_of(found, value)) for found in grouped(rows).values()
+    )
+    axes.plot([p[0] for p in points], [p[1] for p in points], label=name, markersize=6, **look)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parses the command line and runs one of the commands."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    commands = {f.__name__: f for f in (capture, effect, recall, kl, plan, show)}
+    commands = {f.__name__: f for f in (prompts, run, show)}
     parser.add_argument("command", choices=commands)
-    parser.add_argument("captured", type=Path, nargs="*", help="written by capture; JSON for show")
+    parser.add_argument("results", type=Path, nargs="*", help="JSON, for show")
     parser.add_argument("--model", help="a folder, a hub id, or sp-tiny")
-    parser.add_argument("--task", choices=TASKS)
-    parser.add_argument("--length", type=int, default=8192, help="tokens of prompt and steps")
-    parser.add_argument("--steps", type=int, default=256, help="at most")
-    parser.add_argument("--seed", type=int, default=1001)
-    parser.add_argument("--calibrate", type=Path, nargs="*", default=[], help="captured prompts")
-    parser.add_argument("--effect", type=Path, help="written by effect")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--commit", help="of the sources, where they are a copy without git's files"
+    )
+    parser.add_argument("--task", nargs="*", choices=TASKS, default=list(TASKS))
+    parser.add_argument(
+        "--length", type=int, nargs="*", default=[8192], help="tokens of prompt and steps"
+    )
+    parser.add_argument("--samples", type=int, default=3, help="prompts of a task and length")
+    parser.add_argument("--steps", type=int, default=512, help="at most")
+    parser.add_argument("--prompts", type=Path, nargs="*", default=[], help="written by prompts")
+    parser.add_argument("--seed", type=int, default=1001, help="of the first prompts")
+    parser.add_argument("--calibrate", action="store_true", help="policies are chosen on them")
     parser.add_argument("--artifact", type=Path, nargs="*", default=[], help="of sp cluster")
     parser.add_argument("--policy", nargs="*", help="several by default; for show, all")
     parser.add_argument("--density", type=float, nargs="*", default=list(DENSITIES))
-    parser.add_argument("--block", type=int, nargs="*", default=[32])
-    parser.add_argument("--by-head", action="store_true", help="units are query heads")
+    parser.add_argument("--block", type=int, default=32, help="tokens a key block")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)

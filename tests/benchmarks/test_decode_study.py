@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 from shareprefill.errors import ConfigError
-from shareprefill.runtime.interface import attached
 
 ROOT = Path(__file__).parents[2]
-LAYERS, UNITS, STEPS, BLOCKS, BLOCK = 2, 3, 12, 60, 16
-PROMPT = BLOCKS * BLOCK - STEPS
+LAYERS, GROUPS, HEADS, STEPS, BLOCKS, BLOCK, DIM = 2, 3, 2, 12, 60, 16, 8
+TOKENS = BLOCKS * BLOCK
+PROMPT = TOKENS - STEPS
 
 
 @pytest.fixture(autouse=True)
@@ -22,49 +25,57 @@ def benchmarks_are_importable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
 
 
+def random_steps(draw: torch.Generator) -> Any:
+    from decode_policies import Steps, by_block, causal_logits, make_basis
+
+    query = torch.randn(GROUPS, HEADS, STEPS, DIM, generator=draw)
+    key = torch.randn(GROUPS, TOKENS, DIM, generator=draw) * 2
+    weights = causal_logits(query @ key[:, None].mT).softmax(-1)
+    maps = torch.rand(2, GROUPS, HEADS, BLOCKS, generator=draw)
+    basis = make_basis(query.flatten(1, 2), key[:, :PROMPT])
+    share = torch.full((GROUPS, HEADS), 1 / HEADS)
+    return Steps(
+        *(by_block(weights, BLOCK), share, query, key, 1.0, maps[0], maps[1], basis),
+        prompt=PROMPT,
+        block=BLOCK,
+    )
+
+
 @pytest.fixture
 def calibration() -> Any:
-    from decode_policies import Calibration, Steps
+    from decode_policies import Calibration
 
     draw = torch.Generator().manual_seed(3)
-
-    def maps(*shape: int) -> torch.Tensor:
-        return (torch.randn(*shape, BLOCKS, generator=draw) * 3).softmax(-1)
-
-    units = LAYERS * UNITS
-    sizes = (units, STEPS), (units, STEPS), (units,), (units,)
-    steps = Steps(*(maps(*size) for size in sizes), prompt=PROMPT, block=BLOCK)
-    return Calibration(LAYERS, [steps], torch.rand(units, generator=draw))
-
-
-def layer_of(steps: Any, layer: int) -> Any:
-    from decode_policies import Steps
-
-    own = slice(layer * UNITS, (layer + 1) * UNITS)
-    maps = (steps.mass[own], steps.bounds[own], steps.last[own], steps.vertical[own])
-    return Steps(*maps, prompt=steps.prompt, block=steps.block)
+    layers = [random_steps(draw) for _ in range(LAYERS)]
+    return Calibration([layers], torch.rand(LAYERS * GROUPS, generator=draw))
 
 
 def kept(policy: Any, calibration: Any) -> torch.Tensor:
-    layers = range(LAYERS)
-    steps = calibration.prompts[0]
-    return torch.cat([policy.keep(layer, layer_of(steps, layer)) for layer in layers])
+    layers = calibration.prompts[0]
+    return torch.cat([policy.keep(layer, steps) for layer, steps in enumerate(layers)])
 
 
 @pytest.mark.parametrize(
     "spec",
     [
-        *("oracle", "oracle+cuts", "last", "vertical", "quest", "own/4", "own/4+cuts", "own/4>"),
-        *("pivots:.2", "pivots:.2/4", "pivots:.2+cuts", "pivots:.2+effect", "planned"),
+        *("oracle", "oracle+cuts", "oracle+adaptive", "last", "vertical", "quest", "own/4"),
+        *("own/4+cuts", "pivots:.2", "pivots:.2/4", "pivots:.2+cuts", "pivots:.2+effect"),
+        *(
+            "pivots:.2+adaptive",
+            "sketch:2x4",
+            "sketch:2x8+adaptive",
+            "sketch:2x4+cuts+means",
+            "channels:2x4",
+        ),
     ],
 )
 def test_policies_read_what_they_are_allowed(spec: str, calibration: Any) -> None:
     from decode_policies import make_policy
 
-    policy = make_policy(spec, 0.5, BLOCK, calibration)
+    policy = make_policy(spec, 0.5, calibration)
     assert policy is not None
     keep = kept(policy, calibration)
-    steps = calibration.prompts[0]
+    steps = calibration.prompts[0][0]
     assert keep[:, steps.always()].all()
     reads = keep.sum(-1).double() / steps.visible.sum(-1)
     assert 0.3 < reads.mean() + policy.extra <= 0.5 + 1e-6
@@ -73,27 +84,60 @@ def test_policies_read_what_they_are_allowed(spec: str, calibration: Any) -> Non
 def test_a_policy_whose_choosing_takes_all_reads_is_none(calibration: Any) -> None:
     from decode_policies import make_policy
 
-    assert make_policy("own/4", 0.25, BLOCK, calibration) is None
-    assert make_policy("quest", 1 / BLOCK, BLOCK, calibration) is None
-    with pytest.raises(ConfigError, match="not known"):
-        make_policy("guess", 0.2, BLOCK, calibration)
+    assert make_policy("own/4", 0.25, calibration) is None
+    assert make_policy("quest", 1 / BLOCK, calibration) is None
+    assert make_policy("sketch:8x16", 0.5, calibration) is None
+    for spec, said in (
+        *(("guess", "not known"), ("pivots", "lacks its size"), ("quest+cuts", "no attention")),
+        *(("own/4+means", "need the logits"), ("own/65", "at most 64 steps")),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            make_policy(spec, 0.2, calibration)
 
 
 def test_units_read_what_their_pivot_saw_last(calibration: Any) -> None:
-    from decode_policies import Shared
+    from decode_policies import Policy
 
-    policy = Shared(torch.tensor([1, 1, 1, 1, 4, 4]), every=4, density=0.2)
+    policy = Policy("pivots", 0.2, [1, 1, 1, 1, 4, 4], every=4)
     keep = kept(policy, calibration)
-    steps = calibration.prompts[0]
+    layers = calibration.prompts[0]
     dense = torch.zeros(6, STEPS, dtype=torch.bool)
     dense[[1, 4], ::4] = True
-    assert torch.equal(keep.sum(-1) == steps.visible.sum(-1), dense)
+    assert torch.equal(keep.sum(-1) == layers[0].visible.sum(-1), dense)
     assert torch.equal(keep[0], keep[3])
     # Between two refreshes nothing changes; at them it does.
     assert torch.equal(keep[0, 4], keep[0, 7])
     assert not torch.equal(keep[0, 3], keep[0, 4])
-    best = steps.mass[1, 4].masked_fill(steps.always()[4], 0).argmax()
+    best = layers[0].mass[1, 4].masked_fill(layers[0].always()[4], 0).argmax()
     assert keep[0, 4:8, best].all()
+
+
+def test_a_step_reads_what_is_worth_its_price() -> None:
+    from decode_policies import worth_counts
+
+    held = torch.tensor([[[0.5, 0.8, 0.9, 1.0]]])
+    visible, always = torch.ones(1, 4, dtype=torch.bool), torch.tensor([[True, False, True, False]])
+    # Lost .5, .2, .1, 0: squared .25, .04, .01, 0; a block costs a quarter of the price.
+    for price, count in ((0.9, 2), (0.2, 2), (0.06, 3), (0.03, 4)):
+        found = worth_counts(held, torch.ones(1), price, always, visible)
+        assert found.tolist() == [[count]]
+
+
+def test_a_whole_sketch_gives_the_logits(calibration: Any) -> None:
+    from decode_policies import causal_logits, sketched_logits
+
+    steps = calibration.prompts[0][1]
+    expected = causal_logits(steps.query @ steps.key[:, None].mT)
+    torch.testing.assert_close(sketched_logits(steps, DIM, 16), expected, rtol=1e-4, atol=1e-4)
+    channels = torch.stack([torch.randperm(DIM) for _ in range(GROUPS)])
+    found = sketched_logits(steps, DIM, 16, channels).softmax(-1)
+    torch.testing.assert_close(found, expected.softmax(-1), rtol=1e-4, atol=1e-5)
+    errors = []
+    for rank, bits in ((DIM, 8), (DIM, 4), (4, 16), (1, 16)):
+        found = sketched_logits(steps, rank, bits)
+        errors.append((found - expected)[expected.isfinite()].std().item())
+    assert errors == sorted(errors)
+    assert errors[0] < 0.1 * expected[expected.isfinite()].std()
 
 
 @pytest.fixture(scope="module")
@@ -107,61 +151,127 @@ def model() -> Any:
     return LlamaForCausalLM(config).eval()
 
 
-def prompt_of(model: Any, ids: torch.Tensor) -> Any:
-    from decode_study import Prefill, Prompt
+@pytest.fixture
+def study(model: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    import decode_study
 
-    prefill = Prefill()
-    with torch.no_grad(), attached(model, prefill):
-        model(input_ids=ids[None], use_cache=False)
-    keys, values = ([t.float() for t in part] for part in (prefill.key, prefill.value))
-    return Prompt(keys, values, prefill.last, prefill.vertical)
+    monkeypatch.setattr(decode_study, "load_model", lambda *_, **__: model)
+    return decode_study.Study(
+        cast(Any, SimpleNamespace(model="", device="cpu", block=16, artifact=[]))
+    )
 
 
-def test_dense_steps_give_what_the_model_gives(model: Any) -> None:
-    from decode_study import Decode, greedy, run_steps
+def test_dense_steps_give_what_the_model_gives(model: Any, study: Any) -> None:
+    from decode_study import Decode, Sample
 
     ids = torch.randint(0, 64, (120,))
-    prompt = prompt_of(model, ids[:100])
+    sample = Sample("text", False, ids[:100].tolist(), ids[100:].tolist(), [])
+    states = study.steps(sample, Decode(study.prefill(sample), None, None, 16))
     with torch.no_grad():
         whole = model.model(input_ids=ids[None]).last_hidden_state[0]
-        logits = model(input_ids=ids[None, :100]).logits[0]
         expected = model.generate(ids[None, :100], max_new_tokens=6, do_sample=False)[0, 100:]
-    states = run_steps(model, ids, 100, Decode(prompt))
-    torch.testing.assert_close(states, whole[100:], rtol=1e-2, atol=1e-2)  # keys are float16
-    found = greedy(model, ids[:100], int(logits[-1].argmax()), prompt, 6)
-    assert found.tolist() == expected.tolist()
+    torch.testing.assert_close(states, whole[100:])
+    found = study.continue_greedily([sample.prompt] * 2, 6)
+    assert found == [expected.tolist()] * 2
 
 
-def test_blocks_that_are_not_read_are_hidden() -> None:
-    from decode_policies import Steps
+class Newest:
+    """A policy that reads what every policy reads."""
+
+    extra, means = 0.25, False
+
+    def sketched_logits(self, _layer: int, steps: Any) -> torch.Tensor:
+        from decode_policies import sketched_logits
+
+        return sketched_logits(steps, 8, 16)
+
+    def keep(self, _layer: int, steps: Any) -> torch.Tensor:
+        return steps.always().expand(steps.mass.shape)
+
+
+@pytest.mark.parametrize("means", [False, True])
+def test_blocks_that_are_not_read_are_hidden_or_means(means: bool) -> None:
+    from decode_policies import make_basis
     from decode_study import Decode, Prompt
 
-    class Newest:
-        extra = 0.25
-
-        def keep(self, layer: int, steps: Steps) -> torch.Tensor:
-            return steps.always().expand(steps.mass.shape)
-
     query, old, new = torch.randn(4, 20, 8), torch.randn(2, 2, 200, 8), torch.randn(2, 2, 20, 8)
-    maps = torch.rand(4, 13)
-    prompt = Prompt([old[0]], [old[1]], [maps], [maps])
+    maps = torch.rand(4, 200)
+    basis = make_basis(query.unflatten(0, (2, 2)).flatten(1, 2), old[0])
+    prompt = Prompt([old[0]], [old[1]], [maps], [maps], [basis])
     call = SimpleNamespace(layer=0, query=query[None], key=new[:1], value=new[1:], scale=0.3)
-    handler = Decode(prompt, Newest(), 16)
+    policy = Newest()
+    policy.means = means
+    handler = Decode(prompt, torch.full((1, 2, 2), 0.5), cast(Any, policy), 16)
     found = handler(cast(Any, call))
     places, positions = torch.arange(220), torch.arange(200, 220)[:, None]
     read = (places < 16) | (places // 16 >= (positions - 63) // 16)
-    expected = torch.nn.functional.scaled_dot_product_attention(
-        query,
-        *(torch.cat((old[n], new[n]), 1).repeat_interleave(2, 0) for n in (0, 1)),
-        attn_mask=read & (places <= positions),
-        scale=0.3,
-    )
+    key, value = (torch.cat((old[n], new[n]), 1).repeat_interleave(2, 0) for n in (0, 1))
+    weights = (query @ key.mT * 0.3).masked_fill(places > positions, -torch.inf).softmax(-1)
+    if means:
+        # Attention is that of all tokens; where a block is not read, its values are their mean.
+        mean = F.pad(value, (0, 0, 0, 4)).unflatten(1, (-1, 16)).mean(2, keepdim=True)
+        mean = mean.expand(-1, -1, 16, -1).flatten(1, 2)[:, :220]
+        expected = (weights * read) @ value + (weights * ~read) @ mean
+    else:
+        weights = weights * read
+        expected = weights @ value / weights.sum(-1, keepdim=True)
     torch.testing.assert_close(found[0], expected)
-    assert handler.kept[0] == pytest.approx(0.25 + 6 / 13.5, abs=0.04)
+    assert handler.reads[0] == pytest.approx(0.25 + 6 / 13.5, abs=0.04)
+
+
+def test_a_run_makes_what_show_prints(
+    study: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import decode_study
+
+    monkeypatch.setattr(decode_study, "Study", lambda _: study)
+    draw = torch.Generator().manual_seed(1)
+    ids = [torch.randint(0, 64, (n,), generator=draw).tolist() for n in (150, 24, 130)]
+    samples = [
+        decode_study.Sample("needle", calibrates, ids[0], ids[1], [(0, 24)])
+        for calibrates in (True, False)
+    ]
+    samples.append(decode_study.Sample("text", False, ids[2], [], []))
+    paths = [str(tmp_path / name) for name in ("prompts.json", "found.json", "found.svg")]
+    decode_study.save_samples(Path(paths[0]), samples, 5)
+    policies = ["oracle+adaptive", "quest"]
+    decode_study.main(
+        [
+            *("run", "--device", "cpu", "--prompts", paths[0], "--json", paths[1]),
+            *("--density", "1", "--policy", *policies),
+        ]
+    )
+    assert len(json.loads(Path(paths[0]).read_text())["samples"][2]["follow"]) == 5
+    rows = json.loads(Path(paths[1]).read_text())["rows"]
+    assert [(row["task"], row["policy"]) for row in rows] == [
+        (task, policy) for task in ("needle", "text") for policy in policies
+    ]
+    # Whoever reads all changes nothing.
+    assert rows[0]["kl"] < 1e-6
+    assert rows[0]["recall"] == pytest.approx(1)
+    assert rows[0]["answers"] == rows[0]["dense_answers"]
+    capsys.readouterr()
+    decode_study.main(["show", "--plot", paths[2], paths[1]])
+    assert "| quest | 1.0 |" in capsys.readouterr().out
+    assert Path(paths[2]).stat().st_size > 1000
+
+
+def test_answers_are_right_when_all_of_their_tokens_are() -> None:
+    from decode_study import Sample, answers_right
+
+    sample = Sample("needle", False, [], [5, 6, 7, 1, 8, 9], [(0, 3), (4, 6)])
+    assert answers_right(sample, torch.tensor([6, 7, 0, 8, 0, 0])) == {
+        "right": 1,
+        "answers": 2,
+        "tokens": 3,
+        "of": 4,
+    }
+    wrong = replace(sample, follow=[5, 6, 7, 1, 3, 9])
+    assert answers_right(wrong, torch.tensor([6, 7, 0, 8, 9, 0]))["right"] == 1
 
 
 def test_a_stream_asks_for_what_its_prompt_holds() -> None:
-    from decode_study import quotation, stream
+    from decode_study import make_sample, quotation, stream
 
     from shareprefill.models import load_tokenizer
 
@@ -170,6 +280,11 @@ def test_a_stream_asks_for_what_its_prompt_holds() -> None:
         prompt, pieces = stream(task, tokenizer, 600, 5)
         assert len(pieces) > 1
         assert all(answer.strip().strip('".') in prompt for answer, _ in pieces)
+        sample = make_sample(task, tokenizer, 600, 50, 5, calibrates=False)
+        assert len(sample.prompt) <= 600
+        assert len(sample.follow) == 50
+        start, stop = sample.answers[0]
+        assert tokenizer.decode(sample.follow[start:stop]).strip() == pieces[0][0].strip()
     words = [f"w{n} " for n in range(100)]
     prompt, answer = quotation(words)
     assert prompt.endswith("w63 ")
