@@ -28,6 +28,7 @@ from shareprefill.runtime.ops.block_selection import covered_mass, list_blocks
 from shareprefill.runtime.ops.block_sparse_attention import block_sparse_attention
 from shareprefill.runtime.ops.blocks import BlockLists
 from shareprefill.runtime.ops.dispatch import has_fast_kernel
+from shareprefill.runtime.ops.pages import Tokens, gathered
 from shareprefill.runtime.ops.pooled_attention import pooled_attention
 from shareprefill.runtime.plan import RuntimePlan
 from shareprefill.runtime.policies.base import LayerInputs
@@ -120,8 +121,8 @@ class SparsePrefill:
         layer: int,
         state: SequenceState,
         query: Tensor,
-        key: Tensor,
-        value: Tensor,
+        key: Tokens,
+        value: Tokens,
         *,
         scale: float,
         softcap: float | None = None,
@@ -131,15 +132,12 @@ class SparsePrefill:
     ) -> tuple[Tensor, LayerRecord]:
         """Computes one layer's attention for one sequence.
 
-        Keys and values are contiguous in tokens. A cache of pages is to be gathered first, or read
-        by operators that take a table of pages: `LayerInputs` is the place for that.
-
         Args:
             layer: Layer index.
             state: The sequence's; this layer's pivots are added.
             query: `[H, Nq, D]`, the last rows of the sequence.
-            key: `[G, Nk, D]`, all keys up to the last row.
-            value: `[G, Nk, Dv]`.
+            key: `[G, Nk, D]`, all keys up to the last row; or the same in an engine's pages.
+            value: `[G, Nk, Dv]`, as keys lie.
             scale: The model's factor on the logits.
             softcap: The model's soft-cap of the logits; None for none.
             sinks: The model's attention sinks, one logit a head, `[H]`; None for none.
@@ -162,7 +160,8 @@ class SparsePrefill:
         state.move_to(query.device)
         inputs = LayerInputs(query, key, scale, state.geometry, softcap, sinks)
         if self.plan.refuse_nonfinite:
-            _refuse_nonfinite(layer, {"query": query, "key": key, "value": value})
+            tensors = {"query": query, "key": inputs.key, "value": gathered(value)}
+            _refuse_nonfinite(layer, tensors)
         choice = self.choose(layer, state, inputs, value)
         output = _compute(choice, inputs, value)
         record = choice.record
@@ -171,7 +170,7 @@ class SparsePrefill:
         return output, record
 
     def choose(
-        self, layer: int, state: SequenceState, inputs: LayerInputs, value: Tensor
+        self, layer: int, state: SequenceState, inputs: LayerInputs, value: Tokens
     ) -> LayerChoice:
         """Chooses and lists the patterns; pivots that are computed densely have their output then.
 
@@ -211,7 +210,7 @@ class SparsePrefill:
         return LayerChoice(plan, selection, lists, by_sdpa, record)
 
 
-def _compute(choice: LayerChoice, inputs: LayerInputs, value: Tensor) -> Tensor:
+def _compute(choice: LayerChoice, inputs: LayerInputs, value: Tokens) -> Tensor:
     """The output of a layer, with that of the heads that have none yet."""
     plan, output, lists = choice.plan, choice.selection.output, choice.lists
     if lists is None:
@@ -224,7 +223,7 @@ def _compute(choice: LayerChoice, inputs: LayerInputs, value: Tensor) -> Tensor:
         lists = replace(lists, head_to_list=lists.head_to_list.index_fill(0, heads, -1))
     block_sparse_attention(
         inputs.query,
-        inputs.key,
+        inputs.keys,
         value,
         lists,
         scale=inputs.scale,
@@ -236,10 +235,10 @@ def _compute(choice: LayerChoice, inputs: LayerInputs, value: Tensor) -> Tensor:
 
 
 def _heads_of_sdpa(
-    plan: LayerPlan, lists: BlockLists, inputs: LayerInputs, value: Tensor
+    plan: LayerPlan, lists: BlockLists, inputs: LayerInputs, value: Tokens
 ) -> Tensor:
     """Heads that dense attention computes faster than a list of every block, int64 `[S]`."""
-    if has_fast_kernel(inputs.query, inputs.key, value, lists.block_size):
+    if has_fast_kernel(inputs.query, inputs.keys, value, lists.block_size):
         # One launch for all heads beats copies of some heads' tensors.
         return plan.dense[:0]
     if value.device.type == "cpu":
@@ -248,9 +247,9 @@ def _heads_of_sdpa(
     return plan.dense
 
 
-def _dense(inputs: LayerInputs, value: Tensor, heads: Tensor | None = None) -> Tensor:
+def _dense(inputs: LayerInputs, value: Tokens, heads: Tensor | None = None) -> Tensor:
     """Dense attention of some heads, or of all."""
-    query, key = inputs.query, inputs.key
+    query, key, value = inputs.query, inputs.key, gathered(value)
     if heads is not None:
         group = heads // (len(query) // len(key))
         query, key, value = query[heads], key[group], value[group]
@@ -262,7 +261,7 @@ def _measured(inputs: LayerInputs, choice: LayerChoice, *, keep_maps: bool) -> d
     geometry, patterns = inputs.geometry, choice.selection.patterns
     _, maps = pooled_attention(
         inputs.query,
-        inputs.key,
+        inputs.keys,
         block_size=geometry.block_size,
         scale=inputs.scale,
         softcap=inputs.softcap,

@@ -1,6 +1,6 @@
 """What a vLLM attention backend becomes when long prefills are taken out of it.
 
-Three mix-ins go over vLLM's own classes (`cpu.py`, `flash.py`, `triton.py` put them together): its
+Mix-ins go over vLLM's own classes (`cpu.py`, `flash.py`, `triton.py` put them together): its
 cache layout, cache writes, metadata and kernels stay. A step's metadata says which rows are long
 plain prefills; a layer computes those with `ServingCore`, and hands the others on.
 """
@@ -22,10 +22,12 @@ from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.attention.backend import AttentionCGSupport, AttentionType, CommonAttentionMetadata
 
 from shareprefill.errors import UnsupportedError
+from shareprefill.runtime.ops.hopper.launch import BLOCK
+from shareprefill.runtime.ops.pages import Tokens
 from shareprefill.vllm.core import RowState, ServingCore
 from shareprefill.vllm.engine import core_of, current_core
 from shareprefill.vllm.options import NAME
-from shareprefill.vllm.pages import gather_joined, gather_split
+from shareprefill.vllm.pages import joined_pages, split_pages
 from shareprefill.vllm.rows import Prefill, Run, divide
 
 logger = init_logger("vllm.shareprefill")
@@ -56,6 +58,15 @@ class StepWork:
 
     prefills: tuple[tuple[Prefill, str | None], ...]
     runs: tuple[tuple[Run, Any], ...]
+
+
+class SharePrefillBackend:
+    """Mix-in of backends with plain pages, which our kernels read where they are."""
+
+    @classmethod
+    def get_preferred_block_size(cls, default_block_size: int) -> int:
+        """Tokens of a page where the user names none: those of a key block, or the inner one's."""
+        return max(BLOCK, super().get_preferred_block_size(default_block_size))
 
 
 class SharePrefillBuilder:
@@ -139,6 +150,7 @@ class SharePrefillImpl:
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.core = current_core()
+        self.cache_config = get_current_vllm_config().cache_config
         self._layer: int | None = None
         self.why_dense = self._why_dense()
         if self.core is not None and self.why_dense is not None:
@@ -187,7 +199,8 @@ class SharePrefillImpl:
         core, inner = self.core, super()
         work: StepWork | None = getattr(attn_metadata, NAME, None)
         if core is not None and attn_metadata is None and self._is_shared(core, layer):
-            core.prepare(query, self.num_kv_heads, **self._arguments())
+            page_size = self.cache_config.block_size
+            core.prepare(query, self.num_kv_heads, page_size, **self._arguments())
         if (
             core is None
             or work is None
@@ -206,13 +219,15 @@ class SharePrefillImpl:
         for prefill, switch in work.prefills:
             if prefill.row not in states:
                 states[prefill.row] = core.begin(prefill, switch, query.device)
+            keys: Tokens
+            values: Tokens
             if prefill.is_whole and key is not None and value is not None:
-                # Nothing lies in the cache that is not here: no gather.
+                # Nothing lies in the cache that is not here.
                 keys, values = (t[prefill.tokens].transpose(0, 1) for t in (key, value))
             else:
                 assert attn_metadata is not None
                 table = attn_metadata.block_table[prefill.row]
-                keys, values = self.gather(layer, kv_cache, table, prefill.n_key)
+                keys, values = self.keys_and_values(layer, kv_cache, table, prefill.n_key)
             rows = output[prefill.tokens]
             out = core.attend(
                 self._index(layer),
@@ -225,10 +240,10 @@ class SharePrefillImpl:
             rows.copy_(out.transpose(0, 1).reshape(rows.shape))
         return output
 
-    def gather(
+    def keys_and_values(
         self, layer: Any, kv_cache: Tensor, table: Tensor, n_key: int
-    ) -> tuple[Tensor, Tensor]:
-        """Keys and values of a request out of its pages, `[G, n_key, D]` each.
+    ) -> tuple[Tokens, Tokens]:
+        """Keys and values of a request in its pages, `[G, n_key, D]` each.
 
         Args:
             layer: vLLM's attention layer.
@@ -238,8 +253,8 @@ class SharePrefillImpl:
             n_key: Tokens of the request.
         """
         del layer
-        gather = gather_split if kv_cache.ndim == 5 else gather_joined
-        return gather(kv_cache, table, n_key)
+        pages = split_pages if kv_cache.ndim == 5 else joined_pages
+        return pages(kv_cache, table, n_key)
 
     def _arguments(self) -> dict[str, Any]:
         """What the model's attention has beside its tensors."""

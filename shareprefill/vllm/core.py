@@ -18,11 +18,13 @@ from shareprefill.config import RuntimeConfig
 from shareprefill.runtime.core import SequenceState, SparsePrefill
 from shareprefill.runtime.crossover import crossover
 from shareprefill.runtime.ops.blocks import count_blocks
+from shareprefill.runtime.ops.pages import Tokens
 from shareprefill.runtime.plan import RuntimePlan
 from shareprefill.runtime.records import LayerRecord
 from shareprefill.runtime.report import SessionReport, make_report
 from shareprefill.runtime.rules.base import Exchange
 from shareprefill.vllm.options import OFF
+from shareprefill.vllm.pages import split_pages
 from shareprefill.vllm.rows import Prefill
 
 # Rows whose layers' records are kept for a report. A record is 3 KiB, but 8,192 of them took 180
@@ -139,8 +141,8 @@ class ServingCore:
         layer: int,
         row: RowState,
         query: Tensor,
-        key: Tensor,
-        value: Tensor,
+        key: Tokens,
+        value: Tokens,
         *,
         scale: float,
         softcap: float | None,
@@ -152,8 +154,8 @@ class ServingCore:
             layer: Layer index in the model.
             row: The row's state.
             query: `[H, Nq, D]`, this process's heads.
-            key: `[G, Nk, D]`; query row i is at position Nk - Nq + i.
-            value: `[G, Nk, Dv]`.
+            key: `[G, Nk, D]`, or in pages; query row i is at position Nk - Nq + i.
+            value: `[G, Nk, Dv]`, as keys lie.
             scale: The model's factor on the logits.
             softcap: Its soft-cap of the logits, or None.
             sinks: Its attention sinks `[H]`, or None.
@@ -191,6 +193,7 @@ class ServingCore:
         self,
         query: Tensor,
         n_groups: int,
+        page_size: int,
         *,
         scale: float,
         softcap: float | None,
@@ -204,6 +207,7 @@ class ServingCore:
         Args:
             query: `[T, H, D]` of that run.
             n_groups: KV heads of this process.
+            page_size: Tokens of a page of the cache.
             scale: See `attend`.
             softcap: See `attend`.
             sinks: See `attend`.
@@ -214,37 +218,41 @@ class ServingCore:
         _, n_heads, head_dim = query.shape
         size = self.worst_case_bytes(n_heads, n_groups, head_dim, query.element_size())
         torch.empty(size, dtype=torch.uint8, device=query.device)
-        self.warm(query, n_groups, scale=scale, softcap=softcap, sinks=sinks)
+        self.warm(query, n_groups, page_size, scale=scale, softcap=softcap, sinks=sinks)
 
     def warm(
         self,
         query: Tensor,
         n_groups: int,
+        page_size: int,
         *,
         scale: float,
         softcap: float | None,
         sinks: Tensor | None,
     ) -> None:
-        """Runs every layer on random tensors, whole and as a later chunk; nothing is counted.
+        """Runs every layer on random numbers, whole and as a chunk in pages; nothing is counted.
 
         Args:
             query: `[T, H, D]`, whose sizes, dtype and device are taken.
             n_groups: KV heads of this process.
+            page_size: Tokens of a page of the cache.
             scale: See `attend`.
             softcap: See `attend`.
             sinks: See `attend`.
         """
         _, n_heads, head_dim = query.shape
         n_key = _WARM_BLOCKS * self.least_rows
+        n_pages = count_blocks(n_key, page_size)
+        table = torch.arange(n_pages, dtype=torch.int32, device=query.device)
+        shape = (n_pages, 2, page_size, n_groups, head_dim)
+        cache = torch.randn(shape, dtype=query.dtype, device=query.device)
+        pages = split_pages(cache, table, n_key)
         for n_query in (n_key, n_key // 2):
             # As an engine's tensors lie: heads inside tokens.
-            shapes = ((n_query, n_heads), (n_key, n_groups), (n_key, n_groups))
-            rows, keys, values = (
-                torch.randn(*shape, head_dim, dtype=query.dtype, device=query.device).transpose(
-                    0, 1
-                )
-                for shape in shapes
-            )
+            rows = torch.randn(
+                n_query, n_heads, head_dim, dtype=query.dtype, device=query.device
+            ).transpose(0, 1)
+            keys, values = pages if n_query < n_key else (tokens.gathered for tokens in pages)
             state = self.begin(Prefill(0, slice(0, n_query), n_key), None, query.device)
             for layer in range(self.n_layers):
                 state.prefill.attend(

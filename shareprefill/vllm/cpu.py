@@ -28,7 +28,7 @@ class CPUBuilder(SharePrefillBuilder, CPUAttentionMetadataBuilder):
 class CPUImpl(SharePrefillImpl, CPUAttentionBackendImpl):
     """Computes sparse rows; else vLLM's implementation."""
 
-    def gather(
+    def keys_and_values(
         self, layer: Any, kv_cache: Tensor, table: Tensor, n_key: int
     ) -> tuple[Tensor, Tensor]:
         """Keys and values of a request out of its pages, as the instruction set laid them out."""

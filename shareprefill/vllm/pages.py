@@ -1,7 +1,8 @@
-"""Keys and values of one request, out of an engine's pages.
+"""Keys and values of one request in an engine's pages.
 
 A page holds some tokens of every KV head. How it is laid out differs by backend and version; each
-layout is a function here, tested against a cache that is written token by token.
+layout is a function here, tested against a cache that is written token by token. The operators read
+plain layouts where they are; what is laid out for an instruction set is gathered.
 """
 
 from __future__ import annotations
@@ -10,9 +11,10 @@ import torch
 from torch import Tensor
 
 from shareprefill.errors import UnsupportedError
+from shareprefill.runtime.ops.pages import PagedTokens
 
 
-def gather_split(cache: Tensor, table: Tensor, n_key: int) -> tuple[Tensor, Tensor]:
+def split_pages(cache: Tensor, table: Tensor, n_key: int) -> tuple[PagedTokens, PagedTokens]:
     """Keys and values that lie in two halves of a page.
 
     Args:
@@ -21,15 +23,13 @@ def gather_split(cache: Tensor, table: Tensor, n_key: int) -> tuple[Tensor, Tens
         n_key: Tokens of the request.
 
     Returns:
-        Keys and values `[G, n_key, D]`, contiguous.
+        Keys and values `[G, n_key, D]`, where they are.
     """
-    _, _, size, groups, width = cache.shape
-    pages = cache[table[: -(-n_key // size)].long()]  # [p, 2, size, G, D]
-    keys, values = pages.permute(1, 3, 0, 2, 4).reshape(2, groups, -1, width)[:, :, :n_key]
+    keys, values = (PagedTokens(half.transpose(1, 2), table, n_key) for half in cache.unbind(1))
     return keys, values
 
 
-def gather_joined(cache: Tensor, table: Tensor, n_key: int) -> tuple[Tensor, Tensor]:
+def joined_pages(cache: Tensor, table: Tensor, n_key: int) -> tuple[PagedTokens, PagedTokens]:
     """Keys and values that lie one behind the other in every token's row.
 
     Args:
@@ -38,12 +38,10 @@ def gather_joined(cache: Tensor, table: Tensor, n_key: int) -> tuple[Tensor, Ten
         n_key: Tokens of the request.
 
     Returns:
-        Keys and values `[G, n_key, D]`.
+        Keys and values `[G, n_key, D]`, where they are.
     """
-    _, groups, size, width = cache.shape
-    pages = cache[table[: -(-n_key // size)].long()]  # [p, G, size, 2D]
-    both = pages.transpose(0, 1).reshape(groups, -1, width)[:, :n_key]
-    return both[..., : width // 2], both[..., width // 2 :]
+    keys, values = (PagedTokens(half, table, n_key) for half in cache.chunk(2, dim=-1))
+    return keys, values
 
 
 def gather_ordered(

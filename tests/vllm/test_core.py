@@ -6,6 +6,7 @@ import torch
 from shareprefill.config import RuntimeConfig
 from shareprefill.runtime.core import SparsePrefill
 from shareprefill.runtime.crossover import crossover, save_crossover
+from shareprefill.runtime.ops.pages import PagedTokens
 from shareprefill.runtime.plan import RuntimePlan, plan_without_artifact
 from shareprefill.vllm.core import ServingCore
 from shareprefill.vllm.rows import Prefill
@@ -34,19 +35,21 @@ def test_a_step_is_new_once_however_many_groups_ask():
 
 
 def test_warming_runs_every_layer_and_counts_nothing(monkeypatch: pytest.MonkeyPatch):
-    core, seen = core_with(), []
+    core, seen, paged = core_with(), [], []
     attend = SparsePrefill.attend
 
     def noted(self: SparsePrefill, layer: int, *args: torch.Tensor, **options: object) -> object:
         found = attend(self, layer, *args, **options)  # pyright: ignore[reportArgumentType]
         seen.append((layer, args[1].shape[1], args[2].shape[1]))
+        paged.append(isinstance(args[2], PagedTokens) and isinstance(args[3], PagedTokens))
         assert found[0].isfinite().all()
         return found
 
     monkeypatch.setattr(SparsePrefill, "attend", noted)
-    core.warm(torch.empty(5, 4, 32), 2, scale=0.2, softcap=None, sinks=None)
+    core.warm(torch.empty(5, 4, 32), 2, 48, scale=0.2, softcap=None, sinks=None)
     n_key = 16 * core.least_rows
     assert seen == [(layer, rows, n_key) for rows in (n_key, n_key // 2) for layer in (0, 1)]
+    assert paged == [False, False, True, True]
     assert core.report() == {"rows": {"sparse": {}, "dense": {}}, "recent": {}}
 
 

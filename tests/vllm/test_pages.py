@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from shareprefill.errors import UnsupportedError
-from shareprefill.vllm.pages import gather_joined, gather_ordered, gather_split, page_order
+from shareprefill.vllm.pages import gather_ordered, joined_pages, page_order, split_pages
 
 G, D = 3, 8
 
@@ -30,9 +30,9 @@ def test_split_pages(n: int, head_major: bool):
     for token in range(n):
         page = int(table[token // 16])
         cache[page, 0, token % 16], cache[page, 1, token % 16] = keys[:, token], values[:, token]
-    found = gather_split(cache, table, n)
-    assert torch.equal(found[0], keys)
-    assert torch.equal(found[1], values)
+    found = split_pages(cache, table, n)
+    assert torch.equal(found[0].gathered, keys)
+    assert torch.equal(found[1].gathered, values)
 
 
 @pytest.mark.parametrize("n", [1, 15, 16, 17, 64, 100])
@@ -43,9 +43,9 @@ def test_joined_pages(n: int):
     for token in range(n):
         both = torch.cat([keys[:, token], values[:, token]], -1)
         cache[int(table[token // 16]), :, token % 16] = both
-    found = gather_joined(cache, table, n)
-    assert torch.equal(found[0], keys)
-    assert torch.equal(found[1], values)
+    found = joined_pages(cache, table, n)
+    assert torch.equal(found[0].gathered, keys)
+    assert torch.equal(found[1].gathered, values)
 
 
 def _order(kind: str, size: int) -> torch.Tensor:

@@ -13,7 +13,7 @@ from shareprefill.config import RuntimeConfig
 from shareprefill.runtime.core import SparsePrefill
 from shareprefill.runtime.dense import causal_attention
 from shareprefill.runtime.plan import RuntimePlan, make_plan
-from shareprefill.vllm.pages import gather_joined
+from shareprefill.vllm.pages import joined_pages
 from shareprefill.vllm.rows import Prefill, divide
 from tests.support.serving import serving_core
 from tests.support.tiny import tiny_artifact, tiny_llama
@@ -88,9 +88,9 @@ def test_rows_of_mixed_steps_are_as_if_they_were_alone(
                 request = rows[prefill.row]
                 query, key, value = _so_far(requests, request, layer, prefill)
                 table = requests.tables[request]
-                keys, values = gather_joined(requests.caches[layer], table, prefill.n_key)
-                assert torch.equal(keys, key)
-                assert torch.equal(values, value)
+                keys, values = joined_pages(requests.caches[layer], table, prefill.n_key)
+                assert torch.equal(keys.gathered, key)
+                assert torch.equal(values.gathered, value)
                 found = core.attend(
                     layer, states[prefill.row], query, keys, values,
                     scale=SCALE, softcap=None, sinks=None,

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 
 from shareprefill.errors import ConfigError, UnsupportedError
+from shareprefill.runtime.ops.pages import PagedTokens, Tokens, gathered
 
 ATTENTION = ("reference", "blockwise", "triton", "hopper")
 
@@ -39,8 +40,8 @@ class Choice(NamedTuple):
 def select_attention(
     impl: str,
     query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
+    key: Tokens,
+    value: Tokens,
     block_size: int,
 ) -> str:
     """Resolve `impl` of block-sparse attention; an explicit request is served or refused.
@@ -87,12 +88,35 @@ def select_impl(impl: str, known: tuple[str, ...], tensor: torch.Tensor, cpu_imp
     return impl
 
 
-def has_fast_kernel(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, block_size: int
-) -> bool:
+def has_fast_kernel(query: torch.Tensor, key: Tokens, value: Tokens, block_size: int) -> bool:
     """Whether "auto" takes a kernel about as fast as the best dense one, block for block."""
     names = _faster(query.device)
     return any(_refusal(name, query, key, value, block_size) is None for name in names)
+
+
+def page_refusal(impl: str, tokens: PagedTokens) -> str | None:
+    """Why an implementation does not read tokens in their pages; None where it does."""
+    if impl == "hopper":
+        from shareprefill.runtime.ops.hopper import launch
+
+        return launch.page_refusal(tokens)
+    if impl != "triton":
+        return "reads no pages"
+    size = tokens.page_size
+    if size & (size - 1) or tokens.pool.stride(-1) != 1:
+        return f"reads pages of a power of two of tokens, got {size} in {tokens.pool.stride()}"
+    return None
+
+
+def within_reach(impl: str, *tokens: Tokens) -> tuple[Tokens, ...]:
+    """Keys and values as an implementation reads them: gathered, if it does not read their pages.
+
+    An implementation takes all pages by that, so "auto" does not look at them.
+    """
+    refusals = (page_refusal(impl, t) for t in tokens if isinstance(t, PagedTokens))
+    if any(refusal is not None for refusal in refusals):
+        return tuple(gathered(t) for t in tokens)
+    return tokens
 
 
 def _require_triton(tensor: torch.Tensor) -> None:
@@ -131,7 +155,7 @@ def _interpreter_requested() -> bool:
 
 
 def _refusal(
-    name: str, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, block_size: int
+    name: str, query: torch.Tensor, key: Tokens, value: Tokens, block_size: int
 ) -> str | None:
     """Why an implementation does not take a call; the rest take whatever their door lets in."""
     from shareprefill.runtime.ops.block_sparse_attention import hopper

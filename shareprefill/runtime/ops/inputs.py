@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import TypeVar
 
 import torch
 
 from shareprefill.errors import ConfigError
+from shareprefill.runtime.ops.pages import PagedTokens, Tokens
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def check_attention_inputs(
     query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor | None = None,
+    key: Tokens,
+    value: Tokens | None = None,
     *,
     scale: float | None,
     softcap: float | None,
@@ -25,8 +27,8 @@ def check_attention_inputs(
 
     Args:
         query: `[H, Nq, D]`.
-        key: `[G, Nk, D]`; G divides H and Nk >= Nq >= 1.
-        value: `[G, Nk, Dv]` or None.
+        key: `[G, Nk, D]`, or in pages; G divides H and Nk >= Nq >= 1.
+        value: `[G, Nk, Dv]` or None; where keys are in pages, in those of the same table.
         scale: a positive number, or None for `1 / sqrt(D)`.
         softcap: a positive number, or None.
         sinks: floating-point `[H]` on query's device, or None.
@@ -57,8 +59,10 @@ def check_attention_inputs(
     return float(scale)
 
 
-def _check_shapes(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor | None) -> None:
-    tensors = {"query": query, "key": key} | ({} if value is None else {"value": value})
+def _check_shapes(query: torch.Tensor, key: Tokens, value: Tokens | None) -> None:
+    tensors: dict[str, Tokens] = {"query": query, "key": key} | (
+        {} if value is None else {"value": value}
+    )
     for name, tensor in tensors.items():
         if tensor.ndim != 3:
             raise ConfigError(
@@ -87,6 +91,17 @@ def _check_shapes(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor | 
         raise ConfigError(
             f"value must be [{n_groups}, {n_k_tokens}, Dv] like key, got {tuple(value.shape)}"
         )
+    if value is not None and not _lie_alike(key, value):
+        raise ConfigError(
+            "key and value must both be tensors, or both lie in pages of one size that one table "
+            f"names, got {type(key).__name__} and {type(value).__name__}"
+        )
+
+
+def _lie_alike(key: Tokens, value: Tokens) -> bool:
+    if isinstance(key, PagedTokens) and isinstance(value, PagedTokens):
+        return key.shares_pages(value)
+    return not isinstance(key, PagedTokens) and not isinstance(value, PagedTokens)
 
 
 def check_tensor(
@@ -137,9 +152,14 @@ def check_block_size(block_size: int) -> None:
         raise ConfigError(f"block_size must be at least 1 token, got {block_size}")
 
 
-def unit_last_stride(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor itself where its last dim is contiguous, otherwise a contiguous copy."""
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+T = TypeVar("T", torch.Tensor, Tokens)
+
+
+def unit_last_stride(tokens: T) -> T:
+    """Pages as they are; a tensor too if its last dim is contiguous, else a contiguous copy."""
+    if isinstance(tokens, PagedTokens) or tokens.stride(-1) == 1:
+        return tokens
+    return tokens.contiguous()
 
 
 def padded_tokens(tokens: torch.Tensor, block_size: int, dtype: torch.dtype) -> torch.Tensor:

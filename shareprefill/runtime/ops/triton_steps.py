@@ -21,6 +21,35 @@ def load_tile(p_tile, m_rows, m_dims, MASK_ROWS: tl.constexpr, MASK_DIMS: tl.con
 
 
 @triton.jit
+def rows_in_page(o_n, PAGE_SIZE: tl.constexpr):
+    """Where the tokens of a tile stand in their page, or in the tile; `PAGE_SIZE` 0: no pages."""
+    if PAGE_SIZE > 0:
+        o_n = o_n % PAGE_SIZE
+    return o_n
+
+
+@triton.jit
+def find_tile(i_key, o_n, n_k_tokens, p_table, stride_page, stride_n, PAGE_SIZE: tl.constexpr):
+    """Steps from a head's first tokens to those from `i_key` on, a multiple of the tile's tokens.
+
+    One number, or `[N, 1]` where pages, whose sizes are powers of two, are smaller than the tile.
+    To be added to pointers of `rows_in_page(o_n)`.
+    """
+    BLOCK_N: tl.constexpr = o_n.shape[0]
+    if PAGE_SIZE == 0:
+        o_tile = tl.multiple_of(tl.cast(i_key, tl.int64), BLOCK_N) * stride_n
+    elif PAGE_SIZE >= BLOCK_N:
+        i_page = tl.cast(tl.load(p_table + i_key // PAGE_SIZE), tl.int64)
+        i_row = tl.multiple_of(tl.cast(i_key % PAGE_SIZE, tl.int64), BLOCK_N)
+        o_tile = i_page * stride_page + i_row * stride_n
+    else:
+        o_keys = i_key + o_n
+        b_pages = tl.load(p_table + o_keys // PAGE_SIZE, mask=o_keys < n_k_tokens, other=0)
+        o_tile = (b_pages.to(tl.int64) * stride_page)[:, None]  # [N, 1]
+    return o_tile
+
+
+@triton.jit
 def softmax_step(b_logits, b_max, b_sum, MASKED: tl.constexpr):
     """Online softmax in base 2.
 

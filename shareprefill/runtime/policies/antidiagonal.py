@@ -57,7 +57,7 @@ class Antidiagonal(MapEstimator[Tensor]):
 
     def _maps(self, inputs: LayerInputs, heads: Tensor) -> Tensor:
         stride, block = self.stride, inputs.geometry.block_size
-        n_query, n_key = inputs.query.shape[1], inputs.key.shape[1]
+        n_query, n_key = inputs.query.shape[1], inputs.keys.shape[1]
         n_q, n_k = count_blocks(n_query, block), count_blocks(n_key, block)
         part = block // stride  # tiles of a block
         rows, held_rows = _tile_sizes(n_q * part, stride, n_query, heads.device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar, Generic, Protocol, TypeVar
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from shareprefill.errors import ConfigError
 from shareprefill.runtime.geometry import Geometry
+from shareprefill.runtime.ops.pages import Tokens, gathered
 
 
 @dataclass(frozen=True)
@@ -19,8 +21,8 @@ class LayerInputs:
 
     Attributes:
         query: `[H, Nq, D]`, after RoPE and any query norm.
-        key: `[G, Nk, D]`; query row i is at position Nk - Nq + i; query head h reads KV head
-            h // (H / G).
+        keys: `[G, Nk, D]`, or in an engine's pages, which the operators take as well; query row i
+            is at position Nk - Nq + i; query head h reads KV head h // (H / G).
         scale: The model's own factor on the logits.
         geometry: Block size, the causal blocks, and the rows that stand for a block.
         softcap: The model's soft-cap c of the logits, c * tanh(logit / c); None for none.
@@ -28,11 +30,16 @@ class LayerInputs:
     """
 
     query: Tensor
-    key: Tensor
+    keys: Tokens
     scale: float
     geometry: Geometry
     softcap: float | None = None
     sinks: Tensor | None = None
+
+    @cached_property
+    def key(self) -> Tensor:
+        """`keys` as a tensor `[G, Nk, D]`: gathered out of pages at the first call."""
+        return gathered(self.keys)
 
 
 @dataclass(frozen=True)

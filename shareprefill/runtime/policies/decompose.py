@@ -60,7 +60,7 @@ class Decompose(MapEstimator[Tensor]):
 
     def work(self, inputs: LayerInputs) -> float:
         """Two real FFTs of a channel and running sums, over 4 operations a pair and channel."""
-        n_query, n_key, size = inputs.query.shape[1], inputs.key.shape[1], _fft_size(inputs)
+        n_query, n_key, size = inputs.query.shape[1], inputs.keys.shape[1], _fft_size(inputs)
         pairs = n_query * (n_key - (n_query - 1) / 2)
         return min(0.5, (5 * size * math.log2(size) + 8 * n_key) / (4 * pairs))
 
@@ -82,7 +82,7 @@ def densest_blocks(maps: Tensor, causal: Tensor, density: float) -> Tensor:
 
 
 def _fft_size(inputs: LayerInputs) -> int:
-    return 1 << (inputs.query.shape[1] + inputs.key.shape[1] - 1).bit_length()
+    return 1 << (inputs.query.shape[1] + inputs.keys.shape[1] - 1).bit_length()
 
 
 def _fitted_maps(inputs: LayerInputs, heads: Tensor) -> Tensor:
@@ -91,7 +91,7 @@ def _fitted_maps(inputs: LayerInputs, heads: Tensor) -> Tensor:
     One softmax a query block: vertical and slash masses of a block are taken as independent.
     """
     block = inputs.geometry.block_size
-    n_query, n_key = inputs.query.shape[1], inputs.key.shape[1]
+    n_query, n_key = inputs.query.shape[1], inputs.keys.shape[1]
     n_q, n_k = count_blocks(n_query, block), count_blocks(n_key, block)
     offset = n_key - n_query
     row = torch.arange(n_q, device=heads.device)[:, None]

@@ -55,7 +55,7 @@ class Flash(MapEstimator[Tensor]):
 def _energies(inputs: LayerInputs, heads: Tensor) -> Tensor:
     """Tile energies, float32 `[S, n_q, n_k]`, zero where a block is not causal."""
     block = inputs.geometry.block_size
-    n_query, n_key = inputs.query.shape[1], inputs.key.shape[1]
+    n_query, n_key = inputs.query.shape[1], inputs.keys.shape[1]
     n_q, n_k = count_blocks(n_query, block), count_blocks(n_key, block)
     means = block_means(inputs.key, block)
     where = positions(inputs)
@@ -101,7 +101,7 @@ def mean_correction(
         The corrected output, of `out`'s shape and dtype.
     """
     block = inputs.geometry.block_size
-    n_key = inputs.key.shape[1]
+    n_key = inputs.keys.shape[1]
     n_k = count_blocks(n_key, block)
     means, values = block_means(inputs.key, block), block_means(value, block)
     where = positions(inputs)

@@ -30,7 +30,7 @@ def real_heads(heads: Tensor) -> Tensor:
 
 def kv_heads(inputs: LayerInputs, heads: Tensor) -> Tensor:
     """KV head of each query head, int64 `[S]`."""
-    return heads // (inputs.query.shape[0] // inputs.key.shape[0])
+    return heads // (inputs.query.shape[0] // inputs.keys.shape[0])
 
 
 def products(rows: Tensor, keys: Tensor, inputs: LayerInputs) -> Tensor:
@@ -71,7 +71,7 @@ def block_means(tokens: Tensor, size: int) -> Tensor:
 
 def positions(inputs: LayerInputs) -> Tensor:
     """Absolute position of every query row, int64 `[Nq]`."""
-    n_query, n_key = inputs.query.shape[1], inputs.key.shape[1]
+    n_query, n_key = inputs.query.shape[1], inputs.keys.shape[1]
     return torch.arange(n_key - n_query, n_key, device=inputs.query.device)
 
 

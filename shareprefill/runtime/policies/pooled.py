@@ -59,7 +59,7 @@ def pooled_maps(inputs: LayerInputs, heads: Tensor) -> Tensor:
     """
     heads = real_heads(heads)
     block = inputs.geometry.block_size
-    n_query, n_key = inputs.query.shape[1], inputs.key.shape[1]
+    n_query, n_key = inputs.query.shape[1], inputs.keys.shape[1]
     n_q, n_k = count_blocks(n_query, block), count_blocks(n_key, block)
     means = block_means(inputs.key, block)
     where = positions(inputs)

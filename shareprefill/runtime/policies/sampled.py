@@ -60,7 +60,7 @@ def sampled_maps(inputs: LayerInputs, heads: Tensor, rows: int | Tensor | None) 
         rows = inputs.geometry.rows(rows)
     _, maps = pooled_attention(
         inputs.query,
-        inputs.key,
+        inputs.keys,
         rows=rows,
         block_size=inputs.geometry.block_size,
         scale=inputs.scale,

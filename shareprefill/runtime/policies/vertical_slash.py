@@ -44,7 +44,7 @@ def profiles(inputs: LayerInputs, heads: Tensor) -> tuple[Tensor, Tensor]:
     """Last query block's mass by key block and by block distance."""
     return vertical_slash_profile(
         inputs.query,
-        inputs.key,
+        inputs.keys,
         block_size=inputs.geometry.block_size,
         scale=inputs.scale,
         heads=heads,
@@ -54,6 +54,6 @@ def profiles(inputs: LayerInputs, heads: Tensor) -> tuple[Tensor, Tensor]:
 
 def profile_work(inputs: LayerInputs) -> float:
     """Logits of the last rows: they read all keys, about twice as many as a row of a prompt."""
-    n_query, n_key = inputs.query.shape[1], inputs.key.shape[1]
+    n_query, n_key = inputs.query.shape[1], inputs.keys.shape[1]
     pairs = n_query * (n_key - (n_query - 1) / 2)
     return min(0.5, min(inputs.geometry.block_size, n_query) * n_key / pairs / 2)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from shareprefill.runtime.geometry import Geometry
+from shareprefill.runtime.ops.pages import Tokens
 from shareprefill.runtime.plan import RuntimePlan
 from shareprefill.runtime.policies.base import LayerInputs
 
@@ -145,7 +146,7 @@ class LayerRule(ABC, Generic[L, V]):
         """Room for the pivots of one sequence."""
 
     @abstractmethod
-    def select(self, layer: L, pivots: V, inputs: LayerInputs, value: Tensor) -> LayerSelection:
+    def select(self, layer: L, pivots: V, inputs: LayerInputs, value: Tokens) -> LayerSelection:
         """Chooses the patterns of one layer for one sequence; nothing waits for the device.
 
         Args:

@@ -28,6 +28,7 @@ from shareprefill.runtime.ops.block_selection import (
     js_distances,
     vertical_slash_blocks,
 )
+from shareprefill.runtime.ops.pages import Tokens
 from shareprefill.runtime.ops.pooled_attention import pooled_attention
 from shareprefill.runtime.plan import HeadPlan
 from shareprefill.runtime.policies.base import (
@@ -282,7 +283,7 @@ class PlannedRule(LayerRule[PlannedLayer, PivotPatterns]):
         return kept[1]
 
     def select(
-        self, layer: PlannedLayer, pivots: PivotPatterns, inputs: LayerInputs, value: Tensor
+        self, layer: PlannedLayer, pivots: PivotPatterns, inputs: LayerInputs, value: Tokens
     ) -> LayerSelection:
         """Pivots, then the check of the sharing heads, then the heads that choose themselves."""
         patterns, checked, copied = _room(layer, inputs.geometry)
@@ -353,7 +354,7 @@ class _Steps:
     is_finite: list[tuple[int, Tensor]] = field(default_factory=list)
     read_instead: list[tuple[slice, Tensor]] = field(default_factory=list)
 
-    def choose_pivots(self, value: Tensor, output: Tensor) -> None:
+    def choose_pivots(self, value: Tokens, output: Tensor) -> None:
         """Pivots' patterns: from sampled rows, or from all of them with the dense output."""
         layer, inputs, rows = self.layer, self.inputs, self.rule.plan.pivot_rows
         heads = layer.pivots.heads
@@ -363,7 +364,7 @@ class _Steps:
         elif len(heads):
             dense, maps = pooled_attention(
                 inputs.query,
-                inputs.key,
+                inputs.keys,
                 value,
                 block_size=inputs.geometry.block_size,
                 scale=inputs.scale,

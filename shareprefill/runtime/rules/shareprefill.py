@@ -14,6 +14,7 @@ from shareprefill.runtime.ops.block_selection import (
     select_blocks,
     vertical_slash_blocks,
 )
+from shareprefill.runtime.ops.pages import Tokens
 from shareprefill.runtime.ops.pooled_attention import pooled_attention
 from shareprefill.runtime.policies.base import LayerInputs
 from shareprefill.runtime.policies.vertical_slash import profile_work, profiles
@@ -121,7 +122,7 @@ class SharePrefillRule(LayerRule[ClusteredLayer, ElectedPivots]):
         return ElectedPivots(geometry, 1 + max(clusters))
 
     def select(
-        self, layer: ClusteredLayer, pivots: ElectedPivots, inputs: LayerInputs, value: Tensor
+        self, layer: ClusteredLayer, pivots: ElectedPivots, inputs: LayerInputs, value: Tokens
     ) -> LayerSelection:
         """Elects pivots, then lets the other heads share or take their own pattern."""
         geometry, n_clusters = inputs.geometry, len(layer.clusters)
@@ -131,7 +132,7 @@ class SharePrefillRule(LayerRule[ClusteredLayer, ElectedPivots]):
         is_pivot = self._elect(layer, pivots, clustered)
         output, maps = pooled_attention(
             inputs.query,
-            inputs.key,
+            inputs.keys,
             value,
             block_size=geometry.block_size,
             scale=inputs.scale,

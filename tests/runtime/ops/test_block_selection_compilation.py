@@ -31,7 +31,7 @@ generation = divmod(capability, 10)
 TYPES = {
     **dict.fromkeys(["p_q", "p_k", "p_v", "p_out"], "*" + dtype),
     **dict.fromkeys(["p_rows", "p_heads", "p_index", "p_head_to_list"], "*i64"),
-    **dict.fromkeys(["p_counts", "p_offsets", "p_listed", "p_indices"], "*i32"),
+    **dict.fromkeys(["p_counts", "p_offsets", "p_listed", "p_indices", "p_table"], "*i32"),
     **dict.fromkeys(["p_bitmap", "p_patterns", "p_columns", "p_distances", "p_finite"], "*u8"),
     **dict.fromkeys(["scale_log2", "softcap_log2"], "fp32"),
     **dict.fromkeys(smoothing.smooth_kernel.arg_names[7:14], "fp32"),
@@ -73,12 +73,13 @@ constants = pooling.kernel_constants(dim, dim, 4, 128, tiles, torch_dtype, has_h
 result["dot pooled"] = build(pooled.pooled_kernel, constants, **tiles.launch_options())
 tiles = pooling.mass_tiles(dim, torch_dtype, generation)
 constants = pooling.mass_constants(dim, 4, 8, 128, tiles, torch_dtype, has_rows=True,
-                                   has_heads=False)
+                                   has_heads=False, page_size=128)
 result["dot mass"] = build(pooled.mass_kernel, constants, **tiles.launch_options())
 constants = pooling.means_constants(constants)
 result["means"] = build(pooled.means_kernel, constants, num_warps=4)
 tiles = profiling.profile_tiles(dim, 128, torch_dtype, generation)
-constants = profiling.kernel_constants(dim, 4, 128, tiles, torch_dtype, has_heads=True)
+constants = profiling.kernel_constants(dim, 4, 128, tiles, torch_dtype, has_heads=True,
+                                       page_size=16)
 result["dot sums"] = build(profiles.sums_kernel, constants, **tiles.launch_options())
 constants = profiling.profile_constants(constants)
 result["profiles"] = build(profiles.profiles_kernel, constants, num_warps=4)

@@ -53,7 +53,7 @@ def build(kernel, constants, dtype, **options):
         "p_q": "*" + dtype, "p_rows": "*i64",
         "p_sinks": "*" + dtype, "scale_log2": "fp32", "softcap_log2": "fp32", "p_heads": "*i64",
         **dict.fromkeys(["p_lse", "p_maps", "p_mass", "p_peaks"], "*fp32"),
-        **dict.fromkeys(["p_offsets", "p_indices", "p_head_to_list", "p_next"], "*i32"),
+        **dict.fromkeys(["p_offsets", "p_indices", "p_head_to_list", "p_table", "p_next"], "*i32"),
     }
     names = kernel.arg_names
     signature = {name: "constexpr" if name in constants else types.get(name, "i32")
@@ -69,17 +69,19 @@ def build(kernel, constants, dtype, **options):
     return {"shared": built.metadata.shared, "ptx": built.asm["ptx"]}
 
 built = {}
-for dim, dtype in ((128, "bf16"), (64, "fp16")):
-    constants = sparse.kernel_constants(dim, has_lse=True)
+for dim, dtype, page_blocks in ((128, "bf16", 0), (64, "fp16", 2)):
+    constants = sparse.kernel_constants(dim, has_lse=True, page_blocks=page_blocks)
     built[f"sparse {dtype} {dim}"] = build(
         block_sparse_hopper_kernel, constants, dtype, **sparse.launch_options()
     )
-    constants = pooled.kernel_constants(dim, has_heads=dim == 64, has_sinks=dim == 64)
+    constants = pooled.kernel_constants(
+        dim, has_heads=dim == 64, has_sinks=dim == 64, page_blocks=page_blocks
+    )
     built[f"pooled {dtype} {dim}"] = build(pooled_hopper_kernel, constants, dtype, num_warps=4)
     constants = pooling.mass_constants(
         dim, 4, 8, 128, Tiles(128, 64, 8, 2), None, has_rows=True, has_heads=dim == 64
     )
-    constants = pooled.mass_constants(constants)
+    constants = pooled.mass_constants(constants, page_blocks)
     built[f"mass {dtype} {dim}"] = build(mass_hopper_kernel, constants, dtype, num_warps=4)
 print(json.dumps(built))
 """

@@ -27,6 +27,7 @@ generation = divmod(capability, 10)
 types = {
     "p_q": "*" + dtype, "p_k": "*" + dtype, "p_v": "*" + dtype, "p_out": "*" + dtype,
     "p_lse": "*fp32", "p_offsets": "*i32", "p_indices": "*i32", "p_head_to_list": "*i32",
+    "p_table": "*i32",
     "scale_log2": "fp32", "softcap_log2": "fp32", "p_sinks": "*fp32",
 }
 
@@ -53,7 +54,7 @@ tiles = sparse.select_tiles(sparse.padded_dim(dim), torch_dtype, generation).wit
 for kind, capped in (("plain", False), ("capped", True)):
     constants = sparse.kernel_constants(
         dim, dim, 4, 128, tiles, torch_dtype,
-        has_lse=True, has_softcap=capped, has_sinks=capped,
+        has_lse=True, has_softcap=capped, has_sinks=capped, page_size=16 if capped else 0,
     )
     result[kind] = build(triton_kernel.block_sparse_kernel, tiles.launch_options(), constants)
 print(json.dumps(result))

@@ -9,19 +9,20 @@ import torch
 from shareprefill.errors import ConfigError
 from shareprefill.runtime.ops.block_sparse_attention import blockwise, reference
 from shareprefill.runtime.ops.blocks import BlockLists, count_blocks
-from shareprefill.runtime.ops.dispatch import select_attention
+from shareprefill.runtime.ops.dispatch import select_attention, within_reach
 from shareprefill.runtime.ops.inputs import (
     check_attention_inputs,
     check_tensor,
     unit_last_stride,
 )
+from shareprefill.runtime.ops.pages import Tokens
 
 
 @torch.no_grad()
 def block_sparse_attention(
     query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
+    key: Tokens,
+    value: Tokens,
     lists: BlockLists,
     *,
     scale: float | None = None,
@@ -39,7 +40,7 @@ def block_sparse_attention(
     Args:
         query: `[H, Nq, D]`, float16, bfloat16, float32 or float64 (not Triton).
         key: `[G, Nk, D]`, G divides H; query head h reads KV head `h // (H // G)`.
-        value: `[G, Nk, Dv]`.
+        value: `[G, Nk, Dv]`. Keys and values may both lie in an engine's pages (`PagedTokens`).
         lists: the key blocks of each head's pattern; on query's device. On a CPU the values are
             checked, on CUDA only the shapes (call `lists.validate()` to check them).
         scale: factor of the logits; None: `1 / sqrt(D)`.
@@ -80,6 +81,7 @@ def block_sparse_attention(
             raise ConfigError(f"lse must be contiguous, got strides {lse.stride()}")
         lse.fill_(-torch.inf)
     query, key, value = unit_last_stride(query), unit_last_stride(key), unit_last_stride(value)
+    key, value = within_reach(impl, key, value)
     sinks = None if sinks is None else sinks.detach().float().contiguous()
     _attend_function(impl)(query, key, value, lists, scale, out, lse, softcap, sinks)
     return out
@@ -98,7 +100,7 @@ def _attend_function(impl: str) -> Callable[..., None]:
     return {"reference": reference.attend, "blockwise": blockwise.attend}[impl]
 
 
-def _check_lists(query: torch.Tensor, key: torch.Tensor, lists: BlockLists) -> None:
+def _check_lists(query: torch.Tensor, key: Tokens, lists: BlockLists) -> None:
     n_q = count_blocks(query.shape[1], lists.block_size)
     n_k = count_blocks(key.shape[1], lists.block_size)
     if (lists.n_q, lists.n_k) != (n_q, n_k):

@@ -9,6 +9,7 @@ import torch
 from shareprefill.runtime.ops.blocks import BlockLists
 from shareprefill.runtime.ops.devices import device_of
 from shareprefill.runtime.ops.hopper import launch
+from shareprefill.runtime.ops.pages import Tokens, page_table
 from shareprefill.runtime.ops.triton_tiles import logit_factors, multiprocessors
 
 # Keys and values of the heads that run at one time: of the 50 MB of L2, which queries and outputs
@@ -16,15 +17,18 @@ from shareprefill.runtime.ops.triton_tiles import logit_factors, multiprocessors
 L2_BYTES = 16 * 2**20
 
 
-def supports(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, block_size: int
-) -> str | None:
+def supports(query: torch.Tensor, key: Tokens, value: Tokens, block_size: int) -> str | None:
     """Why `attend` does not take a call; None where it does."""
     return launch.refusal(query, key, value, block_size)
 
 
 def kernel_constants(
-    head_dim: int, *, has_lse: bool, has_softcap: bool = False, has_sinks: bool = False
+    head_dim: int,
+    *,
+    has_lse: bool,
+    has_softcap: bool = False,
+    has_sinks: bool = False,
+    page_blocks: int = 0,
 ) -> dict[str, Any]:
     """Compile-time arguments of `block_sparse_hopper_kernel`."""
     block_d = launch.padded_head_dim(head_dim)
@@ -36,6 +40,7 @@ def kernel_constants(
         "HAS_LSE": has_lse,
         "HAS_SOFTCAP": has_softcap,
         "HAS_SINKS": has_sinks,
+        "PAGE_BLOCKS": page_blocks,
     }
 
 
@@ -46,8 +51,8 @@ def launch_options() -> dict[str, Any]:
 
 def attend(
     query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
+    key: Tokens,
+    value: Tokens,
     lists: BlockLists,
     scale: float,
     out: torch.Tensor,
@@ -69,6 +74,7 @@ def attend(
         has_lse=lse is not None,
         has_softcap=softcap is not None,
         has_sinks=sinks is not None,
+        page_blocks=launch.blocks_of_page(key),
     )
     with device_of(query):
         block_sparse_hopper_kernel[(min(lists.n_q * n_heads, multiprocessors(query.device)),)](
@@ -81,6 +87,7 @@ def attend(
             lists.offsets,
             lists.indices,
             lists.head_to_list,
+            page_table(key),
             launch.draw_counter(query.device),
             out.stride(0),
             out.stride(1),
@@ -90,6 +97,7 @@ def attend(
             lists.n_q,
             n_q_tokens,
             key.shape[1],
+            launch.page_step(key),
             *logit_factors(scale, softcap),
             **constants,
             **launch_options(),

@@ -17,6 +17,7 @@ from shareprefill.runtime.ops.hopper.pipeline import (
     cap_logits,
     first_logits,
     free_tile,
+    hide_in_last,
     hide_later_keys,
     issue_logits,
     issue_values,
@@ -108,6 +109,7 @@ def _consume(
     HAS_LSE: gl.constexpr,
     HAS_SOFTCAP: gl.constexpr,
     HAS_SINKS: gl.constexpr,
+    PAGE_BLOCKS: gl.constexpr,
 ):
     """One warpgroup: half of the query rows of each tile against the keys that arrive.
 
@@ -135,7 +137,9 @@ def _consume(
     if i_head >= 0:
         b_logits = first_logits(q_ring, k_ring, HALF, s_layout)  # [M, N]
         b_logits = cap_logits(b_logits, scales, HAS_SOFTCAP)
-        b_logits = hide_later_keys(b_logits, i_tile * BLOCK + i_offset, i_last * BLOCK)
+        b_logits = hide_in_last(
+            b_logits, i_tile * BLOCK + i_offset, i_last, n_k_tokens, PAGE_BLOCKS
+        )
     b_weights, b_max, b_sum, b_rescale = _softmax(b_logits, b_unseen, scales, HAS_SOFTCAP)
     while i_head >= 0:
         # The weights of the tile's last block are there.
@@ -182,7 +186,9 @@ def _consume(
             b_logits = warpgroup_mma_wait(1, deps=[b_logits])
             free_tile(k_free, i_step)
             b_logits = cap_logits(b_logits, scales, HAS_SOFTCAP)
-            b_logits = hide_later_keys(b_logits, n_tile * BLOCK + i_offset, i_last * BLOCK)
+            b_logits = hide_in_last(
+                b_logits, n_tile * BLOCK + i_offset, i_last, n_k_tokens, PAGE_BLOCKS
+            )
             b_weights, b_max, b_sum, b_rescale = _softmax(b_logits, b_unseen, scales, HAS_SOFTCAP)
             wait_tile(v_ready, i_step - 1)
             b_acc, b_weights = warpgroup_mma_wait(0, deps=[b_acc, b_weights])
@@ -209,8 +215,10 @@ def _consume(
         i_tile = n_tile
 
 
-SIZES = ["n_heads", "n_shared", "n_at_once", "n_q", "n_q_tokens", "n_k_tokens"]
-SCALAR_POINTERS = ["p_lse", "p_sinks", "p_offsets", "p_indices", "p_head_to_list", "p_next"]
+SIZES = ["n_heads", "n_shared", "n_at_once", "n_q", "n_q_tokens", "n_k_tokens", "page_step"]
+SCALAR_POINTERS = [
+    *("p_lse", "p_sinks", "p_offsets", "p_indices", "p_head_to_list", "p_table", "p_next")
+]
 
 
 @gluon.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=SCALAR_POINTERS)
@@ -224,6 +232,7 @@ def block_sparse_hopper_kernel(
     p_offsets,
     p_indices,
     p_head_to_list,
+    p_table,
     p_next,
     stride_oh,
     stride_on,
@@ -233,6 +242,7 @@ def block_sparse_hopper_kernel(
     n_q,
     n_q_tokens,
     n_k_tokens,
+    page_step,
     scale_log2,
     softcap_log2,
     HEAD_DIM: gl.constexpr,
@@ -242,6 +252,7 @@ def block_sparse_hopper_kernel(
     HAS_LSE: gl.constexpr,
     HAS_SOFTCAP: gl.constexpr,
     HAS_SINKS: gl.constexpr,
+    PAGE_BLOCKS: gl.constexpr,
 ):
     """A persistent program: tiles of `BLOCK` query rows of one head, drawn from `p_next`.
 
@@ -251,18 +262,22 @@ def block_sparse_hopper_kernel(
     queue, _q_ring, _k_ring, _v_ring = rings
     output = (p_out, p_lse, p_sinks, stride_oh, stride_on, n_q_tokens)
     scales = (scale_log2, softcap_log2)
+    pages = (p_table, page_step)
     # fmt: off
     gl.warp_specialize(
         [
             (_consume, (
                 0, rings, output, n_k_tokens, scales, HEAD_DIM, BLOCK_D, BLOCK, HAS_LSE,
-                HAS_SOFTCAP, HAS_SINKS,
+                HAS_SOFTCAP, HAS_SINKS, PAGE_BLOCKS,
             )),
             (_consume, (
                 1, rings, output, n_k_tokens, scales, HEAD_DIM, BLOCK_D, BLOCK, HAS_LSE,
-                HAS_SOFTCAP, HAS_SINKS,
+                HAS_SOFTCAP, HAS_SINKS, PAGE_BLOCKS,
             )),
-            (produce, (rings, q_desc, k_desc, v_desc, p_indices, n_shared, BLOCK, STAGES, True)),
+            (produce, (
+                rings, q_desc, k_desc, v_desc, p_indices, n_shared, pages, n_k_tokens, BLOCK,
+                STAGES, True, PAGE_BLOCKS,
+            )),
             (schedule, (
                 queue, output, p_next, p_offsets, p_indices, p_head_to_list, n_heads, n_at_once,
                 n_q, n_k_tokens, HEAD_DIM, BLOCK_D, BLOCK, HAS_LSE, HAS_SINKS,

@@ -11,6 +11,7 @@ import triton
 from shareprefill.runtime.ops.block_sparse_attention.triton_kernel import block_sparse_kernel
 from shareprefill.runtime.ops.blocks import BlockLists
 from shareprefill.runtime.ops.devices import device_of
+from shareprefill.runtime.ops.pages import Tokens, memory, page_stride, page_table, page_tokens
 from shareprefill.runtime.ops.triton_tiles import (
     Tiles,
     check_tile_block_size,
@@ -32,6 +33,7 @@ def kernel_constants(
     has_lse: bool,
     has_softcap: bool = False,
     has_sinks: bool = False,
+    page_size: int = 0,
 ) -> dict[str, Any]:
     """Compile-time arguments of `block_sparse_kernel`."""
     return {
@@ -47,13 +49,14 @@ def kernel_constants(
         "HAS_SOFTCAP": has_softcap,
         "HAS_SINKS": has_sinks,
         "PRECISION": "ieee" if dtype == torch.float32 else "tf32",
+        "PAGE_SIZE": page_size,
     }
 
 
 def attend(
     query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
+    key: Tokens,
+    value: Tokens,
     lists: BlockLists,
     scale: float,
     out: torch.Tensor,
@@ -74,18 +77,21 @@ def attend(
     with device_of(query):
         block_sparse_kernel[(n_tiles * n_heads,)](
             query,
-            key,
-            value,
+            memory(key),
+            memory(value),
             out,
             out if lse is None else lse,
             lists.offsets,
             lists.indices,
             lists.head_to_list,
             out if sinks is None else sinks,
+            page_table(key),
             query.stride(0),
             query.stride(1),
+            page_stride(key),
             key.stride(0),
             key.stride(1),
+            page_stride(value),
             value.stride(0),
             value.stride(1),
             out.stride(0),
@@ -103,8 +109,8 @@ def attend(
 
 def _settings(
     query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
+    key: Tokens,
+    value: Tokens,
     block_size: int,
     lse: torch.Tensor | None,
     softcap: float | None,
@@ -119,6 +125,7 @@ def _settings(
         block_size,
         query.dtype,
         (lse is not None, softcap is not None, sinks is not None),
+        page_tokens(key),
     )
 
 
@@ -131,6 +138,7 @@ def _made_settings(
     block_size: int,
     dtype: torch.dtype,
     flags: tuple[bool, bool, bool],
+    page_size: int,
 ) -> tuple[Tiles, dict[str, Any]]:
     """Made once for all layers."""
     check_tile_block_size(block_size)
@@ -147,5 +155,6 @@ def _made_settings(
         has_lse=has_lse,
         has_softcap=has_softcap,
         has_sinks=has_sinks,
+        page_size=page_size,
     )
     return tiles, constants

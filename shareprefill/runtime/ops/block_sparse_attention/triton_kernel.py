@@ -5,7 +5,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from shareprefill.runtime.ops.triton_steps import cap_logits, load_tile, softmax_step
+from shareprefill.runtime.ops.triton_steps import (
+    cap_logits,
+    find_tile,
+    load_tile,
+    rows_in_page,
+    softmax_step,
+)
 
 
 @triton.jit
@@ -17,6 +23,7 @@ def _attend_keys(
     p_k_tile,
     p_v_tile,
     p_list,
+    pages,
     i_first,
     i_end,
     o_positions,
@@ -34,19 +41,21 @@ def _attend_keys(
     HAS_SOFTCAP: tl.constexpr,
     MASKED: tl.constexpr,
     PRECISION: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
 ):
     """Entries `i_first .. i_end - 1` of the program's list; `MASKED`: some keys are hidden."""
     SUBTILES: tl.constexpr = BLOCK_SIZE // BLOCK_N
     o_n = tl.arange(0, BLOCK_N)
     m_d = tl.arange(0, BLOCK_D) < HEAD_DIM
     m_dv = tl.arange(0, BLOCK_DV) < VALUE_DIM
+    p_table, stride_kp, stride_vp = pages
     for i_step in range(i_first * SUBTILES, i_end * SUBTILES):
         i_block = tl.load(p_list + i_step // SUBTILES)
         i_key = i_block * BLOCK_SIZE + (i_step % SUBTILES) * BLOCK_N
         o_keys = i_key + o_n
-        i_key = tl.multiple_of(i_key, BLOCK_N).to(tl.int64)
         m_n = o_keys < n_k_tokens
-        b_k = load_tile(p_k_tile + i_key * stride_kn, m_n, m_d, MASKED, HEAD_DIM != BLOCK_D)
+        o_tile = find_tile(i_key, o_n, n_k_tokens, p_table, stride_kp, stride_kn, PAGE_SIZE)
+        b_k = load_tile(p_k_tile + o_tile, m_n, m_d, MASKED, HEAD_DIM != BLOCK_D)
         b_logits = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION, out_dtype=tl.float32)
         b_logits *= scale_log2
         if HAS_SOFTCAP:
@@ -56,7 +65,8 @@ def _attend_keys(
             b_logits = tl.where(o_keys[None, :] <= o_positions[:, None], b_logits, float("-inf"))
         b_weights, _, b_max, b_sum, b_rescale = softmax_step(b_logits, b_max, b_sum, MASKED)
         b_acc = b_acc * b_rescale[:, None]  # [M, Dv]
-        b_v = load_tile(p_v_tile + i_key * stride_vn, m_n, m_dv, MASKED, VALUE_DIM != BLOCK_DV)
+        o_tile = find_tile(i_key, o_n, n_k_tokens, p_table, stride_vp, stride_vn, PAGE_SIZE)
+        b_v = load_tile(p_v_tile + o_tile, m_n, m_dv, MASKED, VALUE_DIM != BLOCK_DV)
         b_acc = tl.dot(
             b_weights.to(b_v.dtype), b_v, b_acc, input_precision=PRECISION, out_dtype=tl.float32
         )
@@ -73,6 +83,7 @@ def _attend_tile(
     p_offsets,
     p_indices,
     p_sinks,
+    pages,
     stride_qn,
     stride_kn,
     stride_vn,
@@ -94,6 +105,7 @@ def _attend_tile(
     HAS_SOFTCAP: tl.constexpr,
     HAS_SINKS: tl.constexpr,
     PRECISION: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
 ):
     """`BLOCK_M` query rows from `i_row` on, of the head and sequence that the pointers start at."""
     i_start = tl.load(p_offsets + i_list)
@@ -116,8 +128,9 @@ def _attend_tile(
     m_m = o_m < n_q_tokens
     o_positions = (o_m + (n_k_tokens - n_q_tokens)).to(tl.int32)
     p_q_tile = p_q + o_m[:, None] * stride_qn + o_d[None, :]
-    p_k_tile = p_k + o_n[:, None] * stride_kn + o_d[None, :]
-    p_v_tile = p_v + o_n[:, None] * stride_vn + o_dv[None, :]
+    o_rows = rows_in_page(o_n, PAGE_SIZE)
+    p_k_tile = p_k + o_rows[:, None] * stride_kn + o_d[None, :]
+    p_v_tile = p_v + o_rows[:, None] * stride_vn + o_dv[None, :]
     b_q = load_tile(p_q_tile, m_m, o_d < HEAD_DIM, True, HEAD_DIM != BLOCK_D)  # [M, D]
     b_acc = tl.zeros([BLOCK_M, BLOCK_DV], dtype=tl.float32)  # [M, Dv]
     if HAS_SINKS:
@@ -137,6 +150,7 @@ def _attend_tile(
             p_k_tile,
             p_v_tile,
             p_list,
+            pages,
             n_full if MASKED else 0,
             n_listed if MASKED else n_full,
             o_positions,
@@ -154,6 +168,7 @@ def _attend_tile(
             HAS_SOFTCAP,
             MASKED,
             PRECISION,
+            PAGE_SIZE,
         )
 
     b_divisor = tl.where(b_sum == 0.0, 1.0, b_sum)
@@ -178,10 +193,13 @@ def block_sparse_kernel(
     p_indices,
     p_head_to_list,
     p_sinks,
+    p_table,
     stride_qh,
     stride_qn,
+    stride_kp,
     stride_kg,
     stride_kn,
+    stride_vp,
     stride_vg,
     stride_vn,
     stride_oh,
@@ -205,6 +223,7 @@ def block_sparse_kernel(
     HAS_SOFTCAP: tl.constexpr,
     HAS_SINKS: tl.constexpr,
     PRECISION: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
 ):
     """One program: `BLOCK_M` query rows of one head against their pattern's listed keys.
 
@@ -227,6 +246,7 @@ def block_sparse_kernel(
         p_offsets,
         p_indices,
         p_sinks + i_head,
+        (p_table, stride_kp, stride_vp),
         stride_qn,
         stride_kn,
         stride_vn,
@@ -248,4 +268,5 @@ def block_sparse_kernel(
         HAS_SOFTCAP,
         HAS_SINKS,
         PRECISION,
+        PAGE_SIZE,
     )

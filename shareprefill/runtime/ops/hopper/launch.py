@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from shareprefill.runtime.ops.pages import PagedTokens, Tokens
 from shareprefill.runtime.ops.triton_tiles import device_capability
 
 HEAD_DIMS = (64, 96, 128)
@@ -29,10 +30,11 @@ def unavailable(device: torch.device) -> str | None:
     return None
 
 
-def refusal(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, block_size: int
-) -> str | None:
-    """Why the kernels do not take the tensors of a call; None where they do."""
+def refusal(query: torch.Tensor, key: Tokens, value: Tokens, block_size: int) -> str | None:
+    """Why the kernels do not take the tensors of a call; None where they do.
+
+    Of pages that they cannot read (`page_refusal`) the gathered tokens are meant.
+    """
     reason = unavailable(query.device)
     if reason is not None:
         return reason
@@ -44,6 +46,8 @@ def refusal(
     if block_size != BLOCK:
         return f"takes a block_size of {BLOCK} tokens, got {block_size}"
     for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if isinstance(tensor, PagedTokens):
+            continue
         heads, tokens, _ = tile_strides(tensor)
         if tensor.data_ptr() % 16 or heads % 8 or tokens % 8 or heads <= 0 or tokens <= 0:
             return (
@@ -53,18 +57,59 @@ def refusal(
     return None
 
 
+def page_refusal(tokens: PagedTokens) -> str | None:
+    """Why the kernels do not read tokens in their pages; None where they do."""
+    if tokens.page_size % BLOCK:
+        return f"reads pages of a multiple of {BLOCK} tokens, got {tokens.page_size}"
+    pool = tokens.pool
+    pages, heads, rows, last = pool.stride()
+    if last != 1 or pool.data_ptr() % 16 or any(step % 8 or step <= 0 for step in (pages, rows)):
+        return f"reads pages in rows that start at multiples of 16 bytes, got {pool.stride()}"
+    if len(tokens) > 1 and (heads % 8 or heads <= 0 or pages % heads):
+        return f"reads heads that divide the step between pages, got strides {pool.stride()}"
+    if len(pool) * page_step(tokens) >= 2**31:
+        return f"reads fewer than 2**31 heads' steps of pages, got {len(pool)} pages"
+    return None
+
+
+def page_step(tokens: Tokens) -> int:
+    """Steps between heads that one between pages is; 0 for a tensor.
+
+    Whatever the order of dims in a pool, page p of head g starts at `p * page_step + g` steps. So
+    a descriptor has one dim for both, most of whose places are of no tile and are never read.
+    """
+    if not isinstance(tokens, PagedTokens):
+        return 0
+    return 1 if len(tokens) == 1 else tokens.pool.stride(0) // tokens.pool.stride(1)
+
+
+def blocks_of_page(tokens: Tokens) -> int:
+    """Key blocks of a page; 0 for a tensor."""
+    return tokens.page_size // BLOCK if isinstance(tokens, PagedTokens) else 0
+
+
 def padded_head_dim(head_dim: int) -> int:
     """Columns of the tiles, of which those past the head dim are zero."""
     return 64 if head_dim <= 64 else 128
 
 
-def describe_tiles(tensor: torch.Tensor, rows: int) -> Any:
-    """A TMA descriptor of tiles of `rows` rows of `[H, N, D]`, which `refusal` lets pass."""
-    shape = tensor.shape
-    kind, fields = _described(rows, padded_head_dim(shape[2]), tensor.dtype)
+def describe_tiles(tokens: Tokens, rows: int) -> Any:
+    """A TMA descriptor of tiles of `rows` rows of `[H, N, D]`, which `refusal` lets pass.
+
+    Of pages, which `page_refusal` lets pass, it is one of the whole pool, `[slots, page size, D]`:
+    page p of head g is slot `p * page_step + g`.
+    """
+    shape = list(tokens.shape)
+    if isinstance(tokens, PagedTokens):
+        pool, step = tokens.pool, page_step(tokens)
+        shape = [(len(pool) - 1) * step + len(tokens), tokens.page_size, shape[2]]
+        strides = [pool.stride(0) // step, pool.stride(2), 1]
+    else:
+        pool, strides = tokens, tile_strides(tokens)
+    kind, fields = _described(rows, padded_head_dim(shape[2]), tokens.dtype)
     # A descriptor's own checks, which `refusal` has made, take longer than all the rest.
     descriptor = object.__new__(kind)
-    descriptor.__dict__.update(fields, base=tensor, shape=list(shape), strides=tile_strides(tensor))
+    descriptor.__dict__.update(fields, base=pool, shape=shape, strides=strides)
     return descriptor
 
 
@@ -88,7 +133,7 @@ def tile_strides(tensor: torch.Tensor) -> list[int]:
     return [dim if heads == 1 else head_stride, dim if tokens == 1 else token_stride, 1]
 
 
-def heads_at_once(key: torch.Tensor, n_heads: int, l2_bytes: int) -> int:
+def heads_at_once(key: Tokens, n_heads: int, l2_bytes: int) -> int:
     """Query heads that run at one time, so that their keys and values fit in `l2_bytes`."""
     n_groups, n_k_tokens, head_dim = key.shape
     group_bytes = 2 * n_k_tokens * head_dim * key.element_size()

@@ -110,6 +110,54 @@ def hide_later_keys(b_logits, i_position, i_key):
 
 
 @gluon.jit
+def tokens_before(i_block, n_k_tokens, BLOCK: gl.constexpr, PAGE_BLOCKS: gl.constexpr):
+    """Tokens of blocks before that the tile of a key block begins with.
+
+    In pages a sequence's last tile ends with its last token, as what lies behind it may be NaN,
+    which a weight of zero does not take away: the tile begins with tokens of the block before, or
+    with zeros where the page begins.
+    """
+    n_before = 0
+    if PAGE_BLOCKS > 0:
+        n_before = gl.maximum((i_block + 1) * BLOCK - n_k_tokens, 0)
+    return n_before
+
+
+@gluon.jit
+def hide_in_last(b_logits, i_position, i_block, n_k_tokens, PAGE_BLOCKS: gl.constexpr):
+    """`hide_later_keys` in what may be a sequence's last block, and tokens of blocks before."""
+    BLOCK: gl.constexpr = b_logits.shape[1]
+    n_before = tokens_before(i_block, n_k_tokens, BLOCK, PAGE_BLOCKS)
+    b_logits = hide_later_keys(b_logits, i_position, i_block * BLOCK - n_before)
+    if PAGE_BLOCKS > 0:
+        o_key = gl.arange(0, BLOCK, layout=gl.SliceLayout(0, b_logits.type.layout))
+        b_logits = gl.where((o_key >= n_before)[None, :], b_logits, float("-inf"))
+    return b_logits
+
+
+@gluon.jit
+def find_tile(pages, i_page, i_group, i_block, BLOCK: gl.constexpr, PAGE_BLOCKS: gl.constexpr):
+    """Where a key block's tile begins: its place in a descriptor's first dim, and its token."""
+    i_place = i_group
+    i_token = i_block * BLOCK
+    if PAGE_BLOCKS > 0:
+        _table, page_step = pages
+        i_place = i_page * page_step + i_group
+        i_token = (i_block % PAGE_BLOCKS) * BLOCK
+    return i_place, i_token
+
+
+@gluon.jit
+def load_page(pages, i_block, PAGE_BLOCKS: gl.constexpr):
+    """The page of a key block; 0 without pages."""
+    i_page = 0
+    if PAGE_BLOCKS > 0:
+        p_table, _step = pages
+        i_page = gl.load(p_table + gl.maximum(i_block, 0) // PAGE_BLOCKS).to(gl.int32)
+    return i_page
+
+
+@gluon.jit
 def _within_threads(b_x):
     """`[M, N]` of logits as `[M, N / 8, 4, 2]`, where a thread holds all but the dim of four."""
     return b_x.reshape([b_x.shape[0], b_x.shape[1] // 8, 4, 2])

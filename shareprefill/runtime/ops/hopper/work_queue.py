@@ -11,8 +11,11 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 from shareprefill.runtime.ops.hopper.pipeline import (
     QUERIES,
+    find_tile,
+    load_page,
     load_tile,
     make_barriers,
+    tokens_before,
     wait_free,
     wait_tile,
 )
@@ -140,13 +143,17 @@ def produce(
     v_desc,
     p_indices,
     n_shared,
+    pages,
+    n_k_tokens,
     BLOCK: gl.constexpr,
     STAGES: gl.constexpr,
     HAS_LISTS: gl.constexpr,
+    PAGE_BLOCKS: gl.constexpr,
 ):
     """One warp: loads query, key and value tiles by TMA as their places in the rings get free.
 
     With lists an item's blocks stand in `p_indices`; without they are its last and all before it.
+    Pages hold `PAGE_BLOCKS` blocks; 0: keys and values are tensors.
     """
     queue, q_ring, k_ring, v_ring = rings
     q_tiles, q_ready, q_free = q_ring
@@ -167,6 +174,7 @@ def produce(
                 q_tiles.index(q_slot * 2 + i_half),
             )
         i_group = i_head // n_shared
+        i_page = load_page(pages, i_block, PAGE_BLOCKS)
         p_entry = p_indices + i_start + n_listed - 2
         for i_entry in range(n_listed):
             i_next = i_block - 1
@@ -174,16 +182,16 @@ def produce(
                 # The next index arrives while this one's places get free.
                 i_next = gl.load(p_entry - i_entry, mask=i_entry + 1 < n_listed, other=0)
             slot = i_step % STAGES
+            i_place, i_token = find_tile(pages, i_page, i_group, i_block, BLOCK, PAGE_BLOCKS)
+            i_token -= tokens_before(i_block, n_k_tokens, BLOCK, PAGE_BLOCKS)
             wait_free(k_free, i_step)
             mbarrier.expect(k_ready.index(slot), k_desc.block_type.nbytes)
-            load_tile(
-                k_desc, [i_group, i_block * BLOCK, 0], k_ready.index(slot), k_tiles.index(slot)
-            )
+            load_tile(k_desc, [i_place, i_token, 0], k_ready.index(slot), k_tiles.index(slot))
+            # Its page arrives while the values' place gets free.
+            i_page = load_page(pages, i_next, PAGE_BLOCKS)
             wait_free(v_free, i_step)
             mbarrier.expect(v_ready.index(slot), v_desc.block_type.nbytes)
-            load_tile(
-                v_desc, [i_group, i_block * BLOCK, 0], v_ready.index(slot), v_tiles.index(slot)
-            )
+            load_tile(v_desc, [i_place, i_token, 0], v_ready.index(slot), v_tiles.index(slot))
             i_step += 1
             i_block = i_next
         i_round += 1

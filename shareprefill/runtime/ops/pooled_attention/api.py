@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from shareprefill.errors import ConfigError, UnsupportedError
-from shareprefill.runtime.ops.dispatch import select_impl
+from shareprefill.runtime.ops.dispatch import select_impl, within_reach
 from shareprefill.runtime.ops.inputs import (
     check_attention_inputs,
     check_block_size,
     check_tensor,
     unit_last_stride,
 )
+from shareprefill.runtime.ops.pages import Tokens
 from shareprefill.runtime.ops.pooled_attention import blockwise, hopper, reference
 
 IMPLS = ("reference", "blockwise", "triton", "hopper")
@@ -20,8 +23,8 @@ IMPLS = ("reference", "blockwise", "triton", "hopper")
 @torch.no_grad()
 def pooled_attention(
     query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor | None = None,
+    key: Tokens,
+    value: Tokens | None = None,
     *,
     rows: torch.Tensor | None = None,
     block_size: int,
@@ -40,7 +43,8 @@ def pooled_attention(
     Args:
         query: `[H, Nq, D]`, float16, bfloat16, float32 or float64 (not Triton).
         key: `[G, Nk, D]`, G divides H; query head h reads KV head `h // (H // G)`.
-        value: `[G, Nk, Dv]`; only with `rows=None`: also compute the attention output.
+        value: `[G, Nk, Dv]`; only with `rows=None`: also compute the attention output. Keys and
+            values may both lie in an engine's pages (`PagedTokens`).
         rows: int64 `[n_g, r]` query rows, a group per map row (see `sample_rows`); None: all rows,
             one group per query block. On CUDA their range is not checked.
         block_size: tokens in a block.
@@ -81,6 +85,11 @@ def pooled_attention(
             impl = "hopper"
         elif impl == "hopper":
             raise UnsupportedError(f"impl='hopper' {missing}; or use impl='auto'")
+    if value is None:
+        (key,) = within_reach(impl, key)
+    else:
+        key, value = within_reach(impl, key, value)
+    pool: Callable[..., tuple[torch.Tensor | None, torch.Tensor]]
     if impl == "reference":
         pool = reference.pool
     elif impl == "blockwise":
@@ -94,7 +103,7 @@ def pooled_attention(
     return pool(query, key, value, rows, block_size, scale, heads, softcap, sinks)
 
 
-def _check_rows(rows: torch.Tensor, query: torch.Tensor, value: torch.Tensor | None) -> None:
+def _check_rows(rows: torch.Tensor, query: torch.Tensor, value: Tokens | None) -> None:
     if value is not None:
         raise ConfigError(
             "value needs rows=None: the output is computed for all rows or not at all"

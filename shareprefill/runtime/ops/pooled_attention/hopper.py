@@ -12,6 +12,7 @@ import torch
 from shareprefill.runtime.ops.blocks import count_blocks
 from shareprefill.runtime.ops.devices import device_of
 from shareprefill.runtime.ops.hopper import launch
+from shareprefill.runtime.ops.pages import Tokens, page_table
 from shareprefill.runtime.ops.pooled_attention.launches import Attended, Division, Masses
 from shareprefill.runtime.ops.triton_tiles import logit_factors, multiprocessors
 
@@ -20,7 +21,9 @@ L2_BYTES = 32 * 2**20
 DIVISION = Division(programs=1, least=8, most=256)
 
 
-def kernel_constants(head_dim: int, *, has_heads: bool, has_sinks: bool) -> dict[str, Any]:
+def kernel_constants(
+    head_dim: int, *, has_heads: bool, has_sinks: bool, page_blocks: int = 0
+) -> dict[str, Any]:
     """Compile-time arguments of `pooled_hopper_kernel`."""
     block_d = launch.padded_head_dim(head_dim)
     return {
@@ -30,10 +33,11 @@ def kernel_constants(head_dim: int, *, has_heads: bool, has_sinks: bool) -> dict
         "STAGES": 256 // block_d,
         "HAS_HEADS": has_heads,
         "HAS_SINKS": has_sinks,
+        "PAGE_BLOCKS": page_blocks,
     }
 
 
-def mass_constants(constants: dict[str, Any]) -> dict[str, Any]:
+def mass_constants(constants: dict[str, Any], page_blocks: int = 0) -> dict[str, Any]:
     """Compile-time arguments of `mass_hopper_kernel`, from those of `mass_kernel`."""
     shared = ("SHARED", "PACKED", "ROWS", "PARTS", "SEGMENTS", "HEAD_DIM", "BLOCK_M")
     block_d = launch.padded_head_dim(constants["HEAD_DIM"])
@@ -41,13 +45,14 @@ def mass_constants(constants: dict[str, Any]) -> dict[str, Any]:
         "BLOCK_D": block_d,
         "BLOCK": launch.BLOCK,
         "STAGES": 512 // block_d,
+        "PAGE_BLOCKS": page_blocks,
     }
 
 
 def refusal(
     query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor | None,
+    key: Tokens,
+    value: Tokens | None,
     block_size: int,
     softcap: float | None,
 ) -> str | None:
@@ -59,8 +64,8 @@ def refusal(
 
 def pool(
     query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor | None,
+    key: Tokens,
+    value: Tokens | None,
     rows: torch.Tensor | None,
     block_size: int,
     scale: float,
@@ -95,19 +100,21 @@ def _launch_masses(attended: Attended, masses: Masses) -> None:
         masses.mass,
         masses.peaks,
         *masses.chosen,
+        page_table(attended.key),
         query.stride(0),
         query.stride(1),
         *masses.sizes,
+        launch.page_step(attended.key),
         attended.logit_factors()[0],
-        **mass_constants(masses.constants),
+        **mass_constants(masses.constants, launch.blocks_of_page(attended.key)),
         num_warps=4,
     )
 
 
 def _pool_all(
     query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
+    key: Tokens,
+    value: Tokens,
     block_size: int,
     scale: float,
     heads: torch.Tensor | None,
@@ -136,6 +143,7 @@ def _pool_all(
         mass,
         unused if heads is None else heads,
         unused if sinks is None else sinks,
+        page_table(key),
         launch.draw_counter(query.device),
         out.stride(0),
         out.stride(1),
@@ -146,8 +154,14 @@ def _pool_all(
         n_k,
         n_q_tokens,
         n_k_tokens,
+        launch.page_step(key),
         logit_factors(scale, None)[0],
-        **kernel_constants(head_dim, has_heads=heads is not None, has_sinks=sinks is not None),
+        **kernel_constants(
+            head_dim,
+            has_heads=heads is not None,
+            has_sinks=sinks is not None,
+            page_blocks=launch.blocks_of_page(key),
+        ),
         num_warps=4,
     )
     return out, maps

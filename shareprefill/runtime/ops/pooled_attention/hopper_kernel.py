@@ -17,6 +17,7 @@ from shareprefill.runtime.ops.hopper.pipeline import (
     barrier,
     first_logits,
     free_tile,
+    hide_in_last,
     hide_later_keys,
     issue_logits,
     issue_values,
@@ -182,6 +183,7 @@ def _consume(
     BLOCK_D: gl.constexpr,
     BLOCK: gl.constexpr,
     HAS_SINKS: gl.constexpr,
+    PAGE_BLOCKS: gl.constexpr,
 ):
     """One warpgroup: half of the query rows of each tile against the keys that arrive.
 
@@ -209,7 +211,9 @@ def _consume(
     b_logits = gl.zeros([ROWS, BLOCK], gl.float32, s_layout)  # [M, N]
     if i_head >= 0:
         b_logits = first_logits(q_ring, k_ring, HALF, s_layout)  # [M, N]
-        b_logits = hide_later_keys(b_logits, i_tile * BLOCK + i_offset, i_last * BLOCK)
+        b_logits = hide_in_last(
+            b_logits, i_tile * BLOCK + i_offset, i_last, n_k_tokens, PAGE_BLOCKS
+        )
     b_weights, b_max, b_mass, b_sum, _rescale = _softmax(b_logits, b_unseen, b_none, scale_log2)
     while i_head >= 0:
         # The weights of the tile's last block are there.
@@ -257,7 +261,9 @@ def _consume(
             b_acc = issue_values(b_weights, v_tiles, i_step - 1, b_acc)
             b_logits = warpgroup_mma_wait(1, deps=[b_logits])
             free_tile(k_free, i_step)
-            b_logits = hide_later_keys(b_logits, n_tile * BLOCK + i_offset, i_last * BLOCK)
+            b_logits = hide_in_last(
+                b_logits, n_tile * BLOCK + i_offset, i_last, n_k_tokens, PAGE_BLOCKS
+            )
             b_weights, b_max, b_mass, b_sum, _rescale = _softmax(
                 b_logits, b_unseen, b_none, scale_log2
             )
@@ -291,10 +297,11 @@ def _consume(
         n_seen = n_next
 
 
-SIZES = ["n_slots", "n_shared", "n_at_once", "n_q", "n_k", "n_q_tokens", "n_k_tokens"]
+SIZES = ["n_slots", "n_shared", "n_at_once", "n_q", "n_k", "n_q_tokens", "n_k_tokens", "page_step"]
+SCALAR_POINTERS = ["p_heads", "p_sinks", "p_table", "p_next"]
 
 
-@gluon.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=["p_heads", "p_sinks", "p_next"])
+@gluon.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=SCALAR_POINTERS)
 def pooled_hopper_kernel(
     q_desc,
     k_desc,
@@ -304,6 +311,7 @@ def pooled_hopper_kernel(
     p_mass,
     p_heads,
     p_sinks,
+    p_table,
     p_next,
     stride_oh,
     stride_on,
@@ -314,6 +322,7 @@ def pooled_hopper_kernel(
     n_k,
     n_q_tokens,
     n_k_tokens,
+    page_step,
     scale_log2,
     HEAD_DIM: gl.constexpr,
     BLOCK_D: gl.constexpr,
@@ -321,6 +330,7 @@ def pooled_hopper_kernel(
     STAGES: gl.constexpr,
     HAS_HEADS: gl.constexpr,
     HAS_SINKS: gl.constexpr,
+    PAGE_BLOCKS: gl.constexpr,
 ):
     """A persistent program: tiles of `BLOCK` query rows of one head, drawn from `p_next`.
 
@@ -330,12 +340,20 @@ def pooled_hopper_kernel(
     queue, _q_ring, _k_ring, _v_ring = rings
     sizes = (n_slots, n_q, n_k, n_q_tokens, n_k_tokens)
     results = (p_out, p_maps, p_mass, p_sinks, stride_oh, stride_on, scale_log2)
+    pages = (p_table, page_step)
     # fmt: off
     gl.warp_specialize(
         [
-            (_consume, (0, rings, sizes, results, HEAD_DIM, BLOCK_D, BLOCK, HAS_SINKS)),
-            (_consume, (1, rings, sizes, results, HEAD_DIM, BLOCK_D, BLOCK, HAS_SINKS)),
-            (produce, (rings, q_desc, k_desc, v_desc, p_heads, n_shared, BLOCK, STAGES, False)),
+            (_consume, (
+                0, rings, sizes, results, HEAD_DIM, BLOCK_D, BLOCK, HAS_SINKS, PAGE_BLOCKS,
+            )),
+            (_consume, (
+                1, rings, sizes, results, HEAD_DIM, BLOCK_D, BLOCK, HAS_SINKS, PAGE_BLOCKS,
+            )),
+            (produce, (
+                rings, q_desc, k_desc, v_desc, p_heads, n_shared, pages, n_k_tokens, BLOCK, STAGES,
+                False, PAGE_BLOCKS,
+            )),
             (_schedule, (
                 queue, sizes, results, p_next, p_heads, n_at_once, HEAD_DIM, BLOCK_D, BLOCK,
                 HAS_HEADS,

@@ -17,8 +17,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from shareprefill.runtime.ops.hopper.pipeline import (
     barrier,
+    find_tile,
     free_tile,
     issue_logits,
+    load_page,
     load_tile,
     make_barriers,
     max_of_rows,
@@ -64,16 +66,21 @@ def _place_rows(
 
 
 @gluon.jit
-def _produce(ring, k_desc, span, i_group, BLOCK: gl.constexpr):
-    """One warp: loads key tiles by TMA as their places in the ring get free."""
+def _produce(ring, k_desc, span, i_group, pages, BLOCK: gl.constexpr, PAGE_BLOCKS: gl.constexpr):
+    """One warp: loads key tiles by TMA as their places in the ring get free.
+
+    What lies behind the last token in its page is hidden with the keys that rows do not see.
+    """
     tiles, ready, free = ring
     i_first, i_end, _full = span
     for i_unit in range(i_first, i_end):
         i_step = i_unit - i_first
+        i_page = load_page(pages, i_unit, PAGE_BLOCKS)
+        i_place, i_token = find_tile(pages, i_page, i_group, i_unit, BLOCK, PAGE_BLOCKS)
         wait_free(free, i_step)
         slot = i_step % tiles.shape[0]
         mbarrier.expect(ready.index(slot), k_desc.block_type.nbytes)
-        load_tile(k_desc, [i_group, i_unit * BLOCK, 0], ready.index(slot), tiles.index(slot))
+        load_tile(k_desc, [i_place, i_token, 0], ready.index(slot), tiles.index(slot))
 
 
 @gluon.jit
@@ -185,10 +192,11 @@ SIZES = [
     "split_units",
     "n_q_tokens",
     "n_k_tokens",
+    "page_step",
 ]
 
 
-@gluon.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=["p_rows", "p_heads"])
+@gluon.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=["p_rows", "p_heads", "p_table"])
 def mass_hopper_kernel(
     p_q,
     k_desc,
@@ -196,6 +204,7 @@ def mass_hopper_kernel(
     p_peaks,
     p_rows,
     p_heads,
+    p_table,
     stride_qh,
     stride_qn,
     n_members,
@@ -207,6 +216,7 @@ def mass_hopper_kernel(
     split_units,
     n_q_tokens,
     n_k_tokens,
+    page_step,
     scale_log2,
     SHARED: gl.constexpr,
     PACKED: gl.constexpr,
@@ -220,6 +230,7 @@ def mass_hopper_kernel(
     STAGES: gl.constexpr,
     HAS_ROWS: gl.constexpr,
     HAS_HEADS: gl.constexpr,
+    PAGE_BLOCKS: gl.constexpr,
 ):
     """One program: the log masses of one tile of rows in `split_units` tiles of keys.
 
@@ -266,7 +277,7 @@ def mass_hopper_kernel(
                 1, ring, q_tiles, span, place, source, results, PACKED, ROWS, PARTS, SEGMENTS,
                 HEAD_DIM, BLOCK_M, BLOCK, HAS_ROWS, HAS_HEADS,
             )),
-            (_produce, (ring, k_desc, span, i_group, BLOCK)),
+            (_produce, (ring, k_desc, span, i_group, (p_table, page_step), BLOCK, PAGE_BLOCKS)),
         ],
         [4, 1],
         [240, 24],

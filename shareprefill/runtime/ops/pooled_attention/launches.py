@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from shareprefill.runtime.ops.blocks import count_blocks
+from shareprefill.runtime.ops.pages import Tokens
 from shareprefill.runtime.ops.triton_tiles import logit_factors, multiprocessors
 
 # Programs of a launch for each one that runs at a time: work ends evenly.
@@ -19,7 +20,7 @@ class Attended:
     """What is computed of which rows; arguments as in `pooled_attention`."""
 
     query: torch.Tensor
-    key: torch.Tensor
+    key: Tokens
     rows: torch.Tensor | None
     heads: torch.Tensor | None
     block_size: int

@@ -13,6 +13,7 @@ import torch
 import triton
 
 from shareprefill.runtime.ops.devices import device_of
+from shareprefill.runtime.ops.pages import Tokens, memory, page_stride, page_table, page_tokens
 from shareprefill.runtime.ops.pooled_attention.launches import Attended, Division, Masses
 from shareprefill.runtime.ops.pooled_attention.triton_kernel import (
     mass_kernel,
@@ -57,6 +58,7 @@ def kernel_constants(
     has_heads: bool,
     has_softcap: bool = False,
     has_sinks: bool = False,
+    page_size: int = 0,
 ) -> dict[str, Any]:
     """Compile-time arguments of `pooled_kernel`."""
     segments, parts = row_tiling(block_size, tiles.block_m)
@@ -82,6 +84,7 @@ def kernel_constants(
         "HAS_SOFTCAP": has_softcap,
         "HAS_SINKS": has_sinks,
         "PRECISION": "ieee" if dtype == torch.float32 else "tf32",
+        "PAGE_SIZE": page_size,
     }
 
 
@@ -96,6 +99,7 @@ def mass_constants(
     has_rows: bool,
     has_heads: bool,
     has_softcap: bool = False,
+    page_size: int = 0,
 ) -> dict[str, Any]:
     """Compile-time arguments of `mass_kernel`."""
     segments, parts = row_tiling(rows, tiles.block_m)
@@ -117,6 +121,7 @@ def mass_constants(
         "HAS_HEADS": has_heads,
         "HAS_SOFTCAP": has_softcap,
         "PRECISION": "ieee" if dtype == torch.float32 else "tf32",
+        "PAGE_SIZE": page_size,
     }
 
 
@@ -154,6 +159,7 @@ def _pooled_settings(
     block_size: int,
     dtype: torch.dtype,
     flags: tuple[bool, bool, bool],
+    page_size: int,
 ) -> tuple[Tiles, dict[str, Any]]:
     """Tiles and compile-time arguments of `pooled_kernel`, made once for all layers."""
     tiles = pooled_tiles(head_dim, value_dim, dtype, capability)
@@ -168,6 +174,7 @@ def _pooled_settings(
         has_heads=has_heads,
         has_softcap=has_softcap,
         has_sinks=has_sinks,
+        page_size=page_size,
     )
     return tiles, constants
 
@@ -181,6 +188,7 @@ def _mass_settings(
     block_size: int,
     dtype: torch.dtype,
     flags: tuple[bool, bool, bool],
+    page_size: int,
 ) -> tuple[Tiles, dict[str, Any], dict[str, Any]]:
     """Tiles and compile-time arguments of `mass_kernel` and of `means_kernel`, made once."""
     tiles = mass_tiles(head_dim, dtype, capability)
@@ -195,14 +203,15 @@ def _mass_settings(
         has_rows=has_rows,
         has_heads=has_heads,
         has_softcap=has_softcap,
+        page_size=page_size,
     )
     return tiles, constants, means_constants(constants)
 
 
 def pool(
     query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor | None,
+    key: Tokens,
+    value: Tokens | None,
     rows: torch.Tensor | None,
     block_size: int,
     scale: float,
@@ -230,7 +239,7 @@ def pool(
 
 
 def _pool_all(
-    attended: Attended, value: torch.Tensor, sinks: torch.Tensor | None
+    attended: Attended, value: Tokens, sinks: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Output and maps of all rows."""
     query, key = attended.query, attended.key
@@ -243,6 +252,7 @@ def _pool_all(
         attended.block_size,
         query.dtype,
         (attended.heads is not None, attended.softcap is not None, sinks is not None),
+        page_tokens(key),
     )
     n_slots, n_members, n_k = attended.n_slots, attended.n_members, attended.n_k
     packed, parts = constants["PACKED"], constants["PARTS"]
@@ -262,17 +272,20 @@ def _pool_all(
     unused = maps  # stands in for tensors that the kernel does not touch
     pooled_kernel[(n_programs,)](
         query,
-        key,
-        value,
+        memory(key),
+        memory(value),
         out,
         maps,
         mass,
         unused if attended.heads is None else attended.heads,
         unused if sinks is None else sinks,
+        page_table(key),
         query.stride(0),
         query.stride(1),
+        page_stride(key),
         key.stride(0),
         key.stride(1),
+        page_stride(value),
         value.stride(0),
         value.stride(1),
         out.stride(0),
@@ -310,6 +323,7 @@ def pool_maps(
         attended.block_size,
         query.dtype,
         (rows is not None, heads is not None, attended.softcap is not None),
+        page_tokens(key),
     )
     n_slots, n_members, n_k = attended.n_slots, attended.n_members, attended.n_k
     packed, parts, segments = constants["PACKED"], constants["PARTS"], constants["SEGMENTS"]
@@ -361,12 +375,14 @@ def _launch_masses(attended: Attended, masses: Masses) -> None:
     tiles = mass_tiles(query.shape[2], query.dtype, device_capability(query.device))
     mass_kernel[(masses.n_programs,)](
         query,
-        key,
+        memory(key),
         masses.mass,
         masses.peaks,
         *masses.chosen,
+        page_table(key),
         query.stride(0),
         query.stride(1),
+        page_stride(key),
         key.stride(0),
         key.stride(1),
         *masses.sizes,

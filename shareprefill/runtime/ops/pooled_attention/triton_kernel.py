@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from shareprefill.runtime.ops.triton_steps import cap_logits, load_tile
+from shareprefill.runtime.ops.triton_steps import cap_logits, find_tile, load_tile, rows_in_page
 
 
 @triton.jit
@@ -79,6 +79,7 @@ def _pool_keys(
     p_k_tile,
     p_v_tile,
     p_mass,
+    pages,
     i_first,
     i_end,
     b_position,
@@ -98,6 +99,7 @@ def _pool_keys(
     HAS_SOFTCAP: tl.constexpr,
     MASKED: tl.constexpr,
     PRECISION: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
 ):
     """Runs `i_first .. i_end - 1` of `STEPS` key tiles; stores log2 of each row's mass in each.
 
@@ -108,14 +110,15 @@ def _pool_keys(
     o_n = tl.arange(0, BLOCK_N)
     m_d = tl.arange(0, BLOCK_D) < HEAD_DIM
     m_dv = tl.arange(0, BLOCK_DV) < VALUE_DIM
+    p_table, stride_kp, stride_vp = pages
     for i_unit in range(i_first, i_end):
         b_unit = tl.zeros([BLOCK_M], dtype=tl.float32)  # [M]
         for STEP in tl.static_range(STEPS):
             i_key = (i_unit * STEPS + STEP) * BLOCK_N
             o_keys = i_key + o_n
-            i_key = tl.multiple_of(tl.cast(i_key, tl.int64), BLOCK_N)
             m_n = o_keys < n_k_tokens
-            b_k = load_tile(p_k_tile + i_key * stride_kn, m_n, m_d, MASKED, HEAD_DIM != BLOCK_D)
+            o_tile = find_tile(i_key, o_n, n_k_tokens, p_table, stride_kp, stride_kn, PAGE_SIZE)
+            b_k = load_tile(p_k_tile + o_tile, m_n, m_d, MASKED, HEAD_DIM != BLOCK_D)
             b_logits = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION, out_dtype=tl.float32)
             factor = scale_log2
             if HAS_SOFTCAP:
@@ -134,8 +137,9 @@ def _pool_keys(
             b_unit = b_unit * b_rescale + b_mass
             if HAS_VALUE:
                 b_acc = b_acc * b_rescale[:, None]  # [M, Dv]
+                o_tile = find_tile(i_key, o_n, n_k_tokens, p_table, stride_vp, stride_vn, PAGE_SIZE)
                 b_v = load_tile(
-                    p_v_tile + i_key * stride_vn, m_n, m_dv, MASKED, VALUE_DIM != BLOCK_DV
+                    p_v_tile + o_tile, m_n, m_dv, MASKED, VALUE_DIM != BLOCK_DV
                 )  # [N, Dv]
                 b_acc = tl.dot(
                     b_weights.to(b_v.dtype),
@@ -205,10 +209,13 @@ def pooled_kernel(
     p_mass,
     p_heads,
     p_sinks,
+    p_table,
     stride_qh,
     stride_qn,
+    stride_kp,
     stride_kg,
     stride_kn,
+    stride_vp,
     stride_vg,
     stride_vn,
     stride_oh,
@@ -240,6 +247,7 @@ def pooled_kernel(
     HAS_SOFTCAP: tl.constexpr,
     HAS_SINKS: tl.constexpr,
     PRECISION: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
 ):
     """One program: tiles `program, program + programs, ...` of all query rows, output and means.
 
@@ -248,7 +256,7 @@ def pooled_kernel(
     UNIT: tl.constexpr = BLOCK_N * STEPS
     i_program = tl.program_id(0).to(tl.int64)
     p_mass += i_program * stride_mass
-    o_n = tl.arange(0, BLOCK_N)
+    o_rows = rows_in_page(tl.arange(0, BLOCK_N), PAGE_SIZE)
     o_d = tl.arange(0, BLOCK_D)
     o_dv = tl.arange(0, BLOCK_DV)
     for i_work in range(i_program, n_tiles * n_heads_z, tl.num_programs(0)):
@@ -277,8 +285,8 @@ def pooled_kernel(
             i_group = tl.cast(i_z, tl.int64) * PACKED // SHARED
         i_query = tl.cast(i_query, tl.int64)
         p_q_rows = p_q + tl.cast(i_head, tl.int64) * stride_qh + i_query * stride_qn
-        p_k_tile = p_k + i_group * stride_kg + o_n[:, None] * stride_kn + o_d[None, :]
-        p_v_tile = p_v + i_group * stride_vg + o_n[:, None] * stride_vn + o_dv[None, :]
+        p_k_tile = p_k + i_group * stride_kg + o_rows[:, None] * stride_kn + o_d[None, :]
+        p_v_tile = p_v + i_group * stride_vg + o_rows[:, None] * stride_vn + o_dv[None, :]
         b_q = load_tile(
             p_q_rows[:, None] + o_d[None, :],
             b_position >= 0,
@@ -298,6 +306,7 @@ def pooled_kernel(
                 p_k_tile,
                 p_v_tile,
                 p_mass,
+                (p_table, stride_kp, stride_vp),
                 n_full if MASKED else 0,
                 n_seen if MASKED else n_full,
                 b_position,
@@ -317,6 +326,7 @@ def pooled_kernel(
                 HAS_SOFTCAP,
                 MASKED,
                 PRECISION,
+                PAGE_SIZE,
             )
 
         # Rows that see no key may hold anything finite; +inf takes their mass away.
@@ -377,8 +387,10 @@ def mass_kernel(
     p_peaks,
     p_rows,
     p_heads,
+    p_table,
     stride_qh,
     stride_qn,
+    stride_kp,
     stride_kg,
     stride_kn,
     n_members,
@@ -407,6 +419,7 @@ def mass_kernel(
     HAS_HEADS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     PRECISION: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
 ):
     """One program: the log masses of one tile of rows in `split_units` runs of keys.
 
@@ -419,7 +432,7 @@ def mass_kernel(
     i_split = (i_program // n_tiles) % n_splits
     i_z = i_program // n_tiles // n_splits
     o_m = tl.arange(0, BLOCK_M)
-    o_n = tl.arange(0, BLOCK_N)
+    o_rows = rows_in_page(tl.arange(0, BLOCK_N), PAGE_SIZE)
     o_d = tl.arange(0, BLOCK_D)
     _slot, i_head, i_query, b_share, m_m = _place_rows(
         i_first_tile + i_local,
@@ -448,7 +461,7 @@ def mass_kernel(
             i_group = tl.cast(i_z, tl.int64) * PACKED // SHARED
         p_q_rows = p_q + tl.cast(i_head, tl.int64) * stride_qh
         p_q_rows += tl.cast(i_query, tl.int64) * stride_qn
-        p_k_tile = p_k + i_group * stride_kg + o_n[:, None] * stride_kn + o_d[None, :]
+        p_k_tile = p_k + i_group * stride_kg + o_rows[:, None] * stride_kn + o_d[None, :]
         b_q = load_tile(
             p_q_rows[:, None] + o_d[None, :],
             b_position >= 0,
@@ -469,6 +482,7 @@ def mass_kernel(
                 p_k_tile,
                 p_k_tile,
                 p_mass,
+                (p_table, stride_kp, stride_kp),
                 i_full if MASKED else i_first,
                 i_end if MASKED else i_full,
                 b_position,
@@ -488,6 +502,7 @@ def mass_kernel(
                 HAS_SOFTCAP,
                 MASKED,
                 PRECISION,
+                PAGE_SIZE,
             )
         p_peaks += (i_place * n_splits + i_split) * 2 * BLOCK_M
         tl.store(p_peaks + o_m, b_max)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
-from shareprefill.runtime.ops.dispatch import select_impl
+from shareprefill.runtime.ops.dispatch import select_impl, within_reach
 from shareprefill.runtime.ops.inputs import (
     check_attention_inputs,
     check_block_size,
     check_tensor,
     unit_last_stride,
 )
+from shareprefill.runtime.ops.pages import Tokens
 from shareprefill.runtime.ops.vertical_slash import profile, reference
 
 IMPLS = ("reference", "torch", "triton")
@@ -19,7 +22,7 @@ IMPLS = ("reference", "torch", "triton")
 @torch.no_grad()
 def vertical_slash_profile(
     query: torch.Tensor,
-    key: torch.Tensor,
+    key: Tokens,
     *,
     block_size: int,
     scale: float | None = None,
@@ -37,7 +40,8 @@ def vertical_slash_profile(
 
     Args:
         query: `[H, Nq, D]`, floating point.
-        key: `[G, Nk, D]`, G divides H; query head h reads KV head `h // (H // G)`.
+        key: `[G, Nk, D]`, G divides H; query head h reads KV head `h // (H // G)`. It may lie in an
+            engine's pages (`PagedTokens`).
         block_size: tokens in a block, B.
         scale: factor of the logits; None: `1 / sqrt(D)`.
         heads: int64 `[S]`, query heads to compute, in the order of the result; None: all H. A slot
@@ -60,6 +64,8 @@ def vertical_slash_profile(
         check_tensor("heads", heads, torch.int64, ("S",), query.device, below=len(query))
     impl = select_impl(impl, IMPLS, query, "torch")
     query, key = unit_last_stride(query), unit_last_stride(key)
+    (key,) = within_reach(impl, key)
+    compute: Callable[..., tuple[torch.Tensor, torch.Tensor]]
     if impl == "reference":
         compute = reference.profile_last_rows
     elif impl == "torch":

@@ -10,6 +10,7 @@ import triton
 
 from shareprefill.runtime.ops.blocks import count_blocks
 from shareprefill.runtime.ops.devices import device_of
+from shareprefill.runtime.ops.pages import Tokens, memory, page_stride, page_table, page_tokens
 from shareprefill.runtime.ops.triton_tiles import (
     Tiles,
     check_tile_block_size,
@@ -37,6 +38,7 @@ def kernel_constants(
     *,
     has_heads: bool,
     has_softcap: bool = False,
+    page_size: int = 0,
 ) -> dict[str, Any]:
     """Compile-time arguments of `sums_kernel`."""
     block_m = min(tiles.block_m, block_size)
@@ -51,6 +53,7 @@ def kernel_constants(
         "HAS_HEADS": has_heads,
         "HAS_SOFTCAP": has_softcap,
         "PRECISION": "ieee" if dtype == torch.float32 else "tf32",
+        "PAGE_SIZE": page_size,
     }
 
 
@@ -79,6 +82,7 @@ def _settings(
     dtype: torch.dtype,
     has_heads: bool,
     has_softcap: bool,
+    page_size: int,
 ) -> tuple[Tiles, dict[str, Any], dict[str, Any]]:
     """Tiles and compile-time arguments of both kernels, made once for all layers."""
     tiles = profile_tiles(head_dim, block_size, dtype, capability)
@@ -90,13 +94,14 @@ def _settings(
         dtype,
         has_heads=has_heads,
         has_softcap=has_softcap,
+        page_size=page_size,
     )
     return tiles, constants, profile_constants(constants)
 
 
 def profile_last_rows(
     query: torch.Tensor,
-    key: torch.Tensor,
+    key: Tokens,
     block_size: int,
     scale: float,
     heads: torch.Tensor | None,
@@ -125,6 +130,7 @@ def profile_last_rows(
         query.dtype,
         heads is not None,
         softcap is not None,
+        page_tokens(key),
     )
     block_m, places = constants["BLOCK_M"], n_slots * constants["PARTS"]
     split_blocks = max(LEAST_BLOCKS, min(MOST_BLOCKS, places * n_k // PROGRAMS))
@@ -137,12 +143,14 @@ def profile_last_rows(
     with device_of(query):
         sums_kernel[(places * n_splits,)](
             query,
-            key,
+            memory(key),
             sums,
             peaks,
             chosen,
+            page_table(key),
             query.stride(0),
             query.stride(1),
+            page_stride(key),
             key.stride(0),
             key.stride(1),
             n_slots,

@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from shareprefill.runtime.ops.triton_steps import cap_logits, load_tile
+from shareprefill.runtime.ops.triton_steps import cap_logits, find_tile, load_tile, rows_in_page
 
 
 @triton.jit(
@@ -24,8 +24,10 @@ def sums_kernel(
     p_sums,
     p_peaks,
     p_heads,
+    p_table,
     stride_qh,
     stride_qn,
+    stride_kp,
     stride_kg,
     stride_kn,
     n_slots,
@@ -46,6 +48,7 @@ def sums_kernel(
     HAS_HEADS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     PRECISION: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
 ):
     """One program: `BLOCK_M` of the last rows of one head against `split_blocks` key blocks.
 
@@ -77,7 +80,8 @@ def sums_kernel(
         i_query = (n_q_tokens - n_rows + o_row).to(tl.int64)
         p_q_rows = p_q + i_head.to(tl.int64) * stride_qh + i_query * stride_qn
         p_k_tile = p_k + (i_head // SHARED).to(tl.int64) * stride_kg
-        p_k_tile = p_k_tile + o_n[:, None] * stride_kn + o_d[None, :]
+        o_rows = rows_in_page(o_n, PAGE_SIZE)
+        p_k_tile = p_k_tile + o_rows[:, None] * stride_kn + o_d[None, :]
         b_q = load_tile(
             p_q_rows[:, None] + o_d[None, :], m_m, o_d < HEAD_DIM, True, HEAD_DIM != BLOCK_D
         )  # [M, D]
@@ -94,9 +98,11 @@ def sums_kernel(
                 for STEP in tl.static_range(BLOCK_SIZE // BLOCK_N):
                     i_key = i_block * BLOCK_SIZE + STEP * BLOCK_N
                     o_keys = i_key + o_n
-                    i_key = tl.multiple_of(tl.cast(i_key, tl.int64), BLOCK_N)
+                    o_tile = find_tile(
+                        i_key, o_n, n_k_tokens, p_table, stride_kp, stride_kn, PAGE_SIZE
+                    )
                     b_k = load_tile(
-                        p_k_tile + i_key * stride_kn,
+                        p_k_tile + o_tile,
                         o_keys < n_k_tokens,
                         o_d < HEAD_DIM,
                         MASKED,

@@ -1,0 +1,148 @@
+"""Keys or values of one sequence that lie in an engine's pages, and what kernels need to find them.
+
+An operator takes them in place of a tensor `[G, N, D]`. An implementation that finds tokens through
+the table of pages reads them where they are; for the others they are gathered once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TypeAlias
+
+import torch
+
+from shareprefill.errors import ConfigError
+from shareprefill.runtime.ops.blocks import count_blocks
+
+
+@dataclass(frozen=True, eq=False)
+class PagedTokens:
+    """Keys or values of one sequence, as `[G, N, D]`.
+
+    Attributes:
+        pool: `[pages, G, page size, D]` in any strides: pages of many sequences. Whatever is of
+            another sequence, or behind this one's last token, may hold anything.
+        table: int32 or int64 `[pages of the sequence]` or more, in the order of its tokens. On CUDA
+            its numbers are not checked.
+        n_tokens: Tokens N.
+    """
+
+    pool: torch.Tensor
+    table: torch.Tensor
+    n_tokens: int
+
+    def __post_init__(self) -> None:
+        """Checks shapes.
+
+        Raises:
+            ConfigError: they do not belong together.
+        """
+        if self.pool.ndim != 4 or self.table.ndim != 1:
+            raise ConfigError(
+                "pages must be [pages, KV heads, page size, head_dim], with a table [pages of the "
+                f"sequence], got {tuple(self.pool.shape)} and {tuple(self.table.shape)}"
+            )
+        if self.table.dtype not in (torch.int32, torch.int64):
+            raise ConfigError(f"a table of pages must be int32 or int64, got {self.table.dtype}")
+        if self.table.device != self.pool.device:
+            raise ConfigError(
+                f"pages are on {self.pool.device}, their table is on {self.table.device}"
+            )
+        if not 1 <= self.n_tokens <= len(self.table) * self.page_size:
+            raise ConfigError(
+                f"{len(self.table)} pages of {self.page_size} tokens do not hold "
+                f"{self.n_tokens} tokens"
+            )
+
+    def __len__(self) -> int:
+        """KV heads."""
+        return self.pool.shape[1]
+
+    @property
+    def page_size(self) -> int:
+        """Tokens of a page."""
+        return self.pool.shape[2]
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """`(G, N, D)`."""
+        return self.pool.shape[1], self.n_tokens, self.pool.shape[3]
+
+    @property
+    def ndim(self) -> int:
+        """Dims of the tokens."""
+        return 3
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the tokens."""
+        return self.pool.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Of the tokens."""
+        return self.pool.device
+
+    def stride(self, dim: int) -> int:
+        """Steps between heads, between tokens of a page, and between numbers of a token."""
+        return self.pool.stride(dim + 1 if dim >= 0 else dim)
+
+    def element_size(self) -> int:
+        """Bytes of a number."""
+        return self.pool.element_size()
+
+    @cached_property
+    def gathered(self) -> torch.Tensor:
+        """The tokens in one tensor `[G, N, D]`; copied at the first call."""
+        pages = self.table[: count_blocks(self.n_tokens, self.page_size)].long()
+        pool, (groups, _, dim) = self.pool, self.shape
+        # In the order of a page: another one is slower by far, and tensors may have either.
+        if pool.stride(1) < pool.stride(2):
+            rows = pool.new_empty((len(pages), self.page_size, groups, dim))
+            torch.index_select(pool.transpose(1, 2), 0, pages, out=rows)
+            rows = rows.view(-1, groups, dim).transpose(0, 1)
+        else:
+            rows = pool.new_empty((groups, len(pages), self.page_size, dim))
+            torch.index_select(pool.transpose(0, 1), 1, pages, out=rows)
+            rows = rows.view(groups, -1, dim)
+        return rows[:, : self.n_tokens]
+
+    def shares_pages(self, other: PagedTokens) -> bool:
+        """Whether tokens of the other one are found through the same table."""
+        table, theirs = self.table, other.table
+        return self.page_size == other.page_size and (
+            table is theirs
+            or (
+                (table.data_ptr(), table.stride(), table.dtype)
+                == (theirs.data_ptr(), theirs.stride(), theirs.dtype)
+            )
+        )
+
+
+Tokens: TypeAlias = torch.Tensor | PagedTokens
+
+
+def gathered(tokens: Tokens) -> torch.Tensor:
+    """The tokens in one tensor `[G, N, D]`."""
+    return tokens.gathered if isinstance(tokens, PagedTokens) else tokens
+
+
+def page_tokens(tokens: Tokens) -> int:
+    """Tokens of a page; 0 for a tensor."""
+    return tokens.page_size if isinstance(tokens, PagedTokens) else 0
+
+
+def memory(tokens: Tokens) -> torch.Tensor:
+    """The tensor that a kernel's pointer starts at."""
+    return tokens.pool if isinstance(tokens, PagedTokens) else tokens
+
+
+def page_stride(tokens: Tokens) -> int:
+    """Steps between pages; 0 for a tensor."""
+    return tokens.pool.stride(0) if isinstance(tokens, PagedTokens) else 0
+
+
+def page_table(tokens: Tokens) -> torch.Tensor:
+    """The contiguous table of pages; for a tensor any tensor, which kernels do not touch."""
+    return tokens.table.contiguous() if isinstance(tokens, PagedTokens) else tokens
