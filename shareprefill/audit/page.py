@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from shareprefill.artifact import Policy
@@ -30,16 +31,21 @@ _SETTINGS = 80
 _HOVER = "Rest the pointer on a head for its numbers."
 
 
-def build_page(findings: Findings) -> Page:
-    """The page; the same bytes for the same findings."""
+def build_page(findings: Findings, doubts: Sequence[str] = ()) -> Page:
+    """The page; the same bytes for the same findings.
+
+    Args:
+        findings: About the artifact.
+        doubts: Why its promise may not hold, told below the verdict.
+    """
     artifact, heads = findings.artifact, findings.heads
     page = Page(
         "Audit of a clustering",
         f"{printable(artifact.model)}: {heads.count} heads of {len(heads.layers)} layers",
         mark_of(AUDIT, artifact.model),
     )
-    _verdict(page, findings)
-    for warning in findings.warnings:
+    _verdict(page, findings, is_doubtful=bool(doubts or findings.warnings))
+    for warning in (*doubts, *findings.warnings):
         page.warning(warning)
     if findings.calibration is None:
         page.note(
@@ -64,7 +70,7 @@ def build_page(findings: Findings) -> Page:
     return page
 
 
-def _verdict(page: Page, findings: Findings) -> None:
+def _verdict(page: Page, findings: Findings, *, is_doubtful: bool) -> None:
     artifact, heads = findings.artifact, findings.heads
     recall, target = float(artifact.recall.double().mean()), _target(findings)
     cost = _number(artifact.summary.get("cost"))
@@ -78,9 +84,7 @@ def _verdict(page: Page, findings: Findings) -> None:
     words += f". {_count_share(findings, Policy.SHARE)} of the {heads.count} heads share a pattern"
     if isinstance(held_out, list) and isinstance(tokens, list) and tokens:
         words += f". This rests on {len(held_out)} held-out prompts of {_listed(tokens)} tokens"
-    page.verdict(
-        f"{words}.", is_good=not findings.warnings and (target is None or recall >= target)
-    )
+    page.verdict(f"{words}.", is_good=not is_doubtful and (target is None or recall >= target))
 
 
 def _target(findings: Findings) -> float | None:

@@ -145,8 +145,8 @@ def _verdict(page: Page, artifact: Artifact, report: SessionReport, heads: list[
     sharing = sum(head.taken == Policy.SHARE.label for head in heads)
     otherwise = sum(head.planned != head.taken for head in heads if head.planned in _LABELS)
     page.verdict(
-        f"{report.density:.1%} of the attention was computed, and {recall:.1%} of the attention "
-        f"mass lies in it; held-out prompts had {promised:.1%}. {sharing} of {len(heads)} heads "
+        f"{report.density:.1%} of the blocks were computed, and they hold {recall:.1%} of the "
+        f"attention; held-out prompts had {promised:.1%}. {sharing} of {len(heads)} heads "
         f"read another head's pattern, {otherwise} did otherwise than planned. Choosing took "
         f"{report.selection_work:.1%} of dense attention's work.",
         is_good=recall >= promised - _TOLERANCE,

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from shareprefill.commands.options import JsonOption, require_same
+from shareprefill.commands.verdicts import judge_artifact
 
 PAGE = Path("audit.html")
 
@@ -50,7 +51,8 @@ def audit_command(
         if path is not None:
             from shareprefill.audit.page import build_page
 
-            atomic_write_text(path, build_page(findings).html())
+            doubts = judge_artifact(loaded, artifact).warnings
+            atomic_write_text(path, build_page(findings, doubts).html())
     for warning in findings.warnings:
         note(f"sp: warning: {warning}")
     if findings.missing:

@@ -77,6 +77,16 @@ def test_a_page_that_cannot_be_written_is_an_error_at_once(
     assert "its folder does not exist" in str(found.exception)
 
 
+def test_the_page_says_where_the_promise_rests_on_little(artifact: Path) -> None:
+    made = made_up_artifact(2, 4)
+    made.summary.update(held_out_prompts=["text"] * 2, held_out_tokens=[20_000] * 2)
+    save_artifact(made, artifact)
+    assert sp_audit().exit_code == 0
+    html = (artifact.parent / "audit.html").read_text(encoding="utf-8")
+    assert '<div class="verdict doubtful"' in html
+    assert "1 of 3 new ones lies below the worst of them" in html
+
+
 def test_a_page_replaces_a_page_and_nothing_else(artifact: Path) -> None:
     before = artifact.read_bytes()
     found = sp_audit("--out", artifact)
