@@ -50,6 +50,8 @@ _ALONE, _PANEL = (4.2, 3.0), (4.4, 3.9)  # inches
 # A policy whose perplexity rises by less than this is called close to dense attention.
 _CLOSE = 0.01
 _LEGEND = 1.7
+# Of a curve's knees, the one that the verdict of a sweep tells.
+_KNEE = "recall against effective_density"
 # What a frontier shows of a summary, one row of panels each; dense attention is at the level.
 _FRONTIERS: tuple[tuple[str, str, float], ...] = (
     ("recall", "recall", TARGET_RECALL),
@@ -63,7 +65,7 @@ def evaluation_page(evaluation: Evaluation) -> str:
     context, config = evaluation.context, evaluation.config
     page = Page(
         f"Evaluation of {context['model']}",
-        f"{config.samples} prompts of each task and length, {context['device']}, "
+        f"{_prompts(config.samples)} of each task and length, {context['device']}, "
         f"{context['dtype']}",
         mark_of(EVALUATION, context["model"]),
     )
@@ -89,6 +91,31 @@ def evaluation_page(evaluation: Evaluation) -> str:
     page.heading("How it was measured")
     page.table(("what", "value"), [(name, str(value)) for name, value in context.items()])
     return page.html()
+
+
+def _prompts(count: int) -> str:
+    return f"{count} prompt{'' if count == 1 else 's'}"
+
+
+def _add_knees(page: Page, sweep: Sweep) -> None:
+    """Of every parameter the value at which more density stops paying, and what it gives."""
+    sentences = []
+    for curve in sweep.curves:
+        knee = curve.knees.get(_KNEE)
+        if knee is None:
+            sentences.append(f"{curve.parameter}: no value stands out.")
+            continue
+        point = curve.points[curve.values.index(knee)]
+        words = (
+            f"{curve.parameter} {knee:g}: {point.effective_density:.1%} of dense attention's work"
+        )
+        if point.recall is not None:
+            words += f", {point.recall:.1%} of the attention"
+        if point.perplexity_change is not None:
+            words += f", perplexity {point.perplexity_change:+.2%}"
+        sentences.append(f"{words}. Beyond it, more work buys less recall.")
+    is_good = any(curve.knees.get(_KNEE) is not None for curve in sweep.curves)
+    page.verdict(" ".join(sentences), is_good=is_good)
 
 
 def _add_verdict(page: Page, evaluation: Evaluation) -> None:
@@ -192,10 +219,11 @@ def sweep_page(sweep: Sweep) -> str:
     context, config = sweep.context, sweep.config
     page = Page(
         f"Sweep of {context['model']}",
-        f"policy {config.policy}, {config.samples} prompts of each task at {config.length} tokens, "
-        f"{context['device']}, {context['dtype']}",
+        f"policy {config.policy}, {_prompts(config.samples)} of each task at {config.length} "
+        f"tokens, {context['device']}, {context['dtype']}",
         mark_of(SWEEP, context["model"]),
     )
+    _add_knees(page, sweep)
     page.text(
         "One parameter is changed at a time. The knee is the point farthest above the chord from "
         "the cheapest to the dearest point that no other beats, both axes scaled to 0 to 1 "

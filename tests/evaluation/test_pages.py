@@ -56,3 +56,5 @@ def test_the_page_of_a_sweep_marks_the_knee() -> None:
     html = sweep_page(made_sweep({0.1: 0.5, 0.2: 0.9, 0.3: 0.95, 0.4: 0.96}, knee=0.2))
     assert html.count("<svg") == 4  # two gains, two costs
     assert "recall against effective density" in html
+    verdict = html.split('<div class="verdict')[1].split("</div>")[0]
+    assert "slack 0.2: 32.0% of dense attention&#39;s work, 90.0% of the attention" in verdict
