@@ -28,8 +28,10 @@ from shareprefill.runtime.ops.block_selection import covered_mass, list_blocks
 from shareprefill.runtime.ops.block_sparse_attention import block_sparse_attention
 from shareprefill.runtime.ops.blocks import BlockLists
 from shareprefill.runtime.ops.dispatch import has_fast_kernel
+from shareprefill.runtime.ops.inputs import facts
 from shareprefill.runtime.ops.pages import Tokens, gathered
 from shareprefill.runtime.ops.pooled_attention import pooled_attention
+from shareprefill.runtime.ops.prepared import Prepared
 from shareprefill.runtime.plan import RuntimePlan
 from shareprefill.runtime.policies.base import LayerInputs
 from shareprefill.runtime.records import SKETCH_SIDE, LayerRecord, Sketch
@@ -54,8 +56,7 @@ class SequenceState:
 
     def move_to(self, device: torch.device) -> None:
         """Moves to the device of the next layers: with a device map, layers are on several."""
-        if device != self.geometry.device:
-            self.geometry, self.pivots = self.geometry.to(device), self.pivots.to(device)
+        self.geometry, self.pivots = self.geometry.to(device), self.pivots.to(device)
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,6 +108,8 @@ class SparsePrefill:
         rule = SharePrefillRule if plan.online else PlannedRule
         self.rule: LayerRule[Any, Any] = rule(plan, self.heads, exchange)
         self._layers: dict[tuple[int, torch.device], LayerPlan] = {}
+        # Whether calls have a fast kernel, by all that it depends on.
+        self._is_fast = Prepared[bool]()
 
     def begin(self, geometry: Geometry) -> SequenceState:
         """The state of a sequence before the first layer of a forward pass.
@@ -157,7 +160,8 @@ class SparsePrefill:
                 "expected: use tensor parallelism that divides every attention layer by its "
                 "heads, or none"
             )
-        state.move_to(query.device)
+        if query.device != state.geometry.device:
+            state.move_to(query.device)
         inputs = LayerInputs(query, key, scale, state.geometry, softcap, sinks)
         if self.plan.refuse_nonfinite:
             tensors = {"query": query, "key": inputs.key, "value": gathered(value)}
@@ -197,7 +201,7 @@ class SparsePrefill:
                 **geometry.sizes,
             )
             if is_plain:
-                by_sdpa = _heads_of_sdpa(plan, lists, inputs, value)
+                by_sdpa = self._heads_of_sdpa(plan, lists, inputs, value)
         record = LayerRecord(
             layer=layer,
             causal=geometry.causal_count,
@@ -208,6 +212,23 @@ class SparsePrefill:
             totals=None if lists is None else lists.totals(),
         )
         return LayerChoice(plan, selection, lists, by_sdpa, record)
+
+    def _heads_of_sdpa(
+        self, plan: LayerPlan, lists: BlockLists, inputs: LayerInputs, value: Tokens
+    ) -> Tensor:
+        """Heads that dense attention computes faster than a list of every block, int64 `[S]`."""
+        tensors = (inputs.query, inputs.keys, value)
+        call = (*map(facts, tensors), lists.block_size)
+        is_fast = self._is_fast.get(call)
+        if is_fast is None:
+            is_fast = self._is_fast.keep(call, has_fast_kernel(*tensors, lists.block_size))
+        if is_fast:
+            # One launch for all heads beats copies of some heads' tensors.
+            return plan.dense[:0]
+        if value.device.type == "cpu":
+            # Its values may be read at no cost, and its sparse blocks cost more than dense ones.
+            return (lists.head_to_list == lists.n_patterns - 1).nonzero()[:, 0]
+        return plan.dense
 
 
 def _compute(choice: LayerChoice, inputs: LayerInputs, value: Tokens) -> Tensor:
@@ -232,19 +253,6 @@ def _compute(choice: LayerChoice, inputs: LayerInputs, value: Tokens) -> Tensor:
         out=output,
     )
     return output
-
-
-def _heads_of_sdpa(
-    plan: LayerPlan, lists: BlockLists, inputs: LayerInputs, value: Tokens
-) -> Tensor:
-    """Heads that dense attention computes faster than a list of every block, int64 `[S]`."""
-    if has_fast_kernel(inputs.query, inputs.keys, value, lists.block_size):
-        # One launch for all heads beats copies of some heads' tensors.
-        return plan.dense[:0]
-    if value.device.type == "cpu":
-        # Its values may be read at no cost, and its sparse blocks cost more than dense ones.
-        return (lists.head_to_list == lists.n_patterns - 1).nonzero()[:, 0]
-    return plan.dense
 
 
 def _dense(inputs: LayerInputs, value: Tokens, heads: Tensor | None = None) -> Tensor:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from functools import cached_property
+from collections.abc import Callable
+from functools import cache, cached_property, partial
 from typing import TypedDict
 
 import torch
@@ -51,6 +52,9 @@ class Geometry:
     Attributes:
         sizes: The sizes, as keyword arguments of an operator of selection.
         reads: The same with the blocks that are always read.
+        rows: Gives `r` evenly spaced query rows of every block, int64 `[n_q, r]`.
+        checked_rows: Gives those of the query blocks that the check before sharing looks at, int64
+            `[m, r]`.
     """
 
     def __init__(
@@ -65,8 +69,8 @@ class Geometry:
     ) -> None:
         self.n_query, self.n_key, self.device = n_query, n_key, device
         self.block_size = block_size
-        self._rows: dict[int, Tensor] = {}
-        self._checked_rows: dict[int, Tensor] = {}
+        self.rows = cache(partial(sample_rows, n_query, block_size, device=device))
+        self.checked_rows = cache(partial(_checked_rows, self.rows))
         self.sizes = Sizes(n_query=n_query, n_key=n_key, block_size=block_size)
         self.reads = Reads(**self.sizes, sink_blocks=sink_blocks, local_blocks=local_blocks)
 
@@ -115,17 +119,11 @@ class Geometry:
         """The query blocks that the check before sharing looks at, int64 `[m]`."""
         return checked_blocks(self.shape[0], self.device)
 
-    def checked_rows(self, r: int) -> Tensor:
-        """`r` evenly spaced query rows of each of them, int64 `[m, r]`."""
-        if r not in self._checked_rows:
-            self._checked_rows[r] = self.rows(r)[self.checked]
-        return self._checked_rows[r]
 
-    def rows(self, r: int) -> Tensor:
-        """`r` evenly spaced query rows of every block, int64 `[n_q, r]`."""
-        if r not in self._rows:
-            self._rows[r] = sample_rows(self.n_query, self.block_size, r, self.device)
-        return self._rows[r]
+def _checked_rows(rows: Callable[[int], Tensor], r: int) -> Tensor:
+    """`r` rows of each query block that the check before sharing looks at."""
+    every = rows(r)
+    return every[checked_blocks(len(every), every.device)]
 
 
 def checked_blocks(n_q: int, device: torch.device) -> Tensor:

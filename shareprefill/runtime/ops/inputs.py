@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import TypeVar
 
 import torch
@@ -12,6 +12,16 @@ from shareprefill.errors import ConfigError
 from shareprefill.runtime.ops.pages import PagedTokens, Tokens
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def facts(tokens: Tokens | None) -> Hashable:
+    """All of a tensor that checks and launches depend on, but for its values; hashable."""
+    if tokens is None:
+        return None
+    if isinstance(tokens, PagedTokens):
+        return facts(tokens.pool), facts(tokens.table), tokens.n_tokens
+    start = tokens.data_ptr() % 16
+    return tokens.shape, tokens.stride(), tokens.dtype, tokens.device, start
 
 
 def check_attention_inputs(
