@@ -67,49 +67,86 @@ def capture_maps(
     check_data(config)
     with launched() as processes:
         model, prompts, made_for = load_for_capture(config, processes, trust_remote_code)
+        return capture_prompts(
+            model,
+            prompts,
+            made_for,
+            config,
+            folder,
+            processes=processes,
+            resume=resume,
+            progress=progress,
+        )
 
-        def captured(number: int) -> PromptMaps:
-            ids = prompts[number].input_ids
-            maps = capture(
-                model,
-                ids,
-                block_size=config.block_size,
-                rows=config.rows,
-                map_block=MapStore(folder, config, made_for, []).map_block(len(ids)),
-            )
-            if not config.effect_tokens:
-                return maps
-            effect = measure_effect(
-                model,
-                ids,
-                maps.layers,
-                block_size=config.block_size,
-                tokens=config.effect_tokens,
-                seed=config.seed * 1_000_003 + number,
-            )
-            return PromptMaps(maps.layers, {**maps.tensors, **effect})
 
-        if processes.rank > 0:
-            for number in range(processes.tell() + processes.rank, len(prompts), processes.size):
-                processes.send(captured(number))
-            return None
-        with locked_folder(folder):
-            store = MapStore.begin(folder, config, made_for, resume=resume)
-            check_prompts(store, prompts)
-            begun = processes.tell(len(store.prompts))
-            for number in range(begun, len(prompts)):
-                if progress is not None:
-                    progress(number, len(prompts))
-                turn = (number - begun) % processes.size
-                maps = captured(number) if turn == 0 else processes.receive(turn)
-                prompt = prompts[number]
-                logger.info(
-                    "prompt %d: %s, %d tokens", number, prompt.source, len(prompt.input_ids)
-                )
-                store.add(prompt.source, prompt.input_ids, prompt.digest, maps)
+def capture_prompts(
+    model: PreTrainedModel,
+    prompts: Sequence[Prompt],
+    made_for: Fingerprint,
+    config: CalibrateConfig,
+    folder: Path,
+    *,
+    processes: Processes | None = None,
+    resume: bool = True,
+    progress: Progress | None = None,
+) -> MapStore | None:
+    """The same for a model and prompts that are loaded.
+
+    Args:
+        model: In eval mode.
+        prompts: All prompts of the calibration.
+        made_for: The model's fingerprint.
+        config: What is captured.
+        folder: Where the store is.
+        processes: Those that share the work; None for this one alone.
+        resume: Go on with a store of the same configuration; False starts anew.
+        progress: Called with (prompts done, prompts in all), by the first process.
+
+    Returns:
+        The complete store; None in the other processes.
+    """
+    processes = processes or Processes()
+
+    def captured(number: int) -> PromptMaps:
+        ids = prompts[number].input_ids
+        maps = capture(
+            model,
+            ids,
+            block_size=config.block_size,
+            rows=config.rows,
+            map_block=MapStore(folder, config, made_for, []).map_block(len(ids)),
+        )
+        if not config.effect_tokens:
+            return maps
+        effect = measure_effect(
+            model,
+            ids,
+            maps.layers,
+            block_size=config.block_size,
+            tokens=config.effect_tokens,
+            seed=config.seed * 1_000_003 + number,
+        )
+        return PromptMaps(maps.layers, {**maps.tensors, **effect})
+
+    if processes.rank > 0:
+        for number in range(processes.tell() + processes.rank, len(prompts), processes.size):
+            processes.send(captured(number))
+        return None
+    with locked_folder(folder):
+        store = MapStore.begin(folder, config, made_for, resume=resume)
+        check_prompts(store, prompts)
+        begun = processes.tell(len(store.prompts))
+        for number in range(begun, len(prompts)):
             if progress is not None:
-                progress(len(prompts), len(prompts))
-        return store
+                progress(number, len(prompts))
+            turn = (number - begun) % processes.size
+            maps = captured(number) if turn == 0 else processes.receive(turn)
+            prompt = prompts[number]
+            logger.info("prompt %d: %s, %d tokens", number, prompt.source, len(prompt.input_ids))
+            store.add(prompt.source, prompt.input_ids, prompt.digest, maps)
+        if progress is not None:
+            progress(len(prompts), len(prompts))
+    return store
 
 
 def load_for_capture(
