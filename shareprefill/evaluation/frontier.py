@@ -22,7 +22,7 @@ class Reached:
     Attributes:
         task: Task.
         length: Tokens a prompt.
-        policy: Policy.
+        policy: Policy, or its line of artifacts (`results.line`).
         density: Computed blocks over causal blocks.
         selection_work: Share of dense attention's work.
         recall_worst: Attention mass inside the patterns of the worst 5 % of heads.
@@ -61,7 +61,7 @@ def reached(evaluation: Evaluation, target: float = TARGET_RECALL) -> list[Reach
         By task and length, in the order of the policies.
     """
     found = []
-    groups = _by_policy(cell for cell in evaluation.cells if cell.recall is not None)
+    groups = _by_line(cell for cell in evaluation.cells if cell.recall is not None)
     for (task, length), policies in groups.items():
         points = {policy: _at(cells, target) for policy, cells in policies.items()}
         oracle = points.get(ORACLE)
@@ -75,12 +75,12 @@ def reached(evaluation: Evaluation, target: float = TARGET_RECALL) -> list[Reach
     return found
 
 
-def _by_policy(cells: Iterable[Cell]) -> dict[tuple[str, int], dict[str, list[Cell]]]:
-    """Cells by task and length, and there by policy, in their order."""
+def _by_line(cells: Iterable[Cell]) -> dict[tuple[str, int], dict[str, list[Cell]]]:
+    """Cells by task and length, and there by line, in their order."""
     groups: dict[tuple[str, int], dict[str, list[Cell]]] = {}
     for cell in cells:
         policies = groups.setdefault((cell.task, cell.length), {})
-        policies.setdefault(cell.policy, []).append(cell)
+        policies.setdefault(cell.line, []).append(cell)
     return groups
 
 
@@ -113,7 +113,7 @@ class AtDensity:
     Attributes:
         task: Task.
         length: Tokens a prompt.
-        policy: Policy.
+        policy: Policy, or its line of artifacts (`results.line`).
         effective_density: Density and selection work together; the oracle's density alone.
         kl: KL divergence from dense attention, in nats a position; None unless measured.
         kl_to_oracle: The same over the oracle's; None for the oracle itself, and without it.
@@ -144,7 +144,7 @@ def at_density(evaluation: Evaluation, density: float) -> list[AtDensity]:
         By task and length, in the order of the policies.
     """
     found = []
-    groups = _by_policy(cell for cell in evaluation.cells if cell.policy != DENSE)
+    groups = _by_line(cell for cell in evaluation.cells if cell.policy != DENSE)
     for (task, length), policies in groups.items():
         points = {policy: _fidelity_at(cells, density) for policy, cells in policies.items()}
         oracle = points.get(ORACLE)
@@ -189,14 +189,14 @@ def cost(point: Cell | Summary) -> float:
 
 
 def nearest_labels(evaluation: Evaluation) -> list[str]:
-    """One label a policy: of its settings, the one whose recall is nearest to the target."""
+    """One label a line: of its settings, the one whose recall is nearest to the target."""
     nearest: dict[str, tuple[float, str]] = {}
     for summary in evaluation.summaries():
         if summary.policy != DENSE:
             distance = abs((summary.recall or 0.0) - TARGET_RECALL)
-            best = nearest.get(summary.policy)
+            best = nearest.get(summary.line)
             if best is None or distance < best[0]:
-                nearest[summary.policy] = (distance, summary.label)
+                nearest[summary.line] = (distance, summary.label)
     return [label for _, label in nearest.values()]
 
 

@@ -257,7 +257,7 @@ def frontier_figure(evaluation: Evaluation) -> Figure:
     from matplotlib.figure import Figure
 
     lengths = evaluation.config.lengths
-    policies = list(dict.fromkeys(c.policy for c in evaluation.cells if c.policy != DENSE))
+    policies = list(dict.fromkeys(c.line for c in evaluation.cells if c.policy != DENSE))
     # The oracle comes first and has a look of its own: colours go to the others.
     others = [policy for policy in policies if policy != ORACLE]
     policies.sort(key=lambda policy: policy != ORACLE)
@@ -276,7 +276,7 @@ def frontier_figure(evaluation: Evaluation) -> Figure:
         for row, (name, label, level) in zip(axes, shown, strict=True):
             for panel, length, summaries in zip(row, lengths, by_length, strict=True):
                 for policy in policies:
-                    points = [s for s in summaries if s.policy == policy]
+                    points = [s for s in summaries if s.line == policy]
                     number = None if policy == ORACLE else others.index(policy)
                     _frontier(panel, points, name, policy, number)
                 _scale(panel, name, level)
@@ -328,12 +328,12 @@ def task_panels(
         name: What is shown; `score` is called perplexity where it is one, `KL` is logarithmic.
         read: Gives it.
     """
-    policies = list(dict.fromkeys(cell.policy for cell in cells if cell.policy != DENSE))
+    policies = list(dict.fromkeys(cell.line for cell in cells if cell.policy != DENSE))
     figures = []
     for task in dict.fromkeys(cell.task for cell in cells):
         figure, panel = _one_panel()
         for number, policy in enumerate(policies):
-            chosen = [c for c in cells if (c.task, c.policy) == (task, policy)]
+            chosen = [c for c in cells if (c.task, c.line) == (task, policy)]
             _with_intervals(panel, chosen, read, policy, number)
         dense = next(c for c in cells if (c.task, c.policy) == (task, DENSE))
         level = read(dense)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -114,6 +115,11 @@ class Cell:
         """The policy and its settings in words."""
         return label(self.policy, self.settings)
 
+    @property
+    def line(self) -> str:
+        """The line of a frontier that it is a point of."""
+        return line(self.policy, self.settings)
+
     def to_dict(self) -> dict[str, Any]:
         """The fields and `effective_density`, JSON-ready."""
         return {**asdict(self), "effective_density": self.effective_density}
@@ -141,6 +147,18 @@ def _estimates(value: Any) -> Any:
 def label(policy: str, settings: Mapping[str, Any]) -> str:
     """A policy and its settings in words, as `auto, gamma 0.9`."""
     return ", ".join([policy, *(f"{name} {value}" for name, value in settings.items())])
+
+
+def line(policy: str, settings: Mapping[str, Any]) -> str:
+    """The line of a frontier that a policy with its settings is a point of.
+
+    A policy is a line. Artifacts whose names end in a number are one for each name before it.
+
+    >>> line("auto", {"artifact": "budget-20"}), line("smoothed", {"gamma": 0.9})
+    ('auto, budget', 'smoothed')
+    """
+    numbered = re.fullmatch(r"(.+)-[0-9]+", str(settings.get("artifact", "")))
+    return policy if numbered is None else f"{policy}, {numbered[1]}"
 
 
 def make_cell(
@@ -313,6 +331,11 @@ class Summary:
     def label(self) -> str:
         """The policy and its settings in words."""
         return label(self.policy, self.settings)
+
+    @property
+    def line(self) -> str:
+        """The line of a frontier that it is a point of."""
+        return line(self.policy, self.settings)
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,21 @@ def test_no_knee(points: list[tuple[float, float]]) -> None:
     assert knee(points) is None
 
 
+def test_numbered_artifacts_are_a_line_for_each_name() -> None:
+    cells = [
+        made_cell(settings={"artifact": name}, recall=Estimate(recall), density=Estimate(density))
+        for name, recall, density in (
+            ("budget-20", 0.93, 0.18),
+            ("recall-95", 0.97, 0.4),
+            ("budget-30", 0.97, 0.28),
+            ("recall-90", 0.93, 0.2),
+            ("plain", 0.91, 0.7),
+        )
+    ]
+    found = {point.policy: point.density for point in reached(made_evaluation(cells), 0.95)}
+    assert found == {"auto, budget": pytest.approx(0.23), "auto, recall": pytest.approx(0.3)}
+
+
 def test_policies_at_equal_recall() -> None:
     cells = []
     for policy, work, density in (("oracle", 0.5, 0.2), ("sampled", 0.03, 0.2), ("flat", 0.0, 0.1)):
