@@ -336,18 +336,17 @@ def _best(policy: Policy, measured: PolicyCurve, goal: Goal) -> list[Choice]:
     scores = goal.score(
         measured.recall, measured.worst_recall, measured.density, measured.work, measured.harm
     )
-    best = scores.argmin(0)
-    choices = []
-    for h, g in enumerate(best.tolist()):
-        if scores[g, h] == torch.inf:
-            choices.append(_DENSE)
-            continue
-        found, density, cost = (
-            table[g, h].item() for table in (measured.recall, measured.density, measured.cost)
-        )
-        harm = 1 - found if measured.harm is None else measured.harm[g, h].item()
-        choices.append(Choice(policy, GAMMAS[g], found, density, cost, measured.work, harm))
-    return choices
+    best = scores.argmin(0)  # [K]
+    recall, density = (
+        table.gather(0, best[None])[0] for table in (measured.recall, measured.density)
+    )
+    harm = 1 - recall if measured.harm is None else measured.harm.gather(0, best[None])[0]
+    cost, allowed = predicted_cost(density, measured.work), scores.min(0).values < torch.inf
+    columns = (t.tolist() for t in (allowed, best, recall, density, cost, harm))
+    return [
+        Choice(policy, GAMMAS[g], r, d, c, measured.work, lost) if is_allowed else _DENSE
+        for is_allowed, g, r, d, c, lost in zip(*columns, strict=True)
+    ]
 
 
 def _pivot_choices(

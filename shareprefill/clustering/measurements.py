@@ -8,6 +8,7 @@ each times how much longer it takes than the same products in a dense kernel.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -119,23 +120,42 @@ class HeldOutMeasurements:
     ) -> None:
         self.estimator, self.effect = estimator, effect
         self.check_rows, *_, self.sample_rows = store.config.rows
-        self.pivot_rows = pivot_rows
+        self._store, self._numbers = store, list(prompts)
         self._prompts: list[_Prompt] = []
         curves: dict[Policy, list[_Curve]] = {}
-        pairs: list[_Curve] = []
         distances = []
+        block_size = store.config.block_size
         for number in prompts:
             record, names = store.prompts[number], map_names(store.config)
             maps = {n: t.float().flatten(0, 1) for n, t in store.load(number, *names).items()}
             prompt = self._prompt(maps, record.tokens, record.map_block)
             self._prompts.append(prompt)
-            policies = self._policies(maps, prompt.geometry, store.config.block_size)
+            policies = self._policies(maps, prompt.geometry, block_size)
             for policy, (choose, work) in policies.items():
                 curves.setdefault(policy, []).append(prompt.measure(choose, work))
-            pairs.append(prompt.measure_pairs(pivot_rows / (2 * store.config.block_size)))
             distances.append(_distance_to_uniform(maps[VERTICAL], prompt.geometry))
         self.alone = {policy: _over_prompts(found, effect) for policy, found in curves.items()}
-        recalls = _over_prompts(pairs, effect)
+        self.distance_to_uniform = torch.stack(distances).min(0).values
+        self.check_work = self._check_work(
+            [store.prompts[number].tokens for number in prompts], block_size
+        )
+        self._measure_pivots(pivot_rows)
+
+    def _measure_pivots(self, rows: int) -> None:
+        """Measures every head under every head's pattern as a pivot of so many rows a block."""
+        self.pivot_rows = rows
+        pairs, prompts = [], []
+        for number, prompt in zip(self._numbers, self._prompts, strict=True):
+            if rows:
+                name = rows_key(rows)
+                maps = {name: self._store.load(number, name)[name].float().flatten(0, 1)}
+                pivot = self._smoothed(maps, prompt.geometry, rows)
+            else:
+                pivot = prompt.full
+            prompts.append(replace(prompt, pivot=pivot))
+            pairs.append(prompts[-1].measure_pairs(rows / (2 * self._store.config.block_size)))
+        self._prompts = prompts
+        recalls = _over_prompts(pairs, self.effect)
         self.pairs, self.worst_pairs = recalls.recall, recalls.worst_recall
         self.pair_harm = recalls.harm
         self.pivots = replace(
@@ -144,15 +164,17 @@ class HeldOutMeasurements:
             worst_recall=self.worst_pairs.diagonal(dim1=1, dim2=2),
             harm=None if recalls.harm is None else recalls.harm.diagonal(dim1=1, dim2=2),
         )
-        self.distance_to_uniform = torch.stack(distances).min(0).values
-        self.check_work = self._check_work(
-            [store.prompts[number].tokens for number in prompts], store.config.block_size
-        )
 
     @property
     def heads(self) -> int:
         """K, all captured heads."""
         return len(self.distance_to_uniform)
+
+    def with_pivots(self, rows: int) -> HeldOutMeasurements:
+        """The same measurements with pivots that sample so many rows a block, 0 for all."""
+        other = copy(self)
+        other._measure_pivots(rows)
+        return other
 
     def least_covered(self, head: int, pivot: int, gamma: float) -> float:
         """Mass of a head's check inside a pivot's pattern, on the prompt where it is least."""
@@ -183,10 +205,8 @@ class HeldOutMeasurements:
             sink_blocks=runtime.sink_blocks,
             local_blocks=runtime.local_blocks,
         )
-        pivot = maps[FULL]
-        if self.pivot_rows:
-            pivot = self._smoothed(maps, geometry, self.pivot_rows)
-        return _Prompt(geometry, maps[FULL], pivot, maps[rows_key(self.check_rows)])
+        full = maps[FULL]
+        return _Prompt(geometry, full, full, maps[rows_key(self.check_rows)])
 
     def _policies(
         self, maps: dict[str, Tensor], geometry: Geometry, block_size: int

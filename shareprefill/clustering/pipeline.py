@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ from shareprefill.clustering.measurements import HeldOutMeasurements
 from shareprefill.config import ClusterConfig
 from shareprefill.errors import ConfigError
 
-# What a number of clusters may cost more than the best one, for heads that are more alike.
+# What a plan may cost more than the best one, for heads that are more alike.
 _AS_GOOD = 0.01
 
 
@@ -66,9 +67,10 @@ def cluster(folder: Path, config: ClusterConfig) -> tuple[Artifact, list[Cluster
 
     Consensus maps, distances and clusters come from the prompts that are not held out; the policy
     of every head, and the number of clusters where it is not given, from those that are. That
-    number is, of all whose predicted cost (with a budget: whose missing recall) is at most 1 %
-    more than the least, the one of the largest silhouette: cost hardly depends on it, as the
-    choice of pivots finds who is alike in a large cluster too.
+    number is, of all whose predicted cost is at most 1 % more than the least (with a budget: first
+    whose predicted harm is, then of these whose cost is), the one of the largest silhouette: cost
+    hardly depends on it, as the choice of pivots finds who is alike in a large cluster too.
+    The rows that pivots sample are those that are best for the fewest clusters.
 
     Args:
         folder: A trained calibration.
@@ -96,20 +98,26 @@ def cluster(folder: Path, config: ClusterConfig) -> tuple[Artifact, list[Cluster
     counts = candidate_counts(heads) if config.k is None else [config.k]
     labels = {k: cut(linkage, k) for k in counts}
     silhouettes = {k: silhouette(distances, labels[k]) for k in counts}
-    plans: dict[int, _Plan] = {}
     known = sorted((*training.split.train, *training.split.validation))
     estimator = fit_estimator(store, known)
     effect = head_effects(store, known)
-    for pivot_rows in _pivot_rows(store, config):
-        evidence = HeldOutMeasurements(
-            store, training.split.held_out, pivot_rows, estimator=estimator, effect=effect
-        )
+
+    def plan(k: int, evidence: HeldOutMeasurements, scored: dict[Goal, Scored]) -> _Plan:
+        choices = choose(labels[k], layers, evidence, config, scored)
+        return _Plan(_objective(choices, config), evidence, choices, silhouettes[k])
+
+    def plan_fewest(evidence: HeldOutMeasurements) -> tuple[_Plan, dict[Goal, Scored]]:
         scored: dict[Goal, Scored] = {}
-        for k in counts:
-            choices = choose(labels[k], layers, evidence, config, scored)
-            objective = _objective(choices, config)
-            if k not in plans or objective < plans[k].objective:
-                plans[k] = _Plan(objective, evidence, choices, silhouettes[k])
+        return plan(counts[0], evidence, scored), scored
+
+    first_rows, *further_rows = _pivot_rows(store, config)
+    measured = HeldOutMeasurements(
+        store, training.split.held_out, first_rows, estimator=estimator, effect=effect
+    )
+    # Two at a time are kept: measurements take memory.
+    every = chain([measured], map(measured.with_pivots, further_rows))
+    first, scored = min(map(plan_fewest, every), key=lambda pair: pair[0].objective)
+    plans = {counts[0]: first} | {k: plan(k, first.evidence, scored) for k in counts[1:]}
     taken = _best(plans)
     best = plans[taken]
     artifact = _artifact(store, training, config, best.evidence, best.choices, labels[taken], means)
@@ -136,6 +144,9 @@ def _best(plans: dict[int, _Plan]) -> int:
     """The number of clusters to take, as `cluster` says."""
     least = min(plan.objective for plan in plans.values())
     close = [k for k, plan in plans.items() if plan.objective <= (1 + _AS_GOOD) * least]
+    # A budget may be met with as little harm by a plan that shares less, and so takes longer.
+    costs = {k: total_cost(plans[k].choices) for k in close}
+    close = [k for k in close if costs[k] <= (1 + _AS_GOOD) * min(costs.values())]
     defined = [k for k in close if not math.isnan(plans[k].silhouette)]
     if defined:
         return max(defined, key=lambda k: (plans[k].silhouette, -k))

@@ -98,6 +98,24 @@ def test_auto_heeds_cost_before_likeness(
     assert taken.cost <= 1.01 * min(trial.cost for trial in trials)
 
 
+def test_likeness_does_not_buy_a_budget_that_takes_longer() -> None:
+    """As little harm, and heads more alike, but nobody shares: the blocks' choice takes longer."""
+
+    def plan(objective: float, cost: float, silhouette: float) -> pipeline._Plan:
+        choice = Choice(Policy.SMOOTHED, 0.9, 0.9, 0.2, cost)
+        evidence: Any = None
+        return pipeline._Plan(objective, evidence, [choice], silhouette)
+
+    plans = {
+        1: plan(1.0, 0.3287, float("nan")),
+        2: plan(1.001, 0.3287, 0.355),
+        3: plan(1.005, 0.33, 0.34),
+        45: plan(1.005, 0.3394, 0.414),
+        90: plan(1.2, 0.32, 0.5),
+    }
+    assert pipeline._best(plans) == 2
+
+
 def test_more_clusters_than_heads_are_refused(calibration: Path) -> None:
     with pytest.raises(ConfigError, match=r"k = 13 is larger than the number of heads \(12\)"):
         cluster(calibration, ClusterConfig(k=13))
