@@ -98,6 +98,11 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--warm-ups", type=int, default=1, help="prefills that are not timed")
     parser.add_argument("--requests", type=int, default=16, help="of a step, at most")
+    parser.add_argument(
+        "--processor-time",
+        action="store_true",
+        help="loads in seconds of the engine's threads: on a CPU that others use too",
+    )
     parser.add_argument("--compiled", action="store_true", help="torch.compile and CUDA graphs")
     parser.add_argument("--graphs", help="which CUDA graphs, as vLLM names them")
     parser.add_argument("--memory", type=float, help="share of a GPU for an engine")
@@ -262,7 +267,7 @@ def throughputs(args: argparse.Namespace, ends: dict[Engine, Pipe]) -> list[Json
         times: dict[Engine, list[float]] = {engine: [] for engine in ends}
         for _ in range(args.repeats + 1):
             for engine, end in ends.items():
-                times[engine].append(ask(end, "load", *load))
+                times[engine].append(ask(end, "load", *load, args.processor_time))
         medians = {engine: statistics.median(taken[1:]) for engine, taken in times.items()}
         last = list(medians.values())[-1]
         for engine, median in medians.items():
@@ -330,16 +335,17 @@ def run_prefills(llm: Any, tokens: int, chunk: int, repeats: int, warm_ups: int)
     return time_prefills(llm, random_prompts(llm), tokens, repeats, warm_ups=warm_ups)
 
 
-def run_load(llm: Any, tokens: int, output: int, requests: int) -> float:
+def run_load(llm: Any, tokens: int, output: int, requests: int, is_processor_time: bool) -> float:
     """Seconds of some requests that come at once."""
     from vllm import SamplingParams
 
     make = random_prompts(llm)
     prompts = [{"prompt_token_ids": make(tokens)} for _ in range(requests)]
     parameters = SamplingParams(max_tokens=output, temperature=0, ignore_eos=True)
-    begun = time.perf_counter()
+    clock = time.process_time if is_processor_time else time.perf_counter
+    begun = clock()
     llm.generate(prompts, parameters, use_tqdm=False)
-    return time.perf_counter() - begun
+    return clock() - begun
 
 
 def run_answers(llm: Any, prompts: list[list[int]], longest: int, switch: str | None) -> Json:

@@ -31,12 +31,12 @@ def test_engines_take_turns_and_the_first_turn_does_not_count(
     seconds = {"one": iter((9.0, 2.0, 4.0, 3.0)), "two": iter((9.0, 2.9, 2.8, 3.0))}
 
     def ask(end: str, *task: Any) -> float:
-        assert task == ("load", 1024, 128, 64)
+        assert task == ("load", 1024, 128, 64, False)
         asked.append(end)
         return next(seconds[end])
 
     monkeypatch.setattr(vllm_turns, "ask", ask)
-    args = Namespace(loads=[[1024, 128, 64]], repeats=3)
+    args = Namespace(loads=[[1024, 128, 64]], repeats=3, processor_time=False)
     engines = [vllm_turns.Engine.read(name) for name in ("shared", "plain")]
     rows = vllm_turns.throughputs(args, dict(zip(engines, ("one", "two"), strict=True)))
     assert asked == ["one", "two"] * 4
