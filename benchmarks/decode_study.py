@@ -688,7 +688,8 @@ def figure_of(panels: dict[tuple[str, int], list[dict[str, Any]]]) -> Any:
 
     from shareprefill.report.drawing import figure_style
 
-    names = list(dict.fromkeys(row["policy"] for rows in panels.values() for row in rows))
+    every_row = [row for rows in panels.values() for row in rows if row["reads"] < 1]
+    names = list(dict.fromkeys(row["policy"] for row in every_row))
     with figure_style():
         figure = Figure(figsize=(3.7 * len(panels) + 2.6, 6.4), layout="constrained")
         every = figure.subplots(2, len(panels), squeeze=False)
@@ -701,6 +702,7 @@ def figure_of(panels: dict[tuple[str, int], list[dict[str, Any]]]) -> Any:
                 axes.set_xlabel("bytes read / dense")
             every[0, column].set_title(f"{model}, {length}K")
             every[0, column].set_yscale("log")
+            every[0, column].set_xlim(0, 0.35)
             every[0, column].axhline(0.01, linewidth=0.8, linestyle=":", color="grey")
         every[0, 0].set_ylabel("KL from dense, nats")
         every[1, 0].set_ylabel("recall, mean of heads")
