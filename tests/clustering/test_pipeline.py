@@ -182,7 +182,7 @@ def test_held_out_prompts_stay_out_of_clusters(
     """Distances and consensus are the same whatever the held-out prompts' maps and codes are."""
     store = MapStore.open(calibration)
     training, codes = load_training(calibration)
-    config = ClusterConfig(metric=metric)
+    config = ClusterConfig.from_dict({"metric": metric})
     known = pipeline._distances(store, calibration, training, codes, config)
     held_out = list(training.split.held_out)
     assert held_out
