@@ -22,7 +22,6 @@ from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.attention.backend import AttentionCGSupport, AttentionType, CommonAttentionMetadata
 
 from shareprefill.errors import UnsupportedError
-from shareprefill.runtime.ops.hopper.launch import BLOCK
 from shareprefill.runtime.ops.pages import Tokens
 from shareprefill.vllm.core import RowState, ServingCore
 from shareprefill.vllm.engine import core_of, current_core
@@ -58,15 +57,6 @@ class StepWork:
 
     prefills: tuple[tuple[Prefill, str | None], ...]
     runs: tuple[tuple[Run, Any], ...]
-
-
-class SharePrefillBackend:
-    """Mix-in of backends with plain pages, which our kernels read where they are."""
-
-    @classmethod
-    def get_preferred_block_size(cls, default_block_size: int) -> int:
-        """Tokens of a page where the user names none: those of a key block, or the inner one's."""
-        return max(BLOCK, super().get_preferred_block_size(default_block_size))
 
 
 class SharePrefillBuilder:

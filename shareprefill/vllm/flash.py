@@ -11,11 +11,7 @@ from vllm.v1.attention.backends.flash_attn import (
     FlashAttentionMetadataBuilder,
 )
 
-from shareprefill.vllm.backend import (
-    SharePrefillBackend,
-    SharePrefillBuilder,
-    SharePrefillImpl,
-)
+from shareprefill.vllm.backend import SharePrefillBuilder, SharePrefillImpl
 
 
 class FlashBuilder(SharePrefillBuilder, FlashAttentionMetadataBuilder):
@@ -26,7 +22,7 @@ class FlashImpl(SharePrefillImpl, FlashAttentionImpl):
     """Computes sparse rows; else vLLM's implementation."""
 
 
-class SharePrefillFlashBackend(SharePrefillBackend, FlashAttentionBackend):
+class SharePrefillFlashBackend(FlashAttentionBackend):
     """vLLM's backend, with long prefills taken out of it; its name stays the inner one's."""
 
     is_of_shareprefill = True

@@ -11,11 +11,7 @@ from vllm.v1.attention.backends.triton_attn import (
     TritonAttentionMetadataBuilder,
 )
 
-from shareprefill.vllm.backend import (
-    SharePrefillBackend,
-    SharePrefillBuilder,
-    SharePrefillImpl,
-)
+from shareprefill.vllm.backend import SharePrefillBuilder, SharePrefillImpl
 
 
 class TritonBuilder(SharePrefillBuilder, TritonAttentionMetadataBuilder):
@@ -26,7 +22,7 @@ class TritonImpl(SharePrefillImpl, TritonAttentionImpl):
     """Computes sparse rows; else vLLM's implementation."""
 
 
-class SharePrefillTritonBackend(SharePrefillBackend, TritonAttentionBackend):
+class SharePrefillTritonBackend(TritonAttentionBackend):
     """vLLM's backend, with long prefills taken out of it; its name stays the inner one's."""
 
     is_of_shareprefill = True

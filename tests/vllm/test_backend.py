@@ -13,7 +13,7 @@ pytest.importorskip("vllm", reason="vLLM is not installed: make test-vllm")
 from vllm.v1.attention.backend import CommonAttentionMetadata  # pyright: ignore
 
 from shareprefill.errors import UnsupportedError
-from shareprefill.vllm.backend import SharePrefillBackend, _why_dense, rows_of
+from shareprefill.vllm.backend import _why_dense, rows_of
 from shareprefill.vllm.rows import Run
 
 
@@ -62,24 +62,3 @@ def test_a_run_has_the_metadata_of_its_rows():
 def test_metadata_that_nobody_here_knows_is_refused():
     with pytest.raises(UnsupportedError, match="'encoder_seq_lens', which this version"):
         rows_of(step(encoder_seq_lens=torch.ones(3)), Run(slice(0, 1), slice(0, 1)))
-
-
-class Inner:
-    """A backend with pages of at least so many tokens."""
-
-    least = 0
-
-    @classmethod
-    def get_preferred_block_size(cls, default_block_size: int) -> int:
-        return max(cls.least, default_block_size)
-
-
-def test_pages_hold_a_key_block_where_nobody_names_a_size():
-    class Backend(SharePrefillBackend, Inner):
-        pass
-
-    class Larger(Backend):
-        least = 256
-
-    assert Backend.get_preferred_block_size(16) == 128
-    assert Larger.get_preferred_block_size(16) == 256
