@@ -168,7 +168,7 @@ def _load_is_sent(url: str, folder: Path) -> None:
 def test_the_page_s_tuning_writes_what_an_engine_reads(tmp_path: Path):
     (words,) = map(shlex.split, written("sp tune"))
     table = tmp_path / "table.json"
-    smaller = ["--lengths", "500,3K", "--repeats", "1", "--table", str(table), "--json"]
+    smaller = ["--lengths", "1K,3K", "--repeats", "1", "--table", str(table), "--json"]
     found = _sp([*words[1:], *smaller], statuses=(0, 1))
     assert (found["backend"], len(found["timings"])) == ("CPU_ATTN", 2)
     assert all(timing["density"] < 1 for timing in found["timings"])
