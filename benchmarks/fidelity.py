@@ -18,8 +18,8 @@ from time import perf_counter
 from typing import Any
 
 import torch
+from provenance import provenance, summary
 
-from benchmarks.provenance import provenance, summary
 from shareprefill.artifact import load_artifact
 from shareprefill.config import RuntimeConfig
 from shareprefill.evaluation.config import EvalConfig

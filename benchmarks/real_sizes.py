@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import argparse
 import resource
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from time import perf_counter
 
 import torch
+from provenance import provenance, summary
 
-from benchmarks.provenance import provenance, summary
 from shareprefill.autoencoder.pipeline import train
 from shareprefill.bench.shapes import SHAPES, build_shape, layers_of
 from shareprefill.calib.capture import FULL, LINES, SLASH, VERTICAL, PromptMaps, rows_key
@@ -156,11 +157,13 @@ def made_up_maps(store: MapStore, kinds: torch.Tensor, number: int) -> PromptMap
 
 
 def prefill(model: torch.nn.Module, ids: torch.Tensor) -> None:
+    """One dense forward pass `[N]` that keeps nothing but the last token's logits."""
     with torch.no_grad():
         model(input_ids=ids[None], use_cache=False, logits_to_keep=1)
 
 
-def timed(call, device: torch.device) -> float:
+def timed(call: Callable[[], None], device: torch.device) -> float:
+    """Seconds of a call, with all that it left to the device."""
     wait(device)
     begun = perf_counter()
     call()
@@ -169,11 +172,13 @@ def timed(call, device: torch.device) -> float:
 
 
 def wait(device: torch.device) -> None:
+    """Waits for the device."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def host_bytes() -> int:
+    """The most memory that this process had, in bytes."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 

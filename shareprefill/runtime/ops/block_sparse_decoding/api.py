@@ -133,7 +133,8 @@ def _check_values(
         raise ConfigError(f"counts must lie in 0..{entries}, got {counts.tolist()}")
     if lengths is not None and (int(lengths.min()) < 0 or int(lengths.max()) > tokens):
         raise ConfigError(f"lengths must lie in 0..{tokens}, got {lengths.tolist()}")
-    read = blocks[torch.arange(entries) < counts[..., None]]
+    places = torch.arange(entries, dtype=torch.int64, device=counts.device)
+    read = blocks[places < counts[..., None]]
     n = -(-tokens // block_size)
     if read.numel() and (int(read.min()) < 0 or int(read.max()) >= n):
         raise ConfigError(
