@@ -62,11 +62,36 @@ def check_attention_inputs(
             f"sinks must be one floating-point logit for each of {n_heads} query heads on "
             f"{query.device}, got {sinks.dtype} of shape {tuple(sinks.shape)} on {sinks.device}"
         )
+    return logit_scale(scale, head_dim)
+
+
+def logit_scale(scale: float | None, head_dim: int) -> float:
+    """The factor of the logits, `1 / sqrt(D)` where none is given.
+
+    Raises:
+        ConfigError: it is not a positive number.
+    """
     if scale is None:
         return 1.0 / math.sqrt(head_dim)
     if not 0.0 < scale < math.inf:
         raise ConfigError(f"scale must be a positive number, got {scale}")
     return float(scale)
+
+
+def check_same_kind(query: torch.Tensor, tensors: dict[str, Tokens]) -> None:
+    """Checks that tensors have the dtype and device of a floating-point query.
+
+    Raises:
+        ConfigError: one has not.
+    """
+    for name, tensor in tensors.items():
+        if tensor.dtype != query.dtype or tensor.device != query.device:
+            raise ConfigError(
+                f"{name} must have query's dtype and device ({query.dtype}, {query.device}), "
+                f"got {tensor.dtype}, {tensor.device}"
+            )
+    if query.dtype not in FLOAT_DTYPES:
+        raise ConfigError(f"query must be a floating-point tensor, got {query.dtype}")
 
 
 def _check_shapes(query: torch.Tensor, key: Tokens, value: Tokens | None) -> None:
@@ -79,13 +104,7 @@ def _check_shapes(query: torch.Tensor, key: Tokens, value: Tokens | None) -> Non
                 f"{name} must be [heads, tokens, head_dim] of one sequence, "
                 f"got shape {tuple(tensor.shape)}; loop over the batch"
             )
-        if tensor.dtype != query.dtype or tensor.device != query.device:
-            raise ConfigError(
-                f"{name} must have query's dtype and device ({query.dtype}, {query.device}), "
-                f"got {tensor.dtype}, {tensor.device}"
-            )
-    if query.dtype not in FLOAT_DTYPES:
-        raise ConfigError(f"query must be a floating-point tensor, got {query.dtype}")
+    check_same_kind(query, tensors)
     n_heads, n_q_tokens, head_dim = query.shape
     n_groups, n_k_tokens, key_dim = key.shape
     if head_dim != key_dim or head_dim < 1:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 
 from shareprefill.errors import ConfigError
 from shareprefill.runtime.ops.block_sparse_decoding import reference
+from shareprefill.runtime.ops.blocks import count_blocks
 from shareprefill.runtime.ops.dispatch import select_impl
 from shareprefill.runtime.ops.inputs import (
-    FLOAT_DTYPES,
     check_block_size,
+    check_same_kind,
     check_tensor,
+    logit_scale,
     unit_last_stride,
 )
 
@@ -69,9 +69,7 @@ def block_sparse_decoding(
     check_tensor("counts", counts, torch.int32, (batch, groups), query.device)
     if lengths is not None:
         check_tensor("lengths", lengths, torch.int32, (batch,), query.device)
-    if scale is not None and not 0.0 < scale < math.inf:
-        raise ConfigError(f"scale must be a positive number, got {scale}")
-    scale = 1.0 / math.sqrt(head_dim) if scale is None else float(scale)
+    scale = logit_scale(scale, head_dim)
     if query.device.type == "cpu":
         _check_values(blocks, counts, lengths, tokens, block_size)
     shape = (batch, heads, value.shape[3])
@@ -98,14 +96,7 @@ def _check_shapes(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -
             "query must be [batch, heads, head_dim], key and value [batch, KV heads, tokens, "
             f"head_dim], got shapes {tuple(query.shape)}, {tuple(key.shape)}, {tuple(value.shape)}"
         )
-    for name, tensor in (("key", key), ("value", value)):
-        if tensor.dtype != query.dtype or tensor.device != query.device:
-            raise ConfigError(
-                f"{name} must have query's dtype and device ({query.dtype}, {query.device}), "
-                f"got {tensor.dtype}, {tensor.device}"
-            )
-    if query.dtype not in FLOAT_DTYPES:
-        raise ConfigError(f"query must be a floating-point tensor, got {query.dtype}")
+    check_same_kind(query, {"key": key, "value": value})
     batch, heads, head_dim = query.shape
     groups, tokens = key.shape[1:3]
     if batch < 1 or tokens < 1 or key.shape != (batch, groups, tokens, head_dim):
@@ -135,7 +126,7 @@ def _check_values(
         raise ConfigError(f"lengths must lie in 0..{tokens}, got {lengths.tolist()}")
     places = torch.arange(entries, dtype=torch.int64, device=counts.device)
     read = blocks[places < counts[..., None]]
-    n = -(-tokens // block_size)
+    n = count_blocks(tokens, block_size)
     if read.numel() and (int(read.min()) < 0 or int(read.max()) >= n):
         raise ConfigError(
             f"blocks must lie in 0..{n - 1}, got {int(read.min())}..{int(read.max())}"
