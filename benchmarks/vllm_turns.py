@@ -1,18 +1,22 @@
 """Engines of vLLM that take turns, each in a process of its own: first tokens, throughput, answers.
 
+    python benchmarks/vllm_turns.py --engines shared --lengths 16384,32768,131072 --chunks 0,8192
     python benchmarks/vllm_turns.py --engines shared,plain --throughput 1024:128:64 --compiled
-    python benchmarks/vllm_turns.py --engines shared,shared:2 --lengths 32768,131072
+    python benchmarks/vllm_turns.py --engines shared,shared:2,shared@128 --lengths 131072:2
     python benchmarks/vllm_turns.py --engines shared --model MODEL --artifact clusters.st \
         --questions 200 --length 16384
 
 `shared` is an engine with the plug-in, `plain` one without it; `:N` divides its heads over N GPUs,
-`:ppN` its layers.
-Weights are random and patterns synthetic, as in `bench_vllm.py`, where no model is named.
+`:ppN` its layers; `@N` gives its cache pages of N tokens.
+Without `--model` the model has a known shape and random weights, and its patterns are synthetic, at
+about `--density` of the blocks: only times mean something then. Prompts are random tokens, those of
+a named model key-value retrieval; nothing is read from a prefix cache.
 
-- `--lengths`: time to first token of each `shared` engine, dense (requests with `off`) and shared
-  in turns, at every number of tokens a step that `--chunks` names (0: the whole prompt). The first
-  shared prefill of an engine is told beside them: nothing may be compiled in it.
-- `--throughput TOKENS:OUTPUT:REQUESTS`: so many requests at once, shorter than `--min-tokens`.
+- `--lengths TOKENS[:REPEATS]`: time to first token of each `shared` engine, dense (requests with
+  `off`, which are vLLM's own to the bit) and shared in turns, at every number of tokens a step that
+  `--chunks` names (0: the whole prompt). The first shared prefill of an engine is told beside them:
+  nothing may be compiled in it.
+- `--throughput TOKENS:OUTPUT:REQUESTS`: so many requests at once, too short to be sparse.
 - `--questions`: of key-value retrieval, answered by each `shared` engine, dense and shared.
 """
 
@@ -25,12 +29,14 @@ import argparse
 import json
 import multiprocessing
 import os
+import re
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,6 +46,7 @@ from shareprefill.bench.engine import (
     engine_settings,
     random_checkpoint,
     random_prompts,
+    retrieval_prompts,
     start_engine,
     time_prefills,
 )
@@ -51,31 +58,41 @@ from shareprefill.tokens import encode
 from shareprefill.vllm.options import switch_is_on
 
 Json = dict[str, Any]
+Question = tuple[Example, list[int]]
 # A `multiprocessing.connection.Connection`, whose type differs by system.
 Pipe = Any
 
 
 class Engine(NamedTuple):
-    """What one process runs: its kind, and the GPUs that its heads and its layers are over."""
+    """What one process runs.
+
+    Attributes:
+        kind: `shared` or `plain`.
+        heads_over: GPUs that its heads are over.
+        layers_over: GPUs that its layers are over.
+        page: Tokens of a page of its cache; 0 leaves them to vLLM.
+    """
 
     kind: str
-    heads_over: int
-    layers_over: int
+    heads_over: int = 1
+    layers_over: int = 1
+    page: int = 0
 
     @classmethod
     def read(cls, text: str) -> Engine:
-        """`shared`, `plain`, `shared:2`, `shared:pp2`, ..."""
-        kind, _, size = text.partition(":")
-        if kind not in ("shared", "plain"):
-            raise SystemExit(f"--engines: {text!r} is neither shared nor plain")
-        if size.startswith("pp"):
-            return cls(kind, 1, int(size[2:]))
-        return cls(kind, int(size or 1), 1)
+        """`shared`, `plain`, `shared:2`, `shared:pp2`, `shared:2@128`, ..."""
+        found = re.fullmatch(r"(shared|plain)(?::(pp)?(\d+))?(?:@(\d+))?", text)
+        if found is None:
+            raise SystemExit(f"--engines: {text!r} is none of shared, plain, shared:2, shared@128")
+        kind, is_pipeline, size, page = found.groups()
+        over = {"layers_over" if is_pipeline else "heads_over": int(size or 1)}
+        return cls(kind, **over, page=int(page or 0))
 
     @property
     def name(self) -> str:
         """As in the tables."""
-        return f"{self.kind}:{'pp' * (self.layers_over > 1)}{self.heads_over * self.layers_over}"
+        size = f"{'pp' * (self.layers_over > 1)}{self.heads_over * self.layers_over}"
+        return f"{self.kind}:{size}{f'@{self.page}' * (self.page > 0)}"
 
 
 def main() -> None:
@@ -89,19 +106,23 @@ def main() -> None:
     parser.add_argument("--layers", type=int, help="fewer than the shape has")
     parser.add_argument("--density", type=float, default=0.1)
     parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--lengths", default="", help="tokens of prompts that are timed")
+    parser.add_argument("--lengths", default="", help="TOKENS[:REPEATS],...")
     parser.add_argument("--chunks", default="0", help="tokens of a step; 0: the whole prompt")
     parser.add_argument("--throughput", default="", help="TOKENS:OUTPUT:REQUESTS,...")
     parser.add_argument("--questions", type=int, default=0)
     parser.add_argument("--length", type=int, default=16384, help="of a question's prompt")
-    parser.add_argument("--min-tokens", type=int, default=8192, help="shorter prompts are dense")
+    parser.add_argument(
+        "--min-tokens",
+        type=int,
+        help="shorter prompts are dense; without: half of the shortest that is timed or asked",
+    )
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--warm-ups", type=int, default=1, help="prefills that are not timed")
     parser.add_argument("--requests", type=int, default=16, help="of a step, at most")
     parser.add_argument(
         "--processor-time",
         action="store_true",
-        help="loads in seconds of the engine's threads: on a CPU that others use too",
+        help="seconds of the engine's threads: on a CPU that others use too",
     )
     parser.add_argument("--compiled", action="store_true", help="torch.compile and CUDA graphs")
     parser.add_argument("--graphs", help="which CUDA graphs, as vLLM names them")
@@ -111,13 +132,7 @@ def main() -> None:
     parser.add_argument("--commit", help="of the sources, where git is not there to tell")
     parser.add_argument("--json", type=Path, help="writes the figures there")
     args = parser.parse_args()
-    args.lengths = [int(length) for length in args.lengths.split(",") if length]
-    args.chunks = [int(chunk) for chunk in args.chunks.split(",")]
-    args.loads = [[int(n) for n in load.split(":")] for load in args.throughput.split(",") if load]
-    args.is_random = args.model is None
-    args.most = max(
-        [args.length * bool(args.questions), *args.lengths, *(a + b for a, b, _ in args.loads)]
-    )
+    read_tasks(args)
     engines = [Engine.read(text) for text in args.engines.split(",")]
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         if args.is_random:
@@ -128,9 +143,26 @@ def main() -> None:
             )
         # All start at once: most of a start is the host's work.
         ends = {engine: stack.enter_context(running(engine, args)) for engine in engines}
-        found = measured(args, ends)
-    if args.json:
-        args.json.write_text(json.dumps(found, indent=1))
+        measured(args, ends)
+
+
+def read_tasks(args: argparse.Namespace) -> None:
+    """Replaces what the options say in text, and sets what follows from them."""
+    lengths = [list(map(int, text.split(":"))) for text in args.lengths.split(",") if text]
+    args.lengths = [(tokens, *(repeats or [args.repeats])) for tokens, *repeats in lengths]
+    args.chunks = [int(chunk) for chunk in args.chunks.split(",")]
+    args.loads = [[int(n) for n in load.split(":")] for load in args.throughput.split(",") if load]
+    args.is_random = args.model is None
+    sparse = [tokens for tokens, _ in args.lengths] + [args.length] * bool(args.questions)
+    longest_load = max((tokens for tokens, _, _ in args.loads), default=0)
+    if args.min_tokens is None:
+        args.min_tokens = min(sparse) // 2 if sparse else longest_load + 1
+    if longest_load >= args.min_tokens:
+        raise SystemExit(
+            f"--throughput: prompts of {longest_load} tokens would be sparse, from "
+            f"{args.min_tokens} on: name a larger --min-tokens"
+        )
+    args.most = max([*sparse, *(tokens + output for tokens, output, _ in args.loads)])
 
 
 @contextmanager
@@ -167,7 +199,7 @@ def serve(end: Pipe, engine: Engine, args: argparse.Namespace) -> None:
                 name, *arguments = end.recv()
             except EOFError:
                 return
-            end.send(TASKS[name](llm, *arguments))
+            end.send(TASKS[name](llm, args, *arguments))
 
 
 def _is_ours_alone(folder: Path) -> bool:
@@ -193,6 +225,8 @@ def started(engine: Engine, args: argparse.Namespace) -> Any:
         arguments["additional_config"] = {}
         if torch.cuda.is_available():
             arguments["attention_backend"] = "FLASH_ATTN"
+    if engine.page:
+        arguments["block_size"] = engine.page
     if args.graphs:
         arguments["compilation_config"] = {"cudagraph_mode": args.graphs}
     if args.memory:
@@ -220,36 +254,42 @@ def state_of(llm: Any) -> Json:
         "cudagraph_mode": getattr(graphs, "name", str(graphs)),
         "compilation": str(config.compilation_config.mode),
         "async_scheduling": config.scheduler_config.async_scheduling,
+        "page": config.cache_config.block_size,
     }
 
 
-def measured(args: argparse.Namespace, ends: dict[Engine, Pipe]) -> Json:
+def measured(args: argparse.Namespace, ends: dict[Engine, Pipe]) -> None:
     """Does all tasks, and prints tables."""
     import torch
 
     # While the engines start.
-    examples = questions_of(args)
+    questions = questions_of(args)
     states = {engine.name: end.recv() for engine, end in ends.items()}
     print(summary(provenance("cuda" if torch.cuda.is_available() else "cpu", args.commit)))
     for name, state in states.items():
         print(f"{name}: {state}")
     found: Json = {"states": states}
     shared = {engine: end for engine, end in ends.items() if engine.kind == "shared"}
-    if args.loads:
-        found["throughput"] = throughputs(args, ends)
-    if args.lengths:
-        found["prefills"] = first_tokens(args, shared)
-    if args.questions:
-        found["questions"] = answers(args, examples, shared)
-    return found
+    tasks: dict[str, Callable[[], list[Json]] | None] = {
+        "throughput": args.loads and partial(throughputs, args, ends),
+        "prefills": args.lengths and partial(first_tokens, args, shared),
+        "questions": args.questions and partial(answers, args, questions, shared),
+    }
+    for name, task in tasks.items():
+        if task:
+            found[name] = task()
+        if args.json:
+            # After every task: a run that ends too early leaves what it has.
+            args.json.write_text(json.dumps(found, indent=1))
 
 
-def questions_of(args: argparse.Namespace) -> list[Example]:
+def questions_of(args: argparse.Namespace) -> list[Question]:
     """Key-value retrieval, no two alike."""
     if not args.questions:
         return []
     tokenizer = load_tokenizer(str(args.model))
-    return [generate("retr_kv", tokenizer, args.length, seed) for seed in range(args.questions)]
+    examples = (generate("retr_kv", tokenizer, args.length, n) for n in range(args.questions))
+    return [(example, encode(tokenizer, example.prompt).tolist()) for example in examples]
 
 
 def ask(end: Pipe, *task: Any) -> Any:
@@ -267,7 +307,7 @@ def throughputs(args: argparse.Namespace, ends: dict[Engine, Pipe]) -> list[Json
         times: dict[Engine, list[float]] = {engine: [] for engine in ends}
         for _ in range(args.repeats + 1):
             for engine, end in ends.items():
-                times[engine].append(ask(end, "load", *load, args.processor_time))
+                times[engine].append(ask(end, "load", *load))
         medians = {engine: statistics.median(taken[1:]) for engine, taken in times.items()}
         last = list(medians.values())[-1]
         for engine, median in medians.items():
@@ -285,13 +325,13 @@ def first_tokens(args: argparse.Namespace, ends: dict[Engine, Pipe]) -> list[Jso
     print("| --- | --- | --- | --- | --- | --- | --- | --- |")
     rows = []
     for engine, end in ends.items():
-        first = ask(end, "prefills", min(args.lengths), 0, 1, 0)
+        first = ask(end, "prefills", min(args.lengths)[0], 0, 1, 0)
         print(f"{engine.name}: the first of all took {first.shared_s[0]:.3f} s")
         rows.append({"engine": engine.name, "chunk": "first", **rows_of([first])[0]})
-    for length in args.lengths:
+    for length, repeats in args.lengths:
         for chunk in args.chunks:
             for engine, end in ends.items():
-                timing: Timing = ask(end, "prefills", length, chunk, args.repeats, args.warm_ups)
+                timing: Timing = ask(end, "prefills", length, chunk, repeats, args.warm_ups)
                 off, on = statistics.median(timing.dense_s), statistics.median(timing.shared_s)
                 print(
                     f"| {length} | {chunk or 'all'} | {engine.name} | {off:.3f} | {on:.3f} "
@@ -303,11 +343,11 @@ def first_tokens(args: argparse.Namespace, ends: dict[Engine, Pipe]) -> list[Jso
 
 
 def answers(
-    args: argparse.Namespace, examples: list[Example], ends: dict[Engine, Pipe]
+    args: argparse.Namespace, questions: list[Question], ends: dict[Engine, Pipe]
 ) -> list[Json]:
     """Right answers of every engine, dense and shared; and how many are the first one's."""
     tokenizer = load_tokenizer(str(args.model))
-    prompts = [encode(tokenizer, example.prompt).tolist() for example in examples]
+    examples, prompts = zip(*questions, strict=True)
     longest = max(len(encode(tokenizer, example.answer)) for example in examples) + 2
     columns = (
         *("engine", "requests", "right", "as the first engine's", "density", "seconds"),
@@ -329,35 +369,55 @@ def answers(
     return rows
 
 
-def run_prefills(llm: Any, tokens: int, chunk: int, repeats: int, warm_ups: int) -> Timing:
+def run_prefills(
+    llm: Any, args: argparse.Namespace, tokens: int, chunk: int, repeats: int, warm_ups: int
+) -> Timing:
     """Times prefills, `chunk` tokens of each a step."""
-    llm.llm_engine.vllm_config.scheduler_config.long_prefill_token_threshold = chunk
-    return time_prefills(llm, random_prompts(llm), tokens, repeats, warm_ups=warm_ups)
+    prompts = random_prompts(llm) if args.is_random else retrieval_prompts(str(args.model))
+    scheduler = llm.llm_engine.vllm_config.scheduler_config
+    scheduler.long_prefill_token_threshold = chunk
+    try:
+        return time_prefills(llm, prompts, tokens, repeats, clock_of(args), warm_ups=warm_ups)
+    finally:
+        # Loads and questions come in steps of the engine's own size.
+        scheduler.long_prefill_token_threshold = 0
 
 
-def run_load(llm: Any, tokens: int, output: int, requests: int, is_processor_time: bool) -> float:
+def run_load(llm: Any, args: argparse.Namespace, tokens: int, output: int, requests: int) -> float:
     """Seconds of some requests that come at once."""
     from vllm import SamplingParams
 
     make = random_prompts(llm)
     prompts = [{"prompt_token_ids": make(tokens)} for _ in range(requests)]
     parameters = SamplingParams(max_tokens=output, temperature=0, ignore_eos=True)
-    clock = time.process_time if is_processor_time else time.perf_counter
+    clock = clock_of(args)
     begun = clock()
     llm.generate(prompts, parameters, use_tqdm=False)
     return clock() - begun
 
 
-def run_answers(llm: Any, prompts: list[list[int]], longest: int, switch: str | None) -> Json:
+def clock_of(args: argparse.Namespace) -> Callable[[], float]:
+    """Seconds of the engine's threads, or of the day."""
+    return time.process_time if args.processor_time else time.perf_counter
+
+
+def run_answers(
+    llm: Any,
+    args: argparse.Namespace,
+    prompts: list[list[int]],
+    longest: int,
+    switch: str | None,
+) -> Json:
     """Greedy answers, and what was done for them; preemptions where the engine counts them."""
     from vllm import SamplingParams
 
     extra = None if switch is None else {"shareprefill": switch}
     parameters = SamplingParams(max_tokens=longest, temperature=0, extra_args=extra)
-    begun = time.perf_counter()
+    clock = clock_of(args)
+    begun = clock()
     inputs = [{"prompt_token_ids": prompt} for prompt in prompts]
     answers = llm.generate(inputs, parameters, use_tqdm=False)
-    seconds = time.perf_counter() - begun
+    seconds = clock() - begun
     (report, *_) = llm.collective_rpc("shareprefill_report", args=(True,))
     metrics = llm.get_metrics() if llm.llm_engine.log_stats else []
     return {
