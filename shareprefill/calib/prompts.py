@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -14,18 +14,22 @@ from torch import Tensor
 
 from shareprefill.calib.tasks import TASKS, generate
 from shareprefill.config import DATA_SETS, CalibrateConfig
-from shareprefill.data.sources import HUB, TEXT_FILES, Span, read_rows, reread
+from shareprefill.data.sources import (
+    HUB,
+    TEXT_FIELDS,
+    TEXT_FILES,
+    Span,
+    read_rows,
+    reread,
+    row_text,
+)
 from shareprefill.errors import ConfigError, DataError, did_you_mean
 from shareprefill.files import kind_of, printable
-from shareprefill.tokens import Messages, as_messages, encode, encode_either
+from shareprefill.tokens import Messages, encode, encode_either
 
 MIXTURE = "mixture"
 TEXT = "text"
 
-# Columns that hold a prompt, by preference: ours and RULER's, InfiniteBench's, LongBench's.
-_COLUMNS = ("prompt", "input", "text", "content", "context")
-MESSAGES = "messages"
-_CONTEXT_FIRST = ("context", "input")
 # Rows of a hub data set that are looked at for one prompt before it is given up as too short.
 _HUB_ROWS_PER_SAMPLE = 100
 
@@ -129,19 +133,18 @@ def _from_files(address: str, config: CalibrateConfig, tokenizer: Any) -> Iterat
     usable: dict[str, bool] = {}
     # A long text is several prompts of about the length, at four characters a token.
     for row in read_rows(address, TEXT_FILES, text_size=4 * config.length):
-        text = _row_prompt(row.values, row.place)
+        text = row_text(row.values, row.place)
         usable[row.source] = text is not None or usable.get(row.source, False)
         if text is not None:
             places.append(row.span or text)
     for source in (source for source, is_usable in usable.items() if not is_usable):
         raise DataError(
             f"{source} has no usable rows: a row is a string, or an object with one of the fields "
-            f"{', '.join((MESSAGES, *_COLUMNS))}"
+            f"{', '.join(TEXT_FIELDS)}"
         )
     random.Random(config.seed).shuffle(places)
     texts = (
-        _row_prompt(reread(place), address) if isinstance(place, Span) else place
-        for place in places
+        row_text(reread(place), address) if isinstance(place, Span) else place for place in places
     )
     return _from_texts(address, texts, config, tokenizer)
 
@@ -161,23 +164,6 @@ def _from_texts(
             yield Prompt(source, ids)
 
 
-def _row_prompt(row: Any, place: str) -> str | Messages | None:
-    """A row's text or conversation; None where it has neither."""
-    if isinstance(row, str):
-        return row or None
-    if not isinstance(row, Mapping):
-        return None
-    if row.get(MESSAGES) is not None:
-        return as_messages(row[MESSAGES], place)
-    parts = [row.get(name) for name in _CONTEXT_FIRST]
-    if all(isinstance(part, str) and part for part in parts):
-        return "\n\n".join(str(part) for part in parts)
-    for name in _COLUMNS:
-        if isinstance(row.get(name), str) and row[name]:
-            return row[name]
-    return None
-
-
 def _hub_texts(address: str, config: CalibrateConfig) -> Iterator[str | Messages | None]:
     for row in islice(read_rows(address), config.samples * _HUB_ROWS_PER_SAMPLE):
-        yield _row_prompt(row.values, row.place)
+        yield row_text(row.values, row.place)

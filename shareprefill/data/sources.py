@@ -23,6 +23,10 @@ from shareprefill.tokens import Messages, as_messages
 HUB = "hub:"
 ROW_FILES = (".jsonl", ".json")
 TEXT_FILES = (*ROW_FILES, ".txt")
+# Fields that hold a text, by preference: ours and RULER's, InfiniteBench's, LongBench's.
+_PLAIN_FIELDS = ("prompt", "input", "text", "content", "context")
+TEXT_FIELDS = ("messages", *_PLAIN_FIELDS)
+"""Fields of a row that are looked for a text."""
 
 _BLOCK = 1 << 20  # bytes
 _SPACE = re.compile(r"[\s\ufeff]*")
@@ -118,10 +122,9 @@ def read_objects(address: str) -> Iterator[Row]:
 
 
 def read_texts(address: str, text_size: int = 1 << 22) -> Iterator[str | Messages]:
-    """The texts of .txt files, and the field `text` (or `content`, `context`) of rows.
+    """The texts of .txt files and of rows, as `row_text` finds them.
 
-    Of a row with the field `messages` it is the conversation. Empty rows, and rows whose text is
-    null, are left out.
+    Empty rows, and rows whose text is empty or null, are left out.
 
     Args:
         address: As for `read_rows`.
@@ -131,9 +134,41 @@ def read_texts(address: str, text_size: int = 1 << 22) -> Iterator[str | Message
         ConfigError, DataError: as for `read_rows`; a row has no such field.
     """
     for row in read_rows(address, TEXT_FILES, text_size=text_size):
-        text = row.values if _is_text_file(row) else _text(row)
-        if text:
+        text = row_text(row.values, row.place)
+        if text is not None:
             yield text
+        elif row.values:
+            values = _require_object(row).values
+            if not any(name in values and values[name] in (None, "") for name in TEXT_FIELDS):
+                raise DataError(
+                    f"{row.place} has no text: it must be a string, or an object with one of the "
+                    f"fields {', '.join(TEXT_FIELDS)}"
+                )
+
+
+def row_text(values: Any, place: str) -> str | Messages | None:
+    """The text or the conversation of a row; None where it has neither.
+
+    That is the conversation in `messages`, the texts in `context` and `input`, one after the other,
+    or the first of `TEXT_FIELDS` that has one.
+
+    Args:
+        values: The row, an object or a text.
+        place: Where it stands, for messages.
+
+    Raises:
+        DataError: `messages` is no conversation.
+    """
+    if isinstance(values, str):
+        return values or None
+    if not isinstance(values, Mapping):
+        return None
+    if values.get("messages") is not None:
+        return as_messages(values["messages"], place)
+    found = {name: values[name] for name in _PLAIN_FIELDS if isinstance(values.get(name), str)}
+    if found.get("context") and found.get("input"):
+        return f"{found['context']}\n\n{found['input']}"
+    return next((text for text in found.values() if text), None)
 
 
 def reread(span: Span) -> Any:
@@ -393,31 +428,10 @@ def _quiet_datasets() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _is_text_file(row: Row) -> bool:
-    return row.span is not None and row.span.file.suffix.lower() == ".txt"
-
-
 def _require_object(row: Row) -> Row:
     if not isinstance(row.values, Mapping):
         raise DataError(f"{row.place} must be an object, got {type(row.values).__name__}")
     return row
-
-
-def _text(row: Row) -> str | Messages | None:
-    if not row.values:
-        return None  # {} or null
-    values = _require_object(row).values
-    if values.get("messages") is not None:
-        return as_messages(values["messages"], row.place)
-    names = ("text", "content", "context")
-    for name in names:
-        if isinstance(values.get(name), str):
-            return values[name]
-    if any(name in values and values[name] is None for name in names):
-        return None
-    raise DataError(
-        f"{row.place} has no text in its field text, content or context, and no messages"
-    )
 
 
 def _reason(error: Exception) -> str:

@@ -105,12 +105,31 @@ def test_paths_that_nothing_is_at(path: str) -> None:
 
 
 def test_rows_that_are_no_objects(tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl").write_text('{}\nnull\n{"text": null}\n{"text": "x"}\n"y"\n')
+    (tmp_path / "a.jsonl").write_text('{}\nnull\n{"text": null}\n{"text": "x"}\n"y"\n7\n')
     with pytest.raises(DataError, match="row 1 of .* must be an object, got NoneType"):
         list(read_objects(str(tmp_path / "a.jsonl")))
     texts = read_texts(str(tmp_path / "a.jsonl"))
-    assert next(texts) == "x"
-    with pytest.raises(DataError, match="row 4 of .* must be an object, got str"):
+    assert [next(texts), next(texts)] == ["x", "y"]
+    with pytest.raises(DataError, match="row 5 of .* must be an object, got int"):
+        next(texts)
+
+
+@pytest.mark.parametrize(
+    ("row", "text"),
+    [
+        ({"prompt": "a", "text": "b"}, "a"),
+        ({"input": "a"}, "a"),
+        ({"context": "a", "input": "b"}, "a\n\nb"),
+        ({"context": "a", "input": ""}, "a"),
+        ({"messages": [{"role": "user", "content": "a"}]}, [{"role": "user", "content": "a"}]),
+        ({"messages": None, "content": "a"}, "a"),
+    ],
+)
+def test_texts_are_those_that_calibration_reads(tmp_path: Path, row: Any, text: Any) -> None:
+    (tmp_path / "a.jsonl").write_text(json.dumps(row) + '\n{"question": "?"}\n')
+    texts = read_texts(str(tmp_path / "a.jsonl"))
+    assert next(texts) == text
+    with pytest.raises(DataError, match="row 1 of .* has no text: .* messages, prompt, input, "):
         next(texts)
 
 
