@@ -1,9 +1,18 @@
-"""Tables as plain text and as HTML, for what Python prints and notebooks show."""
+"""Counts and tables as plain text, and tables as HTML: what commands, Python and notebooks show."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from html import escape
+
+
+def prompt_count(count: int) -> str:
+    """So many prompts, in words.
+
+    >>> prompt_count(1), prompt_count(2)
+    ('1 prompt', '2 prompts')
+    """
+    return f"{count} prompt{'' if count == 1 else 's'}"
 
 
 def text_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from shareprefill.config import DATA_SETS
 from shareprefill.files import printable
+from shareprefill.plain_tables import prompt_count
 
 if TYPE_CHECKING:
     from shareprefill.artifact import Artifact
@@ -80,7 +81,7 @@ def judge_artifact(artifact: Artifact, path: Path) -> Verdict:
     if tokens:
         sources = [str(source) for source in summary.get("held_out_prompts", ())]
         sentences[-1] += (
-            f", measured on {_prompts(len(tokens))} held out, {_range(tokens)} tokens long "
+            f", measured on {prompt_count(len(tokens))} held out, {_range(tokens)} tokens long "
             f"({_listed(sources)})."
         )
         warnings += [*_thin(tokens), *_narrow(calibration.get("data", ()))]
@@ -99,7 +100,7 @@ def judge_calibration(store: MapStore, training: Training, folder: Path) -> Verd
     short = sum(n < _SHORTER * store.config.length for n in tokens)
     if short:
         warnings.append(
-            f"{short} of {_prompts(len(tokens))} are much shorter than --length "
+            f"{short} of {prompt_count(len(tokens))} are much shorter than --length "
             f"{store.config.length:,}: give longer rows, or lower --length"
         )
     if training.losses.autoencoder >= training.losses.head_mean:
@@ -109,8 +110,8 @@ def judge_calibration(store: MapStore, training: Training, folder: Path) -> Verd
         )
     enough = "the data is thin" if warnings else "the data is enough"
     sentence = (
-        f"{enough}: {_prompts(len(tokens))}, {_range(tokens)} tokens long ({_listed(sources)}), "
-        f"{len(held_out)} of them held out."
+        f"{enough}: {prompt_count(len(tokens))}, {_range(tokens)} tokens long "
+        f"({_listed(sources)}), {len(held_out)} of them held out."
     )
     return Verdict((sentence,), tuple(warnings), f"sp cluster {shlex.quote(printable(folder))}")
 
@@ -189,8 +190,8 @@ def _thin(tokens: Sequence[int]) -> list[str]:
     warnings = []
     if len(tokens) < _FEWEST_HELD_OUT:
         warnings.append(
-            f"it rests on {_prompts(len(tokens))}: in each head about 1 of {len(tokens) + 1} new "
-            "ones lies below the worst of them; sp calibrate --samples 24 holds 8 out"
+            f"it rests on {prompt_count(len(tokens))}: in each head about 1 of {len(tokens) + 1} "
+            "new ones lies below the worst of them; sp calibrate --samples 24 holds 8 out"
         )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     least = crossover(torch.device(device)).tokens
@@ -210,10 +211,6 @@ def _narrow(data: Sequence[str]) -> list[str]:
         f"all prompts are of the data set {data[0]}, yours may attend otherwise: calibrate on "
         "prompts of your own, or on mixture"
     ]
-
-
-def _prompts(count: int) -> str:
-    return f"{count} prompt{'' if count == 1 else 's'}"
 
 
 def _range(tokens: Sequence[int]) -> str:

@@ -30,6 +30,7 @@ from shareprefill.evaluation.tables import (
     reached_table,
     summary_table,
 )
+from shareprefill.plain_tables import prompt_count
 from shareprefill.report.drawing import (
     INK,
     MARKERS,
@@ -65,7 +66,7 @@ def evaluation_page(evaluation: Evaluation) -> str:
     context, config = evaluation.context, evaluation.config
     page = Page(
         f"Evaluation of {context['model']}",
-        f"{_prompts(config.samples)} of each task and length, {context['device']}, "
+        f"{prompt_count(config.samples)} of each task and length, {context['device']}, "
         f"{context['dtype']}",
         mark_of(EVALUATION, context["model"]),
     )
@@ -91,10 +92,6 @@ def evaluation_page(evaluation: Evaluation) -> str:
     page.heading("How it was measured")
     page.table(("what", "value"), [(name, str(value)) for name, value in context.items()])
     return page.html()
-
-
-def _prompts(count: int) -> str:
-    return f"{count} prompt{'' if count == 1 else 's'}"
 
 
 def _add_knees(page: Page, sweep: Sweep) -> None:
@@ -219,7 +216,7 @@ def sweep_page(sweep: Sweep) -> str:
     context, config = sweep.context, sweep.config
     page = Page(
         f"Sweep of {context['model']}",
-        f"policy {config.policy}, {_prompts(config.samples)} of each task at {config.length} "
+        f"policy {config.policy}, {prompt_count(config.samples)} of each task at {config.length} "
         f"tokens, {context['device']}, {context['dtype']}",
         mark_of(SWEEP, context["model"]),
     )

@@ -26,7 +26,7 @@ from shareprefill.evaluation.statistics import (
     worst_heads,
 )
 from shareprefill.files import printable
-from shareprefill.plain_tables import html_table, text_table
+from shareprefill.plain_tables import html_table, prompt_count, text_table
 
 SCHEMA = 1
 
@@ -382,8 +382,7 @@ class Evaluation:
 
     def _title(self) -> str:
         prompts = sum(cell.prompts for cell in self.cells if cell.policy == DENSE)
-        noun = "prompt" if prompts == 1 else "prompts"
-        return f"{self.context['model']} on {self.context['device']}, {prompts} {noun}"
+        return f"{self.context['model']} on {self.context['device']}, {prompt_count(prompts)}"
 
     def _short_table(self) -> tuple[list[str], list[list[str]]]:
         figures: dict[str, Callable[[Summary], float | None]] = {
