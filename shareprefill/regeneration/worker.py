@@ -9,7 +9,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from importlib.metadata import version
@@ -104,7 +104,6 @@ def _run(job: Job, folder: Path, update: bool, trust_remote_code: bool) -> Outco
             return _outcome(job, "missing", [f"{committed}; --update writes it"])
         save_artifact(artifact, job.artifact)
         return _outcome(job, "updated", [committed])
-    logger.info("%s: evaluating", job.name)
     after = measure(job, folder / ARTIFACT, folder, trust_remote_code=trust_remote_code)
     same = artifact_bytes(committed) == artifact_bytes(artifact)
     before = (
@@ -187,9 +186,33 @@ def measure(job: Job, artifact: Path, folder: Path, *, trust_remote_code: bool =
     )
     # Outcomes of other code are not this code's.
     out = folder / "evaluation" / code_digest(EVALUATE)[:16]
-    found = evaluate(config, out=out, trust_remote_code=trust_remote_code)
+    found = evaluate(
+        config,
+        out=out,
+        trust_remote_code=trust_remote_code,
+        progress=_announcing(
+            job, f"evaluating {printable(artifact.name)}", "outcomes", "evaluated already"
+        ),
+    )
     (summary,) = (summary for summary in found.summaries() if summary.policy == _POLICY)
     return Figures(accuracy=summary.accuracy, density=summary.density, recall=summary.recall)
+
+
+def _announcing(job: Job, doing: str, noun: str, done: str) -> Callable[[int, int], None]:
+    """A stage's progress, of which the first call alone is told: what is to do, if anything is."""
+    told = False
+
+    def tell(kept: int, total: int) -> None:
+        nonlocal told
+        if told:
+            return
+        told = True
+        if kept == total:
+            logger.info("%s: %s", job.name, done)
+        else:
+            logger.info("%s: %s, %d of %d %s to do", job.name, doing, total - kept, total, noun)
+
+    return tell
 
 
 def work_on(
@@ -298,8 +321,12 @@ def _calibrate(job: Job, folder: Path, stamps: Stamps, trust_remote_code: bool) 
         # Emptied before the stamp is set: the stamp says what a begun calibration was begun with.
         remove_folder(folder / CALIBRATION)
         stamps.set("calibrate", facts)
-    logger.info("%s: calibrating, %d prompts", job.name, job.calibrate.samples)
-    capture_maps(job.calibrate, folder / CALIBRATION, trust_remote_code=trust_remote_code)
+    capture_maps(
+        job.calibrate,
+        folder / CALIBRATION,
+        trust_remote_code=trust_remote_code,
+        progress=_announcing(job, "calibrating", "prompts", "calibrated already"),
+    )
 
 
 def _train(job: Job, folder: Path, stamps: Stamps) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import logging
 import re
 import threading
 from dataclasses import replace
@@ -48,8 +49,9 @@ def run(job: Job, **options: Any) -> Outcome:
 
 
 def test_an_unchanged_job_is_equal_and_does_no_stage_again(
-    job: Job, monkeypatch: pytest.MonkeyPatch
+    job: Job, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level(logging.INFO, "shareprefill.regeneration")
     done = []
     for module, name in (
         ("shareprefill.calib.pipeline", "capture"),
@@ -57,8 +59,13 @@ def test_an_unchanged_job_is_equal_and_does_no_stage_again(
         ("shareprefill.clustering.pipeline", "cluster"),
     ):
         monkeypatch.setattr(f"{module}.{name}", lambda *_, name=name, **__: done.append(name))
+    run(job)  # evaluates, as --update did not
+    assert any("evaluating" in line and "2 of 2 outcomes to do" in line for line in caplog.messages)
+    caplog.clear()
     outcome = run(job)
     assert (outcome.status, outcome.lines, outcome.moved, outcome.heads) == ("equal", (), 0, 12)
+    stages = ("calibrated", "trained", "clustered", "evaluated")
+    assert caplog.messages == [f"small: {stage} already" for stage in stages]
     assert {change.name for change in outcome.changes} >= {"density", "recall", "expected recall"}
     assert done == []
 
