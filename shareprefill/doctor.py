@@ -169,12 +169,31 @@ def _implementations() -> list[Check]:
             reason = unavailable(name, torch.device(device))
             absent = Check(f"attention: {name}", ABSENT, reason or "")
             checks.append(absent if reason else _compare(name, device))
-    checks += [Check(c.operator, c.implementation, c.reason) for c in describe(device)]
+    choices = describe(device)
+    checks += [Check(c.operator, c.implementation, c.reason) for c in choices]
+    (attention,) = (c for c in choices if c.operator == "block_sparse_attention")
+    checks += [_pages(attention.implementation, size) for size in (16, 128)]
     checks += _crossover(crossover(torch.device(device)))
     for backend, found in tuned(torch.device(device)).items():
         detail = f"shorter prompts run dense in vLLM; measured on {found.source}"
         checks.append(Check(f"crossover: {backend}", f"{found.tokens} tokens", detail))
     return checks
+
+
+def _pages(implementation: str, size: int) -> Check:
+    """Whether attention reads keys and values in an engine's pages of so many tokens."""
+    import torch
+
+    from shareprefill.runtime.ops.dispatch import page_refusal
+    from shareprefill.runtime.ops.pages import PagedTokens
+
+    pool = torch.empty(2, 2, size, 128, dtype=torch.bfloat16, device="meta")
+    table = torch.empty(2, dtype=torch.int32, device="meta")
+    refusal = page_refusal(implementation, PagedTokens(pool, table, 2 * size))
+    name = f"pages of {size} tokens"
+    if refusal is None:
+        return Check(name, "in place", f"{implementation} reads a vLLM cache of these where it is")
+    return Check(name, "gathered", f"copied first out of a vLLM cache: {implementation} {refusal}")
 
 
 def _crossover(found: Crossover) -> list[Check]:

@@ -232,6 +232,9 @@ def test_doctor(sp: Sp) -> None:
     checks = {check["name"]: check for check in json.loads(out)}
     assert code == 0
     assert checks["attention: blockwise"]["state"] == "works"
+    if not torch.cuda.is_available():
+        assert checks["pages of 128 tokens"]["state"] == "gathered"
+        assert "blockwise reads no pages" in checks["pages of 128 tokens"]["detail"]
     found = [(c["state"], c["detail"]) for c in json.loads(out) if c["name"] == "crossover"]
     known = crossover(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     assert [state for state, _ in found] == [f"{known.tokens} tokens", f"density {known.density:g}"]

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from shareprefill.doctor import _crossover
+from shareprefill.doctor import _crossover, _pages
 from shareprefill.errors import ConfigError, DataError
 from shareprefill.runtime.crossover import crossover, save_crossover
 
@@ -64,3 +64,21 @@ def test_a_table_that_is_named_must_be_there(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv("SHAREPREFILL_CROSSOVERS", "nowhere.json")
     with pytest.raises(ConfigError, match="SHAREPREFILL_CROSSOVERS = 'nowhere.json'"):
         crossover(torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("implementation", "size", "state", "why"),
+    [
+        ("hopper", 128, "in place", "hopper reads"),
+        ("hopper", 16, "gathered", "hopper reads pages of a multiple of 128 tokens, got 16"),
+        ("triton", 16, "in place", "triton reads"),
+        ("triton", 48, "gathered", "a power of two"),
+    ],
+)
+def test_doctor_says_how_pages_are_read(
+    implementation: str, size: int, state: str, why: str
+) -> None:
+    found = _pages(implementation, size)
+    assert (found.name, found.state) == (f"pages of {size} tokens", state)
+    assert why in found.detail
+    assert not found.broken
