@@ -301,7 +301,7 @@ def make_plan(
 ) -> Plan:
     """The plan of least predicted cost over several clusterings, as `sp cluster` makes it."""
     pooled = cast(Any, Pooled(parts, allowed))
-    found = min((choose(each, layers, pooled, config) for each in labels), key=total_cost)
+    found = min((choose(each, layers, pooled, config)[0] for each in labels), key=total_cost)
     return Plan(found, slacks(found, pooled, config))
 
 

@@ -79,7 +79,7 @@ def training() -> None:
 
 
 def clusterings() -> None:
-    sizes = {"cost": 0.2, "recall": 0.95, "harm": 0.01, "sharing": 300}
+    sizes = {"cost": 0.2, "recall": 0.95, "harm": 0.01, "sharing": 300, "objective": 0.2}
     cluster.show_clusterings(
         [Clustering(k=k, silhouette=k / 1000, is_best=k == 9, **sizes) for k in (2, 9, 1000)]  # type: ignore[arg-type]
     )

@@ -28,8 +28,9 @@ from shareprefill.errors import ConfigError
 NO_HEAD = -1
 
 # Prices of harm that are tried, in density: from "blocks are all that counts" to "harm is
-# all that counts", be it lost mass, of about .1, or a head's share of a KL divergence.
-_PRICES = tuple(10 ** (-2 + 5 * step / 63) for step in range(152))
+# all that counts", be it lost mass, of about .1, or a head's share of a KL divergence. So close
+# that a budget is spent to half a percent.
+_PRICES = tuple(10 ** (-2 + 5 * step / 252) for step in range(605))
 # Gammas that the heads of one pivot may cut its order at.
 _LEVELS = 4
 # Candidates for a pivot whose gains are made anew at a time.
@@ -98,6 +99,10 @@ class Goal:
             return time_in_blocks(choice.density, choice.work) + self.price * choice.harm
         return choice.cost
 
+    def mean(self, choices: list[Choice]) -> float:
+        """Of choices that are allowed, the mean over heads."""
+        return sum(map(self.of, choices)) / len(choices)
+
 
 _DENSE = Choice(Policy.DENSE, 1.0, 1.0, 1.0, 1.0)
 
@@ -108,7 +113,7 @@ def choose(
     evidence: HeldOutMeasurements,
     config: ClusterConfig,
     scored: dict[Goal, Scored] | None = None,
-) -> list[Choice]:
+) -> tuple[list[Choice], Goal]:
     """The choice of every head for a clustering.
 
     Args:
@@ -121,7 +126,8 @@ def choose(
             clusterings; this one's is added.
 
     Returns:
-        A choice for each of the K heads.
+        A choice for each of the K heads, and the goal that they are best by: with a budget or a
+        bound, that of the price at which it is met.
 
     Raises:
         ConfigError: the budget is below what the blocks take that every pattern reads.
@@ -137,7 +143,8 @@ def choose(
         # The last price is of dense heads alone.
         return plans.first(lambda found: total_harm(found) <= bound)
     if budget is None:
-        return plans.of(Goal(target=config.target_recall))
+        goal = Goal(target=config.target_recall)
+        return plans.of(goal), goal
     cheapest = plans.of(Goal(price=_PRICES[0]))
     if mean_density(cheapest) > budget:
         raise ConfigError(
@@ -145,6 +152,27 @@ def choose(
             f"density of {mean_density(cheapest):.3f} on the held-out prompts; raise --budget"
         )
     return plans.last(lambda found: mean_density(found) <= budget)
+
+
+def choose_by(
+    goal: Goal,
+    labels: Tensor,
+    layers: Tensor,
+    evidence: HeldOutMeasurements,
+    config: ClusterConfig,
+    scored: dict[Goal, Scored],
+) -> list[Choice]:
+    """The same by a goal that is known, so that clusterings compare at one price of harm.
+
+    Args:
+        goal: As `choose` returns it for another clustering.
+        labels: As for `choose`.
+        layers: As for `choose`.
+        evidence: As for `choose`.
+        config: As for `choose`.
+        scored: As for `choose`.
+    """
+    return _Plans(labels, layers, evidence, config, scored).of(goal)
 
 
 @dataclass(frozen=True, eq=False)
@@ -189,7 +217,7 @@ class _Plans:
         evidence, config = self.evidence, self.config
         return share(self.labels, self.layers, scored.singles, evidence, config, goal, scored)
 
-    def last(self, holds: Callable[[list[Choice]], bool]) -> list[Choice]:
+    def last(self, holds: Callable[[list[Choice]], bool]) -> tuple[list[Choice], Goal]:
         """That of the highest price at which something holds that holds at the lowest."""
         low, high = 0, len(_PRICES) - 1
         found = self.of(Goal(price=_PRICES[low]))
@@ -200,9 +228,9 @@ class _Plans:
                 low, found = middle, tried
             else:
                 high = middle - 1
-        return found
+        return found, Goal(price=_PRICES[low])
 
-    def first(self, holds: Callable[[list[Choice]], bool]) -> list[Choice]:
+    def first(self, holds: Callable[[list[Choice]], bool]) -> tuple[list[Choice], Goal]:
         """That of the lowest price at which something holds; every head dense if it never does."""
         low, high = 0, len(_PRICES)
         found = [_DENSE] * self.evidence.heads
@@ -213,7 +241,7 @@ class _Plans:
                 high, found = middle, tried
             else:
                 low = middle + 1
-        return found
+        return found, Goal(price=_PRICES[min(high, len(_PRICES) - 1)])
 
 
 def alone(

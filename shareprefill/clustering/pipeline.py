@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from shareprefill.clustering.assignment import (
     Goal,
     Scored,
     choose,
+    choose_by,
     mean_recall,
     slacks,
     total_cost,
@@ -50,6 +52,8 @@ class Clustering:
             lost mass where no effects are known.
         silhouette: Of the labels; NaN where it is not defined.
         sharing: Heads that share another head's pattern.
+        objective: What numbers of clusters are compared by, the less the better: the predicted
+            cost, or with a budget or a bound that as a density, with harm at one price.
         is_best: Whether the artifact is made from it (see `cluster`).
     """
 
@@ -59,6 +63,7 @@ class Clustering:
     harm: float
     silhouette: float
     sharing: int
+    objective: float
     is_best: bool = False
 
 
@@ -67,9 +72,11 @@ def cluster(folder: Path, config: ClusterConfig) -> tuple[Artifact, list[Cluster
 
     Consensus maps, distances and clusters come from the prompts that are not held out; the policy
     of every head, and the number of clusters where it is not given, from those that are. That
-    number is, of all whose predicted cost is at most 1 % more than the least (with a budget: first
-    whose predicted harm is, then of these whose cost is), the one of the largest silhouette: cost
-    hardly depends on it, as the choice of pivots finds who is alike in a large cluster too.
+    number is, of all whose predicted cost is at most 1 % more than the least, the one of the
+    largest silhouette: cost hardly depends on it, as the choice of pivots finds who is alike in a
+    large cluster too. With a budget or a bound, harm counts as well, at one price for all numbers
+    of clusters: plans that each meet the budget by themselves spend unlike parts of it, and differ
+    in harm by more than clusters do. What is taken then spends the budget.
     The rows that pivots sample are those that are best for the fewest clusters.
 
     Args:
@@ -102,34 +109,46 @@ def cluster(folder: Path, config: ClusterConfig) -> tuple[Artifact, list[Cluster
     estimator = fit_estimator(store, known)
     effect = head_effects(store, known)
 
-    def plan(k: int, evidence: HeldOutMeasurements, scored: dict[Goal, Scored]) -> _Plan:
-        choices = choose(labels[k], layers, evidence, config, scored)
-        return _Plan(_objective(choices, config), evidence, choices, silhouettes[k])
-
-    def plan_fewest(evidence: HeldOutMeasurements) -> tuple[_Plan, dict[Goal, Scored]]:
-        scored: dict[Goal, Scored] = {}
-        return plan(counts[0], evidence, scored), scored
-
     first_rows, *further_rows = _pivot_rows(store, config)
     measured = HeldOutMeasurements(
         store, training.split.held_out, first_rows, estimator=estimator, effect=effect
     )
+    fewest = counts[0]
+    _, first_goal = choose(labels[fewest], layers, measured, config)
+
+    def objective(evidence: HeldOutMeasurements) -> float:
+        found = choose_by(first_goal, labels[fewest], layers, evidence, config, {})
+        return first_goal.mean(found)
+
     # Two at a time are kept: measurements take memory.
     every = chain([measured], map(measured.with_pivots, further_rows))
-    first, scored = min(map(plan_fewest, every), key=lambda pair: pair[0].objective)
-    plans = {counts[0]: first} | {k: plan(k, first.evidence, scored) for k in counts[1:]}
+    _, evidence = min(((objective(found), found) for found in every), key=itemgetter(0))
+    scored: dict[Goal, Scored] = {}
+    _, goal = choose(labels[fewest], layers, evidence, config, scored)
+
+    def plan(k: int) -> _Plan:
+        choices = choose_by(goal, labels[k], layers, evidence, config, scored)
+        return _Plan(goal.mean(choices), choices, silhouettes[k])
+
+    plans = {k: plan(k) for k in counts}
     taken = _best(plans)
-    best = plans[taken]
-    artifact = _artifact(store, training, config, best.evidence, best.choices, labels[taken], means)
+    choices, _ = choose(labels[taken], layers, evidence, config, scored)
+    plans[taken] = replace(plans[taken], choices=choices)
+    artifact = _artifact(store, training, config, evidence, choices, labels[taken], means)
     return artifact, [plans[k].summary(k, is_best=k == taken) for k in counts]
 
 
 @dataclass(frozen=True)
 class _Plan:
-    """The best choice of policies for a number of clusters."""
+    """The best choice of policies for a number of clusters.
+
+    Attributes:
+        objective: What the choices come to by the goal that all numbers are compared by.
+        choices: Of every head.
+        silhouette: Of the labels.
+    """
 
     objective: float
-    evidence: HeldOutMeasurements
     choices: list[Choice]
     silhouette: float
 
@@ -137,27 +156,22 @@ class _Plan:
         sharing = sum(choice.policy is Policy.SHARE for choice in self.choices)
         cost, recall = total_cost(self.choices), mean_recall(self.choices)
         harm = total_harm(self.choices)
-        return Clustering(k, cost, recall, harm, self.silhouette, sharing, is_best)
+        return Clustering(
+            k, cost, recall, harm, self.silhouette, sharing, self.objective, is_best=is_best
+        )
 
 
 def _best(plans: dict[int, _Plan]) -> int:
     """The number of clusters to take, as `cluster` says."""
     least = min(plan.objective for plan in plans.values())
     close = [k for k, plan in plans.items() if plan.objective <= (1 + _AS_GOOD) * least]
-    # A budget may be met with as little harm by a plan that shares less, and so takes longer.
+    # With a price of harm, as little harm may make up for a plan that shares less: it takes longer.
     costs = {k: total_cost(plans[k].choices) for k in close}
     close = [k for k in close if costs[k] <= (1 + _AS_GOOD) * min(costs.values())]
     defined = [k for k in close if not math.isnan(plans[k].silhouette)]
     if defined:
         return max(defined, key=lambda k: (plans[k].silhouette, -k))
     return min(close, key=lambda k: (plans[k].objective, k))
-
-
-def _objective(choices: list[Choice], config: ClusterConfig) -> float:
-    """The less the better: predicted cost, or with a budget harm, or with a bound of it blocks."""
-    if config.max_kl is not None:
-        return sum(choice.density + choice.work for choice in choices)
-    return total_cost(choices) if config.budget is None else total_harm(choices)
 
 
 def _pivot_rows(store: MapStore, config: ClusterConfig) -> tuple[int, ...]:

@@ -192,13 +192,13 @@ def curves(heads: int, seed: int, *, noise: float = 0.0) -> Any:
 
 def chosen(facts: Any, **options: Any) -> list[Any]:
     every = torch.arange(facts.heads)
-    return choose(every, torch.zeros(facts.heads), facts, ClusterConfig(**options))
+    return choose(every, torch.zeros(facts.heads), facts, ClusterConfig(**options))[0]
 
 
 @pytest.mark.parametrize("budget", [0.05, 0.1, 0.2])
 def test_a_budget_is_met_and_used(budget: float) -> None:
     found = chosen(curves(200, 0), budget=budget)
-    assert 0.85 * budget < mean_density(found) <= budget
+    assert 0.97 * budget < mean_density(found) <= budget
 
 
 @pytest.mark.parametrize("budget", [0.05, 0.1, 0.2])

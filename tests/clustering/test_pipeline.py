@@ -14,7 +14,7 @@ from shareprefill.calib.pipeline import capture_maps
 from shareprefill.calib.store import MapStore
 from shareprefill.checkpoint import check_checkpoint
 from shareprefill.clustering import pipeline
-from shareprefill.clustering.assignment import Choice
+from shareprefill.clustering.assignment import Choice, Goal
 from shareprefill.clustering.estimator import fit_estimator
 from shareprefill.clustering.measurements import GAMMAS, HeldOutMeasurements
 from shareprefill.clustering.pipeline import Clustering, cluster
@@ -84,14 +84,14 @@ def test_auto_heeds_cost_before_likeness(
     """A number of clusters that costs a tenth more is not taken for its silhouette."""
     _, trials = cluster(calibration, ClusterConfig(target_recall=0.8))
     liked = most_alike(trials).k
-    choose = pipeline.choose
+    choose_by = pipeline.choose_by
 
-    def dearer(labels: Tensor, *args: Any) -> list[Choice]:
-        found = choose(labels, *args)
+    def dearer(goal: Goal, labels: Tensor, *args: Any) -> list[Choice]:
+        found = choose_by(goal, labels, *args)
         clusters = int(labels.max()) + 1
         return [replace(c, cost=1.1 * c.cost) for c in found] if clusters == liked else found
 
-    monkeypatch.setattr(pipeline, "choose", dearer)
+    monkeypatch.setattr(pipeline, "choose_by", dearer)
     _, trials = cluster(calibration, ClusterConfig(target_recall=0.8))
     (taken,) = [trial for trial in trials if trial.is_best]
     assert taken.k != liked
@@ -103,8 +103,7 @@ def test_likeness_does_not_buy_a_budget_that_takes_longer() -> None:
 
     def plan(objective: float, cost: float, silhouette: float) -> pipeline._Plan:
         choice = Choice(Policy.SMOOTHED, 0.9, 0.9, 0.2, cost)
-        evidence: Any = None
-        return pipeline._Plan(objective, evidence, [choice], silhouette)
+        return pipeline._Plan(objective, [choice], silhouette)
 
     plans = {
         1: plan(1.0, 0.3287, float("nan")),
@@ -162,8 +161,10 @@ def test_the_policies_of_an_artifact_are_consistent(calibration: Path) -> None:
 def test_a_budget_bounds_the_density_of_the_artifact(calibration: Path) -> None:
     tight, trials = cluster(calibration, ClusterConfig(budget=0.7))
     (taken,) = [trial for trial in trials if trial.is_best]
-    least = min(trial.harm for trial in trials)
-    assert taken == most_alike([trial for trial in trials if trial.harm <= 1.01 * least])
+    least = min(trial.objective for trial in trials)
+    close = [trial for trial in trials if trial.objective <= 1.01 * least]
+    least = min(trial.cost for trial in close)
+    assert taken == most_alike([trial for trial in close if trial.cost <= 1.01 * least])
     assert tight.summary["recall"] == pytest.approx(taken.recall, abs=1e-6)
     assert tight.summary["kl"] == pytest.approx(taken.harm, abs=1e-8)
     loose, _ = cluster(calibration, ClusterConfig(budget=0.95))
@@ -173,6 +174,25 @@ def test_a_budget_bounds_the_density_of_the_artifact(calibration: Path) -> None:
     assert len(trials) > 3
     with pytest.raises(ConfigError, match=r"budget = 0\.01 cannot be met"):
         cluster(calibration, ClusterConfig(budget=0.01))
+
+
+@pytest.mark.parametrize("options", [{"budget": 0.7}, {"max_kl": 0.001}, {"target_recall": 0.8}])
+def test_numbers_of_clusters_compare_at_one_price(
+    calibration: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+) -> None:
+    """More heads that may share are never worse, however much of a budget each plan would spend."""
+    goals = []
+    choose_by = pipeline.choose_by
+
+    def noted(goal: Goal, *args: Any) -> list[Choice]:
+        goals.append(goal)
+        return choose_by(goal, *args)
+
+    monkeypatch.setattr(pipeline, "choose_by", noted)
+    _, trials = cluster(calibration, ClusterConfig(**options))
+    assert len(set(goals[-len(trials) :])) == 1
+    fewest, *others = trials
+    assert all(fewest.objective <= trial.objective * 1.001 for trial in others)
 
 
 @pytest.mark.parametrize("metric", ["jaccard", "jaccard-raw", "code"])
