@@ -88,7 +88,7 @@ class LayerChoice:
         if self.lists is None:
             return torch.full_like(self.selection.head_to_pattern, -1)
         pattern = self.lists.head_to_list.long()
-        return torch.where(pattern == len(self.selection.patterns), -1, pattern)
+        return torch.where(pattern == self.lists.n_patterns - 1, -1, pattern)
 
 
 class SparsePrefill:
@@ -195,9 +195,11 @@ class SparsePrefill:
         is_plain = inputs.softcap is None and inputs.sinks is None
         if plan.reads_patterns and not (plan.is_dense and is_plain):
             lists = list_blocks(
-                selection.patterns,
+                selection.own,
                 selection.head_to_pattern,
                 max_density=crossover(device).density if most is None else most,
+                shared=selection.shared,
+                source=selection.source,
                 **geometry.sizes,
             )
             if is_plain:

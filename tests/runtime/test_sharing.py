@@ -225,9 +225,9 @@ def test_nothing_is_computed_for_a_fallback_that_is_not_taken(model: Any) -> Non
     asked = []
 
     class Recorded(Smoothed):
-        def estimate(self, inputs: LayerInputs, heads: torch.Tensor) -> torch.Tensor:
+        def write(self, inputs: LayerInputs, heads: torch.Tensor, *places: Any) -> torch.Tensor:
             asked.append(heads.tolist())
-            return super().estimate(inputs, heads)
+            return super().write(inputs, heads, *places)
 
     plan = replace(plan, selectors={int(M): Recorded()})
     _, record, _ = layer_of(plan, 0, state_of(plan, inputs), inputs)

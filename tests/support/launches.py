@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from importlib import import_module
 from typing import Any
 from unittest.mock import patch
 
@@ -64,14 +65,17 @@ def counted_launches() -> Iterator[Counter[str]]:
     with ExitStack() as stack:
         stack.enter_context(patch.object(InterpretedFunction, "run", counted))
         stack.enter_context(patch.object(BlockLists, "validate", nothing))
+        for name in (*_CHOICES, "block_sparse_attention"):
+            calls = import_module(f"{ops}.{name}.api")._calls
+            stack.enter_context(patch.dict(calls, clear=True))
         for name in _CHOICES:
             stack.enter_context(patch(f"{ops}.{name}.api.select_impl", lambda *_: "triton"))
         chosen = f"{ops}.block_sparse_attention.api.select_attention"
         stack.enter_context(patch(chosen, lambda *_: "triton"))
         for place in (
             "inputs.check_below",
-            "block_selection.api.check_below",
-            "pooled_attention.api._check_rows",
+            *(f"{name}.api.check_below" for name in _CHOICES),
+            "pooled_attention.api._check_values",
         ):
             stack.enter_context(patch(f"{ops}.{place}", nothing))
         stack.enter_context(operations)

@@ -124,6 +124,8 @@ class BlockLists:
         n_q: query blocks.
         n_k: key blocks.
         block_size: tokens in a block, of queries and of keys.
+        starts: every `n_q`-th offset, int32 `[P + 1]`, where they were copied with the lists; None:
+            they are still to be.
     """
 
     offsets: torch.Tensor
@@ -132,6 +134,7 @@ class BlockLists:
     n_q: int
     n_k: int
     block_size: int
+    starts: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
         for name in ("offsets", "indices", "head_to_list"):
@@ -229,8 +232,8 @@ class BlockLists:
 
         They are copied, so that the lists themselves need not be kept.
         """
-        starts = self.offsets[:: self.n_q].clone()
-        return replace(self, offsets=starts, indices=self.indices.new_empty(0), n_q=1)
+        starts = self.offsets[:: self.n_q].clone() if self.starts is None else self.starts
+        return replace(self, offsets=starts, indices=self.indices.new_empty(0), n_q=1, starts=None)
 
     def validate(self) -> None:
         """Check the values, which on a CUDA device waits for it.

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
 from shareprefill.errors import ConfigError, UnsupportedError
 from shareprefill.runtime.ops.pages import PagedTokens, Tokens, gathered
+
+R = TypeVar("R")
 
 ATTENTION = ("reference", "blockwise", "triton", "hopper")
 
@@ -117,6 +120,15 @@ def within_reach(impl: str, *tokens: Tokens) -> tuple[Tokens, ...]:
     if any(refusal is not None for refusal in refusals):
         return tuple(gathered(t) for t in tokens)
     return tokens
+
+
+def on_gathered(run: Callable[..., R]) -> Callable[..., R]:
+    """A function that takes tokens in pages, by gathering them, in place of one that takes none."""
+
+    def call(*given: Any, **named: Any) -> R:
+        return run(*(gathered(t) if isinstance(t, PagedTokens) else t for t in given), **named)
+
+    return call
 
 
 def _require_triton(tensor: torch.Tensor) -> None:

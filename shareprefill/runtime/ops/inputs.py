@@ -120,14 +120,15 @@ def _check_shapes(query: torch.Tensor, key: Tokens, value: Tokens | None) -> Non
         raise ConfigError(
             f"value must be [{n_groups}, {n_k_tokens}, Dv] like key, got {tuple(value.shape)}"
         )
-    if value is not None and not _lie_alike(key, value):
+    if value is not None and not lie_alike(key, value):
         raise ConfigError(
             "key and value must both be tensors, or both lie in pages of one size that one table "
             f"names, got {type(key).__name__} and {type(value).__name__}"
         )
 
 
-def _lie_alike(key: Tokens, value: Tokens) -> bool:
+def lie_alike(key: Tokens, value: Tokens) -> bool:
+    """Whether keys and values are both tensors, or both lie in pages that one table names."""
     if isinstance(key, PagedTokens) and isinstance(value, PagedTokens):
         return key.shares_pages(value)
     return not isinstance(key, PagedTokens) and not isinstance(value, PagedTokens)

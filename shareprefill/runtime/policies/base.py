@@ -181,15 +181,15 @@ class InPlacePolicy(MapEstimator[T]):
     fills_nonfinite: ClassVar[bool] = False
 
     @abstractmethod
-    def write(self, inputs: LayerInputs, estimate: T, gamma: Tensor, out: Tensor) -> Tensor:
-        """Chooses, into a place among other patterns.
+    def write(self, inputs: LayerInputs, heads: Tensor, gamma: Tensor, out: Tensor) -> Tensor:
+        """Estimates and chooses, into a place among other patterns.
 
         Args:
             inputs: The layer's inputs.
-            estimate: What the choice is made from.
+            heads: int64 `[S]`; the pattern of a negative one may be anything.
             gamma: float32 `[S]`.
             out: bool `[S, n_q, n_k]`, contiguous: where the patterns are written.
 
         Returns:
-            bool `[S]`: False where the estimate holds NaN or Inf.
+            bool `[S]`, or `[S, n_q]` row by row: False where the estimate holds NaN or Inf.
         """

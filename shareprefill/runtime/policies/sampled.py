@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from shareprefill.runtime.ops.block_selection import select_blocks
@@ -30,11 +30,12 @@ class Sampled(InPlacePolicy[Tensor]):
         """The smallest set of blocks of every query block whose estimated mass reaches gamma."""
         return select_blocks(estimate, gamma, **inputs.geometry.sizes)
 
-    def write(self, inputs: LayerInputs, estimate: Tensor, gamma: Tensor, out: Tensor) -> Tensor:
+    def write(self, inputs: LayerInputs, heads: Tensor, gamma: Tensor, out: Tensor) -> Tensor:
         """The same blocks, and those that are always read."""
-        select_blocks(estimate, gamma, out=out, **inputs.geometry.reads)
-        # Masses are not negative: NaN and Inf are what a sum shows.
-        return estimate.flatten(1).sum(-1) < math.inf
+        maps = sampled_maps(inputs, heads, self.rows)
+        finite = torch.empty(out.shape[:2], dtype=torch.bool, device=out.device)
+        select_blocks(maps, gamma, out=out, finite=finite, **inputs.geometry.reads)
+        return finite
 
     def work(self, inputs: LayerInputs) -> float:
         """The share of the rows that are sampled, logits alone."""

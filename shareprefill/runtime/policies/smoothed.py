@@ -53,9 +53,10 @@ class Smoothed(FewRows, InPlacePolicy[Tensor]):
         """The blocks above a head's threshold; gamma is the share of the head's whole mass."""
         return head_blocks(estimate, gamma, **inputs.geometry.sizes)[0]
 
-    def write(self, inputs: LayerInputs, estimate: Tensor, gamma: Tensor, out: Tensor) -> Tensor:
+    def write(self, inputs: LayerInputs, heads: Tensor, gamma: Tensor, out: Tensor) -> Tensor:
         """The same blocks, and those that are always read."""
-        return head_blocks(estimate, gamma, out=out, **inputs.geometry.reads)[1]
+        maps, reads = sampled_maps(inputs, heads, self.rows), inputs.geometry.reads
+        return head_blocks(maps, gamma, weights=self.weights, out=out, **reads)[1]
 
 
 def line_weights(estimator: Mapping[str, Sequence[float]] | None, rows: int) -> LineWeights:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from shareprefill.runtime.ops.block_selection import vertical_slash_blocks
@@ -19,6 +19,8 @@ class VerticalSlash(InPlacePolicy[tuple[Tensor, Tensor]]):
     After MInference (arXiv 2407.02490, section 3.2).
     """
 
+    fills_nonfinite = True
+
     def estimate(self, inputs: LayerInputs, heads: Tensor) -> tuple[Tensor, Tensor]:
         """Last query block's mass by key block and by block distance."""
         return profiles(inputs, heads)
@@ -27,13 +29,12 @@ class VerticalSlash(InPlacePolicy[tuple[Tensor, Tensor]]):
         """The lines of the last query block, drawn through all query blocks."""
         return vertical_slash_blocks(*estimate, gamma, **inputs.geometry.sizes)
 
-    def write(
-        self, inputs: LayerInputs, estimate: tuple[Tensor, Tensor], gamma: Tensor, out: Tensor
-    ) -> Tensor:
+    def write(self, inputs: LayerInputs, heads: Tensor, gamma: Tensor, out: Tensor) -> Tensor:
         """The same blocks, and those that are always read."""
-        vertical_slash_blocks(*estimate, gamma, out=out, **inputs.geometry.reads)
-        # Masses are not negative: NaN and Inf are what a sum shows.
-        return estimate[0].sum(-1) < math.inf
+        masses, reads = profiles(inputs, heads), inputs.geometry.reads
+        finite = torch.empty_like(gamma, dtype=torch.bool)
+        vertical_slash_blocks(*masses, gamma, out=out, finite=finite, **reads)
+        return finite
 
     def work(self, inputs: LayerInputs) -> float:
         """Logits of the last query block, which reads all keys."""

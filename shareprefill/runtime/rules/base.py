@@ -63,13 +63,13 @@ class Coverage:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class LayerSelection:
-    """The patterns of one layer, and which one each of its heads reads.
+    """The P patterns of one layer, and which one each of its heads reads.
 
-    The last four fields are for records. They are raw, as small as a few numbers a head, so that a
-    layer launches nothing for them.
+    Policies, steps, check and distances are for records. They are raw, as small as a few numbers a
+    head, so that a layer launches nothing for them.
 
     Attributes:
-        patterns: bool `[P, n_q, n_k]`.
+        own: The layer's last patterns, bool `[O, n_q, n_k]`.
         head_to_pattern: int64 `[H]`; P: every causal block; -1: none, the head's output is there.
         output: `[H, Nq, Dv]`, which holds the output of the heads that read no pattern.
         policy_taken: The policies.
@@ -77,15 +77,27 @@ class LayerSelection:
         coverage: The check before sharing; None without one.
         distances: JS distance of every candidate for sharing to its pivot, float32 `[H]`, NaN for
             other heads; None for a rule that compares by mass.
+        shared: Patterns of the forward pass, bool `[N, n_q, n_k]`, some of which are the layer's
+            first; None for none.
+        source: Their numbers, int64 `[P - O]`.
     """
 
-    patterns: Tensor
+    own: Tensor
     head_to_pattern: Tensor
     output: Tensor
     policy_taken: PolicyTaken
+    shared: Tensor | None = None
+    source: Tensor | None = None
     overhead: tuple[Overhead, ...] = ()
     coverage: Coverage | None = None
     distances: Tensor | None = None
+
+    @property
+    def patterns(self) -> Tensor:
+        """The layer's patterns, bool `[P, n_q, n_k]`, brought together."""
+        if self.shared is None or self.source is None:
+            return self.own
+        return torch.cat([self.shared[self.source], self.own])
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,13 +1,15 @@
 """The rule for heads whose policies were chosen offline.
 
 Pivots come first, then every other head of the layer, so that heads of the pivot's own layer share
-too. All patterns of a layer lie in one bitmap, into which the operators write:
+too. The patterns of a layer have numbers:
 
     shared ones | one for each head that may choose by itself, group by group
 
-and the pattern with the number P, which is in no bitmap, is every causal block. The host does not
-know which checks pass. So the plan says for every head which pattern it reads as checks pass and as
-they fail, and likewise which heads each group is asked for; the check chooses between the two.
+The first are read where pivots left them, the others lie in the layer's bitmap, into which the
+operators write. The pattern with the number P, which is in neither, is every causal block. The host
+does not know which checks pass. So the plan says for every head which pattern it reads as checks
+pass and as they fail, and likewise which heads each group is asked for; the check chooses between
+the two.
 """
 
 from __future__ import annotations
@@ -23,9 +25,11 @@ from torch import Tensor
 from shareprefill.artifact import Policy
 from shareprefill.runtime.geometry import Geometry
 from shareprefill.runtime.ops.block_selection import (
-    covered_mass,
+    LineWeights,
+    check_heads,
     head_blocks,
     js_distances,
+    redirect_heads,
     vertical_slash_blocks,
 )
 from shareprefill.runtime.ops.pages import Tokens
@@ -83,13 +87,11 @@ class SharingHeads:
     Attributes:
         heads: int64 `[S]`.
         pattern_of_head: The number of the pattern that each shares, int64 `[S]`.
-        place_of_pattern: Where that is in `PlannedLayer.shared`, int64 `[S]`.
         min_coverage: The mass inside that pattern from which on it shares, float32 `[S]`.
     """
 
     heads: Tensor
     pattern_of_head: Tensor
-    place_of_pattern: Tensor
     min_coverage: Tensor
 
 
@@ -102,7 +104,8 @@ class OwnPatterns:
         gamma: Attention mass that the pattern of each covers, float32 `[S]`.
         policy: Number of the policy.
         rows: Where their patterns lie in the layer's bitmap.
-        pattern_ids: The numbers of these patterns, int64 `[S]`.
+        first: The number of the first of these patterns.
+        pattern_ids: The numbers of all of them, int64 `[S]`.
         requested: Where they are in `PlannedLayer.on_fail`: a head, or -1 where none is needed.
     """
 
@@ -110,6 +113,7 @@ class OwnPatterns:
     gamma: Tensor
     policy: int
     rows: slice
+    first: int
     pattern_ids: Tensor
     requested: slice
 
@@ -134,9 +138,7 @@ class PlannedLayer(LayerPlan):
         sparse: Heads that may take a vertical-slash pattern while they are highly sparse; and those
             that may take a row-sampled one, first the former, in their order. None for none, and
             where vertical-slash patterns are for all heads: then both groups are in `own`.
-        n_patterns: Patterns P in the bitmap.
-        pattern_ids: Every pattern's own number and P, then -1, which is what -1 reads: int64
-            `[P + 2]`.
+        n_own: Patterns in the layer's bitmap.
         dense_id: The number of the pattern of every causal block, int64 `[1]`.
         no_index: Zeros, int64 `[H]`.
     """
@@ -151,8 +153,7 @@ class PlannedLayer(LayerPlan):
     on_fail: Tensor
     own: tuple[OwnPatterns, ...]
     sparse: tuple[OwnPatterns, OwnPatterns] | None
-    n_patterns: int
-    pattern_ids: Tensor
+    n_own: int
     dense_id: Tensor
     no_index: Tensor
 
@@ -182,7 +183,7 @@ class PivotPatterns:
         moved.patterns, moved.is_finite = self.patterns.to(device), self.is_finite.to(device)
         return moved
 
-    def keep(self, pivots: PivotHeads, maps: Tensor) -> None:
+    def keep(self, pivots: PivotHeads, maps: Tensor, weights: LineWeights | None = None) -> None:
         """Cuts and keeps the patterns that this process's pivots of a layer give.
 
         Each covers gamma of its pivot's whole mass, and has the blocks that are always read.
@@ -190,13 +191,12 @@ class PivotPatterns:
         Args:
             pivots: Of the layer.
             maps: Their maps, in any scale, float32 `[S, n_q, n_k]`.
+            weights: By which these are smoothed first; None for exact ones.
         """
         if len(pivots.gamma):
-            given, reads = pivots.given, self.geometry.reads
-            _, is_finite = head_blocks(
-                maps, pivots.gamma, pivots.giver, out=self.patterns[given], **reads
-            )
-            self.is_finite[given] = is_finite
+            patterns, finite = self.patterns[pivots.given], self.is_finite[pivots.given]
+            options = {"weights": weights, "out": patterns, "finite": finite}
+            head_blocks(maps, pivots.gamma, pivots.giver, **options, **self.geometry.reads)
 
     def fill_in(self, pivots: PivotHeads, exchange: Exchange) -> None:
         """Fills in the patterns that other processes' pivots of a layer give."""
@@ -213,11 +213,6 @@ class PivotPatterns:
 
 class PlannedRule(LayerRule[PlannedLayer, PivotPatterns]):
     """Every head does what its plan says; a sharing head first checks its pivot's pattern."""
-
-    @cached_property
-    def _rows_to_copy(self) -> dict[Tensor, tuple[int, Tensor]]:
-        """For each layer's `shared`: query blocks, and `rows_to_copy` of them."""
-        return {}
 
     @cached_property
     def selectors(self) -> dict[int, SelectionPolicy]:
@@ -263,68 +258,34 @@ class PlannedRule(LayerRule[PlannedLayer, PivotPatterns]):
         """Room for the patterns of all pivots."""
         return PivotPatterns(geometry, len(self.pivot_patterns))
 
-    def rows_to_copy(self, layer: PlannedLayer, geometry: Geometry) -> Tensor:
-        """The rows of pivots' patterns that a layer copies, by their numbers in all patterns.
-
-        First those that its check looks at, pattern by pattern, where that is not all of them; then
-        all rows of its patterns. So one launch copies both. They are the same for every prompt of a
-        length: the last length's are kept.
-        """
-        n_q = geometry.shape[0]
-        kept = self._rows_to_copy.get(layer.shared)
-        if kept is None or kept[0] != n_q:
-            starts = layer.shared[:, None] * n_q
-            every = starts + torch.arange(n_q, device=starts.device)
-            parts = [every]
-            if len(geometry.checked) < n_q:
-                parts.insert(0, starts + geometry.checked)
-            kept = n_q, torch.cat([rows.flatten() for rows in parts])
-            self._rows_to_copy[layer.shared] = kept
-        return kept[1]
-
     def select(
         self, layer: PlannedLayer, pivots: PivotPatterns, inputs: LayerInputs, value: Tokens
     ) -> LayerSelection:
         """Pivots, then the check of the sharing heads, then the heads that choose themselves."""
-        patterns, checked, copied = _room(layer, inputs.geometry)
         heads, n_query, _ = inputs.query.shape
         # Tokens come first in memory, as the model reads it: its transposition is no copy then.
         output = inputs.query.new_empty((n_query, heads, value.shape[-1])).transpose(0, 1)
-        steps = _Steps(self, layer, pivots, inputs, patterns, checked)
+        shape, device = (layer.n_own, *inputs.geometry.shape), inputs.query.device
+        own = torch.empty(shape, dtype=torch.bool, device=device)
+        steps = _Steps(self, layer, pivots, inputs, own)
         steps.choose_pivots(value, output)
-        if len(layer.shared):
-            rows = self.rows_to_copy(layer, inputs.geometry)
-            torch.index_select(pivots.patterns.flatten(0, 1), 0, rows, out=copied)
         requested, coverage = steps.check()
+        read = requested[: layer.n_heads]
         for group in layer.own:
-            steps.choose(group, requested)
+            read = steps.choose(group, requested, read)
         if layer.sparse is not None:
-            requested = steps.choose_sparse(*layer.sparse, requested)
+            read = steps.choose_sparse(*layer.sparse, requested, read)
+        is_sharing = len(layer.shared) > 0
         return LayerSelection(
-            patterns=patterns,
-            head_to_pattern=steps.read(requested[: layer.n_heads]),
+            own=own,
+            head_to_pattern=read,
             output=output,
+            shared=pivots.patterns if is_sharing else None,
+            source=layer.shared if is_sharing else None,
             policy_taken=PolicyTaken(layer.by_head, layer.by_pattern, tuple(steps.is_finite)),
             overhead=tuple(steps.overhead),
             coverage=coverage,
         )
-
-
-def _room(layer: PlannedLayer, geometry: Geometry) -> tuple[Tensor, Tensor, Tensor]:
-    """Room for a layer's patterns, in front of which are the rows for its check.
-
-    Returns:
-        The patterns bool `[P, n_q, n_k]`; for each shared pattern the rows that the check looks at,
-        bool `[S, m, n_k]`; and all rows of either that are copied, bool `[R, n_k]`.
-    """
-    n_shared, n_checked = len(layer.shared), len(geometry.checked)
-    n_q, n_k = geometry.shape
-    ahead = n_shared * n_checked if n_checked < n_q else 0
-    n_rows = ahead + layer.n_patterns * n_q
-    rows = torch.empty((n_rows, n_k), dtype=torch.bool, device=geometry.device)
-    patterns = rows[ahead:].view(-1, n_q, n_k)
-    checked = rows[:ahead].view(-1, n_checked, n_k) if ahead else patterns[:n_shared]
-    return patterns, checked, rows[: ahead + n_shared * n_q]
 
 
 @dataclass(frozen=True, eq=False)
@@ -336,12 +297,9 @@ class _Steps:
         layer: The layer's plan.
         pivots: What pivots gave so far.
         inputs: Queries and keys.
-        patterns: Where patterns are written, bool `[P, n_q, n_k]`.
-        checked: The rows of shared patterns that the check looks at, bool `[S, m, n_k]`.
+        patterns: Where the layer's own patterns are written, bool `[O, n_q, n_k]`.
         overhead: What the steps cost.
         is_finite: As in `PolicyTaken`.
-        read_instead: For patterns that are not read everywhere, their rows, and what is read in
-            place of each, int64.
     """
 
     rule: PlannedRule
@@ -349,17 +307,17 @@ class _Steps:
     pivots: PivotPatterns
     inputs: LayerInputs
     patterns: Tensor
-    checked: Tensor
     overhead: list[Overhead] = field(default_factory=list)
     is_finite: list[tuple[int, Tensor]] = field(default_factory=list)
-    read_instead: list[tuple[slice, Tensor]] = field(default_factory=list)
 
     def choose_pivots(self, value: Tokens, output: Tensor) -> None:
         """Pivots' patterns: from sampled rows, or from all of them with the dense output."""
         layer, inputs, rows = self.layer, self.inputs, self.rule.plan.pivot_rows
         heads = layer.pivots.heads
         if len(heads) and rows:
-            self.pivots.keep(layer.pivots, self.rule.estimator.estimate(inputs, heads))
+            estimator = self.rule.estimator
+            maps = sampled_maps(inputs, heads, estimator.rows)
+            self.pivots.keep(layer.pivots, maps, estimator.weights)
             self.overhead.append(Overhead(heads, sampling_work(inputs, rows)))
         elif len(heads):
             dense, maps = pooled_attention(
@@ -390,81 +348,69 @@ class _Steps:
         layer, sharing, inputs = self.layer, self.layer.sharing, self.inputs
         if sharing is None:
             return layer.on_fail, None
-        rows = inputs.geometry.checked_rows(self.rule.plan.check_rows)
+        geometry, pivots = inputs.geometry, self.pivots
+        rows = geometry.checked_rows(self.rule.plan.check_rows)
         maps = sampled_maps(inputs, sharing.heads, rows)
-        mass = covered_mass(maps, self.checked, sharing.place_of_pattern)
-        is_finite = self.pivots.is_finite[sharing.pattern_of_head]
-        passed = (mass >= sharing.min_coverage) & is_finite
+        requested, mass, found = check_heads(
+            maps,
+            pivots.patterns,
+            sharing.pattern_of_head,
+            geometry.checked,
+            sharing.min_coverage,
+            pivots.is_finite,
+            layer.check_of,
+            layer.on_pass,
+            layer.on_fail,
+        )
         self.overhead.append(Overhead(sharing.heads, sampling_work(inputs, rows)))
-        requested = torch.where(passed[layer.check_of], layer.on_pass, layer.on_fail)
-        return requested, Coverage(sharing.heads, mass, is_finite)
+        return requested, Coverage(sharing.heads, mass, found)
 
-    def choose(self, group: OwnPatterns, requested: Tensor) -> Tensor:
+    def choose(self, group: OwnPatterns, requested: Tensor, read: Tensor) -> Tensor:
         """Patterns of heads that choose by themselves.
 
         Returns:
-            What each head of the group reads, int64 `[S]`.
+            `read`, what each head reads, with every causal block for heads of the group whose
+            patterns rest on NaN or Inf, int64 `[H]`.
         """
         inputs, geometry = self.inputs, self.inputs.geometry
         heads, out = requested[group.requested], self.patterns[group.rows]
         policy = self.rule.selectors[group.policy]
         if isinstance(policy, InPlacePolicy):
-            is_finite = policy.write(inputs, policy.estimate(inputs, heads), group.gamma, out)
+            is_finite = policy.write(inputs, heads, group.gamma, out)
             self.overhead.append(Overhead(heads, policy.work(inputs)))
             if policy.fills_nonfinite:
-                self.is_finite.append((group.rows.start, is_finite))
-                return group.pattern_ids
+                self.is_finite.append((group.first, is_finite))
+                return read
         else:
             chosen = policy.select(inputs, heads, group.gamma)
             check_pattern(policy, chosen.pattern, tuple(out.shape), out.device)
             torch.logical_or(chosen.pattern, geometry.always, out=out).logical_and_(geometry.causal)
             self.overhead.append(Overhead(heads, chosen.work))
             is_finite = _are_finite(inputs)[group.heads]
-        return self._read_if(is_finite, group, self.layer.dense_id)
+        return redirect_heads(read, is_finite, self.layer.dense_id, first=group.first)
 
-    def choose_sparse(self, slash: OwnPatterns, sampled: OwnPatterns, requested: Tensor) -> Tensor:
+    def choose_sparse(
+        self, slash: OwnPatterns, sampled: OwnPatterns, requested: Tensor, read: Tensor
+    ) -> Tensor:
         """Vertical-slash patterns for highly sparse heads, row-sampled ones for the others.
 
         Returns:
-            `requested`, without the heads that need no row-sampled pattern.
+            `read`, what each head reads, with row-sampled patterns for the others, int64 `[H]`.
         """
         inputs, geometry, heads = self.inputs, self.inputs.geometry, requested[slash.requested]
-        profile = profiles(inputs, heads)
+        profile, count = profiles(inputs, heads), len(slash.heads)
         vertical_slash_blocks(
             *profile, slash.gamma, out=self.patterns[slash.rows], **geometry.reads
         )
         self.overhead.append(Overhead(heads, profile_work(inputs)))
         # A distance that is not a number is above nothing: its head samples, and is found out then.
-        index = self.layer.no_index[: len(slash.heads)]
-        is_sparse = (
-            js_distances(profile[0][:, None], geometry.uniform, index) > self.rule.plan.delta
-        )
-        if self.layer.sharing is None:
-            requested = requested.clone()  # It is the plan's.
-        requested[sampled.requested][: len(slash.heads)].masked_fill_(is_sparse, -1)
-        read = self.choose(sampled, requested)
-        self._read_if(is_sparse, slash, read[: len(slash.heads)])
-        return requested
-
-    def _read_if(self, holds: Tensor, group: OwnPatterns, otherwise: Tensor) -> Tensor:
-        """Lets heads read their own patterns where something holds, bool `[S]`.
-
-        Returns:
-            What each head reads, int64 `[S]`.
-        """
-        read = torch.where(holds, group.pattern_ids, otherwise)
-        self.read_instead.append((group.rows, read))
-        return read
-
-    def read(self, wanted: Tensor) -> Tensor:
-        """What heads read in the end, where they want these patterns, int64 `[H]`."""
-        if not self.read_instead:
-            return wanted
-        ids, end, parts = self.layer.pattern_ids, 0, []
-        for rows, read in sorted(self.read_instead, key=lambda part: part[0].start):
-            parts += [ids[end : rows.start], read]
-            end = rows.stop
-        return torch.cat([*parts, ids[end:]])[wanted]
+        distances = js_distances(profile[0][:, None], geometry.uniform, self.layer.no_index[:count])
+        is_sparse = distances > self.rule.plan.delta
+        requested = requested.clone()  # It may be the plan's.
+        requested[sampled.requested][:count].masked_fill_(is_sparse, -1)
+        sampled_ids = sampled.pattern_ids[:count]
+        read = redirect_heads(read, is_sparse, sampled_ids, first=slash.first)
+        return self.choose(sampled, requested, read)
 
 
 def _are_finite(inputs: LayerInputs) -> Tensor:
@@ -524,8 +470,7 @@ class _LayerMaker:
             on_fail=self._integers(on_fail + self.requested),
             own=tuple(groups.values()),
             sparse=sparse,
-            n_patterns=n_patterns,
-            pattern_ids=self._integers([*range(n_patterns + 1), -1]),
+            n_own=n_patterns - len(self.shared),
             dense_id=self._integers([n_patterns]),
             no_index=self._integers([0] * len(self.heads)),
         )
@@ -549,8 +494,9 @@ class _LayerMaker:
         return groups
 
     def _group(self, code: int, chosen: Sequence[int]) -> OwnPatterns:
-        row, place = len(self.by_pattern), len(self.heads) + len(self.requested)
-        self.own[code] = {h: row + number for number, h in enumerate(chosen)}
+        first, place = len(self.by_pattern), len(self.heads) + len(self.requested)
+        self.own[code] = {h: first + number for number, h in enumerate(chosen)}
+        row = first - len(self.shared)
         self.by_pattern += [int(code)] * len(chosen)
         self.requested += chosen
         plans = [self.heads[h] for h in chosen]
@@ -560,7 +506,8 @@ class _LayerMaker:
             gamma=numbers(gamma, self.device),
             policy=int(code),
             rows=slice(row, row + len(chosen)),
-            pattern_ids=self._integers(range(row, row + len(chosen))),
+            first=first,
+            pattern_ids=self._integers(range(first, first + len(chosen))),
             requested=slice(place, place + len(chosen)),
         )
 
@@ -584,9 +531,6 @@ class _LayerMaker:
         return SharingHeads(
             heads=self._integers(self.sharing),
             pattern_of_head=self._integers(self._pivot_pattern(plan) for plan in plans),
-            place_of_pattern=self._integers(
-                self.shared.index(self._pivot_pattern(plan)) for plan in plans
-            ),
             min_coverage=numbers((plan.min_coverage for plan in plans), self.device),
         )
 

@@ -162,7 +162,7 @@ class SharePrefillRule(LayerRule[ClusteredLayer, ElectedPivots]):
         read = torch.where(passed, of_cluster, read)
         by_head = torch.where(is_pivot, int(Policy.PIVOT), int(Policy.VERTICAL_SLASH))
         return LayerSelection(
-            patterns=patterns,
+            own=patterns,
             head_to_pattern=torch.where(is_pivot, -1, read),
             output=output,
             policy_taken=PolicyTaken(by_head, layer.by_pattern),

@@ -19,9 +19,9 @@ import torch
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 from shareprefill.runtime.ops.pooled_attention import triton_kernel as pooled, triton as pooling
-from shareprefill.runtime.ops.block_selection.kernels import cover, head_threshold, lists
+from shareprefill.runtime.ops.block_selection.kernels import cover, head_threshold, heads, lists
 from shareprefill.runtime.ops.block_selection.kernels import head_threshold_large, measures
-from shareprefill.runtime.ops.block_selection.kernels import smoothing
+from shareprefill.runtime.ops.block_selection.kernels import smoothed_head, smoothing
 from shareprefill.runtime.ops.block_selection import triton as selection
 from shareprefill.runtime.ops.vertical_slash import triton_kernel as profiles, triton as profiling
 
@@ -31,8 +31,12 @@ generation = divmod(capability, 10)
 TYPES = {
     **dict.fromkeys(["p_q", "p_k", "p_v", "p_out"], "*" + dtype),
     **dict.fromkeys(["p_rows", "p_heads", "p_index", "p_head_to_list"], "*i64"),
-    **dict.fromkeys(["p_counts", "p_offsets", "p_listed", "p_indices", "p_table"], "*i32"),
-    **dict.fromkeys(["p_bitmap", "p_patterns", "p_columns", "p_distances", "p_finite"], "*u8"),
+    **dict.fromkeys(["p_counts", "p_offsets", "p_listed", "p_indices"], "*i32"),
+    **dict.fromkeys(["p_totals", "p_table"], "*i32"),
+    **dict.fromkeys(["p_bitmap", "p_shared", "p_patterns", "p_finite", "p_holds"], "*u8"),
+    **dict.fromkeys(["p_columns", "p_distances"], "*u8"),
+    **dict.fromkeys(["p_source", "p_check", "p_on_pass", "p_on_fail", "p_decided"], "*i64"),
+    **dict.fromkeys(["p_read", "p_otherwise", "p_pattern"], "*i64"),
     **dict.fromkeys(["scale_log2", "softcap_log2"], "fp32"),
     **dict.fromkeys(smoothing.smooth_kernel.arg_names[7:14], "fp32"),
 }
@@ -92,10 +96,20 @@ measure = {"ROWS": selection.MEASURE_ROWS, "CHUNK": selection.MEASURE_CHUNK}
 warps = launch(selection.MEASURE_OPTIONS)
 result["js"] = build(measures.js_kernel, measure, **warps)
 result["covered"] = build(measures.covered_kernel, measure, **warps)
+check = selection.CHECK_OPTIONS
+result["check"] = build(
+    heads.check_kernel, constants_of(check), {"p_found": "*u8"}, **launch(check)
+)
+result["redirect"] = build(
+    heads.redirect_kernel, {"ENTRIES": 128}, {"p_found": "*i64"}, num_warps=1
+)
 for indexed in (False, True):
     options = selection.HEAD_OPTIONS | {"HAS_INDEX": indexed}
     result[f"head {indexed}"] = build(
         head_threshold.head_kernel, constants_of(options), bits, **launch(options)
+    )
+    result[f"smoothed head {indexed}"] = build(
+        smoothed_head.smoothed_head_kernel, constants_of(options), bits, **launch(options)
     )
     numbers = {**bits, **dict.fromkeys(["p_peaks", "p_before", "p_after"], "*i32")}
     for name, is_first in (("total", False), ("narrow", True), ("narrow", False), ("mark", False)):

@@ -12,7 +12,7 @@ from shareprefill.runtime.ops.devices import device_of
 def test_only_another_gpu_is_made_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
     entered = []
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
-    monkeypatch.setattr(torch.cuda, "device_of", lambda tensor: entered.append(tensor.device))
+    monkeypatch.setattr(torch.cuda, "device", entered.append)
     for name in ("cpu", "cuda:1", "cuda:0"):
         device_of(cast(Any, SimpleNamespace(device=torch.device(name))))
     assert entered == [torch.device("cuda:0")]

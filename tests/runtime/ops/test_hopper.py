@@ -14,7 +14,11 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from shareprefill.runtime.ops.block_sparse_attention import hopper, reference
+from shareprefill.runtime.ops.block_sparse_attention import (
+    block_sparse_attention,
+    hopper,
+    reference,
+)
 from shareprefill.runtime.ops.blocks import BlockLists, causal_blocks, count_blocks
 from shareprefill.runtime.ops.hopper import launch
 
@@ -24,6 +28,12 @@ needs_hopper = pytest.mark.skipif(REFUSAL is not None, reason=f"the Hopper kerne
 # Relative to float64; about what rounding the weights and the output costs.
 TOLERANCE = {torch.bfloat16: 3e-3, torch.float16: 4e-4}
 SHARED_LIMIT = 232_448
+
+
+def attend(query, key, value, lists, scale, out, lse, softcap=None, sinks=None) -> None:
+    options = {"scale": scale, "softcap": softcap, "sinks": sinks, "out": out, "lse": lse}
+    block_sparse_attention(query, key, value, lists, **options, impl="hopper")
+
 
 # Kernels decorated under the interpreter cannot be compiled: a fresh process does it.
 COMPILE = """
@@ -207,7 +217,7 @@ def check(
     out.fill_(torch.nan)
     if lse is not None:
         lse.fill_(torch.nan)
-    hopper.attend(query, key, value, lists, scale, out, lse, softcap, sinks)
+    attend(query, key, value, lists, scale, out, lse, softcap, sinks)
     doubles = (tensor.double() for tensor in inputs)
     reference.attend(*doubles, lists, scale, exact, exact_lse, softcap, sinks)
     computed = lists.head_to_list >= 0
@@ -289,11 +299,11 @@ class TestOnHopper:
         lists = BlockLists.from_bitmap(bitmap, pattern, 128)
         out = torch.empty_like(query)
         expected = torch.empty_like(query)
-        hopper.attend(query, key, value, lists, 0.1, out, None)  # compiled before capture
+        attend(query, key, value, lists, 0.1, out, None)  # compiled before capture
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            hopper.attend(query, key, value, lists, 0.1, out, None)
+            attend(query, key, value, lists, 0.1, out, None)
         for density in (0.2, 0.7):
             chosen = bitmap & (torch.rand(bitmap.shape, device=DEVICE) < density)
             other = BlockLists.from_bitmap(chosen, pattern, 128, capacity=len(lists.indices))
@@ -301,7 +311,7 @@ class TestOnHopper:
             lists.indices.copy_(other.indices)
             out.fill_(torch.nan)
             graph.replay()
-            hopper.attend(query, key, value, other, 0.1, expected, None)
+            attend(query, key, value, other, 0.1, expected, None)
             assert torch.equal(out, expected)
 
     def test_streams_do_not_share_their_work(self) -> None:
@@ -313,7 +323,7 @@ class TestOnHopper:
         torch.cuda.synchronize()
         for place, out in enumerate(outs):
             with torch.cuda.stream(streams[place % 3]):
-                hopper.attend(*inputs, lists, 0.1, out, None)
+                attend(*inputs, lists, 0.1, out, None)
         torch.cuda.synchronize()
         for out in outs[1:]:
             assert torch.equal(out, outs[0])

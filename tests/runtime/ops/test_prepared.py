@@ -1,12 +1,18 @@
-"""What calls depend on, and how much of it is kept."""
+"""Launches that skip Triton's binding start the variant that Triton would have started."""
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
+import pytest
 import torch
 
 from shareprefill.runtime.ops.inputs import facts
 from shareprefill.runtime.ops.pages import PagedTokens
-from shareprefill.runtime.ops.prepared import Prepared
+from shareprefill.runtime.ops.prepared import Launch, Prepared
+
+DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="needs the triton package")
 
 
 def test_facts_tell_apart_what_a_launch_depends_on() -> None:
@@ -15,14 +21,6 @@ def test_facts_tell_apart_what_a_launch_depends_on() -> None:
     found = [facts(tensor), *map(facts, others)]
     assert len(set(found)) == len(found)
     assert facts(tensor) == facts(torch.ones(8, 8))
-
-
-def test_few_kinds_of_calls_are_kept() -> None:
-    calls = Prepared[int]()
-    for kind in range(5000):
-        assert calls.keep(kind, kind) == kind
-    assert len(calls) < 5000
-    assert calls[4999] == 4999
 
 
 def test_facts_of_pages_are_of_pool_and_table() -> None:
@@ -35,3 +33,70 @@ def test_facts_of_pages_are_of_pool_and_table() -> None:
         PagedTokens(pool.transpose(1, 2).contiguous().transpose(1, 2), table, 40),
     ):
         assert facts(other) != facts(tokens)
+
+
+def test_few_kinds_of_calls_are_kept() -> None:
+    calls = Prepared[int]()
+    for kind in range(5000):
+        assert calls.keep(kind, kind) == kind
+    assert len(calls) < 5000
+    assert calls[4999] == 4999
+
+
+def _copies(device: torch.device, count: int, factor: float) -> Launch:
+    from tests.support.copy_kernel import copy_kernel
+
+    return Launch(copy_kernel, device, (4,), (count, factor), {"BLOCK": 64, "num_warps": 1})
+
+
+@needs_triton
+def test_a_launch_writes_what_its_kernel_does() -> None:
+    source, target = torch.randn(200, device=DEVICE), torch.full((200,), torch.nan, device=DEVICE)
+    _copies(source.device, 199, 2.0)(source, target)
+    assert torch.equal(target[:199], 2 * source[:199])
+    assert target[199].isnan()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_launches_stay_right_as_addresses_change(dtype: torch.dtype) -> None:
+    # A count of 1 is a constant of its own to Triton, and 192 a multiple of 16.
+    for count in (192, 1, 199):
+        launch = _copies(DEVICE, count, 1.0)
+        for start in (0, 0, 1, 0, 3, 8, 0):
+            store = torch.randn(256 + 8, device=DEVICE).to(dtype)
+            source, target = store[start : start + 200], torch.full_like(store, torch.nan)
+            launch(source, target)
+            assert torch.equal(target[:count], source[:count])
+            assert target[count:].isnan().all()
+
+
+@pytest.mark.gpu
+def test_hooks_are_called_for_launches_that_are_bound() -> None:
+    from triton import knobs
+
+    source, target = torch.randn(200, device=DEVICE), torch.zeros(200, device=DEVICE)
+    launch, seen = _copies(DEVICE, 200, 1.0), []
+    launch(source, target)
+    knobs.runtime.launch_enter_hook.add(seen.append)
+    try:
+        launch(source, target)
+    finally:
+        knobs.runtime.launch_enter_hook.remove(seen.append)
+    assert len(seen) == 1
+    launch(source, target)
+    assert len(seen) == 1
+
+
+@pytest.mark.gpu
+def test_a_bound_launch_is_on_the_current_stream_and_in_a_graph() -> None:
+    source, target = torch.randn(200, device=DEVICE), torch.zeros(200, device=DEVICE)
+    launch = _copies(DEVICE, 200, 3.0)
+    launch(source, target)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        launch(source, target)
+    source.normal_()
+    target.fill_(torch.nan)
+    graph.replay()
+    assert torch.equal(target, 3 * source)

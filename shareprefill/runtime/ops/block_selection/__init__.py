@@ -1,10 +1,12 @@
 """Choice of blocks from block maps: smoothing, patterns, distances, coverage and block lists."""
 
 from shareprefill.runtime.ops.block_selection.api import (
+    check_heads,
     covered_mass,
     head_blocks,
     js_distances,
     list_blocks,
+    redirect_heads,
     select_blocks,
     smooth_maps,
     vertical_slash_blocks,
@@ -13,10 +15,12 @@ from shareprefill.runtime.ops.block_selection.weights import LineWeights
 
 __all__ = [
     "LineWeights",
+    "check_heads",
     "covered_mass",
     "head_blocks",
     "js_distances",
     "list_blocks",
+    "redirect_heads",
     "select_blocks",
     "smooth_maps",
     "vertical_slash_blocks",

@@ -1,13 +1,15 @@
 """Choice of blocks on the device: checks and choice of implementation.
 
-No function here waits for a CUDA device, and a new length compiles nothing.
+No function here waits for a CUDA device, and a new length compiles nothing. Calls alike are checked
+once: what they run is kept by all that they depend on but values.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import lru_cache
-from types import ModuleType
+import inspect
+from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
+from typing import Any
 
 import torch
 
@@ -16,13 +18,15 @@ from shareprefill.runtime.ops.block_selection import reference
 from shareprefill.runtime.ops.block_selection.weights import LineWeights
 from shareprefill.runtime.ops.blocks import BlockLists, count_blocks, count_causal_blocks
 from shareprefill.runtime.ops.dispatch import select_impl
-from shareprefill.runtime.ops.inputs import check_below, check_block_size, check_tensor
+from shareprefill.runtime.ops.inputs import check_below, check_block_size, check_tensor, facts
+from shareprefill.runtime.ops.prepared import Prepared
 
 IMPLS = ("reference", "triton")
 MAX_ENTRIES = 2**31 - 1
+# What calls run, by operator and kind.
+_calls = Prepared[Callable[..., Any]]()
 
 
-@torch.no_grad()
 def select_blocks(
     maps: torch.Tensor,
     gamma: torch.Tensor,
@@ -33,6 +37,7 @@ def select_blocks(
     sink_blocks: int = 0,
     local_blocks: int = 0,
     out: torch.Tensor | None = None,
+    finite: torch.Tensor | None = None,
     impl: str = "auto",
 ) -> torch.Tensor:
     """The smallest set of blocks of every row that covers gamma, and the blocks always read.
@@ -52,6 +57,8 @@ def select_blocks(
         local_blocks: trailing causal key blocks that every row reads: the one of its first token,
             `local_blocks - 1` before it, and those after it; 0: none of these.
         out: bool `[S, n_q, n_k]`, contiguous: where the result is written; None: a new tensor.
+        finite: bool `[S, n_q]`, contiguous: is written to be False where the sum of a row is NaN or
+            Inf, whose blocks may be any.
         impl: "auto" (Triton on CUDA, the reference elsewhere), "reference" or "triton".
 
     Returns:
@@ -60,28 +67,32 @@ def select_blocks(
     Raises:
         ConfigError: shapes, dtypes, devices or ranges do not belong together.
     """
-    n_q, n_k = _check_sizes(n_query, n_key, block_size, sink_blocks, local_blocks)
-    check_tensor("maps", maps, torch.float32, ("S", n_q, n_k), maps.device)
-    check_tensor("gamma", gamma, torch.float32, (len(maps),), maps.device)
-    _check_out(out, maps.shape, maps.device)
-    module = _implementation(impl, maps)
-    return module.select_blocks(
-        maps, gamma, n_query, n_key, block_size, sink_blocks, local_blocks, out
-    )
+    sizes = (n_query, n_key, block_size, sink_blocks, local_blocks)
+    call = ("select", facts(maps), facts(gamma), facts(out), facts(finite), sizes, impl)
+    run = _calls.get(call)
+    if run is None:
+        n_q, n_k = _check_sizes(*sizes)
+        check_tensor("maps", maps, torch.float32, ("S", n_q, n_k), maps.device)
+        check_tensor("gamma", gamma, torch.float32, (len(maps),), maps.device)
+        _check_out("out", out, maps.shape, maps.device)
+        _check_out("finite", finite, maps.shape[:2], maps.device)
+        run = _calls.keep(call, _prepare("select_blocks", impl, (maps, gamma), *sizes))
+    return run(maps, gamma, out=out, finite=finite)
 
 
-@torch.no_grad()
 def head_blocks(
     maps: torch.Tensor,
     gamma: torch.Tensor,
     index: torch.Tensor | None = None,
     *,
+    weights: LineWeights | None = None,
     n_query: int,
     n_key: int,
     block_size: int,
     sink_blocks: int = 0,
     local_blocks: int = 0,
     out: torch.Tensor | None = None,
+    finite: torch.Tensor | None = None,
     impl: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The blocks of every map at or above one threshold, and the blocks always read.
@@ -102,12 +113,14 @@ def head_blocks(
         gamma: float32 `[P]`, share of the map's mass that each pattern covers.
         index: int64 `[P]`, the map of each pattern; below 0: none, and only what is always read is
             taken. On CUDA its range is not checked. None: P is S, and each has its own.
+        weights: by which maps are first smoothed, as by `smooth_maps`; None: they are not.
         n_query: query rows, in tokens; query row i is at position `n_key - n_query + i`.
         n_key: keys, in tokens.
         block_size: tokens in a block.
         sink_blocks: as in `select_blocks`.
         local_blocks: as in `select_blocks`.
         out: bool `[P, n_q, n_k]`, as in `select_blocks`.
+        finite: bool `[P]`, contiguous: where `is_finite` is written; None: a new tensor.
         impl: as in `select_blocks`.
 
     Returns:
@@ -122,20 +135,27 @@ def head_blocks(
     tensor([[[ True, False],
              [ True, False]]])
     """
-    n_q, n_k = _check_sizes(n_query, n_key, block_size, sink_blocks, local_blocks)
-    check_tensor("maps", maps, torch.float32, ("S", n_q, n_k), maps.device)
+    sizes = (n_query, n_key, block_size, sink_blocks, local_blocks)
+    places = (facts(index), facts(out), facts(finite))
+    call = ("head", facts(maps), facts(gamma), places, weights, sizes, impl)
+    run = _calls.get(call)
+    if run is None:
+        n_q, n_k = _check_sizes(*sizes)
+        check_tensor("maps", maps, torch.float32, ("S", n_q, n_k), maps.device)
+        if index is not None:
+            check_tensor("index", index, torch.int64, ("P",), maps.device)
+        n_patterns = len(maps) if index is None else len(index)
+        check_tensor("gamma", gamma, torch.float32, (n_patterns,), maps.device)
+        _check_out("out", out, (n_patterns, n_q, n_k), maps.device)
+        _check_out("finite", finite, (n_patterns,), maps.device)
+        run = _calls.keep(
+            call, _prepare("head_blocks", impl, (maps, gamma, index), weights, *sizes)
+        )
     if index is not None:
-        check_tensor("index", index, torch.int64, ("P",), maps.device, below=len(maps))
-    n_patterns = len(maps) if index is None else len(index)
-    check_tensor("gamma", gamma, torch.float32, (n_patterns,), maps.device)
-    _check_out(out, (n_patterns, n_q, n_k), maps.device)
-    module = _implementation(impl, maps)
-    return module.head_blocks(
-        maps, gamma, index, n_query, n_key, block_size, sink_blocks, local_blocks, out
-    )
+        check_below("index", index, len(maps))
+    return run(maps, gamma, index, out=out, finite=finite)
 
 
-@torch.no_grad()
 def smooth_maps(
     maps: torch.Tensor,
     weights: LineWeights,
@@ -165,12 +185,16 @@ def smooth_maps(
     Raises:
         ConfigError: shapes, dtypes, devices or ranges do not belong together.
     """
-    n_q, n_k = _check_sizes(n_query, n_key, block_size)
-    check_tensor("maps", maps, torch.float32, ("S", n_q, n_k), maps.device)
-    return _implementation(impl, maps).smooth_maps(maps, weights, n_query, n_key, block_size)
+    call = ("smooth", facts(maps), weights, n_query, n_key, block_size, impl)
+    run = _calls.get(call)
+    if run is None:
+        n_q, n_k = _check_sizes(n_query, n_key, block_size)
+        check_tensor("maps", maps, torch.float32, ("S", n_q, n_k), maps.device)
+        options = (weights, n_query, n_key, block_size)
+        run = _calls.keep(call, _prepare("smooth_maps", impl, (maps,), *options))
+    return run(maps)
 
 
-@torch.no_grad()
 def vertical_slash_blocks(
     vertical: torch.Tensor,
     slash: torch.Tensor,
@@ -182,13 +206,15 @@ def vertical_slash_blocks(
     sink_blocks: int = 0,
     local_blocks: int = 0,
     out: torch.Tensor | None = None,
+    finite: torch.Tensor | None = None,
     impl: str = "auto",
 ) -> torch.Tensor:
     """Key blocks and block diagonals that each cover gamma of the last rows' attention.
 
     A chosen key block is read by all query blocks; a chosen distance by the blocks that lie at it
     from the first or from the last row of a query block. After MInference (arXiv 2407.02490,
-    section 3.2) and FlexPrefill (arXiv 2502.20766, section 4.2), in blocks.
+    section 3.2) and FlexPrefill (arXiv 2502.20766, section 4.2), in blocks. Where the masses by key
+    block sum to NaN or Inf, every causal block is taken.
 
     Args:
         vertical: float32 `[S, n_k]`, mass by key block (see `vertical_slash_profile`).
@@ -200,6 +226,7 @@ def vertical_slash_blocks(
         sink_blocks: as in `select_blocks`.
         local_blocks: as in `select_blocks`.
         out: as in `select_blocks`.
+        finite: bool `[S]`, contiguous: is written to be False where that is so.
         impl: as in `select_blocks`.
 
     Returns:
@@ -208,19 +235,23 @@ def vertical_slash_blocks(
     Raises:
         ConfigError: shapes, dtypes, devices or ranges do not belong together.
     """
-    n_q, n_k = _check_sizes(n_query, n_key, block_size, sink_blocks, local_blocks)
-    n_patterns, device = len(vertical), vertical.device
-    check_tensor("vertical", vertical, torch.float32, ("S", n_k), device)
-    check_tensor("slash", slash, torch.float32, (n_patterns, n_k + 1), device)
-    check_tensor("gamma", gamma, torch.float32, (n_patterns,), device)
-    _check_out(out, (n_patterns, n_q, n_k), device)
-    module = _implementation(impl, vertical)
-    return module.vertical_slash_blocks(
-        vertical, slash, gamma, n_query, n_key, block_size, sink_blocks, local_blocks, out
-    )
+    sizes = (n_query, n_key, block_size, sink_blocks, local_blocks)
+    masses = (facts(vertical), facts(slash), facts(gamma))
+    call = ("vertical-slash", masses, facts(out), facts(finite), sizes, impl)
+    run = _calls.get(call)
+    if run is None:
+        n_q, n_k = _check_sizes(*sizes)
+        n_patterns, device = len(vertical), vertical.device
+        check_tensor("vertical", vertical, torch.float32, ("S", n_k), device)
+        check_tensor("slash", slash, torch.float32, (n_patterns, n_k + 1), device)
+        check_tensor("gamma", gamma, torch.float32, (n_patterns,), device)
+        _check_out("out", out, (n_patterns, n_q, n_k), device)
+        _check_out("finite", finite, (n_patterns,), device)
+        samples = (vertical, slash, gamma)
+        run = _calls.keep(call, _prepare("vertical_slash_blocks", impl, samples, *sizes))
+    return run(vertical, slash, gamma, out=out, finite=finite)
 
 
-@torch.no_grad()
 def js_distances(
     maps: torch.Tensor, pivots: torch.Tensor, index: torch.Tensor, *, impl: str = "auto"
 ) -> torch.Tensor:
@@ -242,14 +273,18 @@ def js_distances(
     Raises:
         ConfigError: shapes, dtypes, devices or ranges do not belong together.
     """
-    device = maps.device
-    check_tensor("maps", maps, torch.float32, ("S", "n_q", "n_k"), device)
-    check_tensor("pivots", pivots, torch.float32, ("P", *maps.shape[1:]), device)
-    check_tensor("index", index, torch.int64, (len(maps),), device, below=len(pivots))
-    return _implementation(impl, maps).js_distances(maps, pivots, index)
+    call = ("js", facts(maps), facts(pivots), facts(index), impl)
+    run = _calls.get(call)
+    if run is None:
+        device = maps.device
+        check_tensor("maps", maps, torch.float32, ("S", "n_q", "n_k"), device)
+        check_tensor("pivots", pivots, torch.float32, ("P", *maps.shape[1:]), device)
+        check_tensor("index", index, torch.int64, (len(maps),), device)
+        run = _calls.keep(call, _prepare("js_distances", impl, (maps, pivots, index)))
+    check_below("index", index, len(pivots))
+    return run(maps, pivots, index)
 
 
-@torch.no_grad()
 def covered_mass(
     maps: torch.Tensor, patterns: torch.Tensor, index: torch.Tensor, *, impl: str = "auto"
 ) -> torch.Tensor:
@@ -270,14 +305,114 @@ def covered_mass(
     Raises:
         ConfigError: shapes, dtypes, devices or ranges do not belong together.
     """
-    device = maps.device
-    check_tensor("maps", maps, torch.float32, ("S", "n_q", "n_k"), device)
-    check_tensor("patterns", patterns, torch.bool, ("P", *maps.shape[1:]), device)
-    check_tensor("index", index, torch.int64, (len(maps),), device, below=len(patterns))
-    return _implementation(impl, maps).covered_mass(maps, patterns, index)
+    call = ("covered", facts(maps), facts(patterns), facts(index), impl)
+    run = _calls.get(call)
+    if run is None:
+        device = maps.device
+        check_tensor("maps", maps, torch.float32, ("S", "n_q", "n_k"), device)
+        check_tensor("patterns", patterns, torch.bool, ("P", *maps.shape[1:]), device)
+        check_tensor("index", index, torch.int64, (len(maps),), device)
+        run = _calls.keep(call, _prepare("covered_mass", impl, (maps, patterns, index)))
+    check_below("index", index, len(patterns))
+    return run(maps, patterns, index)
 
 
-@torch.no_grad()
+def check_heads(
+    maps: torch.Tensor,
+    patterns: torch.Tensor,
+    pattern_of_head: torch.Tensor,
+    rows: torch.Tensor,
+    least: torch.Tensor,
+    is_finite: torch.Tensor,
+    check_of: torch.Tensor,
+    on_pass: torch.Tensor,
+    on_fail: torch.Tensor,
+    *,
+    impl: str = "auto",
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Checks heads against patterns, and decides by it what they read.
+
+    A check passes where enough of a head's attention lies inside its pattern (`covered_mass`), and
+    the pattern rests on numbers. Every entry is one number where the check of its head passes, and
+    another where it fails.
+
+    Args:
+        maps: float32 `[S, m, n_k]`, block distributions of some query blocks of each checked head.
+        patterns: bool `[N, n_q, n_k]`.
+        pattern_of_head: int64 `[S]`, the pattern of each. On CUDA its range is not checked, like
+            those of `rows` and `check_of`.
+        rows: int64 `[m]`, the row of a pattern that each row of a map is.
+        least: float32 `[S]`, mass inside the pattern from which on a check passes.
+        is_finite: bool `[N]`, whether patterns rest on numbers.
+        check_of: int64 `[T]`, the check of every entry.
+        on_pass: int64 `[T]`, the entry where it passes.
+        on_fail: int64 `[T]`, the entry where it fails.
+        impl: as in `select_blocks`.
+
+    Returns:
+        `(decided, mass, found)`: int64 `[T]`, the entries; float32 `[S]`, the mass of each check;
+        and bool `[S]`, `is_finite` of its pattern.
+
+    Raises:
+        ConfigError: shapes, dtypes, devices or ranges do not belong together.
+    """
+    heads = (maps, patterns, pattern_of_head, rows, least, is_finite)
+    tensors = (*heads, check_of, on_pass, on_fail)
+    call = ("check", *map(facts, tensors), impl)
+    run = _calls.get(call)
+    if run is None:
+        device, (n_checks, n_rows, n_k) = maps.device, maps.shape
+        check_tensor("maps", maps, torch.float32, ("S", "m", "n_k"), device)
+        check_tensor("patterns", patterns, torch.bool, ("N", "n_q", n_k), device)
+        check_tensor("pattern_of_head", pattern_of_head, torch.int64, (n_checks,), device)
+        check_tensor("rows", rows, torch.int64, (n_rows,), device)
+        check_tensor("least", least, torch.float32, (n_checks,), device)
+        check_tensor("is_finite", is_finite, torch.bool, (len(patterns),), device)
+        for name, tensor in (("check_of", check_of), ("on_pass", on_pass), ("on_fail", on_fail)):
+            check_tensor(name, tensor, torch.int64, (len(check_of),), device)
+        run = _calls.keep(call, _prepare("check_heads", impl, tensors))
+    check_below("pattern_of_head", pattern_of_head, len(patterns))
+    return run(*tensors)
+
+
+def redirect_heads(
+    read: torch.Tensor,
+    holds: torch.Tensor,
+    otherwise: torch.Tensor,
+    *,
+    first: int,
+    impl: str = "auto",
+) -> torch.Tensor:
+    """Lets heads that read some patterns read others where flags of these are not all set.
+
+    >>> read, holds = torch.tensor([4, 5, 0]), torch.tensor([True, False])
+    >>> redirect_heads(read, holds, torch.tensor([9]), first=4)
+    tensor([4, 9, 0])
+
+    Args:
+        read: int64 `[H]`, the pattern that every head reads.
+        holds: bool `[S, ...]`, flags of the patterns `first .. first + S - 1`.
+        otherwise: int64 `[S]`, what is read in place of each; or `[1]`, for all of them.
+        first: the first of these patterns.
+        impl: as in `select_blocks`.
+
+    Returns:
+        int64 `[H]`.
+
+    Raises:
+        ConfigError: shapes, dtypes or devices do not belong together.
+    """
+    call = ("redirect", facts(read), facts(holds), facts(otherwise), first, impl)
+    run = _calls.get(call)
+    if run is None:
+        check_tensor("read", read, torch.int64, ("H",), read.device)
+        check_tensor("holds", holds, torch.bool, ("S", *holds.shape[1:]), read.device)
+        n_otherwise = 1 if len(otherwise) == 1 else len(holds)
+        check_tensor("otherwise", otherwise, torch.int64, (n_otherwise,), read.device)
+        run = _calls.keep(call, _prepare("redirect_heads", impl, (read, holds, otherwise), first))
+    return run(read, holds, otherwise)
+
+
 def list_blocks(
     bitmap: torch.Tensor,
     head_to_list: torch.Tensor,
@@ -286,6 +421,8 @@ def list_blocks(
     n_query: int,
     n_key: int,
     max_density: float | None = None,
+    shared: torch.Tensor | None = None,
+    source: torch.Tensor | None = None,
     impl: str = "auto",
 ) -> BlockLists:
     """Lists of the causal set entries of a bitmap, without waiting for the device.
@@ -305,6 +442,9 @@ def list_blocks(
         n_query: query rows, in tokens; query row i is at position `n_key - n_query + i`.
         n_key: keys, in tokens.
         max_density: share of the causal blocks, in (0, 1], that a pattern may have; None: any.
+        shared: bool `[N, n_q, n_k]`, contiguous: patterns of another bitmap; None for none.
+        source: int64 `[S]`, numbers of those of them that come first, before the bitmap's: P is S
+            more then. On CUDA the range is not checked.
         impl: as in `select_blocks`.
 
     Returns:
@@ -314,8 +454,42 @@ def list_blocks(
         ConfigError: shapes, dtypes, devices or ranges do not belong together, or there is no room
             for the bound in 32-bit offsets.
     """
+    sizes, patterns = (n_query, n_key, block_size), (facts(bitmap), facts(shared), facts(source))
+    call = ("list", patterns, facts(head_to_list), sizes, max_density, impl)
+    run = _calls.get(call)
+    if run is None:
+        tensors = (bitmap, head_to_list, shared, source)
+        max_blocks = _check_lists(*tensors, *sizes, max_density)
+        run = _calls.keep(call, _prepare("list_blocks", impl, tensors, *sizes, max_blocks))
+    n_patterns = len(bitmap) + (0 if source is None else len(source))
+    check_below("head_to_list", head_to_list, n_patterns + (max_density is not None))
+    return run(bitmap, head_to_list, shared, source)
+
+
+def _check_lists(
+    bitmap: torch.Tensor,
+    head_to_list: torch.Tensor,
+    shared: torch.Tensor | None,
+    source: torch.Tensor | None,
+    n_query: int,
+    n_key: int,
+    block_size: int,
+    max_density: float | None,
+) -> int | None:
+    """Refuse patterns and heads that do not belong together.
+
+    Returns:
+        The blocks that a pattern may have; None: any.
+    """
     n_q, n_k = _check_sizes(n_query, n_key, block_size)
     check_tensor("bitmap", bitmap, torch.bool, ("P", n_q, n_k), bitmap.device)
+    if (shared is None) != (source is None):
+        raise ConfigError("give shared and source, or neither")
+    n_patterns = len(bitmap)
+    if shared is not None and source is not None:
+        check_tensor("shared", shared, torch.bool, ("N", n_q, n_k), bitmap.device)
+        check_tensor("source", source, torch.int64, ("S",), bitmap.device, below=len(shared))
+        n_patterns += len(source)
     if (
         head_to_list.ndim != 1
         or head_to_list.dtype.is_floating_point
@@ -326,8 +500,6 @@ def list_blocks(
             f"got {head_to_list.dtype} of shape {tuple(head_to_list.shape)} "
             f"on {head_to_list.device}"
         )
-    n_lists = len(bitmap) + (max_density is not None)
-    check_below("head_to_list", head_to_list, n_lists)
     most = count_causal_blocks(n_query, n_key - n_query, block_size)
     max_blocks = None
     if max_density is not None:
@@ -335,14 +507,13 @@ def list_blocks(
             raise ConfigError(f"max_density must lie in (0, 1], got {max_density}")
         max_blocks = int(max_density * most)
     each, dense = (most, 0) if max_blocks is None else (max_blocks, most)
-    capacity = max(1, min(len(bitmap), len(head_to_list)) * each + dense)
+    capacity = max(1, min(n_patterns, len(head_to_list)) * each + dense)
     if capacity > MAX_ENTRIES:
         raise ConfigError(
-            f"{len(bitmap)} patterns of up to {each} blocks need {capacity} list entries, and "
+            f"{n_patterns} patterns of up to {each} blocks need {capacity} list entries, and "
             f"offsets hold {MAX_ENTRIES}; lower max_density or list fewer patterns at once"
         )
-    module = _implementation(impl, bitmap)
-    return module.list_blocks(bitmap, head_to_list, n_query, n_key, block_size, max_blocks)
+    return max_blocks
 
 
 @lru_cache(maxsize=64)
@@ -364,17 +535,34 @@ def _check_sizes(
     return count_blocks(n_query, block_size), count_blocks(n_key, block_size)
 
 
-def _check_out(out: torch.Tensor | None, shape: Sequence[int], device: torch.device) -> None:
-    """Refuse a place for patterns that is not a contiguous bool tensor of this shape."""
-    if out is not None:
-        check_tensor("out", out, torch.bool, shape, device)
-        if not out.is_contiguous():
-            raise ConfigError(f"out must be contiguous, got strides {out.stride()}")
+def _check_out(
+    name: str, place: torch.Tensor | None, shape: Sequence[int], device: torch.device
+) -> None:
+    """Refuse a place for results that is not a contiguous bool tensor of this shape."""
+    if place is not None:
+        check_tensor(name, place, torch.bool, shape, device)
+        if not place.is_contiguous():
+            raise ConfigError(f"{name} must be contiguous, got strides {place.stride()}")
 
 
-def _implementation(impl: str, tensor: torch.Tensor) -> ModuleType:
-    if select_impl(impl, IMPLS, tensor, "reference") == "reference":
-        return reference
+def _prepare(
+    name: str, impl: str, tensors: tuple[torch.Tensor | None, ...], *options: Any
+) -> Callable[..., Any]:
+    """What calls of an operator run that are like this one.
+
+    Args:
+        name: The operator's function in an implementation.
+        impl: As the operator was asked for.
+        tensors: Of one call.
+        options: What follows them.
+    """
+    first = tensors[0]
+    assert first is not None
+    if select_impl(impl, IMPLS, first, "reference") == "reference":
+        function = getattr(reference, name)
+        names = inspect.signature(function).parameters
+        given = dict(zip([*names][len(tensors) :], options, strict=False))
+        return torch.no_grad()(partial(function, **given))
     from shareprefill.runtime.ops.block_selection import triton
 
-    return triton
+    return getattr(triton, name)(*tensors, *options)

@@ -30,10 +30,14 @@ def select_blocks(
     sink_blocks: int,
     local_blocks: int,
     out: torch.Tensor | None,
+    finite: torch.Tensor | None,
 ) -> torch.Tensor:
     """Arguments as in the operator of this name."""
     causal = causal_blocks(n_query, n_key - n_query, block_size, device=maps.device)
-    chosen = _smallest_cover(maps.masked_fill(~causal, 0.0), gamma[:, None])
+    maps = maps.masked_fill(~causal, 0.0)
+    if finite is not None:
+        finite.copy_(maps.sum(-1).isfinite())
+    chosen = _smallest_cover(maps, gamma[:, None])
     return _written(chosen, n_query, n_key, block_size, sink_blocks, local_blocks, out)
 
 
@@ -41,15 +45,19 @@ def head_blocks(
     maps: torch.Tensor,
     gamma: torch.Tensor,
     index: torch.Tensor | None,
+    weights: LineWeights | None,
     n_query: int,
     n_key: int,
     block_size: int,
     sink_blocks: int,
     local_blocks: int,
     out: torch.Tensor | None,
+    finite: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Arguments as in the operator of this name."""
     causal = causal_blocks(n_query, n_key - n_query, block_size, device=maps.device)
+    if weights is not None:
+        maps = smooth_along_lines(maps, weights, causal)
     maps = maps.masked_fill(~causal, 0.0)
     if index is not None:
         # One map of zeros stands for none.
@@ -57,7 +65,7 @@ def head_blocks(
     is_finite = maps.sum((1, 2)).isfinite()
     chosen = blocks_above_threshold(maps, gamma).logical_or_(~is_finite[:, None, None])
     pattern = _written(chosen, n_query, n_key, block_size, sink_blocks, local_blocks, out)
-    return pattern, is_finite
+    return pattern, is_finite if finite is None else finite.copy_(is_finite)
 
 
 def blocks_above_threshold(maps: torch.Tensor, gamma: torch.Tensor) -> torch.Tensor:
@@ -95,8 +103,12 @@ def vertical_slash_blocks(
     sink_blocks: int,
     local_blocks: int,
     out: torch.Tensor | None,
+    finite: torch.Tensor | None,
 ) -> torch.Tensor:
     """Arguments as in the operator of this name."""
+    is_finite = vertical.sum(-1).isfinite()
+    if finite is not None:
+        finite.copy_(is_finite)
     diagonals = block_diagonals(n_query, n_key - n_query, block_size, device=vertical.device)
     columns = torch.arange(vertical.shape[1], device=vertical.device)
     distances = _smallest_cover(slash, gamma)
@@ -104,6 +116,7 @@ def vertical_slash_blocks(
     for diagonal in diagonals:
         distance = diagonal[:, None] - columns[None, :]
         chosen |= distances[:, distance.clamp(min=0)] & (distance >= 0)
+    chosen.logical_or_(~is_finite[:, None, None])
     return _written(chosen, n_query, n_key, block_size, sink_blocks, local_blocks, out)
 
 
@@ -129,15 +142,47 @@ def covered_mass(maps: torch.Tensor, patterns: torch.Tensor, index: torch.Tensor
     return covered.clamp_(max=1)
 
 
+def check_heads(
+    maps: torch.Tensor,
+    patterns: torch.Tensor,
+    pattern_of_head: torch.Tensor,
+    rows: torch.Tensor,
+    least: torch.Tensor,
+    is_finite: torch.Tensor,
+    check_of: torch.Tensor,
+    on_pass: torch.Tensor,
+    on_fail: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Arguments as in the operator of this name."""
+    mass = covered_mass(maps, patterns[:, rows], pattern_of_head)
+    found = is_finite[pattern_of_head]
+    passed = (mass >= least) & found
+    return torch.where(passed[check_of], on_pass, on_fail), mass, found
+
+
+def redirect_heads(
+    read: torch.Tensor, holds: torch.Tensor, otherwise: torch.Tensor, first: int
+) -> torch.Tensor:
+    """Arguments as in the operator of this name."""
+    numbers = torch.arange(first, first + len(holds), device=read.device)
+    is_away = (read[:, None] == numbers) & ~holds.view(*holds.shape, 1).flatten(1).all(1)
+    away = (is_away * otherwise.expand(len(holds))).sum(1)
+    return torch.where(is_away.any(1), away, read)
+
+
 def list_blocks(
     bitmap: torch.Tensor,
     head_to_list: torch.Tensor,
+    shared: torch.Tensor | None,
+    source: torch.Tensor | None,
     n_query: int,
     n_key: int,
     block_size: int,
     max_blocks: int | None,
 ) -> BlockLists:
     """Arguments as in the operator of this name; `max_blocks` is what `max_density` stands for."""
+    if shared is not None and source is not None:
+        bitmap = torch.cat([shared[source], bitmap])
     n_patterns, offset = len(bitmap), n_key - n_query
     causal = causal_blocks(n_query, offset, block_size, device=bitmap.device)
     numbers = torch.arange(n_patterns, device=bitmap.device)

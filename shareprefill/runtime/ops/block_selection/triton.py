@@ -1,7 +1,13 @@
-"""Launches of the Triton kernels of selection; nothing waits for the device."""
+"""Launches of the Triton kernels of selection; nothing waits for the device.
+
+A function prepares the calls of an operator that are alike, by tensors of one of them. What it
+returns takes such tensors and launches.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import astuple
 from functools import lru_cache
 from typing import Any
 
@@ -19,17 +25,19 @@ from shareprefill.runtime.ops.block_selection.kernels.head_threshold_large impor
     narrow_kernel,
     total_kernel,
 )
+from shareprefill.runtime.ops.block_selection.kernels.heads import check_kernel, redirect_kernel
 from shareprefill.runtime.ops.block_selection.kernels.lists import (
     count_kernel,
     offsets_kernel,
     write_kernel,
 )
 from shareprefill.runtime.ops.block_selection.kernels.measures import covered_kernel, js_kernel
+from shareprefill.runtime.ops.block_selection.kernels.smoothed_head import smoothed_head_kernel
 from shareprefill.runtime.ops.block_selection.kernels.smoothing import lines_kernel, smooth_kernel
 from shareprefill.runtime.ops.block_selection.reference import ROUNDING, SHIFT, SPAN
 from shareprefill.runtime.ops.block_selection.weights import LineWeights
 from shareprefill.runtime.ops.blocks import BlockLists, count_causal_blocks
-from shareprefill.runtime.ops.devices import device_of
+from shareprefill.runtime.ops.prepared import Launch
 
 # Entries of a row that a program holds at a time. Fixed, so that no length compiles a kernel anew.
 CHUNK = 256
@@ -38,6 +46,8 @@ LIST_CHUNK = 512
 # tokens it takes all rows of one, and nothing is left to add up.
 MEASURE_ROWS, MEASURE_CHUNK = 32, 128
 MEASURE_ENTRIES = 2**16
+# Rows of a tile of the check before sharing: as many as it has query blocks.
+CHECK_ROWS = 16
 # A tile of the search for a map's threshold, and tiles whose loads go out together: 8192 entries,
 # without which one program alone does not use its share of the L2 cache's bandwidth. Larger tiles
 # of as many warps spill registers.
@@ -46,6 +56,8 @@ HEAD_ROWS, HEAD_CHUNK, HEAD_UNROLL = 64, 64, 2
 # in more launches. A launch sums at or above so many thresholds; so many strips are added up at a
 # time.
 LARGE_MAP = 2**18
+# Maps of so many entries, those of 16K tokens, are smoothed by the program that searches them.
+SMALL_MAP = 2**14
 STRIP_ROWS, STRIP_CHUNK = 16, 256
 CANDIDATES, STRIPS = 8, 128
 # Tiles of the sums over lines and of the smoothed maps.
@@ -75,6 +87,13 @@ STRIP_OPTIONS: dict[str, Any] = HEAD_OPTIONS | {
 SUM_OPTIONS: dict[str, Any] = {"ROWS": LINE_ROWS, "LINES": LINES, "num_warps": 4}
 SMOOTH_OPTIONS: dict[str, Any] = {"ROWS": SMOOTH_ROWS, "CHUNK": SMOOTH_CHUNK, "num_warps": 4}
 LIST_OPTIONS: dict[str, Any] = {"CHUNK": LIST_CHUNK, "num_warps": 1}
+HEADS_OPTIONS: dict[str, Any] = {"ENTRIES": 128, "num_warps": 1}
+CHECK_OPTIONS: dict[str, Any] = {
+    "ENTRIES": 128,
+    "ROWS": CHECK_ROWS,
+    "CHUNK": MEASURE_CHUNK,
+    "num_warps": 8,
+}
 OFFSET_OPTIONS: dict[str, Any] = {"PATTERNS": OFFSET_PATTERNS, "ROWS": OFFSET_ROWS, "num_warps": 4}
 
 
@@ -86,138 +105,174 @@ def _count_steps(width: int) -> int:
 N_STEPS = _count_steps(SPAN)
 
 
+Tensor = torch.Tensor
+
+
 def select_blocks(
-    maps: torch.Tensor,
-    gamma: torch.Tensor,
+    maps: Tensor,
+    gamma: Tensor,
     n_query: int,
     n_key: int,
     block_size: int,
     sink_blocks: int,
     local_blocks: int,
-    out: torch.Tensor | None,
-) -> torch.Tensor:
+) -> Callable[..., Tensor]:
     """One launch; arguments as in the operator of this name."""
-    maps, gamma = maps.contiguous(), gamma.contiguous()
-    n_maps, n_q, n_k = maps.shape
-    chosen = _pattern((n_maps, n_q, n_k), maps, out)
-    if n_maps:
-        with device_of(maps):
-            select_kernel[(n_maps * n_q,)](
-                maps,
-                gamma,
-                chosen.view(torch.uint8),
-                n_q,
-                n_k,
-                n_query,
-                n_key - n_query,
-                block_size,
-                sink_blocks,
-                local_blocks,
-                **COVER_OPTIONS,
-            )
-    return chosen
+    (n_maps, n_q, n_k), device = maps.shape, maps.device
+    numbers = (n_q, n_k, n_query, n_key - n_query, block_size, sink_blocks, local_blocks)
+    select = Launch(select_kernel, device, (n_maps * n_q,), numbers, COVER_OPTIONS)
+
+    def run(maps: Tensor, gamma: Tensor, out: Tensor | None, finite: Tensor | None) -> Tensor:
+        chosen = _room((n_maps, n_q, n_k), torch.bool, device, out)
+        finite = _room((n_maps, n_q), torch.bool, device, finite)
+        if n_maps:
+            select(maps.contiguous(), gamma.contiguous(), chosen, finite)
+        return chosen
+
+    return run
 
 
 def head_blocks(
-    maps: torch.Tensor,
-    gamma: torch.Tensor,
-    index: torch.Tensor | None,
+    maps: Tensor,
+    gamma: Tensor,
+    index: Tensor | None,
+    weights: LineWeights | None,
     n_query: int,
     n_key: int,
     block_size: int,
     sink_blocks: int,
     local_blocks: int,
-    out: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """One launch, or for large maps nine; arguments as in the operator of this name."""
-    maps, gamma = maps.contiguous(), gamma.contiguous()
-    n_patterns, (n_q, n_k) = len(gamma), maps.shape[1:]
-    chosen = _pattern((n_patterns, n_q, n_k), maps, out)
-    is_finite = torch.empty(n_patterns, dtype=torch.bool, device=maps.device)
-    has_index: dict[str, Any] = {"HAS_INDEX": index is not None}
-    inputs = (maps, gamma, gamma if index is None else index.contiguous())
-    results = (chosen.view(torch.uint8), is_finite.view(torch.uint8))
-    reach, always = _reach(n_query, n_key, block_size), (sink_blocks, local_blocks)
-    if n_patterns:
-        with device_of(maps):
-            if n_q * n_k >= LARGE_MAP:
-                _search_in_strips(inputs, results, reach, always, STRIP_OPTIONS | has_index)
-            else:
-                if maps.is_cuda:  # the interpreter compiles nothing
-                    _compile_strips(maps.device, index is not None)
-                head_kernel[(n_patterns,)](
-                    *(*inputs, *results, n_q, n_k, *reach, *always),
-                    **(HEAD_OPTIONS | has_index),
-                )
-    return chosen, is_finite
+) -> Callable[..., tuple[Tensor, Tensor]]:
+    """One launch, or for large maps ten; arguments as in the operator of this name.
+
+    With weights of whole lines it is one more.
+    """
+    n_patterns, (n_q, n_k), device = len(gamma), maps.shape[1:], maps.device
+    sizes = (n_q, n_k, *_reach(n_query, n_key, block_size))
+    always, has_index = (sink_blocks, local_blocks), index is not None
+    smooth: Callable[..., Tensor] | None = None
+    search: Callable[..., None]
+    if n_q * n_k >= LARGE_MAP:
+        search = _search_in_strips(device, n_patterns, sizes, always, has_index)
+    else:
+        if device.type == "cuda":  # the interpreter compiles nothing
+            _compile_strips(device, has_index)
+        options = HEAD_OPTIONS | {"HAS_INDEX": has_index}
+        search = Launch(head_kernel, device, (n_patterns,), (*sizes, *always), options)
+    if weights is not None:
+        if n_q * n_k <= SMALL_MAP:
+            search = _smooth_and_search(maps, n_patterns, sizes, always, weights, has_index)
+        else:
+            smooth = smooth_maps(maps, weights, n_query, n_key, block_size)
+
+    def run(
+        maps: Tensor,
+        gamma: Tensor,
+        index: Tensor | None,
+        out: Tensor | None,
+        finite: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        chosen = _room((n_patterns, n_q, n_k), torch.bool, device, out)
+        finite = _room((n_patterns,), torch.bool, device, finite)
+        if n_patterns:
+            maps = maps.contiguous() if smooth is None else smooth(maps)
+            gamma = gamma.contiguous()
+            # Without an index the kernels do not touch it.
+            index = gamma if index is None else index.contiguous()
+            search(maps, gamma, index, chosen, finite)
+        return chosen, finite
+
+    return run
+
+
+def _smooth_and_search(
+    maps: Tensor,
+    n_patterns: int,
+    sizes: tuple[int, int, int, int],
+    always: tuple[int, int],
+    weights: LineWeights,
+    has_index: bool,
+) -> Callable[..., None]:
+    """What `smooth_maps` and `head_kernel` do, in one launch, or two with sums over lines."""
+    (n_maps, n_q, n_k), device = maps.shape, maps.device
+    if device.type == "cuda":
+        _compile_steps(device, has_index)
+    sum_lines, n_diagonals = _sum_lines(n_maps, n_q, n_k, sizes[3], weights, device)
+    numbers = (*sizes, *always, n_diagonals, *_factors(weights))
+    options = HEAD_OPTIONS | {"HAS_INDEX": has_index}
+    smooth = Launch(smoothed_head_kernel, device, (n_patterns,), numbers, options)
+
+    def search(maps: Tensor, gamma: Tensor, index: Tensor, chosen: Tensor, finite: Tensor) -> None:
+        smoothed = maps.new_empty((n_patterns, n_q, n_k))
+        smooth(maps, sum_lines(maps), gamma, index, smoothed, chosen, finite)
+
+    return search
 
 
 @lru_cache(maxsize=64)
 def _compile_strips(device: torch.device, has_index: bool) -> None:
     """Searches a map of one entry: the first long prompt then finds its kernels compiled."""
-    maps, gamma = (
-        torch.ones((1, 1, 1), device=device, dtype=torch.float32),
-        torch.ones(1, device=device, dtype=torch.float32),
-    )
-    index = torch.zeros(1, dtype=torch.int64, device=device) if has_index else gamma
-    results = (
-        torch.empty_like(maps, dtype=torch.uint8),
-        torch.empty(1, dtype=torch.uint8, device=device),
-    )
-    options = STRIP_OPTIONS | {"HAS_INDEX": has_index}
-    _search_in_strips((maps, gamma, index), results, (0, 0), (0, 0), options)
+    _search_one_entry(_search_in_strips(device, 1, (1, 1, 0, 0), (0, 0), has_index), device)
+
+
+@lru_cache(maxsize=64)
+def _compile_steps(device: torch.device, has_index: bool) -> None:
+    """Smooths and searches a map of one entry in launches of their own, likewise."""
+    options = HEAD_OPTIONS | {"HAS_INDEX": has_index}
+    _search_one_entry(Launch(head_kernel, device, (1,), (1, 1, 0, 0, 0, 0), options), device)
+    maps = torch.ones((1, 1, 1), device=device)
+    smooth_maps(maps, LineWeights(itself=1.0, column=1.0), 1, 1, 1)(maps)
+
+
+def _search_one_entry(search: Callable[..., None], device: torch.device) -> None:
+    maps = torch.ones((1, 1, 1), device=device)
+    index = torch.zeros(1, dtype=torch.int64, device=device)
+    chosen = torch.empty((1, 1, 1), dtype=torch.bool, device=device)
+    finite = torch.empty(1, dtype=torch.bool, device=device)
+    search(maps, torch.ones(1, device=device), index, chosen, finite)
 
 
 def _search_in_strips(
-    inputs: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-    results: tuple[torch.Tensor, torch.Tensor],
-    reach: tuple[int, int],
+    device: torch.device,
+    n_patterns: int,
+    sizes: tuple[int, int, int, int],
     always: tuple[int, int],
-    options: dict[str, Any],
-) -> None:
+    has_index: bool,
+) -> Callable[..., None]:
     """What `head_kernel` does, by a program for every strip of rows, in a launch for every step."""
-    maps, gamma, index = inputs
-    n_patterns, (n_q, n_k) = len(gamma), maps.shape[1:]
+    n_q, n_k, first, reach = sizes
     n_strips = triton.cdiv(n_q, STRIP_ROWS)
-    sizes, grid = (n_q, n_k, reach[1], n_strips), (n_strips, n_patterns)
-    totals = maps.new_empty((n_patterns, n_strips))
-    peaks = torch.empty_like(totals, dtype=torch.int32)
-    # A step reads what the one before it has written.
-    sums = maps.new_empty((2, n_patterns, CANDIDATES, n_strips))
-    # Both begin at 16 bytes: Triton compiles kernels anew for other addresses.
-    intervals = [
-        torch.empty((n_patterns, 2), dtype=torch.int32, device=maps.device) for _ in range(2)
-    ]
-    total_kernel[grid](maps, index, totals, peaks, *sizes, **_taken(total_kernel, options))
-    new = 0
-    for step in range(N_STEPS):
-        old, new = new, 1 - new
-        is_first: dict[str, Any] = {"IS_FIRST": step == 0}
-        narrow_kernel[grid](
-            *inputs,
-            totals,
-            peaks,
-            intervals[old],
-            intervals[new],
-            sums[old],
-            sums[new],
-            *sizes,
-            **(options | is_first),
-        )
-    mark_kernel[grid](
-        *inputs,
-        totals,
-        peaks,
-        intervals[new],
-        sums[new],
-        *results,
-        n_q,
-        n_k,
-        *reach,
-        n_strips,
-        *always,
-        **_taken(mark_kernel, options),
+    grid, numbers = (n_strips, n_patterns), (n_q, n_k, reach, n_strips)
+    options = STRIP_OPTIONS | {"HAS_INDEX": has_index}
+
+    def launch(kernel: triton.JITFunction, numbers: tuple[int, ...], **further: Any) -> Launch:
+        return Launch(kernel, device, grid, numbers, _taken(kernel, options | further))
+
+    total = launch(total_kernel, numbers)
+    begin, narrow = (
+        launch(narrow_kernel, numbers, IS_FIRST=is_first) for is_first in (True, False)
     )
+    mark = launch(mark_kernel, (n_q, n_k, first, reach, n_strips, *always))
+
+    def search(maps: Tensor, gamma: Tensor, index: Tensor, chosen: Tensor, finite: Tensor) -> None:
+        inputs = (maps, gamma, index)
+        totals = maps.new_empty((n_patterns, n_strips))
+        peaks = torch.empty_like(totals, dtype=torch.int32)
+        # A step reads what the one before it has written.
+        sums = maps.new_empty((2, n_patterns, CANDIDATES, n_strips)).unbind(0)
+        # Both begin at 16 bytes: Triton compiles kernels anew for other addresses.
+        intervals = [
+            torch.empty((n_patterns, 2), dtype=torch.int32, device=device) for _ in range(2)
+        ]
+        total(maps, index, totals, peaks)
+        new = 0
+        for step in range(N_STEPS):
+            old, new = new, 1 - new
+            places = (intervals[old], intervals[new], sums[old], sums[new])
+            (narrow if step else begin)(*inputs, totals, peaks, *places)
+        mark(*inputs, totals, peaks, intervals[new], sums[new], chosen, finite)
+
+    return search
 
 
 def _taken(kernel: triton.JITFunction, options: dict[str, Any]) -> dict[str, Any]:
@@ -227,200 +282,243 @@ def _taken(kernel: triton.JITFunction, options: dict[str, Any]) -> dict[str, Any
 
 
 def vertical_slash_blocks(
-    vertical: torch.Tensor,
-    slash: torch.Tensor,
-    gamma: torch.Tensor,
+    vertical: Tensor,
+    slash: Tensor,
+    gamma: Tensor,
     n_query: int,
     n_key: int,
     block_size: int,
     sink_blocks: int,
     local_blocks: int,
-    out: torch.Tensor | None,
-) -> torch.Tensor:
+) -> Callable[..., Tensor]:
     """Two launches; arguments as in the operator of this name."""
-    vertical, slash, gamma = vertical.contiguous(), slash.contiguous(), gamma.contiguous()
-    n_heads, n_k = vertical.shape
+    (n_heads, n_k), device = vertical.shape, vertical.device
     n_q = triton.cdiv(n_query, block_size)
-    columns = torch.empty((n_heads, n_k), dtype=torch.uint8, device=vertical.device)
-    distances = torch.empty((n_heads, n_k + 1), dtype=torch.uint8, device=vertical.device)
-    chosen = _pattern((n_heads, n_q, n_k), vertical, out)
-    if n_heads:
-        with device_of(vertical):
-            cover_profiles_kernel[(2 * n_heads,)](
-                vertical,
-                slash,
-                gamma,
-                columns,
-                distances,
-                n_k,
-                **COVER_OPTIONS,
-            )
-            vertical_slash_kernel[(n_heads * n_q,)](
-                columns,
-                distances,
-                chosen.view(torch.uint8),
-                n_q,
-                n_k,
-                n_query,
-                n_key - n_query,
-                block_size,
-                sink_blocks,
-                local_blocks,
-                **LINE_OPTIONS,
-            )
-    return chosen
+    cover = Launch(cover_profiles_kernel, device, (2 * n_heads,), (n_k,), COVER_OPTIONS)
+    numbers = (n_q, n_k, n_query, n_key - n_query, block_size, sink_blocks, local_blocks)
+    draw = Launch(vertical_slash_kernel, device, (n_heads * n_q,), numbers, LINE_OPTIONS)
+
+    def run(
+        vertical: Tensor, slash: Tensor, gamma: Tensor, out: Tensor | None, finite: Tensor | None
+    ) -> Tensor:
+        chosen = _room((n_heads, n_q, n_k), torch.bool, device, out)
+        finite = _room((n_heads,), torch.bool, device, finite)
+        if n_heads:
+            columns = torch.empty((n_heads, n_k), dtype=torch.uint8, device=device)
+            distances = torch.empty((n_heads, n_k + 1), dtype=torch.uint8, device=device)
+            masses = vertical.contiguous(), slash.contiguous(), gamma.contiguous()
+            cover(*masses, columns, distances, finite)
+            draw(columns, distances, finite, chosen)
+        return chosen
+
+    return run
 
 
-def js_distances(maps: torch.Tensor, pivots: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+def js_distances(maps: Tensor, pivots: Tensor, index: Tensor) -> Callable[..., Tensor]:
     """One launch, or two for long maps; arguments as in the operator of this name."""
-    return _measure(js_kernel, maps, pivots.contiguous(), index)
+    measure, n_parts = _measure(js_kernel, maps)
+
+    def run(maps: Tensor, pivots: Tensor, index: Tensor) -> Tensor:
+        parts = measure(maps, pivots.contiguous(), index.contiguous())
+        return parts.view(-1) if n_parts == 1 else parts.sum(1)
+
+    return run
 
 
-def covered_mass(maps: torch.Tensor, patterns: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+def covered_mass(maps: Tensor, patterns: Tensor, index: Tensor) -> Callable[..., Tensor]:
     """One launch, or three for long maps; arguments as in the operator of this name."""
-    found = _measure(covered_kernel, maps, patterns.contiguous().view(torch.uint8), index)
-    return found if _parts(*maps.shape[1:])[0] == 1 else found.clamp_(max=1)
+    measure, n_parts = _measure(covered_kernel, maps)
+
+    def run(maps: Tensor, patterns: Tensor, index: Tensor) -> Tensor:
+        parts = measure(maps, patterns.contiguous(), index.contiguous())
+        return parts.view(-1) if n_parts == 1 else parts.sum(1).clamp_(max=1)
+
+    return run
+
+
+def _measure(kernel: triton.JITFunction, maps: Tensor) -> tuple[Callable[..., Tensor], int]:
+    """What `kernel` finds of each map in each of its programs, and how many share one."""
+    n_maps, n_q, n_k = maps.shape
+    n_rows = max(1, MEASURE_ENTRIES // n_k)
+    n_parts = triton.cdiv(n_q, n_rows)
+    launch = Launch(kernel, maps.device, (n_parts, n_maps), (n_q, n_k, n_rows), MEASURE_OPTIONS)
+
+    def run(maps: Tensor, partners: Tensor, index: Tensor) -> Tensor:
+        parts = maps.new_empty((n_maps, n_parts))
+        if n_maps:
+            launch(maps.contiguous(), partners, index, parts)
+        return parts
+
+    return run, n_parts
+
+
+def check_heads(
+    maps: Tensor,
+    patterns: Tensor,
+    pattern_of_head: Tensor,
+    rows: Tensor,
+    least: Tensor,
+    is_finite: Tensor,
+    check_of: Tensor,
+    on_pass: Tensor,
+    on_fail: Tensor,
+) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+    """One launch; arguments as in the operator of this name."""
+    (n_checks, n_rows, n_k), device = maps.shape, maps.device
+    n_entries = len(check_of)
+    numbers = (n_rows, n_k, patterns.shape[1], n_entries)
+    check = Launch(check_kernel, device, (n_checks,), numbers, CHECK_OPTIONS)
+
+    def run(*inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        decided = torch.empty(n_entries, dtype=torch.int64, device=device)
+        mass = torch.empty(n_checks, dtype=torch.float32, device=device)
+        found = torch.empty(n_checks, dtype=torch.bool, device=device)
+        if n_checks:
+            check(*(tensor.contiguous() for tensor in inputs), mass, decided, found)
+        return decided, mass, found
+
+    return run
+
+
+def redirect_heads(
+    read: Tensor, holds: Tensor, otherwise: Tensor, first: int
+) -> Callable[..., Tensor]:
+    """One launch; arguments as in the operator of this name."""
+    n_heads, n_patterns, device = len(read), len(holds), read.device
+    n_flags = holds[0].numel() if n_patterns else 0
+    numbers = (n_patterns, n_flags, first, int(len(otherwise) > 1))
+    redirect = Launch(redirect_kernel, device, (n_heads,), numbers, HEADS_OPTIONS)
+
+    def run(read: Tensor, holds: Tensor, otherwise: Tensor) -> Tensor:
+        found = torch.empty_like(read)
+        if n_heads:
+            redirect(read.contiguous(), holds.contiguous(), otherwise.contiguous(), found)
+        return found
+
+    return run
 
 
 def list_blocks(
-    bitmap: torch.Tensor,
-    head_to_list: torch.Tensor,
+    bitmap: Tensor,
+    head_to_list: Tensor,
+    shared: Tensor | None,
+    source: Tensor | None,
     n_query: int,
     n_key: int,
     block_size: int,
     max_blocks: int | None,
-) -> BlockLists:
+) -> Callable[..., BlockLists]:
     """Three launches; `max_blocks` is what `max_density` of the operator stands for."""
-    bitmap, head_to_list = bitmap.contiguous().view(torch.uint8), head_to_list.contiguous()
-    n_patterns, n_q, n_k = bitmap.shape
-    n_heads, offset = len(head_to_list), n_key - n_query
-    most = count_causal_blocks(n_query, offset, block_size)
-    n_used = min(n_patterns, n_heads)
+    n_own, n_q, n_k = bitmap.shape
+    n_shared = 0 if source is None else len(source)
+    n_patterns, n_heads, device = n_shared + n_own, len(head_to_list), bitmap.device
+    most = count_causal_blocks(n_query, n_key - n_query, block_size)
+    n_used, n_lists = min(n_patterns, n_heads), n_patterns + (max_blocks is not None)
     capacity = n_used * most if max_blocks is None else n_used * max_blocks + most
-    n_lists = n_patterns + (max_blocks is not None)
-    numbers = {"dtype": torch.int32, "device": bitmap.device}
-    offsets = torch.empty(n_lists * n_q + 1, **numbers)
-    indices = torch.empty(max(1, capacity), **numbers)
-    listed = torch.empty(n_heads, **numbers)
-    if not n_lists or not n_heads:
-        return BlockLists(offsets.zero_(), indices, listed.fill_(-1), n_q, n_k, block_size)
-    counts = torch.empty(max(1, n_patterns * n_q), **numbers)
-    heads: dict[str, Any] = {"HEADS": triton.next_power_of_2(n_heads)}
-    bound: dict[str, Any] = {"HAS_BOUND": max_blocks is not None}
-    geometry = (n_query, offset, block_size)
-    with device_of(bitmap):
+    numbers = {"dtype": torch.int32, "device": device}
+    heads = {"HEADS": triton.next_power_of_2(max(1, n_heads))}
+    bound = {"HAS_BOUND": max_blocks is not None}
+    geometry = (n_query, n_key - n_query, block_size)
+    count = Launch(
+        count_kernel,
+        device,
+        (n_patterns * n_q,),
+        (n_shared, n_q, n_k, n_heads, *geometry),
+        LIST_OPTIONS | heads,
+    )
+    lay_out = Launch(
+        offsets_kernel,
+        device,
+        (n_lists,),
+        (n_patterns, n_q, n_heads, *geometry, max_blocks or 0),
+        OFFSET_OPTIONS | heads | bound,
+    )
+    write = Launch(
+        write_kernel,
+        device,
+        (n_lists * n_q,),
+        (n_patterns, n_shared, n_q, n_k, *geometry),
+        LIST_OPTIONS,
+    )
+
+    def run(
+        bitmap: Tensor, head_to_list: Tensor, shared: Tensor | None, source: Tensor | None
+    ) -> BlockLists:
+        offsets = torch.empty(n_lists * n_q + 1, **numbers)
+        indices = torch.empty(max(1, capacity), **numbers)
+        listed = torch.empty(n_heads, **numbers)
+        if not n_lists or not n_heads:
+            return BlockLists(offsets.zero_(), indices, listed.fill_(-1), n_q, n_k, block_size)
+        counts = torch.empty(max(1, n_patterns * n_q), **numbers)
+        totals = torch.empty(n_lists + 1, **numbers)
+        bitmap, head_to_list = bitmap.contiguous(), head_to_list.contiguous()
+        if shared is None or source is None or not n_shared:
+            # The kernels do not touch them.
+            shared, source = bitmap, head_to_list
+        patterns = (bitmap, shared.contiguous(), source.contiguous())
         if n_patterns:
-            count_kernel[(n_patterns * n_q,)](
-                bitmap,
-                head_to_list,
-                counts,
-                n_q,
-                n_k,
-                n_heads,
-                *geometry,
-                **(LIST_OPTIONS | heads),
-            )
-        offsets_kernel[(n_lists,)](
-            counts,
-            head_to_list,
-            offsets,
-            listed,
-            n_patterns,
-            n_q,
-            n_heads,
-            *geometry,
-            0 if max_blocks is None else max_blocks,
-            **(OFFSET_OPTIONS | heads | bound),
-        )
-        write_kernel[(n_lists * n_q,)](
-            bitmap,
-            offsets,
-            indices,
-            n_patterns,
-            n_q,
-            n_k,
-            *geometry,
-            **LIST_OPTIONS,
-        )
-    return BlockLists(offsets, indices, listed, n_q, n_k, block_size)
+            count(*patterns, head_to_list, counts)
+        lay_out(counts, head_to_list, offsets, listed, totals)
+        write(*patterns, offsets, indices)
+        return BlockLists(offsets, indices, listed, n_q, n_k, block_size, totals)
+
+    return run
 
 
 def smooth_maps(
-    maps: torch.Tensor, weights: LineWeights, n_query: int, n_key: int, block_size: int
-) -> torch.Tensor:
+    maps: Tensor, weights: LineWeights, n_query: int, n_key: int, block_size: int
+) -> Callable[[Tensor], Tensor]:
     """Two launches; arguments as in the operator of this name."""
-    maps = maps.contiguous()
-    n_maps, n_q, n_k = maps.shape
-    smoothed = torch.empty_like(maps)
-    if not n_maps:
-        return smoothed
+    (n_maps, n_q, n_k), device = maps.shape, maps.device
     _, reach = _reach(n_query, n_key, block_size)
+    sum_lines, n_diagonals = _sum_lines(n_maps, n_q, n_k, reach, weights, device)
+    n_tiles = triton.cdiv(n_q, SMOOTH_ROWS) * triton.cdiv(n_k, SMOOTH_CHUNK)
+    numbers = (n_q, n_k, reach, n_diagonals, *_factors(weights))
+    smooth = Launch(smooth_kernel, device, (n_tiles, n_maps), numbers, SMOOTH_OPTIONS)
+
+    def run(maps: Tensor) -> Tensor:
+        maps = maps.contiguous()
+        smoothed = torch.empty_like(maps)
+        if n_maps:
+            smooth(maps, sum_lines(maps), smoothed)
+        return smoothed
+
+    return run
+
+
+def _sum_lines(
+    n_maps: int, n_q: int, n_k: int, reach: int, weights: LineWeights, device: torch.device
+) -> tuple[Callable[[Tensor], Tensor], int]:
+    """Means over the lines of maps that weights ask for, and how many diagonals have them."""
     # Block diagonals with a causal entry: from the last row's first block to the first row's last.
     n_diagonals = n_q + min(reach, n_k - 1)
-    has_lines = weights.column > 0 or weights.diagonal > 0
-    # Without sums over lines the second kernel does not touch it.
-    means = maps.new_empty((n_maps, n_diagonals + n_k)) if has_lines else maps
-    sizes = (n_q, n_k, reach, n_diagonals)
-    with device_of(maps):
-        if has_lines:
-            n_columns = n_k if weights.column > 0 else 0
-            n_strips = triton.cdiv(n_diagonals, LINES) + triton.cdiv(n_columns, LINES)
-            lines_kernel[(n_strips, n_maps)](maps, means, *sizes, **SUM_OPTIONS)
-        n_tiles = triton.cdiv(n_q, SMOOTH_ROWS) * triton.cdiv(n_k, SMOOTH_CHUNK)
-        smooth_kernel[(n_tiles, n_maps)](
-            maps,
-            means,
-            smoothed,
-            *sizes,
-            # Whole numbers would be types of their own, and compile the kernel anew.
-            float(weights.itself),
-            float(weights.vertical1),
-            float(weights.diagonal1),
-            float(weights.vertical2),
-            float(weights.diagonal2),
-            float(weights.column),
-            float(weights.diagonal),
-            **SMOOTH_OPTIONS,
-        )
-    return smoothed
+    n_columns = n_k if weights.column > 0 else 0
+    n_strips = triton.cdiv(n_diagonals, LINES) + triton.cdiv(n_columns, LINES)
+    sizes, has_lines = (n_q, n_k, reach, n_diagonals), weights.column > 0 or weights.diagonal > 0
+    launch = Launch(lines_kernel, device, (n_strips, n_maps), sizes, SUM_OPTIONS)
+
+    def run(maps: Tensor) -> Tensor:
+        if not has_lines:
+            return maps  # Kernels do not touch it then.
+        means = maps.new_empty((n_maps, n_diagonals + n_k))
+        launch(maps, means)
+        return means
+
+    return run, n_diagonals
 
 
-def _pattern(
-    shape: tuple[int, int, int], like: torch.Tensor, out: torch.Tensor | None
-) -> torch.Tensor:
-    return torch.empty(shape, dtype=torch.bool, device=like.device) if out is None else out
+def _factors(weights: LineWeights) -> tuple[float, ...]:
+    """Weights as a kernel takes them: whole numbers would be types of their own to it."""
+    return tuple(float(weight) for weight in astuple(weights))
+
+
+def _room(
+    shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, given: Tensor | None
+) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device=device) if given is None else given
 
 
 def _reach(n_query: int, n_key: int, block_size: int) -> tuple[int, int]:
     """Key blocks of the first and of the last row of a whole first query block."""
     offset = n_key - n_query
     return offset // block_size, (offset + block_size - 1) // block_size
-
-
-def _parts(n_q: int, n_k: int) -> tuple[int, int]:
-    """Programs of a measured map, and rows of each."""
-    n_rows = max(1, MEASURE_ENTRIES // n_k)
-    return triton.cdiv(n_q, n_rows), n_rows
-
-
-def _measure(
-    kernel: triton.JITFunction, maps: torch.Tensor, partners: torch.Tensor, index: torch.Tensor
-) -> torch.Tensor:
-    """What `kernel` finds for each map, put together where several programs share one."""
-    maps, index = maps.contiguous(), index.contiguous()
-    n_maps, n_q, n_k = maps.shape
-    n_parts, n_rows = _parts(n_q, n_k)
-    parts = maps.new_empty((n_maps, n_parts))
-    if n_maps:
-        with device_of(maps):
-            kernel[(n_parts, n_maps)](
-                maps,
-                partners,
-                index,
-                parts,
-                n_q,
-                n_k,
-                n_rows,
-                **MEASURE_OPTIONS,
-            )
-    return parts.view(-1) if n_parts == 1 else parts.sum(1)

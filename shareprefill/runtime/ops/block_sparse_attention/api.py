@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
 
 from shareprefill.errors import ConfigError
 from shareprefill.runtime.ops.block_sparse_attention import blockwise, reference
 from shareprefill.runtime.ops.blocks import BlockLists, count_blocks
-from shareprefill.runtime.ops.dispatch import select_attention, within_reach
+from shareprefill.runtime.ops.dispatch import on_gathered, select_attention, within_reach
 from shareprefill.runtime.ops.inputs import (
     check_attention_inputs,
     check_tensor,
+    facts,
+    lie_alike,
     unit_last_stride,
 )
-from shareprefill.runtime.ops.pages import Tokens
+from shareprefill.runtime.ops.pages import PagedTokens, Tokens
+from shareprefill.runtime.ops.prepared import Prepared
+
+# What calls run, by all that they depend on but values.
+_calls = Prepared[Callable[..., Any]]()
 
 
-@torch.no_grad()
 def block_sparse_attention(
     query: torch.Tensor,
     key: Tokens,
@@ -65,13 +72,44 @@ def block_sparse_attention(
         ConfigError: shapes, dtypes, devices or lists do not belong together.
         UnsupportedError: the requested implementation cannot run here.
     """
+    if lists.device.type == "cpu":
+        lists.validate()
+    tensors = (query, key, value, sinks, out, lse, lists.head_to_list)
+    alike = isinstance(key, PagedTokens) and lie_alike(key, value)
+    sizes = (lists.n_q, lists.n_k, lists.block_size)
+    call = (*map(facts, tensors), alike, *sizes, scale, softcap, impl)
+    attend = _calls.get(call)
+    if attend is None:
+        inputs = (query, key, value, lists, out, lse, sinks)
+        attend = _calls.keep(call, _prepare(*inputs, scale, softcap, impl))
+    if out is None:
+        out = _new_output(query, value, lists)
+    if lse is not None:
+        lse.fill_(-torch.inf)
+    query, key, value = unit_last_stride(query), unit_last_stride(key), unit_last_stride(value)
+    sinks = None if sinks is None else sinks.detach().float().contiguous()
+    attend(query, key, value, lists, out=out, lse=lse, sinks=sinks)
+    return out
+
+
+def _prepare(
+    query: torch.Tensor,
+    key: Tokens,
+    value: Tokens,
+    lists: BlockLists,
+    out: torch.Tensor | None,
+    lse: torch.Tensor | None,
+    sinks: torch.Tensor | None,
+    scale: float | None,
+    softcap: float | None,
+    impl: str,
+) -> Callable[..., None]:
+    """Checks a call and chooses what it runs, and those that are alike with it."""
     scale = check_attention_inputs(query, key, value, scale=scale, softcap=softcap, sinks=sinks)
     _check_lists(query, key, lists)
     impl = select_attention(impl, query, key, value, lists.block_size)
     shape = (query.shape[0], query.shape[1], value.shape[2])
-    if out is None:
-        out = _new_output(query, shape, lists)
-    else:
+    if out is not None:
         check_tensor("out", out, query.dtype, shape, query.device)
         if out.stride(-1) != 1:
             raise ConfigError(f"out must have a contiguous last dim, got strides {out.stride()}")
@@ -79,25 +117,38 @@ def block_sparse_attention(
         check_tensor("lse", lse, torch.float32, shape[:2], query.device)
         if not lse.is_contiguous():
             raise ConfigError(f"lse must be contiguous, got strides {lse.stride()}")
-        lse.fill_(-torch.inf)
     query, key, value = unit_last_stride(query), unit_last_stride(key), unit_last_stride(value)
-    key, value = within_reach(impl, key, value)
-    sinks = None if sinks is None else sinks.detach().float().contiguous()
-    _attend_function(impl)(query, key, value, lists, scale, out, lse, softcap, sinks)
-    return out
+    read = within_reach(impl, key, value)
+    attend = _prepared(impl, query, read[0], read[1], lists, out, lse, sinks, scale, softcap)
+    return attend if read[0] is key else on_gathered(attend)
 
 
-def _attend_function(impl: str) -> Callable[..., None]:
-    """The `attend` of an implementation; those that need more than torch are imported here."""
-    if impl == "triton":
-        from shareprefill.runtime.ops.block_sparse_attention import triton
-
-        return triton.attend
+def _prepared(
+    impl: str,
+    query: torch.Tensor,
+    key: Tokens,
+    value: Tokens,
+    lists: BlockLists,
+    out: torch.Tensor | None,
+    lse: torch.Tensor | None,
+    sinks: torch.Tensor | None,
+    scale: float,
+    softcap: float | None,
+) -> Callable[..., None]:
+    """What an implementation runs, for keys and values as it reads them."""
+    if impl in ("reference", "blockwise"):
+        attend = reference.attend if impl == "reference" else blockwise.attend
+        return torch.no_grad()(partial(attend, scale=scale, softcap=softcap))
+    shape = (query.shape[0], query.shape[1], value.shape[2])
+    out = torch.empty(shape, device="meta") if out is None else out
+    flags = (lse is not None, softcap is not None, sinks is not None)
     if impl == "hopper":
         from shareprefill.runtime.ops.block_sparse_attention import hopper
 
-        return hopper.attend
-    return {"reference": reference.attend, "blockwise": blockwise.attend}[impl]
+        return hopper.prepare(query, key, value, lists, out, flags, scale, softcap)
+    from shareprefill.runtime.ops.block_sparse_attention import triton
+
+    return triton.prepare(query, key, value, lists, out, flags, scale, softcap)
 
 
 def _check_lists(query: torch.Tensor, key: Tokens, lists: BlockLists) -> None:
@@ -115,13 +166,10 @@ def _check_lists(query: torch.Tensor, key: Tokens, lists: BlockLists) -> None:
         )
     if lists.device != query.device:
         raise ConfigError(f"lists are on {lists.device}, query is on {query.device}")
-    if lists.device.type == "cpu":
-        lists.validate()
 
 
-def _new_output(
-    query: torch.Tensor, shape: tuple[int, int, int], lists: BlockLists
-) -> torch.Tensor:
+def _new_output(query: torch.Tensor, value: Tokens, lists: BlockLists) -> torch.Tensor:
+    shape = (query.shape[0], query.shape[1], value.shape[2])
     if query.device.type == "cpu":
         if bool((lists.head_to_list < 0).any()):
             raise ConfigError(

@@ -1,7 +1,8 @@
-"""Launch of the Triton kernel of block-sparse attention."""
+"""Launches of the Triton kernel of block-sparse attention, prepared for calls that are alike."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
@@ -10,8 +11,8 @@ import triton
 
 from shareprefill.runtime.ops.block_sparse_attention.triton_kernel import block_sparse_kernel
 from shareprefill.runtime.ops.blocks import BlockLists
-from shareprefill.runtime.ops.devices import device_of
 from shareprefill.runtime.ops.pages import Tokens, memory, page_stride, page_table, page_tokens
+from shareprefill.runtime.ops.prepared import Launch
 from shareprefill.runtime.ops.triton_tiles import (
     Tiles,
     check_tile_block_size,
@@ -53,29 +54,54 @@ def kernel_constants(
     }
 
 
-def attend(
+def prepare(
     query: torch.Tensor,
     key: Tokens,
     value: Tokens,
     lists: BlockLists,
-    scale: float,
     out: torch.Tensor,
-    lse: torch.Tensor | None,
-    softcap: float | None = None,
-    sinks: torch.Tensor | None = None,
-) -> None:
-    """Fill `out` (and `lse`) in one launch; arguments as in `block_sparse_attention`.
+    flags: tuple[bool, bool, bool],
+    scale: float,
+    softcap: float | None,
+) -> Callable[..., None]:
+    """Prepares calls that fill `out` (and `lse`) in one launch; as the Hopper version.
 
     Raises:
         UnsupportedError: the block size is not a power of two of at least 16, or the head dim is
             above 256.
     """
-    n_heads, n_q_tokens, _ = query.shape
-    n_k_tokens = key.shape[1]
-    tiles, constants = _settings(query, key, value, lists.block_size, lse, softcap, sinks)
+    (n_heads, n_q_tokens, head_dim), value_dim = query.shape, value.shape[2]
+    capability, shared = device_capability(query.device), n_heads // len(key)
+    sizes = (head_dim, value_dim, shared, lists.block_size)
+    tiles, constants = _made_settings(capability, *sizes, query.dtype, flags, page_tokens(key))
     n_tiles = triton.cdiv(n_q_tokens, tiles.block_m)
-    with device_of(query):
-        block_sparse_kernel[(n_tiles * n_heads,)](
+    strides = (
+        *(query.stride(0), query.stride(1)),
+        *(page_stride(key), key.stride(0), key.stride(1)),
+        *(page_stride(value), value.stride(0), value.stride(1)),
+        *(out.stride(0), out.stride(1)),
+    )
+    launch = Launch(
+        block_sparse_kernel,
+        query.device,
+        (n_tiles * n_heads,),
+        (
+            *(*strides, n_heads, n_tiles, lists.n_q, n_q_tokens, key.shape[1]),
+            *logit_factors(scale, softcap),
+        ),
+        constants | tiles.launch_options(),
+    )
+
+    def attend(
+        query: torch.Tensor,
+        key: Tokens,
+        value: Tokens,
+        lists: BlockLists,
+        out: torch.Tensor,
+        lse: torch.Tensor | None,
+        sinks: torch.Tensor | None,
+    ) -> None:
+        launch(
             query,
             memory(key),
             memory(value),
@@ -86,47 +112,9 @@ def attend(
             lists.head_to_list,
             out if sinks is None else sinks,
             page_table(key),
-            query.stride(0),
-            query.stride(1),
-            page_stride(key),
-            key.stride(0),
-            key.stride(1),
-            page_stride(value),
-            value.stride(0),
-            value.stride(1),
-            out.stride(0),
-            out.stride(1),
-            n_heads,
-            n_tiles,
-            lists.n_q,
-            n_q_tokens,
-            n_k_tokens,
-            *logit_factors(scale, softcap),
-            **constants,
-            **tiles.launch_options(),
         )
 
-
-def _settings(
-    query: torch.Tensor,
-    key: Tokens,
-    value: Tokens,
-    block_size: int,
-    lse: torch.Tensor | None,
-    softcap: float | None,
-    sinks: torch.Tensor | None,
-) -> tuple[Tiles, dict[str, Any]]:
-    """Tiles and compile-time arguments of a call."""
-    return _made_settings(
-        device_capability(query.device),
-        query.shape[2],
-        value.shape[2],
-        query.shape[0] // key.shape[0],
-        block_size,
-        query.dtype,
-        (lse is not None, softcap is not None, sinks is not None),
-        page_tokens(key),
-    )
+    return attend
 
 
 @lru_cache(maxsize=256)

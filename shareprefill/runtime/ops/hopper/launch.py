@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-from functools import cache, lru_cache
+from functools import lru_cache
 from typing import Any
 
 import torch
 
 from shareprefill.runtime.ops.pages import PagedTokens, Tokens
+from shareprefill.runtime.ops.prepared import triton_version
 from shareprefill.runtime.ops.triton_tiles import device_capability
 
 HEAD_DIMS = (64, 96, 128)
@@ -22,7 +22,7 @@ def unavailable(device: torch.device) -> str | None:
     capability = device_capability(device)
     if capability != (9, 0):
         return f"needs a Hopper GPU (compute capability 9.0), got {capability[0]}.{capability[1]}"
-    found = _triton_version()
+    found = triton_version()
     if found is None:
         return "needs triton 3.6 or newer, which is not installed; get shareprefill[triton]"
     if tuple(int(part) for part in found.split(".")[:2]) < (3, 6):
@@ -155,11 +155,3 @@ def draw_counter(device: torch.device) -> torch.Tensor:
 @lru_cache(maxsize=1024)
 def _stream_counter(device: torch.device, stream: int) -> torch.Tensor:
     return torch.zeros(1, dtype=torch.int32, device=device)
-
-
-@cache
-def _triton_version() -> str | None:
-    try:
-        return importlib.metadata.version("triton")
-    except importlib.metadata.PackageNotFoundError:
-        return None

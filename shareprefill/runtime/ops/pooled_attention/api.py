@@ -3,24 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
 
 from shareprefill.errors import ConfigError, UnsupportedError
-from shareprefill.runtime.ops.dispatch import select_impl, within_reach
+from shareprefill.runtime.ops.dispatch import on_gathered, select_impl, within_reach
 from shareprefill.runtime.ops.inputs import (
     check_attention_inputs,
+    check_below,
     check_block_size,
     check_tensor,
+    facts,
+    lie_alike,
     unit_last_stride,
 )
-from shareprefill.runtime.ops.pages import Tokens
+from shareprefill.runtime.ops.pages import PagedTokens, Tokens
 from shareprefill.runtime.ops.pooled_attention import blockwise, hopper, reference
+from shareprefill.runtime.ops.pooled_attention.launches import Attended
+from shareprefill.runtime.ops.prepared import Prepared
 
 IMPLS = ("reference", "blockwise", "triton", "hopper")
+# What calls run, by all that they depend on but values.
+_calls = Prepared[Callable[..., Any]]()
 
 
-@torch.no_grad()
 def pooled_attention(
     query: torch.Tensor,
     key: Tokens,
@@ -69,38 +77,83 @@ def pooled_attention(
         ConfigError: shapes, dtypes, devices or ranges do not belong together.
         UnsupportedError: the requested implementation cannot run here.
     """
+    inputs = (query, key, value, rows, heads, sinks)
+    alike = isinstance(key, PagedTokens) and value is not None and lie_alike(key, value)
+    call = (*map(facts, inputs), alike, block_size, scale, softcap, impl)
+    pool = _calls.get(call)
+    if pool is None:
+        pool = _calls.keep(call, _prepare(*inputs, block_size, scale, softcap, impl))
+    if rows is not None:
+        _check_values(rows, query)
+    if heads is not None:
+        check_below("heads", heads, len(query))
+    query, key = unit_last_stride(query), unit_last_stride(key)
+    value = None if value is None else unit_last_stride(value)
+    return pool(query, key, value, rows, heads=heads, sinks=sinks)
+
+
+def _prepare(
+    query: torch.Tensor,
+    key: Tokens,
+    value: Tokens | None,
+    rows: torch.Tensor | None,
+    heads: torch.Tensor | None,
+    sinks: torch.Tensor | None,
+    block_size: int,
+    scale: float | None,
+    softcap: float | None,
+    impl: str,
+) -> Callable[..., tuple[torch.Tensor | None, torch.Tensor]]:
+    """Checks a call and chooses what it runs, and those that are alike with it."""
     scale = check_attention_inputs(query, key, value, scale=scale, softcap=softcap, sinks=sinks)
     check_block_size(block_size)
     if rows is not None:
         _check_rows(rows, query, value)
     if heads is not None:
-        check_tensor("heads", heads, torch.int64, ("S",), query.device, below=len(query))
-    is_free = impl == "auto"
-    impl = select_impl(impl, IMPLS, query, "blockwise")
+        check_tensor("heads", heads, torch.int64, ("S",), query.device)
     query, key = unit_last_stride(query), unit_last_stride(key)
     value = None if value is None else unit_last_stride(value)
+    impl = _chosen(impl, query, key, value, block_size, softcap)
+    read = within_reach(impl, *(key,) if value is None else (key, value))
+    attended = Attended(query, read[0], rows, heads, block_size, scale, softcap)
+    pool = _prepared(impl, attended, None if value is None else read[1], sinks)
+    return pool if read[0] is key else on_gathered(pool)
+
+
+def _prepared(
+    impl: str, attended: Attended, value: Tokens | None, sinks: torch.Tensor | None
+) -> Callable[..., tuple[torch.Tensor | None, torch.Tensor]]:
+    """What an implementation runs, for keys and values as it reads them."""
+    if impl in ("reference", "blockwise"):
+        pool = reference.pool if impl == "reference" else blockwise.pool
+        names = ("block_size", "scale", "softcap")
+        options: dict[str, Any] = {name: getattr(attended, name) for name in names}
+        return torch.no_grad()(partial(pool, **options))
+    if impl == "hopper":
+        return hopper.prepare(attended, value, sinks)
+    from shareprefill.runtime.ops.pooled_attention import triton
+
+    return triton.prepare(attended, value, sinks)
+
+
+def _chosen(
+    impl: str,
+    query: torch.Tensor,
+    key: Tokens,
+    value: Tokens | None,
+    block_size: int,
+    softcap: float | None,
+) -> str:
+    """The implementation that a call takes."""
+    is_free = impl == "auto"
+    impl = select_impl(impl, IMPLS, query, "blockwise")
     if impl == "hopper" or (is_free and impl == "triton"):
         missing = hopper.refusal(query, key, value, block_size, softcap)
         if missing is None:
-            impl = "hopper"
-        elif impl == "hopper":
+            return "hopper"
+        if impl == "hopper":
             raise UnsupportedError(f"impl='hopper' {missing}; or use impl='auto'")
-    if value is None:
-        (key,) = within_reach(impl, key)
-    else:
-        key, value = within_reach(impl, key, value)
-    pool: Callable[..., tuple[torch.Tensor | None, torch.Tensor]]
-    if impl == "reference":
-        pool = reference.pool
-    elif impl == "blockwise":
-        pool = blockwise.pool
-    elif impl == "hopper":
-        pool = hopper.pool
-    else:
-        from shareprefill.runtime.ops.pooled_attention import triton
-
-        pool = triton.pool
-    return pool(query, key, value, rows, block_size, scale, heads, softcap, sinks)
+    return impl
 
 
 def _check_rows(rows: torch.Tensor, query: torch.Tensor, value: Tokens | None) -> None:
@@ -111,6 +164,10 @@ def _check_rows(rows: torch.Tensor, query: torch.Tensor, value: Tokens | None) -
     check_tensor("rows", rows, torch.int64, ("n_g", "r"), query.device)
     if rows.numel() == 0:
         raise ConfigError(f"rows must not be empty, got shape {tuple(rows.shape)}")
+
+
+def _check_values(rows: torch.Tensor, query: torch.Tensor) -> None:
+    """Refuse rows that are none of the queries; only on a CPU, as a GPU would be waited for."""
     if rows.device.type == "cpu":
         low, high = int(rows.min()), int(rows.max())
         if low < 0 or high >= query.shape[1]:

@@ -17,7 +17,10 @@ PROGRAMS_PER_SLOT = 16
 
 @dataclass(frozen=True)
 class Attended:
-    """What is computed of which rows; arguments as in `pooled_attention`."""
+    """What is computed of which rows, by tensors of one of the calls that are alike.
+
+    Arguments as in `pooled_attention`.
+    """
 
     query: torch.Tensor
     key: Tokens
@@ -76,20 +79,14 @@ class Division:
 
 @dataclass(frozen=True)
 class Masses:
-    """What a launch of masses reads and writes; names as in `mass_kernel`.
+    """What launches of masses have in common; names as in `mass_kernel`.
 
     Attributes:
-        mass: Log masses.
-        peaks: Maxima and sums.
-        chosen: Rows and heads, or any tensor where all are.
-        n_programs: Of the launch.
         sizes: From `n_members` to `n_k_tokens`.
+        n_programs: Of the launch.
         constants: Compile-time arguments of `mass_kernel`.
     """
 
-    mass: torch.Tensor
-    peaks: torch.Tensor
-    chosen: tuple[torch.Tensor, torch.Tensor]
-    n_programs: int
     sizes: tuple[int, ...]
+    n_programs: int
     constants: dict[str, Any]

@@ -1,7 +1,4 @@
-"""Launches of the Triton kernels of pooled attention."""
-
-# The checker does not know what a launch of a kernel takes.
-# pyright: reportCallIssue=false
+"""Launches of the Triton kernels of pooled attention, prepared for calls that are alike."""
 
 from __future__ import annotations
 
@@ -12,7 +9,6 @@ from typing import Any
 import torch
 import triton
 
-from shareprefill.runtime.ops.devices import device_of
 from shareprefill.runtime.ops.pages import Tokens, memory, page_stride, page_table, page_tokens
 from shareprefill.runtime.ops.pooled_attention.launches import Attended, Division, Masses
 from shareprefill.runtime.ops.pooled_attention.triton_kernel import (
@@ -20,6 +16,7 @@ from shareprefill.runtime.ops.pooled_attention.triton_kernel import (
     means_kernel,
     pooled_kernel,
 )
+from shareprefill.runtime.ops.prepared import Launch
 from shareprefill.runtime.ops.triton_tiles import (
     Tiles,
     check_tile_block_size,
@@ -208,39 +205,35 @@ def _mass_settings(
     return tiles, constants, means_constants(constants)
 
 
-def pool(
-    query: torch.Tensor,
-    key: Tokens,
-    value: Tokens | None,
-    rows: torch.Tensor | None,
-    block_size: int,
-    scale: float,
-    heads: torch.Tensor | None,
-    softcap: float | None,
-    sinks: torch.Tensor | None,
-) -> tuple[torch.Tensor | None, torch.Tensor]:
-    """Output and maps in one launch, or maps in two; arguments as in `pooled_attention`.
+def prepare(
+    attended: Attended, value: Tokens | None, sinks: torch.Tensor | None
+) -> Callable[..., tuple[torch.Tensor | None, torch.Tensor]]:
+    """Output and maps in one launch, or maps in two.
 
     The heads of a KV head read its keys once per tile; with a `heads` subset, whose grouping only
     the device knows, each head reads them for itself.
+
+    Args:
+        attended: What is computed.
+        value: As in `pooled_attention`.
+        sinks: As in `pooled_attention`.
+
+    Returns:
+        Takes query, key, value, rows, heads and sinks of calls that are alike.
 
     Raises:
         UnsupportedError: the block size is not a power of two of at least 16, or the head dim is
             above 256.
     """
-    check_tile_block_size(block_size)
-    rows = None if rows is None else rows.contiguous()
-    heads = None if heads is None else heads.contiguous()
-    attended = Attended(query, key, rows, heads, block_size, scale, softcap)
-    with device_of(query):
-        if value is None:
-            return None, pool_maps(attended, _launch_masses, DIVISION)
-        return _pool_all(attended, value, sinks)
+    check_tile_block_size(attended.block_size)
+    if value is None:
+        return prepare_maps(attended, _prepare_masses, DIVISION)
+    return _prepare_output(attended, value, sinks)
 
 
-def _pool_all(
+def _prepare_output(
     attended: Attended, value: Tokens, sinks: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
     """Output and maps of all rows."""
     query, key = attended.query, attended.key
     n_q_tokens, head_dim, value_dim = query.shape[1], query.shape[2], value.shape[2]
@@ -256,10 +249,6 @@ def _pool_all(
     )
     n_slots, n_members, n_k = attended.n_slots, attended.n_members, attended.n_k
     packed, parts = constants["PACKED"], constants["PARTS"]
-    out = query.new_empty((n_slots, n_q_tokens, value_dim))
-    maps = query.new_empty((n_slots, n_members, parts, n_k), dtype=torch.float32)
-    if n_slots == 0:
-        return out, maps[:, :, 0]
     n_heads_z = n_slots // packed
     n_tiles = triton.cdiv(n_members * packed, constants["SEGMENTS"]) * parts
     unit = constants["BLOCK_N"] * constants["STEPS"]
@@ -268,125 +257,132 @@ def _pool_all(
     n_programs = min(
         n_tiles * n_heads_z, PROGRAMS_PER_PROCESSOR * multiprocessors(query.device), most
     )
-    mass = query.new_empty(n_programs * stride_mass, dtype=torch.float32)
-    unused = maps  # stands in for tensors that the kernel does not touch
-    pooled_kernel[(n_programs,)](
-        query,
-        memory(key),
-        memory(value),
-        out,
-        maps,
-        mass,
-        unused if attended.heads is None else attended.heads,
-        unused if sinks is None else sinks,
-        page_table(key),
-        query.stride(0),
-        query.stride(1),
-        page_stride(key),
-        key.stride(0),
-        key.stride(1),
-        page_stride(value),
-        value.stride(0),
-        value.stride(1),
-        out.stride(0),
-        out.stride(1),
-        stride_mass,
-        n_members,
-        n_heads_z,
-        n_tiles,
-        n_q_tokens,
-        key.shape[1],
-        n_k,
-        *attended.logit_factors(),
-        **constants,
-        **tiles.launch_options(),
+    numbers = (
+        *(query.stride(0), query.stride(1), *_strides(key), *_strides(value)),
+        *(n_q_tokens * value_dim, value_dim, stride_mass, n_members, n_heads_z, n_tiles),
+        *(n_q_tokens, key.shape[1], n_k, *attended.logit_factors()),
     )
-    return out, maps.sum(2) if parts > 1 else maps[:, :, 0]
+    options = constants | tiles.launch_options()
+    launch = Launch(pooled_kernel, query.device, (n_programs,), numbers, options)
+
+    def run(
+        query: torch.Tensor,
+        key: Tokens,
+        value: Tokens,
+        _rows: None,
+        heads: torch.Tensor | None,
+        sinks: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        out = query.new_empty((n_slots, n_q_tokens, value_dim))
+        maps = query.new_empty((n_slots, n_members, parts, n_k), dtype=torch.float32)
+        if n_slots == 0:
+            return out, maps[:, :, 0]
+        mass = query.new_empty(n_programs * stride_mass, dtype=torch.float32)
+        # The maps stand in for tensors that the kernel does not touch.
+        heads = maps if heads is None else heads.contiguous()
+        sinks = maps if sinks is None else sinks
+        tokens = (memory(key), memory(value))
+        launch(query, *tokens, out, maps, mass, heads, sinks, page_table(key))
+        return out, maps.sum(2) if parts > 1 else maps[:, :, 0]
+
+    return run
 
 
-def pool_maps(
-    attended: Attended, launch: Callable[[Attended, Masses], None], division: Division
-) -> torch.Tensor:
+def _strides(tokens: Tokens) -> tuple[int, int, int]:
+    """Strides between pages, heads and tokens."""
+    return page_stride(tokens), tokens.stride(0), tokens.stride(1)
+
+
+def prepare_maps(
+    attended: Attended,
+    prepare_masses: Callable[[Attended, Masses], Callable[..., None]],
+    division: Division,
+) -> Callable[..., tuple[None, torch.Tensor]]:
     """Maps alone, of all or of chosen rows, in waves of tiles whose masses fit in `WAVE_BYTES`.
 
     Args:
         attended: What is computed.
-        launch: Starts the kernel of the masses.
+        prepare_masses: Prepares launches of the kernel of the masses, which take query, key, masses
+            and peaks, rows and heads.
         division: How its programs share the keys.
     """
-    query, key, rows, heads = attended.query, attended.key, attended.rows, attended.heads
+    query, key, device = attended.query, attended.key, attended.query.device
     tiles, constants, mean_constants = _mass_settings(
-        device_capability(query.device),
+        device_capability(device),
         query.shape[2],
         attended.shared,
-        attended.block_size if rows is None else rows.shape[1],
+        attended.block_size if attended.rows is None else attended.rows.shape[1],
         attended.block_size,
         query.dtype,
-        (rows is not None, heads is not None, attended.softcap is not None),
+        (attended.rows is not None, attended.heads is not None, attended.softcap is not None),
         page_tokens(key),
     )
     n_slots, n_members, n_k = attended.n_slots, attended.n_members, attended.n_k
     packed, parts, segments = constants["PACKED"], constants["PARTS"], constants["SEGMENTS"]
     shape = (n_slots, n_members, n_k) if parts == 1 else (n_slots, n_members, parts, n_k)
-    maps = query.new_empty(shape, dtype=torch.float32)
-    if n_slots == 0:
-        return query.new_empty((0, n_members, n_k), dtype=torch.float32)
     n_heads_z = n_slots // packed
     n_tiles = triton.cdiv(n_members * packed, segments) * parts
     n_units = n_k * (attended.block_size // mean_constants["UNIT"])
-    wave = max(1, min(n_tiles, WAVE_BYTES // (4 * n_units * tiles.block_m * n_heads_z)))
-    split_units = division.units(wave * n_heads_z * n_units, query.device)
+    heads_z = max(1, n_heads_z)
+    wave = max(1, min(n_tiles, WAVE_BYTES // (4 * n_units * tiles.block_m * heads_z)))
+    split_units = division.units(wave * n_heads_z * n_units, device)
     n_splits = triton.cdiv(n_units, split_units)
-    places = wave * n_heads_z
-    mass = query.new_empty(places * n_units * tiles.block_m, dtype=torch.float32)
-    peaks = query.new_empty(places * n_splits * 2 * tiles.block_m, dtype=torch.float32)
-    unused = maps  # stands in for tensors that the kernels do not touch
-    chosen = (unused if rows is None else rows, unused if heads is None else heads)
+    n_mass = wave * n_heads_z * n_units * tiles.block_m
+    n_peaks = wave * n_heads_z * n_splits * 2 * tiles.block_m
+    tokens, launches = (query.shape[1], key.shape[1]), []
     for end in range(n_tiles, 0, -wave):
         start = max(0, end - wave)
         n_wave = end - start
-        tokens = (query.shape[1], key.shape[1])
-        sizes = (n_members, n_heads_z, start, n_wave, n_units, n_splits, split_units, *tokens)
-        n_programs = n_wave * n_splits * n_heads_z
-        launch(attended, Masses(mass, peaks, chosen, n_programs, sizes, constants))
-        means_kernel[(n_wave * n_heads_z * segments,)](
-            mass,
-            peaks,
-            maps,
-            *chosen,
-            n_members,
-            start,
-            n_wave,
-            n_units,
-            n_splits,
-            split_units,
-            query.shape[1],
-            key.shape[1],
-            n_k,
-            **mean_constants,
-            **MEANS_OPTIONS,
+        split = (start, n_wave, n_units, n_splits, split_units, *tokens)
+        masses = Masses(
+            sizes=(n_members, n_heads_z, *split),
+            n_programs=n_wave * n_splits * n_heads_z,
+            constants=constants,
         )
-    return maps.sum(2) if parts > 1 else maps
+        grid, numbers = (n_wave * n_heads_z * segments,), (n_members, *split, n_k)
+        options = mean_constants | MEANS_OPTIONS
+        means = Launch(means_kernel, device, grid, numbers, options)
+        launches.append((prepare_masses(attended, masses), means))
+
+    def run(
+        query: torch.Tensor,
+        key: Tokens,
+        _value: None,
+        rows: torch.Tensor | None,
+        heads: torch.Tensor | None,
+        sinks: torch.Tensor | None,
+    ) -> tuple[None, torch.Tensor]:
+        del sinks  # They change no map.
+        maps = query.new_empty(shape, dtype=torch.float32)
+        if n_slots == 0:
+            return None, query.new_empty((0, n_members, n_k), dtype=torch.float32)
+        mass = query.new_empty(n_mass, dtype=torch.float32)
+        peaks = query.new_empty(n_peaks, dtype=torch.float32)
+        # The maps stand in for tensors that the kernels do not touch.
+        rows = maps if rows is None else rows.contiguous()
+        heads = maps if heads is None else heads.contiguous()
+        for sum_masses, means in launches:
+            sum_masses(query, key, mass, peaks, rows, heads)
+            means(mass, peaks, maps, rows, heads)
+        return None, maps.sum(2) if parts > 1 else maps
+
+    return run
 
 
-def _launch_masses(attended: Attended, masses: Masses) -> None:
-    """Starts `mass_kernel`."""
+def _prepare_masses(attended: Attended, masses: Masses) -> Callable[..., None]:
+    """Launches of `mass_kernel`."""
     query, key = attended.query, attended.key
     tiles = mass_tiles(query.shape[2], query.dtype, device_capability(query.device))
-    mass_kernel[(masses.n_programs,)](
-        query,
-        memory(key),
-        masses.mass,
-        masses.peaks,
-        *masses.chosen,
-        page_table(key),
-        query.stride(0),
-        query.stride(1),
-        page_stride(key),
-        key.stride(0),
-        key.stride(1),
-        *masses.sizes,
-        *attended.logit_factors(),
-        **masses.constants,
-        **tiles.launch_options(),
+    strides = (query.stride(0), query.stride(1), *_strides(key))
+    launch = Launch(
+        mass_kernel,
+        query.device,
+        (masses.n_programs,),
+        (*strides, *masses.sizes, *attended.logit_factors()),
+        masses.constants | tiles.launch_options(),
     )
+
+    def run(query: torch.Tensor, key: Tokens, *others: torch.Tensor) -> None:
+        launch(query, memory(key), *others, page_table(key))
+
+    return run

@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
 
-from shareprefill.runtime.ops.dispatch import select_impl, within_reach
+from shareprefill.runtime.ops.dispatch import on_gathered, select_impl, within_reach
 from shareprefill.runtime.ops.inputs import (
     check_attention_inputs,
+    check_below,
     check_block_size,
     check_tensor,
+    facts,
     unit_last_stride,
 )
 from shareprefill.runtime.ops.pages import Tokens
+from shareprefill.runtime.ops.prepared import Prepared
 from shareprefill.runtime.ops.vertical_slash import profile, reference
 
 IMPLS = ("reference", "torch", "triton")
+# What calls run, by all that they depend on but values.
+_calls = Prepared[Callable[..., Any]]()
 
 
-@torch.no_grad()
 def vertical_slash_profile(
     query: torch.Tensor,
     key: Tokens,
@@ -58,20 +64,39 @@ def vertical_slash_profile(
         ConfigError: shapes, dtypes, devices or ranges do not belong together.
         UnsupportedError: the requested implementation cannot run here.
     """
+    call = (facts(query), facts(key), facts(heads), block_size, scale, softcap, impl)
+    compute = _calls.get(call)
+    if compute is None:
+        prepared = _prepare(query, key, heads, block_size, scale, softcap, impl)
+        compute = _calls.keep(call, prepared)
+    if heads is not None:
+        check_below("heads", heads, len(query))
+    return compute(unit_last_stride(query), unit_last_stride(key), heads=heads)
+
+
+def _prepare(
+    query: torch.Tensor,
+    key: Tokens,
+    heads: torch.Tensor | None,
+    block_size: int,
+    scale: float | None,
+    softcap: float | None,
+    impl: str,
+) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
+    """Checks a call and chooses what it runs, and those that are alike with it."""
     scale = check_attention_inputs(query, key, scale=scale, softcap=softcap)
     check_block_size(block_size)
     if heads is not None:
-        check_tensor("heads", heads, torch.int64, ("S",), query.device, below=len(query))
+        check_tensor("heads", heads, torch.int64, ("S",), query.device)
     impl = select_impl(impl, IMPLS, query, "torch")
     query, key = unit_last_stride(query), unit_last_stride(key)
-    (key,) = within_reach(impl, key)
-    compute: Callable[..., tuple[torch.Tensor, torch.Tensor]]
-    if impl == "reference":
-        compute = reference.profile_last_rows
-    elif impl == "torch":
-        compute = profile.profile_last_rows
-    else:
+    (read,) = within_reach(impl, key)
+    if impl == "triton":
         from shareprefill.runtime.ops.vertical_slash import triton
 
-        compute = triton.profile_last_rows
-    return compute(query, key, block_size, scale, heads, softcap)
+        compute = triton.prepare(query, read, block_size, scale, heads, softcap)
+    else:
+        module = reference if impl == "reference" else profile
+        options: dict[str, Any] = {"block_size": block_size, "scale": scale, "softcap": softcap}
+        compute = torch.no_grad()(partial(module.profile_last_rows, **options))
+    return compute if read is key else on_gathered(compute)

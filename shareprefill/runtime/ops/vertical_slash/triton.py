@@ -1,7 +1,8 @@
-"""Launches of the Triton kernels of the vertical and slash profile."""
+"""Launches of the Triton kernels of the vertical and slash profile, prepared for calls alike."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
@@ -9,8 +10,8 @@ import torch
 import triton
 
 from shareprefill.runtime.ops.blocks import count_blocks
-from shareprefill.runtime.ops.devices import device_of
 from shareprefill.runtime.ops.pages import Tokens, memory, page_stride, page_table, page_tokens
+from shareprefill.runtime.ops.prepared import Launch
 from shareprefill.runtime.ops.triton_tiles import (
     Tiles,
     check_tile_block_size,
@@ -99,15 +100,18 @@ def _settings(
     return tiles, constants, profile_constants(constants)
 
 
-def profile_last_rows(
+def prepare(
     query: torch.Tensor,
     key: Tokens,
     block_size: int,
     scale: float,
     heads: torch.Tensor | None,
     softcap: float | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
     """Both profiles in two launches; arguments as in `vertical_slash_profile`.
+
+    Returns:
+        Takes query, key and heads of calls that are alike.
 
     Raises:
         UnsupportedError: the block size is not a power of two of at least 16, or the head dim is
@@ -115,15 +119,11 @@ def profile_last_rows(
     """
     check_tile_block_size(block_size)
     n_heads, n_q_tokens, head_dim = query.shape
-    n_groups, n_k_tokens, _ = key.shape
+    (n_groups, n_k_tokens, _), device = key.shape, query.device
     n_slots = n_heads if heads is None else len(heads)
     n_k = count_blocks(n_k_tokens, block_size)
-    vertical = query.new_empty((n_slots, n_k), dtype=torch.float32)
-    slash = query.new_empty((n_slots, n_k + 1), dtype=torch.float32)
-    if n_slots == 0:
-        return vertical, slash
     tiles, constants, means = _settings(
-        device_capability(query.device),
+        device_capability(device),
         head_dim,
         n_heads // n_groups,
         block_size,
@@ -135,38 +135,34 @@ def profile_last_rows(
     block_m, places = constants["BLOCK_M"], n_slots * constants["PARTS"]
     split_blocks = max(LEAST_BLOCKS, min(MOST_BLOCKS, places * n_k // PROGRAMS))
     n_splits = triton.cdiv(n_k, split_blocks)
-    sums = query.new_empty(places * n_k * 4 * block_m, dtype=torch.float32)
-    peaks = query.new_empty(places * n_splits * 2 * block_m, dtype=torch.float32)
-    # Without a choice of heads the kernels do not touch it.
-    chosen = vertical if heads is None else heads.contiguous()
+    n_sums, n_peaks = places * n_k * 4 * block_m, places * n_splits * 2 * block_m
     sizes = (n_splits, split_blocks, n_q_tokens, n_k_tokens, n_k)
-    with device_of(query):
-        sums_kernel[(places * n_splits,)](
-            query,
-            memory(key),
-            sums,
-            peaks,
-            chosen,
-            page_table(key),
-            query.stride(0),
-            query.stride(1),
-            page_stride(key),
-            key.stride(0),
-            key.stride(1),
-            n_slots,
-            *sizes,
-            *logit_factors(scale, softcap),
-            **constants,
-            **tiles.launch_options(),
-        )
-        profiles_kernel[(triton.cdiv(n_k + 1, PROFILE_BLOCKS), n_slots)](
-            sums,
-            peaks,
-            vertical,
-            slash,
-            chosen,
-            *sizes,
-            **means,
-            **PROFILE_OPTIONS,
-        )
-    return vertical, slash
+    strides = (
+        *(query.stride(0), query.stride(1)),
+        *(page_stride(key), key.stride(0), key.stride(1)),
+    )
+    add_up = Launch(
+        sums_kernel,
+        device,
+        (places * n_splits,),
+        (*strides, n_slots, *sizes, *logit_factors(scale, softcap)),
+        constants | tiles.launch_options(),
+    )
+    grid = (triton.cdiv(n_k + 1, PROFILE_BLOCKS), n_slots)
+    average = Launch(profiles_kernel, device, grid, sizes, means | PROFILE_OPTIONS)
+
+    def run(
+        query: torch.Tensor, key: Tokens, heads: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        vertical = query.new_empty((n_slots, n_k), dtype=torch.float32)
+        slash = query.new_empty((n_slots, n_k + 1), dtype=torch.float32)
+        if n_slots:
+            sums = query.new_empty(n_sums, dtype=torch.float32)
+            peaks = query.new_empty(n_peaks, dtype=torch.float32)
+            # Without a choice of heads the kernels do not touch it.
+            heads = vertical if heads is None else heads.contiguous()
+            add_up(query, memory(key), sums, peaks, heads, page_table(key))
+            average(sums, peaks, vertical, slash, heads)
+        return vertical, slash
+
+    return run

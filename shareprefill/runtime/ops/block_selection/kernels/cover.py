@@ -83,6 +83,16 @@ def _store_cover(p_row, p_out, n_seen, n_columns, limit, n_sink, i_local, CHUNK:
         tl.store(p_out + o_n, m_taken.to(p_out.dtype.element_ty), mask=o_n < n_columns)
 
 
+@triton.jit
+def _store_finite(p_row, p_finite, n_seen, CHUNK: tl.constexpr):
+    """Store whether the sum of the first `n_seen` entries of a row is a number."""
+    b_sum = tl.zeros([CHUNK], dtype=tl.float32)
+    for i_column in range(0, n_seen, CHUNK):
+        o_n = i_column + tl.arange(0, CHUNK)
+        b_sum += tl.load(p_row + o_n, mask=o_n < n_seen, other=0.0)  # [chunk]
+    tl.store(p_finite, (tl.abs(tl.sum(b_sum, 0)) < float("inf")).to(tl.int8))
+
+
 @triton.jit(
     do_not_specialize=["n_q", "n_k", "n_query", "offset", "block_size", "n_sink", "n_local"]
 )
@@ -90,6 +100,7 @@ def select_kernel(
     p_maps,
     p_gamma,
     p_out,
+    p_finite,
     n_q,
     n_k,
     n_query,
@@ -108,6 +119,7 @@ def select_kernel(
     i_row = i_map * n_q + i_q
     i_first = (i_q * block_size + offset) // block_size
     i_last = (tl.minimum((i_q + 1) * block_size, n_query) - 1 + offset) // block_size
+    _store_finite(p_maps + i_row * n_k, p_finite + i_row, (i_last + 1).to(tl.int32), CHUNK)
     _store_cover(
         p_maps + i_row * n_k,
         p_out + i_row * n_k,
@@ -127,6 +139,7 @@ def cover_profiles_kernel(
     p_gamma,
     p_columns,
     p_distances,
+    p_finite,
     n_k,
     ROUNDING: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -136,6 +149,7 @@ def cover_profiles_kernel(
     limit = tl.load(p_gamma + i_head) - ROUNDING
     if tl.program_id(0) % 2 == 0:
         i_start = i_head * n_k
+        _store_finite(p_vertical + i_start, p_finite + i_head, n_k, CHUNK)
         _store_cover(p_vertical + i_start, p_columns + i_start, n_k, n_k, limit, 0, n_k, CHUNK)
     else:
         i_start = i_head * (n_k + 1)
@@ -150,6 +164,7 @@ def cover_profiles_kernel(
 def vertical_slash_kernel(
     p_columns,
     p_distances,
+    p_finite,
     p_out,
     n_q,
     n_k,
@@ -168,6 +183,8 @@ def vertical_slash_kernel(
     i_last = (tl.minimum((i_q + 1) * block_size, n_query) - 1 + offset) // block_size
     i_last = i_last.to(tl.int32)
     p_distances += i_head * (n_k + 1)
+    # Without numbers to choose by, a head reads every causal block.
+    n_sink = tl.where(tl.load(p_finite + i_head) > 0, n_sink, n_k)
     for i_column in range(0, n_k, CHUNK):
         o_n = i_column + tl.arange(0, CHUNK)
         m_n = o_n <= i_last

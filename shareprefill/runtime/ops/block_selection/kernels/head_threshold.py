@@ -129,20 +129,19 @@ def mark_rows(
         tl.store(p_tile, m_taken.to(p_out.dtype.element_ty), mask=m_tile)
 
 
-@triton.jit(do_not_specialize=["n_q", "n_k", "first", "reach", "n_sink", "n_local"])
-def head_kernel(
-    p_maps,
-    p_gamma,
-    p_index,
+@triton.jit
+def choose_blocks(
+    p_map,
     p_out,
     p_finite,
+    gamma,
+    n_read,
     n_q,
     n_k,
     first,
     reach,
     n_sink,
     n_local,
-    HAS_INDEX: tl.constexpr,
     ROUNDING: tl.constexpr,
     SHIFT: tl.constexpr,
     SPAN: tl.constexpr,
@@ -150,24 +149,12 @@ def head_kernel(
     CHUNK: tl.constexpr,
     UNROLL: tl.constexpr,
 ):
-    """One program: one pattern. Of a threshold's bits all but the lowest `SHIFT` are searched.
+    """Write one pattern from a map of which `n_read` rows are read.
 
-    `first` and `reach` are the key blocks of the first and of the last row of a whole first query
-    block; those of the next ones follow one by one.
-
-    The search starts `SPAN` steps of the threshold below the largest mass. Sums of the same order
-    of terms fall with the threshold, rounding included; and with sums that are not numbers the
-    search ends, too.
+    Of a threshold's bits all but the lowest `SHIFT` are searched. The search starts `SPAN` steps of
+    the threshold below the largest mass. Sums of the same order of terms fall with the threshold,
+    rounding included; and with sums that are not numbers the search ends, too.
     """
-    i_pattern = tl.program_id(0).to(tl.int64)
-    i_map = i_pattern
-    if HAS_INDEX:
-        i_map = tl.load(p_index + i_pattern)
-    # Without a map no row is read.
-    n_read = tl.where(i_map >= 0, n_q, 0).to(tl.int32)
-    p_map = p_maps + i_map * n_q * n_k
-    gamma = tl.load(p_gamma + i_pattern)
-
     total, i_peak = sum_rows(p_map, 0, n_read, n_k, reach, ROWS, CHUNK, UNROLL)
     is_finite = tl.abs(total) < float("inf")
     wanted = gamma * total * (1.0 - ROUNDING)
@@ -205,8 +192,7 @@ def head_kernel(
             i_high = i_one - 1
 
     i_least = least_bits(i_low, is_finite, SHIFT)
-    tl.store(p_finite + i_pattern, is_finite.to(tl.int8))
-    p_out += i_pattern * n_q * n_k
+    tl.store(p_finite, is_finite.to(tl.int8))
     for i_row in range(0, n_q, ROWS):
         mark_rows(
             p_map,
@@ -223,3 +209,56 @@ def head_kernel(
             ROWS,
             CHUNK,
         )
+
+
+@triton.jit(do_not_specialize=["n_q", "n_k", "first", "reach", "n_sink", "n_local"])
+def head_kernel(
+    p_maps,
+    p_gamma,
+    p_index,
+    p_out,
+    p_finite,
+    n_q,
+    n_k,
+    first,
+    reach,
+    n_sink,
+    n_local,
+    HAS_INDEX: tl.constexpr,
+    ROUNDING: tl.constexpr,
+    SHIFT: tl.constexpr,
+    SPAN: tl.constexpr,
+    ROWS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    UNROLL: tl.constexpr,
+):
+    """One program: one pattern.
+
+    `first` and `reach` are the key blocks of the first and of the last row of a whole first query
+    block; those of the next ones follow one by one.
+    """
+    i_pattern = tl.program_id(0).to(tl.int64)
+    i_map = i_pattern
+    if HAS_INDEX:
+        i_map = tl.load(p_index + i_pattern)
+    # Without a map no row is read.
+    n_read = tl.where(i_map >= 0, n_q, 0).to(tl.int32)
+    choose_blocks(
+        p_maps + i_map * n_q * n_k,
+        p_out + i_pattern * n_q * n_k,
+        p_finite + i_pattern,
+        tl.load(p_gamma + i_pattern),
+        n_read,
+        n_q,
+        n_k,
+        first,
+        reach,
+        n_sink,
+        n_local,
+        ROUNDING,
+        SHIFT,
+        SPAN,
+        ROWS,
+        CHUNK,
+        UNROLL,
+    )

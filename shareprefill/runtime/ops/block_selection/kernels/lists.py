@@ -12,11 +12,25 @@ def _seen_blocks(i_q, n_query, offset, block_size):
     return (tl.minimum((i_q + 1) * block_size, n_query) - 1 + offset) // block_size + 1
 
 
-@triton.jit(do_not_specialize=["n_q", "n_k", "n_heads", "n_query", "offset", "block_size"])
+@triton.jit
+def _find_row(p_bitmap, p_shared, p_source, i_pattern, i_q, n_shared, n_q, n_k):
+    """A row of a pattern: the first `n_shared` are patterns of another bitmap."""
+    p_row = p_bitmap + ((i_pattern - n_shared) * n_q + i_q) * n_k
+    if i_pattern < n_shared:
+        p_row = p_shared + (tl.load(p_source + i_pattern) * n_q + i_q) * n_k
+    return p_row
+
+
+@triton.jit(
+    do_not_specialize=["n_shared", "n_q", "n_k", "n_heads", "n_query", "offset", "block_size"]
+)
 def count_kernel(
     p_bitmap,
+    p_shared,
+    p_source,
     p_head_to_list,
     p_counts,
+    n_shared,
     n_q,
     n_k,
     n_heads,
@@ -31,12 +45,14 @@ def count_kernel(
     o_h = tl.arange(0, HEADS)
     b_pattern = tl.load(p_head_to_list + o_h, mask=o_h < n_heads, other=-1)
     n_listed = 0
-    if tl.max((b_pattern == i_row // n_q).to(tl.int32), 0) > 0:
-        n_seen = _seen_blocks(i_row % n_q, n_query, offset, block_size)
+    i_pattern, i_q = i_row // n_q, i_row % n_q
+    if tl.max((b_pattern == i_pattern).to(tl.int32), 0) > 0:
+        n_seen = _seen_blocks(i_q, n_query, offset, block_size)
+        p_row = _find_row(p_bitmap, p_shared, p_source, i_pattern, i_q, n_shared, n_q, n_k)
         b_count = tl.zeros([CHUNK], dtype=tl.int32)
         for i_column in range(0, n_seen, CHUNK):
             o_n = i_column + tl.arange(0, CHUNK)
-            b_set = tl.load(p_bitmap + i_row * n_k + o_n, mask=o_n < n_seen, other=0)  # [chunk]
+            b_set = tl.load(p_row + o_n, mask=o_n < n_seen, other=0)  # [chunk]
             b_count += (b_set > 0).to(tl.int32)
         n_listed = tl.sum(b_count, 0)
     tl.store(p_counts + i_row, n_listed)
@@ -58,6 +74,7 @@ def offsets_kernel(
     p_head_to_list,
     p_offsets,
     p_listed,
+    p_totals,
     n_patterns,
     n_q,
     n_heads,
@@ -71,6 +88,8 @@ def offsets_kernel(
     HAS_BOUND: tl.constexpr,
 ):
     """One program: the offsets of one pattern's rows, and its heads' entries in `p_listed`.
+
+    `p_totals` holds every pattern's first offset, and the end of the last one.
 
     `HAS_BOUND`: a pattern of more than `max_blocks` is empty and its heads point at list
     `n_patterns`, which holds all causal blocks if any head points there.
@@ -121,20 +140,27 @@ def offsets_kernel(
         tl.store(p_offsets + 1 + i_pattern * n_q + o_q, b_ends, mask=m_q)
         i_start += tl.sum(b_count, 0)
 
+    tl.store(p_totals + 1 + i_pattern, i_start)
     i_list = tl.where(is_listed, i_pattern, n_patterns)
     tl.store(p_listed + o_h, i_list + tl.zeros_like(o_h), mask=b_pattern == i_pattern)
     if i_pattern == 0:
         tl.store(p_offsets, 0)
+        tl.store(p_totals, 0)
         m_skipped = (b_pattern < 0) & (o_h < n_heads)
         tl.store(p_listed + o_h, tl.full([HEADS], -1, tl.int32), mask=m_skipped)
 
 
-@triton.jit(do_not_specialize=["n_patterns", "n_q", "n_k", "n_query", "offset", "block_size"])
+@triton.jit(
+    do_not_specialize=["n_patterns", "n_shared", "n_q", "n_k", "n_query", "offset", "block_size"]
+)
 def write_kernel(
     p_bitmap,
+    p_shared,
+    p_source,
     p_offsets,
     p_indices,
     n_patterns,
+    n_shared,
     n_q,
     n_k,
     n_query,
@@ -146,13 +172,15 @@ def write_kernel(
     i_row = tl.program_id(0).to(tl.int64)
     i_next = tl.load(p_offsets + i_row)
     if tl.load(p_offsets + i_row + 1) > i_next:
-        n_seen = _seen_blocks(i_row % n_q, n_query, offset, block_size)
+        i_pattern, i_q = i_row // n_q, i_row % n_q
+        n_seen = _seen_blocks(i_q, n_query, offset, block_size)
+        p_row = _find_row(p_bitmap, p_shared, p_source, i_pattern, i_q, n_shared, n_q, n_k)
         # A row is read from the bitmap, or is one of the list of all causal blocks.
         n_read = tl.where(i_row < n_patterns * n_q, n_seen, 0)
         n_all = n_seen - n_read
         for i_column in range(0, n_seen, CHUNK):
             o_n = i_column + tl.arange(0, CHUNK)
-            b_set = tl.load(p_bitmap + i_row * n_k + o_n, mask=o_n < n_read, other=0)  # [chunk]
+            b_set = tl.load(p_row + o_n, mask=o_n < n_read, other=0)  # [chunk]
             b_set = ((b_set > 0) | (o_n < n_all)).to(tl.int32)
             o_entry = i_next + tl.cumsum(b_set, 0) - 1
             tl.store(p_indices + o_entry, o_n, mask=b_set > 0)

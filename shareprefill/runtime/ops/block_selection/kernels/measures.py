@@ -52,6 +52,42 @@ def js_kernel(
     tl.store(p_parts + i_map * tl.num_programs(0) + tl.program_id(0), share)
 
 
+@triton.jit
+def sum_covered(
+    p_map,
+    p_pattern,
+    p_rows,
+    i_start,
+    i_end,
+    n_k,
+    n_listed,
+    HAS_ROWS: tl.constexpr,
+    ROWS: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """The mass of rows `i_start .. i_end - 1` of a map inside a pattern.
+
+    From column `n_listed` on all of it counts as inside. `HAS_ROWS`: the rows of the map are those
+    of the pattern that stand in `p_rows`.
+    """
+    b_sum = tl.zeros([ROWS, CHUNK], dtype=tl.float32)  # [rows, chunk]
+    for i_row in range(i_start, i_end, ROWS):
+        o_m = i_row + tl.arange(0, ROWS)
+        o_row = (o_m.to(tl.int64) * n_k)[:, None]
+        o_read = o_row
+        if HAS_ROWS:
+            o_read = (tl.load(p_rows + o_m, mask=o_m < i_end, other=0) * n_k)[:, None]
+        for i_column in range(0, n_k, CHUNK):
+            o_n = i_column + tl.arange(0, CHUNK)
+            m_tile = (o_m < i_end)[:, None] & (o_n < n_k)[None, :]
+            m_listed = (o_m < i_end)[:, None] & (o_n < n_listed)[None, :]
+            b_taken = tl.load(p_pattern + o_read + o_n[None, :], mask=m_listed, other=1)
+            b_mass = tl.load(p_map + o_row + o_n[None, :], mask=m_tile, other=0.0)  # [rows, chunk]
+            # A mass that is not a number counts wherever it is: it covers nothing.
+            b_sum += tl.where((b_taken > 0) | (b_mass != b_mass), b_mass, 0.0)
+    return tl.sum(tl.sum(b_sum, 1), 0)
+
+
 @triton.jit(do_not_specialize=["n_q", "n_k", "n_rows"])
 def covered_kernel(
     p_maps,
@@ -73,19 +109,10 @@ def covered_kernel(
     p_pattern = p_patterns + i_pattern * n_q * n_k
     i_start = tl.program_id(0) * n_rows
     i_end = tl.minimum(i_start + n_rows, n_q)
-    b_sum = tl.zeros([ROWS, CHUNK], dtype=tl.float32)  # [rows, chunk]
-    for i_row in range(i_start, i_end, ROWS):
-        o_m = i_row + tl.arange(0, ROWS)
-        o_row = (o_m.to(tl.int64) * n_k)[:, None]
-        for i_column in range(0, n_k, CHUNK):
-            o_n = i_column + tl.arange(0, CHUNK)
-            m_tile = (o_m < i_end)[:, None] & (o_n < n_k)[None, :]
-            m_listed = (o_m < i_end)[:, None] & (o_n < n_listed)[None, :]
-            b_taken = tl.load(p_pattern + o_row + o_n[None, :], mask=m_listed, other=1)
-            b_mass = tl.load(p_map + o_row + o_n[None, :], mask=m_tile, other=0.0)  # [rows, chunk]
-            # A mass that is not a number counts wherever it is: it covers nothing.
-            b_sum += tl.where((b_taken > 0) | (b_mass != b_mass), b_mass, 0.0)
-    share = tl.sum(tl.sum(b_sum, 1), 0) / n_q
+    share = (
+        sum_covered(p_map, p_pattern, p_index, i_start, i_end, n_k, n_listed, False, ROWS, CHUNK)
+        / n_q
+    )
     # Not a minimum, which would turn NaN into 1.
     share = tl.where(share > 1.0, 1.0, share)
     tl.store(p_parts + i_map * tl.num_programs(0) + tl.program_id(0), share)

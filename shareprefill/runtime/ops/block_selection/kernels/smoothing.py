@@ -81,6 +81,47 @@ def _mean_of_two(
     return tl.where(b_count > 0.0, b_sum / tl.maximum(b_count, 1.0), b_own)
 
 
+@triton.jit
+def smoothed_tile(
+    p_map,
+    p_means,
+    o_m,
+    o_n,
+    n_q,
+    n_k,
+    reach,
+    n_diagonals,
+    itself,
+    vertical1,
+    diagonal1,
+    vertical2,
+    diagonal2,
+    column,
+    diagonal,
+):
+    """A tile of one smoothed map, at rows `o_m` and columns `o_n`; zero where not causal."""
+    b_last = last_blocks(o_m, n_k, reach)
+    m_causal = (o_m < n_q)[:, None] & (o_n[None, :] <= b_last[:, None])
+    o_tile = (o_m.to(tl.int64) * n_k)[:, None] + o_n[None, :]
+    b_own = tl.load(p_map + o_tile, mask=m_causal, other=0.0)  # [rows, chunk]
+    b_total = itself * b_own
+    if vertical1 > 0.0:
+        b_total += vertical1 * _mean_of_two(p_map, b_own, o_m, o_n, n_q, n_k, reach, 1, 0)
+    if diagonal1 > 0.0:
+        b_total += diagonal1 * _mean_of_two(p_map, b_own, o_m, o_n, n_q, n_k, reach, 1, 1)
+    if vertical2 > 0.0:
+        b_total += vertical2 * _mean_of_two(p_map, b_own, o_m, o_n, n_q, n_k, reach, 2, 0)
+    if diagonal2 > 0.0:
+        b_total += diagonal2 * _mean_of_two(p_map, b_own, o_m, o_n, n_q, n_k, reach, 2, 2)
+    if column > 0.0:
+        b_column = tl.load(p_means + n_diagonals + o_n, mask=o_n < n_k, other=0.0)  # [chunk]
+        b_total += column * b_column[None, :]
+    if diagonal > 0.0:
+        o_line = o_n[None, :] - o_m[:, None] + (n_q - 1)
+        b_total += diagonal * tl.load(p_means + o_line, mask=m_causal, other=0.0)
+    return tl.where(m_causal, b_total, 0.0)
+
+
 @triton.jit(do_not_specialize=["n_q", "n_k", "reach", "n_diagonals"])
 def smooth_kernel(
     p_maps,
@@ -103,31 +144,28 @@ def smooth_kernel(
     """One program: a tile of one map; entries that are not causal are zero."""
     i_map = tl.program_id(1).to(tl.int64)
     n_chunks = tl.cdiv(n_k, CHUNK)
-    o_m = tl.program_id(0) // n_chunks * ROWS + tl.arange(0, ROWS)
-    o_n = tl.program_id(0) % n_chunks * CHUNK + tl.arange(0, CHUNK)
-    b_last = last_blocks(o_m, n_k, reach)
-    m_causal = (o_m < n_q)[:, None] & (o_n[None, :] <= b_last[:, None])
-    p_map = p_maps + i_map * n_q * n_k
-    o_tile = (o_m.to(tl.int64) * n_k)[:, None] + o_n[None, :]
+    i_row = tl.program_id(0) // n_chunks * ROWS
+    i_column = tl.program_id(0) % n_chunks * CHUNK
+    o_m, o_n = i_row + tl.arange(0, ROWS), i_column + tl.arange(0, CHUNK)
     b_total = tl.zeros([ROWS, CHUNK], dtype=tl.float32)  # [rows, chunk]
-    if tl.max(m_causal.to(tl.int32)) > 0:
-        b_own = tl.load(p_map + o_tile, mask=m_causal, other=0.0)  # [rows, chunk]
-        b_total = itself * b_own
-        if vertical1 > 0.0:
-            b_total += vertical1 * _mean_of_two(p_map, b_own, o_m, o_n, n_q, n_k, reach, 1, 0)
-        if diagonal1 > 0.0:
-            b_total += diagonal1 * _mean_of_two(p_map, b_own, o_m, o_n, n_q, n_k, reach, 1, 1)
-        if vertical2 > 0.0:
-            b_total += vertical2 * _mean_of_two(p_map, b_own, o_m, o_n, n_q, n_k, reach, 2, 0)
-        if diagonal2 > 0.0:
-            b_total += diagonal2 * _mean_of_two(p_map, b_own, o_m, o_n, n_q, n_k, reach, 2, 2)
-        p_means += i_map * (n_diagonals + n_k)
-        if column > 0.0:
-            b_column = tl.load(p_means + n_diagonals + o_n, mask=o_n < n_k, other=0.0)  # [chunk]
-            b_total += column * b_column[None, :]
-        if diagonal > 0.0:
-            o_line = o_n[None, :] - o_m[:, None] + (n_q - 1)
-            b_total += diagonal * tl.load(p_means + o_line, mask=m_causal, other=0.0)
-        b_total = tl.where(m_causal, b_total, 0.0)
+    if i_column <= last_blocks(tl.minimum(i_row + ROWS, n_q) - 1, n_k, reach):
+        b_total = smoothed_tile(
+            p_maps + i_map * n_q * n_k,
+            p_means + i_map * (n_diagonals + n_k),
+            o_m,
+            o_n,
+            n_q,
+            n_k,
+            reach,
+            n_diagonals,
+            itself,
+            vertical1,
+            diagonal1,
+            vertical2,
+            diagonal2,
+            column,
+            diagonal,
+        )
+    o_tile = (o_m.to(tl.int64) * n_k)[:, None] + o_n[None, :]
     m_tile = (o_m < n_q)[:, None] & (o_n < n_k)[None, :]
     tl.store(p_out + i_map * n_q * n_k + o_tile, b_total, mask=m_tile)

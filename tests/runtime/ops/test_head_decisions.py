@@ -1,0 +1,191 @@
+"""What heads read: decided by checks, read from two bitmaps, and by rows that are numbers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from shareprefill.errors import ConfigError
+from shareprefill.runtime.ops.block_selection import (
+    LineWeights,
+    check_heads,
+    covered_mass,
+    head_blocks,
+    list_blocks,
+    redirect_heads,
+    select_blocks,
+    smooth_maps,
+    vertical_slash_blocks,
+)
+from tests.support.maps import Shape, geometry, random_maps
+
+SHAPES = [(64, 64, 16), (100, 120, 32), (50, 113, 16), (40, 3000, 16)]
+# Kernels in the interpreter, and compiled ones.
+DEVICES = [
+    pytest.param("cpu", marks=pytest.mark.interpreter),
+    pytest.param("cuda", marks=pytest.mark.gpu),
+]
+
+
+def checks(device: str, n_checks: int, n_entries: int) -> dict[str, torch.Tensor]:
+    """Checks of one in three query blocks, one of a map that is no number."""
+    maps = random_maps(n_checks, (160, 160, 16), device=device)
+    rows = torch.tensor([0, 3, 6, 9], device=device)
+    some = maps[:, rows].contiguous()
+    some[3, 1, 0] = torch.nan
+    least = torch.rand(n_checks, device=device)
+    pattern, check_of = (
+        torch.randint(below, (count,), device=device)
+        for below, count in ((5, n_checks), (n_checks, n_entries))
+    )
+    numbers = [torch.randint(-1, 90, (n_entries,), device=device) for _ in range(2)]
+    return {
+        "maps": some,
+        "patterns": random_maps(5, (160, 160, 16), device=device) > 0.05,
+        "pattern_of_head": pattern,
+        "rows": rows,
+        "least": least,
+        "is_finite": torch.rand(5, device=device) < 0.7,
+        "check_of": check_of,
+        "on_pass": numbers[0],
+        "on_fail": numbers[1],
+    }
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_checks_decide_as_the_reference(device: str) -> None:
+    given = checks(device, 37, 300)
+    decided, mass, found = check_heads(**given, impl="triton")
+    wanted, exact, wanted_found = check_heads(**given, impl="reference")
+    torch.testing.assert_close(mass, exact, equal_nan=True)
+    assert torch.equal(found, wanted_found)
+    # Rounding decides none of them.
+    assert not ((exact - given["least"]).abs() < 1e-5).any()
+    assert torch.equal(decided, wanted)
+
+
+def test_the_mass_of_a_check_is_that_of_the_rows_alone() -> None:
+    given = checks("cpu", 9, 20)
+    rows = given["rows"]
+    _, mass, found = check_heads(**given)
+    patterns = given["patterns"][:, rows].contiguous()
+    wanted = covered_mass(given["maps"], patterns, given["pattern_of_head"])
+    assert torch.equal(mass.nan_to_num(-1), wanted.nan_to_num(-1))
+    assert torch.equal(found, given["is_finite"][given["pattern_of_head"]])
+
+
+def test_a_check_passes_from_the_least_mass_on() -> None:
+    maps = torch.tensor([[[0.5, 0.5]], [[0.25, 0.75]], [[torch.nan, 0.5]]])
+    zeros, entries = torch.tensor([0, 0, 0]), [torch.tensor(n) for n in ([7, 8, 9], [-1, -2, -3])]
+    sides = torch.tensor([[[True, False]], [[True, False]]])
+    rest = (torch.full((3,), 0.5), torch.tensor([True, False]), torch.tensor([0, 1, 2]), *entries)
+    decided, mass, _ = check_heads(maps, sides, zeros, zeros[:1], *rest)
+    assert decided.tolist() == [7, -2, -3]
+    assert mass[:2].tolist() == [0.5, 0.25]
+    decided, _, found = check_heads(maps, sides, zeros + 1, zeros[:1], *rest)
+    assert decided.tolist() == [-1, -2, -3]
+    assert found.tolist() == [False] * 3
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("is_small", [False, True])
+@pytest.mark.parametrize("line", [0.0, 0.2])
+def test_blocks_of_smoothed_maps_are_chosen_in_one_step(
+    shape: Shape, is_small: bool, line: float, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Exact sums, so exactly the same."""
+    from shareprefill.runtime.ops.block_selection import triton
+
+    monkeypatch.setattr(triton, "SMALL_MAP", 2**40 if is_small else 0)
+    maps = random_maps(3, shape, 1024, device=device)
+    weights = LineWeights(itself=0.5, vertical1=0.25, diagonal2=0.25, column=line, diagonal=line)
+    gamma = torch.tensor([0.5, 0.95, 1.0, 0.7], device=device)
+    index = torch.tensor([1, 1, 0, -1], device=device)
+    options = geometry(shape) | {"sink_blocks": 1, "local_blocks": 2}
+    smoothed = smooth_maps(maps, weights, **geometry(shape), impl="triton")
+    wanted, _ = head_blocks(smoothed, gamma, index, **options, impl="triton")
+    chosen, finite = torch.ones_like(wanted), torch.zeros(4, dtype=torch.bool, device=device)
+    places = {"out": chosen, "finite": finite}
+    head_blocks(maps, gamma, index, weights=weights, **options, **places, impl="triton")
+    assert torch.equal(chosen, wanted)
+    assert finite.all()
+    exact, _ = head_blocks(maps, gamma, index, weights=weights, **options, impl="reference")
+    assert (chosen != exact).float().mean() < 1e-3
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("n_flags", [(), (3,), (200,)], ids=str)
+@pytest.mark.parametrize("is_one", [False, True])
+def test_heads_are_redirected_as_by_the_reference(
+    n_flags: tuple[int, ...], is_one: bool, device: str
+) -> None:
+    holds = torch.rand(6, *n_flags, device=device) < (0.995 if n_flags else 0.5)
+    holds[0] = False
+    read = torch.randint(-1, 14, (40,), device=device)
+    otherwise = torch.randint(50, 60, (1 if is_one else 6,), device=device)
+    wanted = redirect_heads(read, holds, otherwise, first=4, impl="reference")
+    found = redirect_heads(read, holds, otherwise, first=4, impl="triton")
+    assert torch.equal(found, wanted)
+    assert not torch.equal(found, read)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("max_density", [None, 0.4])
+def test_lists_of_two_bitmaps_are_those_of_one(
+    shape: Shape, max_density: float | None, device: str
+) -> None:
+    shared, own = (random_maps(n, shape, device=device) > 0.02 for n in (4, 3))
+    source = torch.tensor([2, 0], device=device)
+    heads = torch.tensor([0, 4, 1, -1, 3, 0, 4], device=device)
+    options = geometry(shape) | {"max_density": max_density}
+    whole = torch.cat([shared[source], own])
+    wanted = list_blocks(whole, heads, **options, impl="reference")
+    for impl in ("reference", "triton"):
+        options["impl"] = impl
+        found = list_blocks(own, heads, **options, shared=shared, source=source)
+        found.validate()
+        assert torch.equal(found.to_bitmap(), wanted.to_bitmap())
+        assert torch.equal(found.head_to_list, wanted.head_to_list)
+        totals = found.totals()
+        assert torch.equal(totals.offsets, wanted.offsets[:: wanted.n_q])
+        assert torch.equal(totals.head_counts(), wanted.head_counts())
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_what_is_no_number_is_told(shape: Shape, device: str) -> None:
+    maps, options = random_maps(4, shape, 1024, device=device), geometry(shape)
+    maps[1, -1, 0], maps[3, 0, 0] = torch.nan, torch.inf
+    gamma = torch.full((4,), 0.9, device=device)
+    profiles = [torch.rand(4, maps.shape[2] + more, device=device) for more in (0, 1)]
+    profiles[0][2, 0] = torch.nan
+    found = []
+    for impl in ("reference", "triton"):
+        rows = torch.rand(maps.shape[:2], device=device) < 0.5
+        heads = torch.rand(4, device=device) < 0.5
+        select_blocks(maps, gamma, finite=rows, **options, impl=impl)
+        lines = vertical_slash_blocks(*profiles, gamma, finite=heads, **options, impl=impl)
+        found.append((rows, heads, lines[2]))
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
+    rows, heads, lines = found[0]
+    assert rows.all(1).tolist() == [True, False, True, False]
+    assert heads.tolist() == [True, True, False, True]
+    assert torch.equal(
+        lines, select_blocks(torch.ones_like(maps[:1]), gamma[:1] * 1e9, **options)[0]
+    )
+
+
+def test_two_bitmaps_that_do_not_belong_together_are_refused() -> None:
+    own, heads = torch.zeros(1, 2, 2, dtype=torch.bool), torch.tensor([0])
+    source, sizes = torch.tensor([3]), {"n_query": 8, "n_key": 8, "block_size": 4}
+    with pytest.raises(ConfigError, match="give shared and source, or neither"):
+        list_blocks(own, heads, **sizes, source=source)
+    with pytest.raises(ConfigError, match="source must lie below 1, got 3"):
+        list_blocks(own, heads, **sizes, shared=own, source=source)
+    with pytest.raises(ConfigError, match=r"shared must be bool \[N, 2, 2\]"):
+        list_blocks(own, heads, **sizes, shared=own.int(), source=source)
+    with pytest.raises(ConfigError, match=r"otherwise must be int64 \[2\]"):
+        redirect_heads(heads, torch.ones(2, dtype=torch.bool), torch.tensor([1, 2, 3]), first=0)
