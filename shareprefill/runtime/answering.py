@@ -173,6 +173,8 @@ def answer(
         return found, states()[: len(input_ids)].cpu()
 
     with session:
+        if network.device.type == "cuda":
+            session.warm_up()
         ours, states = generation(on_text)
     if on_text is not None:
         on_text("\n")

@@ -130,6 +130,30 @@ class Session:
         with computing_itself(self.model, self._book_requested):
             yield
 
+    def warm_up(self) -> None:
+        """Makes what prompts of all lengths need, so that the first of them does not wait for it.
+
+        A few blocks of tokens go through the model, sparse whatever the crossover; the report does
+        not count them. Kernels are compiled then, and are kept on disk for later processes.
+
+        ::
+
+            with share_prefill(model, "clusters.st") as session:
+                session.warm_up()
+
+        Raises:
+            ConfigError: the session is not entered.
+        """
+        if not self._attachments:
+            raise ConfigError("session.warm_up() is for inside `with session:`; enter that first")
+        ids = torch.zeros((1, 3 * self.plan.block_size), dtype=torch.long)
+        self._pass.is_warm_up = True
+        try:
+            with torch.no_grad():
+                self.model(input_ids=ids.to(self.model.device), use_cache=False)
+        finally:
+            self._pass.is_warm_up = False
+
     def reset(self) -> None:
         """Forgets what the report counts."""
         with self._lock:
@@ -206,7 +230,7 @@ class Session:
             measure_recall=self.measure_recall,
             keep_maps=self.keep_maps,
         )
-        if not again:
+        if not again and not self._pass.is_warm_up:
             with self._lock:
                 self._records.append(record)
         return out
@@ -215,6 +239,8 @@ class Session:
         """Whether so many query rows and keys are enough for patterns to pay for their choice."""
         if rows < self.plan.block_size:
             return False
+        if self._pass.is_warm_up:
+            return True
         least = self.config.min_tokens
         return keys >= (crossover(device).tokens if least is None else least)
 
@@ -224,8 +250,9 @@ class Session:
                 self._requested[layer] += 1
 
     def _book_dense(self, layer: int, n_query: int, n_key: int) -> None:
-        with self._lock:
-            self._dense[layer, n_query, n_key] += 1
+        if not self._pass.is_warm_up:
+            with self._lock:
+                self._dense[layer, n_query, n_key] += 1
 
 
 def _plan_of(
@@ -241,9 +268,10 @@ _States = dict[tuple[int, int], SequenceState]
 
 
 class _Pass(threading.local):
-    """The forward pass that a thread is in: its states, by sequence."""
+    """The forward pass that a thread is in: its states, by sequence; and whether it warms up."""
 
     def __init__(self) -> None:
+        self.is_warm_up = False
         self._states: _States = {}
         self._layer = -1
         self._query: Callable[[], Tensor | None] = lambda: None

@@ -37,6 +37,49 @@ def logits(model: Any, config: RuntimeConfig, **inputs: Any) -> torch.Tensor:
 
 
 @torch.no_grad()
+def test_a_warm_up_runs_sparse_and_is_reported_nowhere(
+    model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = share_prefill(model, tiny_artifact(model, POLICIES), min_tokens=10**6)
+    with pytest.raises(ConfigError, match="is for inside `with session:`"):
+        session.warm_up()
+    layers = []
+    attend = session.prefill.attend
+    monkeypatch.setattr(
+        session.prefill, "attend", lambda *call, **o: layers.append(call[0]) or attend(*call, **o)
+    )
+    with session:
+        session.warm_up()
+        assert layers == [0, 1, 2]
+        assert session.report().prefills == session.report().dense_prefills == 0
+        # What follows is below the crossover again.
+        model(input_ids=token_ids(1, 400))
+    assert layers == [0, 1, 2]
+    assert session.report().dense_prefills == 1
+
+
+@torch.no_grad()
+@pytest.mark.gpu
+def test_prompts_of_any_length_compile_nothing_after_a_warm_up(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import triton
+
+    sizes = {"hidden_size": 256, "head_dim": 64, "max_position_embeddings": 2**17}
+    model = tiny_llama(**sizes).to("cuda", torch.bfloat16)
+    artifact = tiny_artifact(model, POLICIES, block_size=128)
+    compiled: list[Any] = []
+    hook = "jit_post_compile_hook"
+    with share_prefill(model, artifact, min_tokens=0) as session:
+        session.warm_up()
+        monkeypatch.setattr(triton.knobs.runtime, hook, lambda **call: compiled.append(call))
+        for tokens in (1000, 9000, 20_000, 66_000):
+            model(input_ids=token_ids(1, tokens).cuda(), use_cache=False, logits_to_keep=1)
+    assert session.report().prefills == 4
+    assert not compiled
+
+
+@torch.no_grad()
 @pytest.mark.parametrize(
     "policy", ["smoothed", "streaming:local_blocks=1", Streaming(local_blocks=1)]
 )
