@@ -73,14 +73,15 @@ def _produce(ring, k_desc, span, i_group, pages, BLOCK: gl.constexpr, PAGE_BLOCK
     """
     tiles, ready, free = ring
     i_first, i_end, _full = span
+    i_page = load_page(pages, i_first, PAGE_BLOCKS)
     for i_unit in range(i_first, i_end):
         i_step = i_unit - i_first
-        i_page = load_page(pages, i_unit, PAGE_BLOCKS)
         i_place, i_token = find_tile(pages, i_page, i_group, i_unit, BLOCK, PAGE_BLOCKS)
         wait_free(free, i_step)
         slot = i_step % tiles.shape[0]
         mbarrier.expect(ready.index(slot), k_desc.block_type.nbytes)
         load_tile(k_desc, [i_place, i_token, 0], ready.index(slot), tiles.index(slot))
+        i_page = load_page(pages, gl.minimum(i_unit + 1, i_end - 1), PAGE_BLOCKS)
 
 
 @gluon.jit
