@@ -96,11 +96,17 @@ class PagedTokens:
     def gathered(self) -> torch.Tensor:
         """The tokens in one tensor `[G, N, D]`; copied at the first call."""
         pages = self.table[: count_blocks(self.n_tokens, self.page_size)].long()
-        groups, _, dim = self.shape
-        # One copy; it takes three times as long where heads come first in a page.
-        rows = self.pool.new_empty((len(pages), self.page_size, groups, dim))
-        torch.index_select(self.pool.transpose(1, 2), 0, pages, out=rows)
-        return rows.view(-1, groups, dim)[: self.n_tokens].transpose(0, 1)
+        pool, (groups, _, dim) = self.pool, self.shape
+        # In the order of a page: another one takes three times as long.
+        if pool.stride(1) < pool.stride(2):
+            rows = pool.new_empty((len(pages), self.page_size, groups, dim))
+            torch.index_select(pool.transpose(1, 2), 0, pages, out=rows)
+            rows = rows.view(-1, groups, dim).transpose(0, 1)
+        else:
+            rows = pool.new_empty((groups, len(pages), self.page_size, dim))
+            torch.index_select(pool.transpose(0, 1), 1, pages, out=rows)
+            rows = rows.view(groups, -1, dim)
+        return rows[:, : self.n_tokens]
 
     def shares_pages(self, other: PagedTokens) -> bool:
         """Whether tokens of the other one are found through the same table."""
