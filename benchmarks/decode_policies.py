@@ -33,6 +33,7 @@ _CUTS = torch.tensor(
         *(0.94, 0.96, 0.97, 0.98, 0.985, 0.99, 0.993, 0.996, 0.998, 0.999, 1.1),
     ]
 )
+_WORTHS = torch.cat((torch.zeros(1), torch.logspace(-8, 1, 37)))
 _SPEC = re.compile(
     r"(?P<name>oracle|last|vertical|quest|own|pivots|sketch|channels)"
     r"(:(?P<share>0?\.\d+)|:(?P<rank>\d+)x(?P<bits>4|8|16))?(/(?P<every>\d+))?"
@@ -222,9 +223,8 @@ class Policy:
         sketch: Coordinates of a key, and bits of each.
         channels: The coordinates, where they are channels of the keys, int64 `[L * U, rank]`.
         cuts: Share of the order's attention that a unit's blocks hold, `[L * U]`.
-        effect: KL divergence for a unit's squared lost attention, `[L * U]`.
-        price: With effects: KL divergence that all blocks of a unit must be worth; each step reads
-            what is worth more than it costs.
+        worth: What all blocks of a unit together must be worth, in half squares of lost attention,
+            `[L * U]`: each step reads what is worth more than it costs.
         means: Blocks that are not read stand in by their mean value.
         extra: Reads that choosing takes, without the pivots' dense steps.
     """
@@ -237,8 +237,7 @@ class Policy:
     sketch: tuple[int, int] = (0, 0)
     channels: Tensor | None = None
     cuts: Tensor | None = None
-    effect: Tensor | None = None
-    price: float | None = None
+    worth: Tensor | None = None
     means: bool = False
     extra: float = 0.0
     seen: dict[int, Tensor] = field(default_factory=dict)
@@ -283,10 +282,9 @@ class Policy:
         units = range(layer * len(score), (layer + 1) * len(score))
         mine = slice(units.start, units.stop)
         order = ranked(score, always, visible)
-        if self.price is not None:
-            assert self.effect is not None
+        if self.worth is not None:
             held = score.gather(-1, order).cumsum(-1)
-            counts = worth_counts(held, self.effect[mine], self.price, always, visible)
+            counts = worth_counts(held, self.worth[mine], always, visible)
         elif self.cuts is not None:
             held = score.gather(-1, order).cumsum(-1)
             counts = cut_counts(held, self.cuts[mine, None], always, visible)
@@ -333,21 +331,18 @@ def cut_counts(held: Tensor, cuts: Tensor, always: Tensor, visible: Tensor) -> T
     return torch.minimum(torch.maximum(counts, always.sum(-1)), visible.sum(-1))
 
 
-def worth_counts(
-    held: Tensor, effect: Tensor, price: float, always: Tensor, visible: Tensor
-) -> Tensor:
-    """How many blocks make the least of lost attention's effect and price, int64 `[U, T]`.
+def worth_counts(held: Tensor, worth: Tensor, always: Tensor, visible: Tensor) -> Tensor:
+    """How many blocks make the least of half the squared lost score and their worth, `[U, T]`.
 
     Args:
         held: Score of the first blocks together, `[U, T, n]`.
-        effect: KL divergence for squared lost attention, `[U]`.
-        price: Of all blocks.
+        worth: Of all blocks together, `[U or 1]`.
         always: Blocks that are read whatever they hold.
         visible: Blocks that there are.
     """
     counts = torch.arange(1, held.shape[-1] + 1, device=held.device)
     there = visible.sum(-1)[:, None]  # [T, 1]
-    loss = effect[:, None, None] * (1 - held).clamp(min=0).square() + price * counts / there
+    loss = (1 - held).clamp(min=0).square() / 2 + worth[:, None, None] * counts / there
     allowed = (counts >= always.sum(-1)[:, None]) & (counts <= there)
     return loss.masked_fill(~allowed, torch.inf).argmin(-1) + 1
 
@@ -409,42 +404,20 @@ def choose_channels(calibration: Calibration, count: int) -> Tensor:
     return torch.as_tensor(weight).topk(count, -1).indices
 
 
-def choose_price(calibration: Calibration, policy: Policy, density: float) -> float:
-    """The price at which a policy reads `density` of the calibration's prompts."""
-    prompts = []
-    for layers in calibration.prompts:
-        score = torch.cat([policy.score(n, steps) for n, steps in enumerate(layers)])
-        always, visible = policy.always(layers[0]), layers[0].visible
-        held = score.gather(-1, ranked(score, always, visible)).cumsum(-1)
-        dense = policy.dense(range(len(score)), score.shape[1], score.device)
-        prompts.append((held, dense, always, visible))
+def choose_levels(calibration: Calibration, policy: Policy, density: float, goal: str) -> Tensor:
+    """The cut or worth of every unit, `[L * U]`, that loses least at a mean density of `density`.
 
-    def reads(price: float) -> float:
-        total = 0.0
-        for held, dense, always, visible in prompts:
-            counts = worth_counts(held, calibration.effect, price, always, visible)
-            share = (counts / visible.sum(-1)).masked_fill(dense, 1)
-            total += share.mean().item() / len(prompts)
-        return total
-
-    low, high = 1e-9, 1e3
-    for _ in range(30):
-        price = (low * high) ** 0.5
-        low, high = (price, high) if reads(price) > density else (low, price)
-    return high
-
-
-def choose_cuts(calibration: Calibration, policy: Policy, density: float, goal: str) -> Tensor:
-    """The cut of every unit, `[L * U]`, that loses least at a mean density of `density`.
+    What is lost is the units' own attention, whatever the policy's order believes.
 
     Args:
         calibration: Steps to choose on.
-        policy: Without cuts.
+        policy: Without levels.
         density: Reads of all units, dense steps included.
-        goal: `cuts`: the lost attention; `effect`: its square, weighed by the unit's effect.
+        goal: `cuts`: cuts by the lost attention; `effect`: cuts by its square, weighed by the
+            unit's effect; `adaptive`: worths by that.
     """
-    cuts = _CUTS.to(calibration.effect)
-    lost = calibration.effect.new_zeros(len(cuts), calibration.units)
+    levels = (_WORTHS if goal == "adaptive" else _CUTS).to(calibration.effect)
+    lost = calibration.effect.new_zeros(len(levels), calibration.units)
     reads = torch.zeros_like(lost)
     for layers in calibration.prompts:
         score = torch.cat([policy.score(n, steps) for n, steps in enumerate(layers)])
@@ -453,16 +426,19 @@ def choose_cuts(calibration: Calibration, policy: Policy, density: float, goal: 
         order = ranked(score, always, visible)
         held, own = (m.gather(-1, order).cumsum(-1) for m in (score, mass))
         dense = policy.dense(range(len(score)), score.shape[1], score.device)
-        for number, cut in enumerate(cuts):
-            counts = cut_counts(held, cut[None, None], always, visible)
+        for number, level in enumerate(levels):
+            if goal == "adaptive":
+                counts = worth_counts(held, level[None], always, visible)
+            else:
+                counts = cut_counts(held, level[None, None], always, visible)
             missed = (1 - own.gather(-1, counts[..., None] - 1)[..., 0]).clamp(min=0)
             missed = missed.masked_fill(dense, 0)
             share = (counts / visible.sum(-1)).masked_fill(dense, 1)
             lost[number] += (missed if goal == "cuts" else missed**2).mean(1)
             reads[number] += share.mean(1) / len(calibration.prompts)
-    if goal == "effect":
+    if goal != "cuts":
         lost *= calibration.effect
-    return cuts[_at_one_price(lost, reads, density)]
+    return levels[_at_one_price(lost, reads, density)]
 
 
 def _at_one_price(lost: Tensor, reads: Tensor, density: float) -> Tensor:
@@ -533,9 +509,7 @@ def make_policy(spec: str, density: float, calibration: Calibration) -> Policy |
     if allowed <= dense:
         return None
     policy.density = (allowed - dense) / (1 - dense)
-    if goal == "adaptive":
-        policy.effect = calibration.effect
-        policy.price = choose_price(calibration, policy, allowed)
-    elif goal is not None:
-        policy.cuts = choose_cuts(calibration, policy, allowed, goal)
+    if goal is not None:
+        levels = choose_levels(calibration, policy, allowed, goal)
+        policy.worth, policy.cuts = (levels, None) if goal == "adaptive" else (None, levels)
     return policy

@@ -71,6 +71,8 @@ POLICIES = (
 )
 # Query rows of the prompt: the last ones, and one in so many of all.
 LAST, EVERY = 128, 8
+# Rows that the coordinates of a sketch are chosen by: so many of the last ones, one in so many.
+BASIS_ROWS, BASIS_EVERY = 128, 1
 # Sets of tokens that a prompt's effects are measured with, and reads that they are measured at.
 DRAWS, EFFECT_READS = 4, 0.1
 _NEEDLES, _QUOTED_FROM, _QUOTED_WORDS = 8, 0.4, 24
@@ -140,7 +142,8 @@ class Prefill:
         self.vertical.append(_mean_map(query[:, every], every, key, call.scale))
         tail = torch.arange(max(0, rows - LAST), rows, device=key.device)
         self.last.append(_mean_map(query[:, tail], tail, key, call.scale))
-        self.query.append(query[:, tail].unflatten(0, (len(key), -1)).flatten(1, 2))
+        of_basis = torch.arange(max(0, rows - BASIS_ROWS), rows, BASIS_EVERY, device=key.device)
+        self.query.append(query[:, of_basis].unflatten(0, (len(key), -1)).flatten(1, 2))
         whole = (t[0].repeat_interleave(repeats, 0)[None] for t in (call.key, call.value))
         return F.scaled_dot_product_attention(call.query, *whole, is_causal=True, scale=call.scale)
 

@@ -117,9 +117,9 @@ def test_a_step_reads_what_is_worth_its_price() -> None:
 
     held = torch.tensor([[[0.5, 0.8, 0.9, 1.0]]])
     visible, always = torch.ones(1, 4, dtype=torch.bool), torch.tensor([[True, False, True, False]])
-    # Lost .5, .2, .1, 0: squared .25, .04, .01, 0; a block costs a quarter of the price.
-    for price, count in ((0.9, 2), (0.2, 2), (0.06, 3), (0.03, 4)):
-        found = worth_counts(held, torch.ones(1), price, always, visible)
+    # Lost .5, .2, .1, 0: half squares .125, .02, .005, 0; a block costs a quarter of the worth.
+    for worth, count in ((0.45, 2), (0.1, 2), (0.03, 3), (0.015, 4), (0.0, 4)):
+        found = worth_counts(held, torch.tensor([worth]), always, visible)
         assert found.tolist() == [[count]]
 
 
