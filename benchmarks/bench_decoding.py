@@ -5,6 +5,7 @@
 Every time is of a CUDA graph of as many steps as read more than the L2 cache holds, each on keys
 and values of its own, divided by their number: a decode step finds the cache full of other layers.
 Dense decoding is the fastest of SDPA's backends and of our own kernel with all blocks listed.
+`choice` is the selection of blocks by a sketch alone: it is to be added to `listed`.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from shareprefill.runtime.ops.block_sparse_decoding import block_sparse_decoding
+from shareprefill.runtime.ops.sketched_selection import Basis, select_blocks
 
 BACKENDS = {
     "flash": SDPBackend.FLASH_ATTENTION,
@@ -69,7 +71,23 @@ def random_lists(batch: int, groups: int, n: int, density: float) -> tuple[Tenso
     return blocks, torch.full((batch, groups), count, dtype=torch.int32, device="cuda")
 
 
-def case(options: argparse.Namespace, batch: int, tokens: int) -> dict[str, object]:
+def choosing(
+    query: Tensor, key: Tensor, options: argparse.Namespace
+) -> Callable[[], tuple[Tensor, Tensor]]:
+    """The choice of blocks by a sketch, here of random codes."""
+    batch, groups, tokens, dim = key.shape
+    axes = torch.randn(batch, groups, options.rank, dim, device="cuda") / dim
+    basis = Basis(axes[:, :, 0].contiguous(), axes, axes)
+    sizes = batch, groups, tokens, options.rank // 8
+    words = torch.randint(-(2**31), 2**31 - 1, sizes, dtype=torch.int32, device="cuda")
+    share = torch.full((options.heads,), options.kv_heads / options.heads, device="cuda")
+    worth = torch.full((options.kv_heads,), 0.1, device="cuda")
+    return partial(
+        select_blocks, *(query, key, words, basis, share, worth), block_size=options.block
+    )
+
+
+def case(options: argparse.Namespace, batch: int, tokens: int) -> dict[str, float]:
     """Times of one batch size and length."""
     groups, dim = options.kv_heads, options.head_dim
     cache_bytes = batch * groups * tokens * dim * 2 * 2
@@ -81,7 +99,7 @@ def case(options: argparse.Namespace, batch: int, tokens: int) -> dict[str, obje
         for _ in range(copies)
     ]
     n = -(-tokens // options.block)
-    row: dict[str, object] = {"batch": batch, "tokens": tokens, "copies": copies}
+    row: dict[str, float] = {"batch": batch, "tokens": tokens, "copies": copies}
     for name, backend in BACKENDS.items():
         try:
             row[name] = microseconds([partial(dense, backend, *cache) for cache in caches])
@@ -94,6 +112,7 @@ def case(options: argparse.Namespace, batch: int, tokens: int) -> dict[str, obje
             for cache, blocks in zip(caches, lists, strict=True)
         ]
         row[f"listed {density:g}"] = microseconds(steps)
+    row["choice"] = microseconds([choosing(*cache[:2], options) for cache in caches])
     best = min(v for k, v in row.items() if k in BACKENDS or k == "listed 1")
     row["dense"] = best
     row["bytes/s dense"] = cache_bytes / best * 1e6
@@ -111,6 +130,7 @@ def main() -> None:
     parser.add_argument("--heads", type=int, default=32)
     parser.add_argument("--kv-heads", type=int, default=8)
     parser.add_argument("--head-dim", type=int, default=128)
+    parser.add_argument("--rank", type=int, default=16, help="coordinates of the sketch")
     parser.add_argument("--block", type=int, default=32, help="tokens a key block")
     parser.add_argument("--commit", help="of the sources, where git's files are not there")
     parser.add_argument("--json", type=Path)

@@ -1,0 +1,119 @@
+"""Blocks that a decode step reads, chosen by a sketch of the keys: checks and implementations."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from shareprefill.errors import ConfigError
+from shareprefill.runtime.ops.dispatch import select_impl
+from shareprefill.runtime.ops.inputs import (
+    FLOAT_DTYPES,
+    check_block_size,
+    check_tensor,
+    unit_last_stride,
+)
+from shareprefill.runtime.ops.sketched_selection import reference
+from shareprefill.runtime.ops.sketched_selection.sketch import CODES, Basis
+
+IMPLS = ("reference", "triton")
+
+
+@torch.no_grad()
+def select_blocks(
+    query: Tensor,
+    key: Tensor,
+    words: Tensor,
+    basis: Basis,
+    share: Tensor,
+    worth: Tensor,
+    *,
+    block_size: int,
+    local: int = 64,
+    lengths: Tensor | None = None,
+    scale: float | None = None,
+    impl: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Key blocks that each sequence's newest token reads, as many as pay for themselves.
+
+    The sketch tells each block's attention m; the first block and those of the newest `local`
+    tokens, which are always read, have their keys' own. A KV head's harm is its effect times the
+    square of the attention that it loses, so that a block more takes away 2 * effect * lost * m. It
+    is read where this is at least the price of a block: `lost * m >= worth / n`, with `worth` the
+    price of all n blocks over twice the effect. The reader's threshold on m is a power of
+    1 / sqrt(2), so that a few passes find it. Nothing waits for the device.
+
+    Args:
+        query: `[B, H, D]`.
+        key: `[B, G, N, D]`, of the same dtype, G divides H.
+        words: Codes of the keys (`sketch_keys`), int32 `[B, G, N, r / 8]`, contiguous. Those of
+            blocks that are always read may be anything.
+        basis: Of the codes, its tensors `[B, G, ...]`, contiguous.
+        share: float32 `[H]`: weights of query heads in their KV head, of sum 1 over it.
+        worth: float32 `[G]`, at least 0.
+        block_size: Tokens in a block.
+        local: Newest tokens whose blocks are always read.
+        lengths: int32 `[B]`: tokens of each sequence, at least 1. None: N.
+        scale: Factor of the logits; None: `1 / sqrt(D)`.
+        impl: "auto" (on CUDA "triton", elsewhere "reference"), "reference" or "triton".
+
+    Returns:
+        `(blocks, counts)`: int32 `[B, G, n]`, whose first entries are the blocks in their order and
+        whose others are anything, and int32 `[B, G]`, for `block_sparse_decoding`.
+
+    Raises:
+        ConfigError: shapes, dtypes or devices do not belong together.
+        UnsupportedError: the requested implementation cannot run here.
+    """
+    if query.ndim != 3 or key.ndim != 4:
+        raise ConfigError(
+            "query must be [batch, heads, head_dim] and key [batch, KV heads, tokens, head_dim], "
+            f"got shapes {tuple(query.shape)} and {tuple(key.shape)}"
+        )
+    batch, heads, dim = query.shape
+    groups, tokens = key.shape[1:3]
+    if query.dtype not in FLOAT_DTYPES or groups < 1 or heads % groups:
+        raise ConfigError(
+            f"query must be floating-point with heads that {groups} KV heads divide, "
+            f"got {query.dtype} of {heads} heads"
+        )
+    check_block_size(block_size)
+    check_tensor("key", key, query.dtype, (batch, groups, "N", dim), query.device)
+    check_tensor("words", words, torch.int32, (batch, groups, tokens, "r / 8"), query.device)
+    axes = (batch, groups, CODES * words.shape[3], dim)
+    check_tensor("basis.mean", basis.mean, torch.float32, (batch, groups, dim), query.device)
+    check_tensor("basis.query", basis.query, torch.float32, axes, query.device)
+    check_tensor("share", share, torch.float32, (heads,), query.device)
+    check_tensor("worth", worth, torch.float32, (groups,), query.device)
+    if lengths is not None:
+        check_tensor("lengths", lengths, torch.int32, (batch,), query.device)
+    if local < 1 or tokens < 1:
+        raise ConfigError(f"local and the keys must be at least 1 token, got {local} and {tokens}")
+    if scale is not None and not 0.0 < scale < math.inf:
+        raise ConfigError(f"scale must be a positive number, got {scale}")
+    scale = 1.0 / math.sqrt(dim) if scale is None else float(scale)
+    for name, tensor in (
+        ("words", words),
+        ("basis.mean", basis.mean),
+        ("basis.query", basis.query),
+    ):
+        if not tensor.is_contiguous():
+            raise ConfigError(f"{name} must be contiguous, got strides {tensor.stride()}")
+    blocks = torch.empty(
+        (batch, groups, -(-tokens // block_size)), dtype=torch.int32, device=query.device
+    )
+    counts = torch.empty((batch, groups), dtype=torch.int32, device=query.device)
+    impl = select_impl(impl, IMPLS, query, "reference")
+    query, key = unit_last_stride(query), unit_last_stride(key)
+    select = reference.select
+    if impl == "triton":
+        from shareprefill.runtime.ops.sketched_selection import triton
+
+        select = triton.select
+    select(
+        *(query, key, words, basis, share.contiguous(), worth.contiguous()),
+        *(block_size, local, lengths, scale, blocks, counts),
+    )
+    return blocks, counts

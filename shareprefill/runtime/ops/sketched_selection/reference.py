@@ -1,0 +1,100 @@
+"""Blocks that a decode step reads, written to be believed."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from shareprefill.runtime.ops.sketched_selection.sketch import Basis, coordinates
+
+# Thresholds on a block's share of the attention: powers of 1 / sqrt(2), from 1 downwards.
+THRESHOLDS = 64
+
+
+def select(
+    query: Tensor,
+    key: Tensor,
+    words: Tensor,
+    basis: Basis,
+    share: Tensor,
+    worth: Tensor,
+    block_size: int,
+    local: int,
+    lengths: Tensor | None,
+    scale: float,
+    blocks: Tensor,
+    counts: Tensor,
+) -> None:
+    """Fill `blocks` and `counts`; arguments as in `select_blocks`, lists and `worth` of each."""
+    groups, tokens = key.shape[1:3]
+    for batch in range(len(query)):
+        length = tokens if lengths is None else int(lengths[batch])
+        n = -(-length // block_size)
+        for group in range(groups):
+            place = batch, group
+            mass = block_mass(
+                query[batch].unflatten(0, (groups, -1))[group],
+                *(key[place][:length], words[place][:length]),
+                *(basis.mean[place], basis.query[place], share.view(groups, -1)[group]),
+                *(block_size, local, scale),
+            )
+            always = always_read(length, block_size, local, key.device)
+            read = (
+                mass >= threshold(mass.masked_fill(always, 0), worth[group] / max(n, 1))
+            ) | always
+            listed = read.nonzero()[:, 0]
+            counts[place] = len(listed)
+            blocks[place][: len(listed)] = listed
+
+
+def always_read(length: int, block_size: int, local: int, device: torch.device) -> Tensor:
+    """The first block and those of the newest tokens, bool `[n]`."""
+    starts = torch.arange(0, length, block_size, device=device)
+    return (starts == 0) | (starts + block_size > length - local)
+
+
+def block_mass(
+    query: Tensor,
+    key: Tensor,
+    words: Tensor,
+    mean: Tensor,
+    of_query: Tensor,
+    share: Tensor,
+    block_size: int,
+    local: int,
+    scale: float,
+) -> Tensor:
+    """Attention of one KV head's query heads by key block, as far as it is known, `[n]`.
+
+    Keys of blocks that are always read are known; of others, their codes.
+    """
+    query, key = query.float(), key.float()
+    guessed = query @ mean[:, None] + query @ of_query.T @ coordinates(words).T  # [R, N]
+    always = always_read(len(key), block_size, local, key.device)
+    known = always.repeat_interleave(block_size)[: len(key)]
+    logits = torch.where(known, query @ key.T, guessed) * scale
+    weights = share @ logits.softmax(-1)  # [N]
+    missing = -len(key) % block_size
+    return torch.nn.functional.pad(weights, (0, missing)).unflatten(0, (-1, block_size)).sum(1)
+
+
+def threshold(mass: Tensor, worth: Tensor) -> Tensor:
+    """The smallest threshold whose last blocks are still worth reading.
+
+    Those from threshold t up to the one before take away as much as their number times t times the
+    mean of what is lost before and after.
+
+    Args:
+        mass: Attention of the blocks that may be read, `[n]`.
+        worth: Least product of lost attention and a block's own that pays for reading it.
+
+    Returns:
+        A scalar; infinite where no block is worth its price.
+    """
+    places = torch.arange(THRESHOLDS, device=mass.device)
+    thresholds = torch.exp2(-places.float() / 2)
+    before, after = (
+        (mass * (mass < factor * thresholds[:, None])).sum(-1) for factor in (2**0.5, 1.0)
+    )
+    pays = (before + after) / 2 * thresholds >= worth
+    return torch.where(pays, thresholds, torch.inf).amin()

@@ -1,0 +1,106 @@
+"""Launches of the Triton kernels that choose a decode step's blocks by a sketch of the keys."""
+
+# The checker does not know what a launch of a kernel takes.
+# pyright: reportCallIssue=false
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shareprefill.errors import UnsupportedError
+from shareprefill.runtime.ops.devices import device_of
+from shareprefill.runtime.ops.sketched_selection.reference import THRESHOLDS
+from shareprefill.runtime.ops.sketched_selection.sketch import CODES, Basis
+from shareprefill.runtime.ops.sketched_selection.triton_kernel import score_kernel, select_kernel
+from shareprefill.runtime.ops.triton_tiles import check_tile_block_size, logit_factors, padded_dim
+
+# Keys of one program of the scores.
+_KEYS = 256
+# Blocks of a list that one program holds.
+MOST_BLOCKS = 32768
+SCORE_OPTIONS: dict[str, Any] = {"num_warps": 4}
+
+
+def score_constants(
+    head_dim: int, shared: int, rank: int, block_size: int, local: int, *, has_lengths: bool
+) -> dict[str, Any]:
+    """Compile-time arguments of `score_kernel`."""
+    return {
+        "SHARED": shared,
+        "ROWS": 1 << (shared - 1).bit_length(),
+        "HEAD_DIM": head_dim,
+        "BLOCK_D": padded_dim(head_dim),
+        "RANK": rank,
+        "BLOCK_SIZE": block_size,
+        "BLOCKS": max(1, _KEYS // block_size),
+        "LOCAL": local,
+        "HAS_LENGTHS": has_lengths,
+    }
+
+
+def select_constants(constants: dict[str, Any], n: int) -> dict[str, Any]:
+    """Compile-time arguments of `select_kernel`, from those of `score_kernel`."""
+    shared = ("SHARED", "BLOCK_SIZE", "LOCAL", "HAS_LENGTHS")
+    return {name: constants[name] for name in shared} | {
+        "BLOCK_N": 1 << max(4, (n - 1).bit_length()),
+        "HALVINGS": THRESHOLDS.bit_length() - 1,
+    }
+
+
+def select_options(constants: dict[str, Any]) -> dict[str, Any]:
+    """Warps of `select_kernel`: so many that a thread holds 32 blocks at most."""
+    return {"num_warps": min(32, max(4, constants["BLOCK_N"] // 1024))}
+
+
+def select(
+    query: Tensor,
+    key: Tensor,
+    words: Tensor,
+    basis: Basis,
+    share: Tensor,
+    worth: Tensor,
+    block_size: int,
+    local: int,
+    lengths: Tensor | None,
+    scale: float,
+    blocks: Tensor,
+    counts: Tensor,
+) -> None:
+    """Fill `blocks` and `counts`; arguments as in `select_blocks`.
+
+    Raises:
+        UnsupportedError: the block size is not one that tiles fill, or there are too many blocks.
+    """
+    check_tile_block_size(block_size)
+    batch, heads, dim = query.shape
+    groups, tokens = key.shape[1:3]
+    n = blocks.shape[2]
+    if n > MOST_BLOCKS:
+        raise UnsupportedError(
+            f"the Triton kernels choose among at most {MOST_BLOCKS} blocks, got {n}: "
+            "take larger blocks, or impl='reference'"
+        )
+    shared, lists = heads // groups, batch * groups
+    constants = score_constants(
+        *(dim, shared, words.shape[3] * CODES, block_size, local), has_lengths=lengths is not None
+    )
+    of_select = select_constants(constants, n)
+    lse = torch.empty((lists, shared, n), dtype=torch.float32, device=query.device)
+    exact = (local + block_size - 2) // block_size + 2
+    programs = exact + -(-n // constants["BLOCKS"])
+    with device_of(query):
+        score_kernel[(programs, lists)](
+            *(query, key, words, basis.mean, basis.query, lengths, lse),
+            *(*query.stride()[:2], *key.stride()[:3], groups, tokens, n),
+            logit_factors(scale, None)[0],
+            **constants,
+            **SCORE_OPTIONS,
+        )
+        select_kernel[(lists,)](
+            *(lse, share, worth, lengths, blocks, counts, groups, tokens, n),
+            **of_select,
+            **select_options(of_select),
+        )
