@@ -35,9 +35,11 @@ class Launch:
     Triton looks for the variant of a kernel at every launch, which takes the host longer than all
     the rest of it. A variant fits tensors of the same dtypes whose addresses are multiples of 16 or
     are not, and the same numbers. So the one of the first launch is kept if all its addresses are
-    multiples of 16, as those of torch's allocator are. A launch with any other address goes through
-    Triton. So does every launch where hooks are set (profilers), where kernels are interpreted, and
-    with a version of Triton whose variants were not started this way on a GPU.
+    multiples of 16, as those of torch's allocator are. Where parts of tensors come, kernels should
+    be compiled alike for all addresses (`do_not_specialize_on_alignment`): those are not looked at.
+    A launch with any other address goes through Triton. So does every launch where hooks are set
+    (profilers), where kernels are interpreted, and with a version of Triton whose variants were not
+    started this way on a GPU.
 
     Args:
         kernel: The kernel; its parameters are tensors, numbers and constants, in this order.
@@ -57,6 +59,10 @@ class Launch:
     ) -> None:
         self.kernel, self.device, self.grid = kernel, device, grid
         self.numbers, self.options = numbers, options
+        # The interpreter's kernels know no such thing, and nothing of theirs is kept.
+        parameters = getattr(kernel, "params", ())
+        names = (p.name for p in parameters if p.do_not_specialize_on_alignment)
+        self._free = {kernel.arg_names.index(name) for name in names}
         self._keeps = device.type == "cuda" and (triton_version() or "").startswith(_TRIED)
         self._bound: _Bound | None = None
 
@@ -68,14 +74,15 @@ class Launch:
                 descriptors that differ in address alone.
         """
         addresses, bits = [], 0
-        for tensor in tensors:
+        for place, tensor in enumerate(tensors):
             find = getattr(tensor, "data_ptr", None)
             if find is None:  # A descriptor is of an address that is a multiple of 16.
                 addresses.append(tensor)
             else:
                 address = find()
                 addresses.append(address)
-                bits |= address
+                if place not in self._free:
+                    bits |= address
         bound = self._bound
         if bound is None or bits % 16 or bound.is_watched():
             variant = self._start(tensors)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from importlib.util import find_spec
 
 import pytest
@@ -69,6 +72,49 @@ def test_launches_stay_right_as_addresses_change(dtype: torch.dtype) -> None:
             launch(source, target)
             assert torch.equal(target[:count], source[:count])
             assert target[count:].isnan().all()
+
+
+@pytest.mark.gpu
+def test_a_launch_is_kept_for_parts_of_tensors_whose_kernel_does_not_mind() -> None:
+    from tests.support.copy_kernel import copy_anywhere_kernel
+
+    launch = Launch(copy_anywhere_kernel, DEVICE, (4,), (199, 2.0), {"BLOCK": 64, "num_warps": 1})
+    source, store = torch.randn(200, device=DEVICE), torch.empty(256, device=DEVICE)
+    kept = []
+    for start in (3, 0, 5):
+        target = store[start : start + 200].fill_(torch.nan)
+        launch(source, target)
+        assert torch.equal(target[:199], 2 * source[:199])
+        kept.append(launch._bound)
+    assert kept[0] is not None
+    assert kept[0] is kept[1] is kept[2]
+
+
+@needs_triton
+def test_kernels_of_layers_do_not_mind_where_parts_of_tensors_start() -> None:
+    """Patterns of a group, and the heads that it is asked for, lie between others."""
+    code = """
+from importlib import import_module
+kernels = "shareprefill.runtime.ops."
+for place, names in (
+    ("block_selection.kernels.cover", "select vertical_slash"),
+    ("block_selection.kernels.head_threshold", "head"),
+    ("block_selection.kernels.head_threshold_large", "mark"),
+    ("block_selection.kernels.smoothed_head", "smoothed_head"),
+    ("pooled_attention.triton_kernel", "pooled mass means"),
+    ("vertical_slash.triton_kernel", "sums profiles"),
+):
+    for name in names.split():
+        kernel = getattr(import_module(kernels + place), name + "_kernel")
+        parts = {"p_out", "p_finite", "p_heads"} if "block_selection" in place else {"p_heads"}
+        if name == "vertical_slash":
+            parts.remove("p_finite")
+        for parameter in kernel.params:
+            if parameter.name in parts:
+                assert parameter.do_not_specialize_on_alignment, (name, parameter.name)
+"""
+    clean = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    subprocess.run([sys.executable, "-c", code], check=True, env=clean)
 
 
 @pytest.mark.gpu

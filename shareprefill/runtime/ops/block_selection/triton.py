@@ -212,24 +212,27 @@ def _smooth_and_search(
 @lru_cache(maxsize=64)
 def _compile_strips(device: torch.device, has_index: bool) -> None:
     """Searches a map of one entry: the first long prompt then finds its kernels compiled."""
-    _search_one_entry(_search_in_strips(device, 1, (1, 1, 0, 0), (0, 0), has_index), device)
+    search = _search_in_strips(device, 1, (1, 1, 0, 0), (0, 0), has_index)
+    _search_one_entry(search, device, has_index)
 
 
 @lru_cache(maxsize=64)
 def _compile_steps(device: torch.device, has_index: bool) -> None:
     """Smooths and searches a map of one entry in launches of their own, likewise."""
     options = HEAD_OPTIONS | {"HAS_INDEX": has_index}
-    _search_one_entry(Launch(head_kernel, device, (1,), (1, 1, 0, 0, 0, 0), options), device)
+    search = Launch(head_kernel, device, (1,), (1, 1, 0, 0, 0, 0), options)
+    _search_one_entry(search, device, has_index)
     maps = torch.ones((1, 1, 1), device=device)
     smooth_maps(maps, LineWeights(itself=1.0, column=1.0), 1, 1, 1)(maps)
 
 
-def _search_one_entry(search: Callable[..., None], device: torch.device) -> None:
-    maps = torch.ones((1, 1, 1), device=device)
-    index = torch.zeros(1, dtype=torch.int64, device=device)
+def _search_one_entry(search: Callable[..., None], device: torch.device, has_index: bool) -> None:
+    maps, gamma = torch.ones((1, 1, 1), device=device), torch.ones(1, device=device)
+    # Triton compiles kernels anew for another dtype: without an index, gamma stands in for it.
+    index = torch.zeros(1, dtype=torch.int64, device=device) if has_index else gamma
     chosen = torch.empty((1, 1, 1), dtype=torch.bool, device=device)
     finite = torch.empty(1, dtype=torch.bool, device=device)
-    search(maps, torch.ones(1, device=device), index, chosen, finite)
+    search(maps, gamma, index, chosen, finite)
 
 
 def _search_in_strips(

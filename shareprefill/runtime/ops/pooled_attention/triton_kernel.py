@@ -198,7 +198,8 @@ def _store_means(
         "n_k_tokens",
         "n_k",
         "stride_mass",
-    ]
+    ],
+    do_not_specialize_on_alignment=["p_heads"],
 )
 def pooled_kernel(
     p_q,
@@ -378,7 +379,8 @@ def pooled_kernel(
         "split_units",
         "n_q_tokens",
         "n_k_tokens",
-    ]
+    ],
+    do_not_specialize_on_alignment=["p_heads"],
 )
 def mass_kernel(
     p_q,
@@ -520,7 +522,8 @@ def mass_kernel(
         "n_q_tokens",
         "n_k_tokens",
         "n_k",
-    ]
+    ],
+    do_not_specialize_on_alignment=["p_heads"],
 )
 def means_kernel(
     p_mass,

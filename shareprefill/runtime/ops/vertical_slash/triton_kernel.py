@@ -16,7 +16,8 @@ from shareprefill.runtime.ops.triton_steps import cap_logits, find_tile, load_ti
 
 
 @triton.jit(
-    do_not_specialize=["n_slots", "n_splits", "split_blocks", "n_q_tokens", "n_k_tokens", "n_k"]
+    do_not_specialize=["n_slots", "n_splits", "split_blocks", "n_q_tokens", "n_k_tokens", "n_k"],
+    do_not_specialize_on_alignment=["p_heads"],
 )
 def sums_kernel(
     p_q,
@@ -141,7 +142,10 @@ def sums_kernel(
         tl.store(p_peaks + BLOCK_M + o_m, b_sum)
 
 
-@triton.jit(do_not_specialize=["n_splits", "split_blocks", "n_q_tokens", "n_k_tokens", "n_k"])
+@triton.jit(
+    do_not_specialize=["n_splits", "split_blocks", "n_q_tokens", "n_k_tokens", "n_k"],
+    do_not_specialize_on_alignment=["p_heads"],
+)
 def profiles_kernel(
     p_sums,
     p_peaks,

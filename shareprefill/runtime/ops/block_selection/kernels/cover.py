@@ -94,7 +94,8 @@ def _store_finite(p_row, p_finite, n_seen, CHUNK: tl.constexpr):
 
 
 @triton.jit(
-    do_not_specialize=["n_q", "n_k", "n_query", "offset", "block_size", "n_sink", "n_local"]
+    do_not_specialize=["n_q", "n_k", "n_query", "offset", "block_size", "n_sink", "n_local"],
+    do_not_specialize_on_alignment=["p_out", "p_finite"],
 )
 def select_kernel(
     p_maps,
@@ -159,7 +160,8 @@ def cover_profiles_kernel(
 
 
 @triton.jit(
-    do_not_specialize=["n_q", "n_k", "n_query", "offset", "block_size", "n_sink", "n_local"]
+    do_not_specialize=["n_q", "n_k", "n_query", "offset", "block_size", "n_sink", "n_local"],
+    do_not_specialize_on_alignment=["p_out"],
 )
 def vertical_slash_kernel(
     p_columns,

@@ -211,7 +211,10 @@ def choose_blocks(
         )
 
 
-@triton.jit(do_not_specialize=["n_q", "n_k", "first", "reach", "n_sink", "n_local"])
+@triton.jit(
+    do_not_specialize=["n_q", "n_k", "first", "reach", "n_sink", "n_local"],
+    do_not_specialize_on_alignment=["p_out", "p_finite"],
+)
 def head_kernel(
     p_maps,
     p_gamma,

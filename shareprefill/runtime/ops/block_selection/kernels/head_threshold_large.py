@@ -180,7 +180,10 @@ def narrow_kernel(
         tl.store(p_sums_after + i_place, tl.sum(tl.sum(b_sums, 2), 1))
 
 
-@triton.jit(do_not_specialize=["n_q", "n_k", "first", "reach", "n_strips", "n_sink", "n_local"])
+@triton.jit(
+    do_not_specialize=["n_q", "n_k", "first", "reach", "n_strips", "n_sink", "n_local"],
+    do_not_specialize_on_alignment=["p_out", "p_finite"],
+)
 def mark_kernel(
     p_maps,
     p_gamma,

@@ -12,7 +12,10 @@ from shareprefill.runtime.ops.block_selection.kernels.head_threshold import (
 from shareprefill.runtime.ops.block_selection.kernels.smoothing import smoothed_tile
 
 
-@triton.jit(do_not_specialize=["n_q", "n_k", "first", "reach", "n_sink", "n_local", "n_diagonals"])
+@triton.jit(
+    do_not_specialize=["n_q", "n_k", "first", "reach", "n_sink", "n_local", "n_diagonals"],
+    do_not_specialize_on_alignment=["p_out", "p_finite"],
+)
 def smoothed_head_kernel(
     p_maps,
     p_means,
