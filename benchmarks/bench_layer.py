@@ -222,12 +222,13 @@ def main() -> None:
             gammas = tuning.gammas
             if not gammas_of(PLANS[name]) <= set(gammas):
                 gammas = inputs.gammas_for(options.recall, PLANS[name])
-            make = inputs.layer(uniform_plan(PLANS[name], gammas))
+            plan = uniform_plan(PLANS[name], gammas)
             named = {policy.label: gammas[policy] for policy in gammas_of(PLANS[name])}
-            known = facts_of(make())
+            known = facts_of(inputs.layer(plan)())
             for impl in options.impl:
                 try:
-                    found = layer_time(make, impl, options.device, options.repeats)
+                    # Launches of one implementation are not to be repeated for another.
+                    found = layer_time(inputs.layer(plan), impl, options.device, options.repeats)
                 except UnsupportedError as error:
                     rows.append(Row(tokens, name, impl, named, known, missing=str(error)))
                 else:

@@ -143,6 +143,7 @@ RUNTIME_ORDER = (
     {"plan"},
     {"rules"},
     {"records"},
+    {"repeats"},
     {"core", "report"},
 )
 ENGINES = {"transformers", "vllm"}

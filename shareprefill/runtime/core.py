@@ -14,7 +14,9 @@ pattern is not copied from head to head: heads point at one list.
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,13 +30,14 @@ from shareprefill.runtime.ops.block_selection import covered_mass, list_blocks
 from shareprefill.runtime.ops.block_sparse_attention import block_sparse_attention
 from shareprefill.runtime.ops.blocks import BlockLists
 from shareprefill.runtime.ops.dispatch import has_fast_kernel
-from shareprefill.runtime.ops.inputs import facts
-from shareprefill.runtime.ops.pages import Tokens, gathered
+from shareprefill.runtime.ops.inputs import facts, lie_alike
+from shareprefill.runtime.ops.pages import PagedTokens, Tokens, gathered
 from shareprefill.runtime.ops.pooled_attention import pooled_attention
-from shareprefill.runtime.ops.prepared import Prepared
+from shareprefill.runtime.ops.prepared import Prepared, repeated_stream
 from shareprefill.runtime.plan import RuntimePlan
 from shareprefill.runtime.policies.base import LayerInputs
 from shareprefill.runtime.records import SKETCH_SIDE, LayerRecord, Sketch
+from shareprefill.runtime.repeats import Repeats
 from shareprefill.runtime.rules.base import Exchange, LayerPlan, LayerRule, LayerSelection, Pivots
 from shareprefill.runtime.rules.planned import PlannedRule
 from shareprefill.runtime.rules.shareprefill import SharePrefillRule
@@ -110,6 +113,7 @@ class SparsePrefill:
         self._layers: dict[tuple[int, torch.device], LayerPlan] = {}
         # Whether calls have a fast kernel, by all that it depends on.
         self._is_fast = Prepared[bool]()
+        self._repeats = Repeats[LayerRecord]()
 
     def begin(self, geometry: Geometry) -> SequenceState:
         """The state of a sequence before the first layer of a forward pass.
@@ -166,12 +170,40 @@ class SparsePrefill:
         if self.plan.refuse_nonfinite:
             tensors = {"query": query, "key": inputs.key, "value": gathered(value)}
             _refuse_nonfinite(layer, tensors)
-        choice = self.choose(layer, state, inputs, value)
-        output = _compute(choice, inputs, value)
-        record = choice.record
         if measure_recall:
-            record = replace(record, **_measured(inputs, choice, keep_maps=keep_maps))
-        return output, record
+            choice = self.choose(layer, state, inputs, value)
+            output = _compute(choice, inputs, value)
+            measured = _measured(inputs, choice, keep_maps=keep_maps)
+            return output, replace(choice.record, **measured)
+        call = self._call(layer, state, inputs, value)
+        compute = partial(self._compute, layer, state, inputs, value)
+        return compute() if call is None else self._repeats.run(*call, compute)
+
+    def _compute(
+        self, layer: int, state: SequenceState, inputs: LayerInputs, value: Tokens
+    ) -> tuple[Tensor, LayerRecord]:
+        choice = self.choose(layer, state, inputs, value)
+        return _compute(choice, inputs, value), choice.record
+
+    def _call(
+        self, layer: int, state: SequenceState, inputs: LayerInputs, value: Tokens
+    ) -> tuple[Hashable, list[Tensor]] | None:
+        """What calls that launch alike have in common, and the tensors that they are given.
+
+        None where they are not to be repeated.
+        """
+        device = inputs.query.device
+        stream = repeated_stream(device)
+        if stream is None:
+            return None
+        memory = self.rule.memory(self._layer(layer, device), state.pivots)
+        if memory is None or not lie_alike(inputs.keys, value):
+            return None
+        tensors = (inputs.query, inputs.keys, value, inputs.sinks)
+        sizes = (*state.geometry.reads.values(), inputs.scale, inputs.softcap)
+        kind = (layer, stream, *map(facts, tensors), *sizes)
+        given = [inputs.query, *_parts(inputs.keys), _parts(value)[0], *memory]
+        return kind, given if inputs.sinks is None else [*given, inputs.sinks]
 
     def choose(
         self, layer: int, state: SequenceState, inputs: LayerInputs, value: Tokens
@@ -185,9 +217,7 @@ class SparsePrefill:
             value: `[G, Nk, Dv]`.
         """
         geometry, device = state.geometry, state.geometry.device
-        plan = self._layers.get((layer, device))
-        if plan is None:
-            plan = self._layers[layer, device] = self.rule.make_layer(layer, device)
+        plan = self._layer(layer, device)
         selection = self.rule.select(plan, state.pivots, inputs, value)
         lists = by_sdpa = None
         most = self.plan.max_density
@@ -215,6 +245,12 @@ class SparsePrefill:
         )
         return LayerChoice(plan, selection, lists, by_sdpa, record)
 
+    def _layer(self, layer: int, device: torch.device) -> LayerPlan:
+        plan = self._layers.get((layer, device))
+        if plan is None:
+            plan = self._layers[layer, device] = self.rule.make_layer(layer, device)
+        return plan
+
     def _heads_of_sdpa(
         self, plan: LayerPlan, lists: BlockLists, inputs: LayerInputs, value: Tokens
     ) -> Tensor:
@@ -231,6 +267,10 @@ class SparsePrefill:
             # Its values may be read at no cost, and its sparse blocks cost more than dense ones.
             return (lists.head_to_list == lists.n_patterns - 1).nonzero()[:, 0]
         return plan.dense
+
+
+def _parts(tokens: Tokens) -> tuple[Tensor, ...]:
+    return (tokens.pool, tokens.table) if isinstance(tokens, PagedTokens) else (tokens,)
 
 
 def _compute(choice: LayerChoice, inputs: LayerInputs, value: Tokens) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache, cached_property, partial
+from functools import cache, cached_property, lru_cache, partial
 from typing import TypedDict
 
 import torch
@@ -15,6 +15,7 @@ from shareprefill.runtime.ops.blocks import (
     count_blocks,
     count_causal_blocks,
 )
+from shareprefill.runtime.ops.devices import stream_of_tables
 from shareprefill.runtime.ops.pooled_attention import sample_rows
 
 # Query blocks that the check before sharing looks at, of however many. A mean over them is as
@@ -69,8 +70,8 @@ class Geometry:
     ) -> None:
         self.n_query, self.n_key, self.device = n_query, n_key, device
         self.block_size = block_size
-        self.rows = cache(partial(sample_rows, n_query, block_size, device=device))
-        self.checked_rows = cache(partial(_checked_rows, self.rows))
+        self.rows = cache(partial(_kept, sample_rows, device, n_query, block_size))
+        self.checked_rows = cache(partial(_kept, _checked_rows, device, n_query, block_size))
         self.sizes = Sizes(n_query=n_query, n_key=n_key, block_size=block_size)
         self.reads = Reads(**self.sizes, sink_blocks=sink_blocks, local_blocks=local_blocks)
 
@@ -117,13 +118,32 @@ class Geometry:
     @cached_property
     def checked(self) -> Tensor:
         """The query blocks that the check before sharing looks at, int64 `[m]`."""
-        return checked_blocks(self.shape[0], self.device)
+        return _kept(checked_blocks, self.device, self.shape[0])
 
 
-def _checked_rows(rows: Callable[[int], Tensor], r: int) -> Tensor:
+def _kept(make: Callable[..., Tensor], device: torch.device, *sizes: int) -> Tensor:
+    """A table that follows from sizes; that of an earlier pass, if there was one."""
+    stream = stream_of_tables(device)
+    if stream is None:
+        return make(*sizes, device)
+    return _made_once(make, device, sizes, stream, CHECKED_BLOCKS)
+
+
+@lru_cache(maxsize=256)
+def _made_once(
+    make: Callable[..., Tensor],
+    device: torch.device,
+    sizes: tuple[int, ...],
+    _stream: int,
+    _checked: int,
+) -> Tensor:
+    return make(*sizes, device)
+
+
+def _checked_rows(n_query: int, block_size: int, r: int, device: torch.device) -> Tensor:
     """`r` rows of each query block that the check before sharing looks at."""
-    every = rows(r)
-    return every[checked_blocks(len(every), every.device)]
+    every = sample_rows(n_query, block_size, r, device)
+    return every[checked_blocks(len(every), device)]
 
 
 def checked_blocks(n_q: int, device: torch.device) -> Tensor:

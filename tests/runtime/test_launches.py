@@ -14,7 +14,9 @@ from tests.support.plans import D, M, P, R, S, V, layer_plan
 BLOCK = 16
 
 
-def plan_of(policies: tuple[Policy, ...], *, fallback: Policy, guarded: bool) -> RuntimePlan:
+def plan_of(
+    policies: tuple[Policy, ...], *, fallback: Policy, guarded: bool, block_size: int = BLOCK
+) -> RuntimePlan:
     heads = tuple(
         HeadPlan(
             head=head,
@@ -28,7 +30,7 @@ def plan_of(policies: tuple[Policy, ...], *, fallback: Policy, guarded: bool) ->
         )
         for head, policy in enumerate(policies)
     )
-    return layer_plan(heads, BLOCK, slash_needs_sparsity=guarded)
+    return layer_plan(heads, block_size, slash_needs_sparsity=guarded)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from functools import lru_cache
 import torch
 
 from shareprefill.errors import ConfigError
+from shareprefill.runtime.ops.devices import stream_of_tables
 
 
 def count_blocks(n_tokens: int, block_size: int) -> int:
@@ -285,14 +286,10 @@ def causal_lists(
     Returns:
         The lists. They are not to be changed.
     """
-    stream = 0
-    if device.type == "cuda":
-        if torch.cuda.is_current_stream_capturing():
-            # What a graph makes is there only when it is replayed.
-            return _make_causal_lists(n_q_tokens, q_offset, block_size, n_heads, device)
-        # Another stream could read them before they are made.
-        stream = torch.cuda.current_stream(device).cuda_stream
-    return _kept_causal_lists(n_q_tokens, q_offset, block_size, n_heads, device, stream)
+    sizes, stream = (n_q_tokens, q_offset, block_size, n_heads, device), stream_of_tables(device)
+    if stream is None:
+        return _make_causal_lists(*sizes)
+    return _kept_causal_lists(*sizes, stream)
 
 
 def _make_causal_lists(

@@ -1,4 +1,4 @@
-"""Which GPU a launch goes to."""
+"""Which GPU a launch goes to, and who may read what is kept."""
 
 from __future__ import annotations
 
@@ -19,3 +19,16 @@ def on_device(device: torch.device) -> AbstractContextManager[object]:
     if device.type != "cuda" or device.index == torch.cuda.current_device():
         return _ALREADY
     return torch.cuda.device(device)
+
+
+def stream_of_tables(device: torch.device) -> int | None:
+    """The stream whose launches may read what is made now and kept; 0 on a CPU.
+
+    Those of another one could read it before it is made. None while a CUDA graph is captured: what
+    it makes is there only when it is replayed.
+    """
+    if device.type != "cuda":
+        return 0
+    if torch.cuda.is_current_stream_capturing():
+        return None
+    return torch.cuda.current_stream(device).cuda_stream

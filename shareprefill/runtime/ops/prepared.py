@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, TypeVar, cast
@@ -27,6 +30,26 @@ class Prepared(dict[Any, V]):
             self.clear()
         self[key] = value
         return value
+
+
+class _Notes(threading.local):
+    """What the launches of a thread are noted in; None: nowhere."""
+
+    log: list[tuple[Launch, tuple[Any, ...]]] | None = None
+
+
+_notes = _Notes()
+
+
+@contextmanager
+def noted_launches() -> Iterator[list[tuple[Launch, tuple[Any, ...]]]]:
+    """Notes the launches of this thread with what they are given, in order."""
+    log: list[tuple[Launch, tuple[Any, ...]]] = []
+    _notes.log = log
+    try:
+        yield log
+    finally:
+        _notes.log = None
 
 
 class Launch:
@@ -63,7 +86,7 @@ class Launch:
         parameters = getattr(kernel, "params", ())
         names = (p.name for p in parameters if p.do_not_specialize_on_alignment)
         self._free = {kernel.arg_names.index(name) for name in names}
-        self._keeps = device.type == "cuda" and (triton_version() or "").startswith(_TRIED)
+        self._keeps = _are_kept(device)
         self._bound: _Bound | None = None
 
     def __call__(self, *tensors: Any) -> None:
@@ -73,6 +96,8 @@ class Launch:
             tensors: Of the same dtypes at every call; bool ones are bytes to the kernel. Or TMA
                 descriptors that differ in address alone.
         """
+        if _notes.log is not None:
+            _notes.log.append((self, tensors))
         addresses, bits = [], 0
         for place, tensor in enumerate(tensors):
             find = getattr(tensor, "data_ptr", None)
@@ -89,7 +114,18 @@ class Launch:
             if self._keeps and not bits % 16:
                 self._bound = _Bound(self, variant, len(tensors))
         else:
-            bound.start(addresses)
+            with on_device(self.device):
+                bound.start(current_stream(self.device), addresses)
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether `repeat` may start the kernel."""
+        return self._bound is not None and not self._bound.is_watched()
+
+    def repeat(self, stream: int, addresses: list[Any]) -> None:
+        """Starts the kernel on a stream of the current device, by addresses of tensors alike."""
+        assert self._bound is not None
+        self._bound.start(stream, addresses)
 
     def _start(self, tensors: tuple[Any, ...]) -> Any:
         """Lets Triton start the kernel; gives the variant that it took."""
@@ -106,28 +142,51 @@ class _Bound:
 
     def __init__(self, launch: Launch, variant: Any, n_tensors: int) -> None:
         from triton import knobs
-        from triton.runtime.driver import driver
 
         names = launch.kernel.arg_names[n_tensors + len(launch.numbers) :]
         constants = [launch.options[name] for name in names]
         x, y, z = (*launch.grid, 1, 1)[:3]
-        self._run, self._grid, self._device = variant.run, (x, y, z), launch.device
+        self._run, self._grid = variant.run, (x, y, z)
         # Neither metadata for hooks nor hooks.
         self._kernel = (variant.function, variant.packed_metadata, None, None, None)
         self._rest = (*launch.numbers, *constants)
         self._hooks = knobs.runtime
-        self._stream = cast(Any, driver.active).get_current_stream
 
     def is_watched(self) -> bool:
         """Whether launches are to call hooks."""
         hooks = (self._hooks.launch_enter_hook, self._hooks.launch_exit_hook)
         return any(hook is not None and hook.calls for hook in hooks)
 
-    def start(self, addresses: list[Any]) -> None:
-        """Starts the kernel on the current stream of its device."""
-        with on_device(self._device):
-            stream = self._stream(self._device.index)
-            self._run(*self._grid, stream, *self._kernel, *addresses, *self._rest)
+    def start(self, stream: int, addresses: list[Any]) -> None:
+        """Starts the kernel on a stream of the current device."""
+        self._run(*self._grid, stream, *self._kernel, *addresses, *self._rest)
+
+
+def _are_kept(device: torch.device) -> bool:
+    """Whether launches on a device keep the variant of a kernel that Triton took."""
+    return device.type == "cuda" and (triton_version() or "").startswith(_TRIED)
+
+
+def repeated_stream(device: torch.device) -> int | None:
+    """The stream that launches go to, where those of earlier calls may be repeated; else None.
+
+    A CUDA graph has tables and counters of its own.
+    """
+    if not _are_kept(device) or torch.cuda.is_current_stream_capturing():
+        return None
+    return current_stream(device)
+
+
+def current_stream(device: torch.device) -> int:
+    """The stream of a GPU that launches go to."""
+    return _find_stream()(device.index)
+
+
+@cache
+def _find_stream() -> Callable[[int], int]:
+    from triton.runtime.driver import driver
+
+    return cast(Any, driver.active).get_current_stream
 
 
 @cache

@@ -157,6 +157,13 @@ class LayerRule(ABC, Generic[L, V]):
     def new_pivots(self, geometry: Geometry) -> V:
         """Room for the pivots of one sequence."""
 
+    def memory(self, layer: L, pivots: V) -> tuple[Tensor, ...] | None:
+        """The tensors of a sequence's pivots, where the selections of a layer launch alike.
+
+        None where they may differ by more than sizes: by state, by other processes.
+        """
+        return None
+
     @abstractmethod
     def select(self, layer: L, pivots: V, inputs: LayerInputs, value: Tokens) -> LayerSelection:
         """Chooses the patterns of one layer for one sequence; nothing waits for the device.

@@ -258,6 +258,12 @@ class PlannedRule(LayerRule[PlannedLayer, PivotPatterns]):
         """Room for the patterns of all pivots."""
         return PivotPatterns(geometry, len(self.pivot_patterns))
 
+    def memory(self, layer: PlannedLayer, pivots: PivotPatterns) -> tuple[Tensor, ...] | None:
+        """Of layers whose heads follow policies of ours, in a process that holds all heads."""
+        if self.exchange is not None or any(group.policy not in _OWN for group in layer.own):
+            return None
+        return pivots.patterns, pivots.is_finite
+
     def select(
         self, layer: PlannedLayer, pivots: PivotPatterns, inputs: LayerInputs, value: Tokens
     ) -> LayerSelection:
@@ -419,6 +425,8 @@ def _are_finite(inputs: LayerInputs) -> Tensor:
     return (query.view(len(key), -1) + key[:, None]).flatten().abs() < math.inf
 
 
+# Policies of ours, which keep no state.
+_OWN = frozenset((Policy.SAMPLED, Policy.VERTICAL_SLASH, Policy.SMOOTHED))
 # What heads do without a pattern of their own.
 _NOT_OWN = frozenset((Policy.DENSE, Policy.PIVOT, Policy.SHARE))
 
