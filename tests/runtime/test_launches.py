@@ -37,10 +37,10 @@ def plan_of(
     ("policies", "fallback", "guarded", "most"),
     [
         ((P, S, S, S, S, M, M, D), M, True, 13),
-        ((P, S, S, S, V, V, R, M), M, False, 21),
-        ((P, S, S, S, V, V, R, M), V, True, 26),
+        ((P, S, S, S, V, V, R, M), M, False, 20),
+        ((P, S, S, S, V, V, R, M), V, True, 21),
         ((M,) * 8, M, True, 7),
-        ((R,) * 8, R, True, 8),
+        ((R,) * 8, R, True, 7),
         ((V,) * 8, V, False, 8),
     ],
 )

@@ -28,8 +28,8 @@ from shareprefill.runtime.ops.block_selection import (
     LineWeights,
     check_heads,
     head_blocks,
-    js_distances,
     redirect_heads,
+    sparse_heads,
     vertical_slash_blocks,
 )
 from shareprefill.runtime.ops.pages import Tokens
@@ -105,7 +105,6 @@ class OwnPatterns:
         policy: Number of the policy.
         rows: Where their patterns lie in the layer's bitmap.
         first: The number of the first of these patterns.
-        pattern_ids: The numbers of all of them, int64 `[S]`.
         requested: Where they are in `PlannedLayer.on_fail`: a head, or -1 where none is needed.
     """
 
@@ -114,7 +113,6 @@ class OwnPatterns:
     policy: int
     rows: slice
     first: int
-    pattern_ids: Tensor
     requested: slice
 
 
@@ -140,7 +138,6 @@ class PlannedLayer(LayerPlan):
             where vertical-slash patterns are for all heads: then both groups are in `own`.
         n_own: Patterns in the layer's bitmap.
         dense_id: The number of the pattern of every causal block, int64 `[1]`.
-        no_index: Zeros, int64 `[H]`.
     """
 
     by_head: Tensor
@@ -155,7 +152,6 @@ class PlannedLayer(LayerPlan):
     sparse: tuple[OwnPatterns, OwnPatterns] | None
     n_own: int
     dense_id: Tensor
-    no_index: Tensor
 
 
 class PivotPatterns:
@@ -404,19 +400,22 @@ class _Steps:
             `read`, what each head reads, with row-sampled patterns for the others, int64 `[H]`.
         """
         inputs, geometry, heads = self.inputs, self.inputs.geometry, requested[slash.requested]
-        profile, count = profiles(inputs, heads), len(slash.heads)
+        profile = profiles(inputs, heads)
         vertical_slash_blocks(
             *profile, slash.gamma, out=self.patterns[slash.rows], **geometry.reads
         )
         self.overhead.append(Overhead(heads, profile_work(inputs)))
         # A distance that is not a number is above nothing: its head samples, and is found out then.
-        distances = js_distances(profile[0][:, None], geometry.uniform, self.layer.no_index[:count])
-        is_sparse = distances > self.rule.plan.delta
-        requested = requested.clone()  # It may be the plan's.
-        requested[sampled.requested][:count].masked_fill_(is_sparse, -1)
-        sampled_ids = sampled.pattern_ids[:count]
-        read = redirect_heads(read, is_sparse, sampled_ids, first=slash.first)
-        return self.choose(sampled, requested, read)
+        decided = sparse_heads(
+            profile[0],
+            read,
+            requested,
+            delta=self.rule.plan.delta,
+            first=slash.first,
+            otherwise=sampled.first,
+            place=sampled.requested.start,
+        )
+        return self.choose(sampled, decided, decided[: len(read)])
 
 
 def _are_finite(inputs: LayerInputs) -> Tensor:
@@ -480,7 +479,6 @@ class _LayerMaker:
             sparse=sparse,
             n_own=n_patterns - len(self.shared),
             dense_id=self._integers([n_patterns]),
-            no_index=self._integers([0] * len(self.heads)),
         )
 
     def _having(self, test: Callable[[HeadPlan], bool]) -> list[int]:
@@ -515,7 +513,6 @@ class _LayerMaker:
             policy=int(code),
             rows=slice(row, row + len(chosen)),
             first=first,
-            pattern_ids=self._integers(range(first, first + len(chosen))),
             requested=slice(place, place + len(chosen)),
         )
 

@@ -37,7 +37,8 @@ TYPES = {
     **dict.fromkeys(["p_columns", "p_distances"], "*u8"),
     **dict.fromkeys(["p_source", "p_check", "p_on_pass", "p_on_fail", "p_decided"], "*i64"),
     **dict.fromkeys(["p_read", "p_otherwise", "p_pattern"], "*i64"),
-    **dict.fromkeys(["scale_log2", "softcap_log2"], "fp32"),
+    **dict.fromkeys(["scale_log2", "softcap_log2", "delta"], "fp32"),
+    **dict.fromkeys(["p_requested"], "*i64"),
     **dict.fromkeys(smoothing.smooth_kernel.arg_names[7:14], "fp32"),
 }
 
@@ -103,6 +104,8 @@ result["check"] = build(
 result["redirect"] = build(
     heads.redirect_kernel, {"ENTRIES": 128}, {"p_found": "*i64"}, num_warps=1
 )
+sparse = selection.SPARSE_OPTIONS
+result["sparse heads"] = build(heads.sparse_heads_kernel, constants_of(sparse), **launch(sparse))
 for indexed in (False, True):
     options = selection.HEAD_OPTIONS | {"HAS_INDEX": indexed}
     result[f"head {indexed}"] = build(

@@ -15,6 +15,7 @@ from shareprefill.runtime.ops.block_selection import (
     redirect_heads,
     select_blocks,
     smooth_maps,
+    sparse_heads,
     vertical_slash_blocks,
 )
 from tests.support.maps import Shape, geometry, random_maps
@@ -131,6 +132,32 @@ def test_heads_are_redirected_as_by_the_reference(
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("n_k", [1, 37, 700])
+def test_sparse_heads_are_those_of_the_reference(n_k: int, device: str) -> None:
+    vertical = torch.rand(5, n_k, device=device) ** torch.tensor([[1], [4], [9], [30], [1]]).to(
+        device
+    )
+    vertical /= vertical.sum(1, keepdim=True)
+    # A head that was not asked for, and one whose attention is no number.
+    vertical[0], vertical[4, 0] = 0, torch.nan
+    # Patterns 3 to 7 are read by five heads, and of the entries asked for the five from 14 on.
+    read = torch.tensor([5, 0, 3, 20, 7, -1, 4, 6, 2, 8, 9], device=device)
+    requested = torch.cat([read + 100, torch.randint(0, 11, (150,), device=device)])
+    options = {"delta": 0.3, "first": 3, "otherwise": 40, "place": 14}
+    wanted = sparse_heads(vertical, read, requested, **options, impl="reference")
+    found = sparse_heads(vertical, read, requested, **options, impl="triton")
+    assert torch.equal(found, wanted)
+    moved, asked = wanted[:11], wanted[14:19]
+    assert torch.equal(moved[4:5], torch.tensor([44], device=device))
+    assert torch.equal(asked[4:], requested[18:19])
+    assert int(asked[0]) == -1
+    rest = [entry for entry in range(11, 161) if not 14 <= entry < 19]
+    assert torch.equal(wanted[rest], requested[rest])
+    if n_k > 1:
+        assert (int(asked[3]), int(moved[7])) == (-1, 6)
+
+
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("max_density", [None, 0.4])
 def test_lists_of_two_bitmaps_are_those_of_one(
@@ -165,17 +192,17 @@ def test_what_is_no_number_is_told(shape: Shape, device: str) -> None:
     for impl in ("reference", "triton"):
         rows = torch.rand(maps.shape[:2], device=device) < 0.5
         heads = torch.rand(4, device=device) < 0.5
-        select_blocks(maps, gamma, finite=rows, **options, impl=impl)
+        chosen = select_blocks(maps, gamma, finite=rows, **options, impl=impl)
         lines = vertical_slash_blocks(*profiles, gamma, finite=heads, **options, impl=impl)
-        found.append((rows, heads, lines[2]))
+        found.append((rows, heads, lines[2], chosen[[1, 3], [-1, 0]]))
     for one, other in zip(*found, strict=True):
         assert torch.equal(one, other)
-    rows, heads, lines = found[0]
+    rows, heads, lines, chosen = found[0]
     assert rows.all(1).tolist() == [True, False, True, False]
     assert heads.tolist() == [True, True, False, True]
-    assert torch.equal(
-        lines, select_blocks(torch.ones_like(maps[:1]), gamma[:1] * 1e9, **options)[0]
-    )
+    every = select_blocks(torch.ones_like(maps[:1]), gamma[:1] * 1e9, **options)[0]
+    assert torch.equal(lines, every)
+    assert torch.equal(chosen, every[[-1, 0]])
 
 
 def test_two_bitmaps_that_do_not_belong_together_are_refused() -> None:
@@ -189,3 +216,6 @@ def test_two_bitmaps_that_do_not_belong_together_are_refused() -> None:
         list_blocks(own, heads, **sizes, shared=own.int(), source=source)
     with pytest.raises(ConfigError, match=r"otherwise must be int64 \[2\]"):
         redirect_heads(heads, torch.ones(2, dtype=torch.bool), torch.tensor([1, 2, 3]), first=0)
+    places = {"delta": 0.3, "first": 0, "otherwise": 1, "place": 3}
+    with pytest.raises(ConfigError, match="place must lie between 1 heads and the last 2 of 4"):
+        sparse_heads(torch.ones(2, 2), heads, torch.zeros(4, dtype=torch.int64), **places)

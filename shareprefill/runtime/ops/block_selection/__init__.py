@@ -9,6 +9,7 @@ from shareprefill.runtime.ops.block_selection.api import (
     redirect_heads,
     select_blocks,
     smooth_maps,
+    sparse_heads,
     vertical_slash_blocks,
 )
 from shareprefill.runtime.ops.block_selection.weights import LineWeights
@@ -23,5 +24,6 @@ __all__ = [
     "redirect_heads",
     "select_blocks",
     "smooth_maps",
+    "sparse_heads",
     "vertical_slash_blocks",
 ]

@@ -58,7 +58,7 @@ def select_blocks(
             `local_blocks - 1` before it, and those after it; 0: none of these.
         out: bool `[S, n_q, n_k]`, contiguous: where the result is written; None: a new tensor.
         finite: bool `[S, n_q]`, contiguous: is written to be False where the sum of a row is NaN or
-            Inf, whose blocks may be any.
+            Inf, whose causal blocks are all taken.
         impl: "auto" (Triton on CUDA, the reference elsewhere), "reference" or "triton".
 
     Returns:
@@ -411,6 +411,58 @@ def redirect_heads(
         check_tensor("otherwise", otherwise, torch.int64, (n_otherwise,), read.device)
         run = _calls.keep(call, _prepare("redirect_heads", impl, (read, holds, otherwise), first))
     return run(read, holds, otherwise)
+
+
+def sparse_heads(
+    vertical: torch.Tensor,
+    read: torch.Tensor,
+    requested: torch.Tensor,
+    *,
+    delta: float,
+    first: int,
+    otherwise: int,
+    place: int,
+    impl: str = "auto",
+) -> torch.Tensor:
+    """Lets the heads of some patterns that are not highly sparse read others instead.
+
+    A head is highly sparse where the Jensen-Shannon distance of its attention by key block to an
+    even one is above delta (FlexPrefill, arXiv 2502.20766, section 4.1).
+
+    Args:
+        vertical: float32 `[S, n_k]`, attention by key block for the patterns
+            `first .. first + S - 1`, each of which one head reads.
+        read: int64 `[H]`, the pattern that every head reads.
+        requested: int64 `[H + T]`, of which the last T are the heads that further patterns are
+            asked for.
+        delta: The distance.
+        first: The first of these patterns.
+        otherwise: The first of those that are read by the others, in the same order.
+        place: Where the heads of the latter begin in `requested`.
+        impl: as in `select_blocks`.
+
+    Returns:
+        int64 `[H + T]`: what heads read; and what is asked for, -1 for the latter patterns of heads
+        that are highly sparse.
+
+    Raises:
+        ConfigError: shapes, dtypes, devices or places do not belong together.
+    """
+    places = (delta, first, otherwise, place)
+    call = ("sparse", facts(vertical), facts(read), facts(requested), places, impl)
+    run = _calls.get(call)
+    if run is None:
+        check_tensor("vertical", vertical, torch.float32, ("S", "n_k"), vertical.device)
+        check_tensor("read", read, torch.int64, ("H",), vertical.device)
+        check_tensor("requested", requested, torch.int64, ("H + T",), vertical.device)
+        if not len(read) <= place <= len(requested) - len(vertical):
+            raise ConfigError(
+                f"place must lie between {len(read)} heads and the last {len(vertical)} of "
+                f"{len(requested)} entries, got {place}"
+            )
+        tensors = (vertical, read, requested)
+        run = _calls.keep(call, _prepare("sparse_heads", impl, tensors, *places))
+    return run(vertical, read, requested)
 
 
 def list_blocks(

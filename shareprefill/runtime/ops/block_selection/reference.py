@@ -35,9 +35,10 @@ def select_blocks(
     """Arguments as in the operator of this name."""
     causal = causal_blocks(n_query, n_key - n_query, block_size, device=maps.device)
     maps = maps.masked_fill(~causal, 0.0)
+    is_finite = maps.sum(-1).isfinite()
     if finite is not None:
-        finite.copy_(maps.sum(-1).isfinite())
-    chosen = _smallest_cover(maps, gamma[:, None])
+        finite.copy_(is_finite)
+    chosen = _smallest_cover(maps, gamma[:, None]).logical_or_(~is_finite[:, :, None])
     return _written(chosen, n_query, n_key, block_size, sink_blocks, local_blocks, out)
 
 
@@ -168,6 +169,27 @@ def redirect_heads(
     is_away = (read[:, None] == numbers) & ~holds.view(*holds.shape, 1).flatten(1).all(1)
     away = (is_away * otherwise.expand(len(holds))).sum(1)
     return torch.where(is_away.any(1), away, read)
+
+
+def sparse_heads(
+    vertical: torch.Tensor,
+    read: torch.Tensor,
+    requested: torch.Tensor,
+    delta: float,
+    first: int,
+    otherwise: int,
+    place: int,
+) -> torch.Tensor:
+    """Arguments as in the operator of this name."""
+    even = torch.full_like(vertical[:1, None], 1 / vertical.shape[1])
+    of_all = torch.zeros(len(vertical), dtype=torch.int64, device=vertical.device)
+    is_sparse = js_distances(vertical[:, None], even, of_all) > delta
+    decided = torch.cat([read, requested[len(read) :]])
+    asked = decided[place : place + len(vertical)]
+    asked.masked_fill_(is_sparse, -1)
+    own = torch.arange(otherwise, otherwise + len(vertical), device=read.device)
+    decided[: len(read)] = redirect_heads(read, is_sparse, own, first)
+    return decided
 
 
 def list_blocks(

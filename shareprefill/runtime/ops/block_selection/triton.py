@@ -25,7 +25,11 @@ from shareprefill.runtime.ops.block_selection.kernels.head_threshold_large impor
     narrow_kernel,
     total_kernel,
 )
-from shareprefill.runtime.ops.block_selection.kernels.heads import check_kernel, redirect_kernel
+from shareprefill.runtime.ops.block_selection.kernels.heads import (
+    check_kernel,
+    redirect_kernel,
+    sparse_heads_kernel,
+)
 from shareprefill.runtime.ops.block_selection.kernels.lists import (
     count_kernel,
     offsets_kernel,
@@ -88,6 +92,7 @@ SUM_OPTIONS: dict[str, Any] = {"ROWS": LINE_ROWS, "LINES": LINES, "num_warps": 4
 SMOOTH_OPTIONS: dict[str, Any] = {"ROWS": SMOOTH_ROWS, "CHUNK": SMOOTH_CHUNK, "num_warps": 4}
 LIST_OPTIONS: dict[str, Any] = {"CHUNK": LIST_CHUNK, "num_warps": 1}
 HEADS_OPTIONS: dict[str, Any] = {"ENTRIES": 128, "num_warps": 1}
+SPARSE_OPTIONS: dict[str, Any] = {"ENTRIES": 128, "CHUNK": 512, "num_warps": 4}
 CHECK_OPTIONS: dict[str, Any] = {
     "ENTRIES": 128,
     "ROWS": CHECK_ROWS,
@@ -397,6 +402,29 @@ def redirect_heads(
         if n_heads:
             redirect(read.contiguous(), holds.contiguous(), otherwise.contiguous(), found)
         return found
+
+    return run
+
+
+def sparse_heads(
+    vertical: Tensor,
+    read: Tensor,
+    requested: Tensor,
+    delta: float,
+    first: int,
+    otherwise: int,
+    place: int,
+) -> Callable[..., Tensor]:
+    """One launch; arguments as in the operator of this name."""
+    (n_slots, n_k), n_heads, n_entries = vertical.shape, len(read), len(requested)
+    numbers = (n_k, n_heads, n_entries, first, otherwise, place, float(delta))
+    # One program more for what is none of these patterns'.
+    decide = Launch(sparse_heads_kernel, vertical.device, (n_slots + 1,), numbers, SPARSE_OPTIONS)
+
+    def run(vertical: Tensor, read: Tensor, requested: Tensor) -> Tensor:
+        decided = torch.empty_like(requested)
+        decide(vertical.contiguous(), read.contiguous(), requested.contiguous(), decided)
+        return decided
 
     return run
 

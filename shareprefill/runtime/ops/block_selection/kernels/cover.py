@@ -85,12 +85,14 @@ def _store_cover(p_row, p_out, n_seen, n_columns, limit, n_sink, i_local, CHUNK:
 
 @triton.jit
 def _store_finite(p_row, p_finite, n_seen, CHUNK: tl.constexpr):
-    """Store whether the sum of the first `n_seen` entries of a row is a number."""
+    """Store, and return, whether the sum of the first `n_seen` entries of a row is a number."""
     b_sum = tl.zeros([CHUNK], dtype=tl.float32)
     for i_column in range(0, n_seen, CHUNK):
         o_n = i_column + tl.arange(0, CHUNK)
         b_sum += tl.load(p_row + o_n, mask=o_n < n_seen, other=0.0)  # [chunk]
-    tl.store(p_finite, (tl.abs(tl.sum(b_sum, 0)) < float("inf")).to(tl.int8))
+    is_finite = tl.abs(tl.sum(b_sum, 0)) < float("inf")
+    tl.store(p_finite, is_finite.to(tl.int8))
+    return is_finite
 
 
 @triton.jit(
@@ -120,14 +122,16 @@ def select_kernel(
     i_row = i_map * n_q + i_q
     i_first = (i_q * block_size + offset) // block_size
     i_last = (tl.minimum((i_q + 1) * block_size, n_query) - 1 + offset) // block_size
-    _store_finite(p_maps + i_row * n_k, p_finite + i_row, (i_last + 1).to(tl.int32), CHUNK)
+    n_seen = (i_last + 1).to(tl.int32)
+    is_finite = _store_finite(p_maps + i_row * n_k, p_finite + i_row, n_seen, CHUNK)
     _store_cover(
         p_maps + i_row * n_k,
         p_out + i_row * n_k,
-        (i_last + 1).to(tl.int32),
+        n_seen,
         n_k,
         tl.load(p_gamma + i_map) - ROUNDING,
-        n_sink,
+        # Without numbers to choose by, a row reads every causal block.
+        tl.where(is_finite, n_sink, n_k),
         tl.where(n_local > 0, i_first - n_local + 1, n_k).to(tl.int32),
         CHUNK,
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from shareprefill.runtime.ops.block_selection.kernels.measures import sum_covered
+from shareprefill.runtime.ops.block_selection.kernels.measures import sum_covered, xlog2
 
 
 @triton.jit(do_not_specialize=["n_rows", "n_k", "n_pattern_rows", "n_entries"])
@@ -75,3 +75,54 @@ def redirect_kernel(
         if tl.sum(b_unset, 0) > 0:
             i_read = tl.load(p_otherwise + i_place * stride_otherwise)
     tl.store(p_found + i_head, i_read)
+
+
+@triton.jit(
+    do_not_specialize=["n_k", "n_heads", "n_entries", "first", "otherwise", "place"],
+    do_not_specialize_on_alignment=["p_read"],
+)
+def sparse_heads_kernel(
+    p_vertical,
+    p_read,
+    p_requested,
+    p_decided,
+    n_k,
+    n_heads,
+    n_entries,
+    first,
+    otherwise,
+    place,
+    delta,
+    ENTRIES: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """One program: one pattern: whether its head is highly sparse, and its entries.
+
+    The last program copies the entries that are of none of these patterns.
+    """
+    HALF_LN2: tl.constexpr = 0.34657359027997264
+    i_slot = tl.program_id(0)
+    n_slots = tl.num_programs(0) - 1
+    even = 1.0 / n_k
+    b_sum = tl.zeros([CHUNK], dtype=tl.float32)
+    for i_column in range(0, tl.where(i_slot < n_slots, n_k, 0), CHUNK):
+        o_n = i_column + tl.arange(0, CHUNK)
+        b_p = tl.load(p_vertical + i_slot.to(tl.int64) * n_k + o_n, mask=o_n < n_k, other=0.0)
+        b_q = tl.where(o_n < n_k, even, 0.0)
+        b_sum += xlog2(b_p) + xlog2(b_q) - 2.0 * xlog2((b_p + b_q) * 0.5)
+    divergence = tl.sum(b_sum, 0) * HALF_LN2
+    # A distance that is not a number is above nothing.
+    is_sparse = tl.sqrt(tl.where(divergence < 0.0, 0.0, divergence)) > delta
+    for i_entry in range(0, n_entries, ENTRIES):
+        o_e = i_entry + tl.arange(0, ENTRIES)
+        is_head = o_e < n_heads
+        b_read = tl.load(p_read + o_e, mask=is_head, other=0)
+        b_entry = tl.load(p_requested + o_e, mask=(o_e < n_entries) & (o_e >= n_heads), other=0)
+        b_entry = tl.where(is_head, b_read, b_entry)
+        b_slot = tl.where(is_head, b_read - first, o_e - place)
+        b_slot = tl.where((b_slot >= 0) & (b_slot < n_slots), b_slot, n_slots)
+        b_moved = tl.where(is_sparse, b_read, otherwise + b_slot)
+        b_asked = tl.where(is_sparse, -1, b_entry)
+        b_new = tl.where(is_head, b_moved, b_asked)
+        b_new = tl.where(b_slot < n_slots, b_new, b_entry)
+        tl.store(p_decided + o_e, b_new, mask=(o_e < n_entries) & (b_slot == i_slot))

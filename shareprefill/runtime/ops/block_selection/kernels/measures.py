@@ -7,7 +7,7 @@ import triton.language as tl
 
 
 @triton.jit
-def _xlog2(b_mass):
+def xlog2(b_mass):
     """`x * log2(x)`, 0 at 0."""
     return b_mass * tl.log2(tl.where(b_mass > 0.0, b_mass, 1.0))
 
@@ -44,7 +44,7 @@ def js_kernel(
                 m_tile = (o_m < i_end)[:, None] & (o_n < n_k)[None, :]
                 b_p = tl.load(p_map + o_row + o_n[None, :], mask=m_tile, other=0.0)  # [rows, chunk]
                 b_q = tl.load(p_pivot + o_row + o_n[None, :], mask=m_tile, other=0.0)
-                b_sum += _xlog2(b_p) + _xlog2(b_q) - 2.0 * _xlog2((b_p + b_q) * 0.5)
+                b_sum += xlog2(b_p) + xlog2(b_q) - 2.0 * xlog2((b_p + b_q) * 0.5)
             b_divergence = tl.sum(b_sum, 1) * HALF_LN2  # [rows]
             # Not a maximum with 0, which would turn NaN into 0.
             b_distance += tl.sqrt(tl.where(b_divergence < 0.0, 0.0, b_divergence))
