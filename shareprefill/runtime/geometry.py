@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache, cached_property, lru_cache, partial
-from typing import TypedDict
+from typing import Any, NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
@@ -16,12 +16,24 @@ from shareprefill.runtime.ops.blocks import (
     count_causal_blocks,
 )
 from shareprefill.runtime.ops.devices import stream_of_tables
-from shareprefill.runtime.ops.pooled_attention import sample_rows
+from shareprefill.runtime.ops.pooled_attention import row_table, sample_rows
 
 # Query blocks that the check before sharing looks at, of however many. A mean over them is as
 # certain in a long prompt as in a short one, so the check's share of the work falls with the
 # length. With blocks of 128 tokens that is a quarter of the blocks of 8K tokens.
 CHECKED_BLOCKS = 16
+
+
+class SampledRows(NamedTuple):
+    """Rows that are sampled.
+
+    Attributes:
+        rows: Of every query block.
+        is_check: Whether of those query blocks alone that the check before sharing looks at.
+    """
+
+    rows: int
+    is_check: bool = False
 
 
 class Sizes(TypedDict):
@@ -54,6 +66,8 @@ class Geometry:
         sizes: The sizes, as keyword arguments of an operator of selection.
         reads: The same with the blocks that are always read.
         rows: Gives `r` evenly spaced query rows of every block, int64 `[n_q, r]`.
+        row_table: Gives the tiles in which kernels take rows of two groups of heads. Each is told
+            by its number of heads and its `SampledRows`, and tiles by their rows.
         checked_rows: Gives those of the query blocks that the check before sharing looks at, int64
             `[m, r]`.
     """
@@ -72,8 +86,13 @@ class Geometry:
         self.block_size = block_size
         self.rows = cache(partial(_kept, sample_rows, device, n_query, block_size))
         self.checked_rows = cache(partial(_kept, _checked_rows, device, n_query, block_size))
+        self.row_table = cache(partial(_kept, _row_table, device, n_query, block_size))
         self.sizes = Sizes(n_query=n_query, n_key=n_key, block_size=block_size)
         self.reads = Reads(**self.sizes, sink_blocks=sink_blocks, local_blocks=local_blocks)
+
+    def rows_of(self, rows: int, is_check: bool) -> Tensor:
+        """The rows of `SampledRows`, int64 `[m, r]`."""
+        return self.checked_rows(rows) if is_check else self.rows(rows)
 
     def to(self, device: torch.device) -> Geometry:
         """The same blocks on another device."""
@@ -121,7 +140,7 @@ class Geometry:
         return _kept(checked_blocks, self.device, self.shape[0])
 
 
-def _kept(make: Callable[..., Tensor], device: torch.device, *sizes: int) -> Tensor:
+def _kept(make: Callable[..., Tensor], device: torch.device, *sizes: Any) -> Tensor:
     """A table that follows from sizes; that of an earlier pass, if there was one."""
     stream = stream_of_tables(device)
     if stream is None:
@@ -133,7 +152,7 @@ def _kept(make: Callable[..., Tensor], device: torch.device, *sizes: int) -> Ten
 def _made_once(
     make: Callable[..., Tensor],
     device: torch.device,
-    sizes: tuple[int, ...],
+    sizes: tuple[Any, ...],
     _stream: int,
     _checked: int,
 ) -> Tensor:
@@ -144,6 +163,24 @@ def _checked_rows(n_query: int, block_size: int, r: int, device: torch.device) -
     """`r` rows of each query block that the check before sharing looks at."""
     every = sample_rows(n_query, block_size, r, device)
     return every[checked_blocks(len(every), device)]
+
+
+def _row_table(
+    n_query: int,
+    block_size: int,
+    first: tuple[int, int, bool],
+    second: tuple[int, int, bool],
+    height: int,
+    device: torch.device,
+) -> Tensor:
+    """The rows of two groups of heads in tiles."""
+
+    rows, heads = [], []
+    for n_heads, r, is_check in (first, second):
+        make = _checked_rows if is_check else sample_rows
+        rows.append(make(n_query, block_size, r, device))
+        heads.append(n_heads)
+    return row_table(rows, heads, height)
 
 
 def checked_blocks(n_q: int, device: torch.device) -> Tensor:

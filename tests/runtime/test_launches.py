@@ -36,9 +36,9 @@ def plan_of(
 @pytest.mark.parametrize(
     ("policies", "fallback", "guarded", "most"),
     [
-        ((P, S, S, S, S, M, M, D), M, True, 13),
-        ((P, S, S, S, V, V, R, M), M, False, 20),
-        ((P, S, S, S, V, V, R, M), V, True, 21),
+        ((P, S, S, S, S, M, M, D), M, True, 11),
+        ((P, S, S, S, V, V, R, M), M, False, 16),
+        ((P, S, S, S, V, V, R, M), V, True, 17),
         ((M,) * 8, M, True, 7),
         ((R,) * 8, R, True, 7),
         ((V,) * 8, V, False, 8),
@@ -62,6 +62,8 @@ def test_a_planned_layer_takes_few_launches(
         # Capped, as a CPU lets SDPA compute dense heads of plain logits.
         prefill.attend(0, state, query, key, value, scale=0.25, softcap=30.0)
 
+    # Tables are made in the first pass, though only kernels look at them.
+    monkeypatch.setattr("shareprefill.runtime.policies.sampled.table_height", lambda _query: 64)
     # The second pass of a length finds what the first one has made.
     run(prefill.begin(geometry))
     state = prefill.begin(geometry)

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from shareprefill.runtime.geometry import SampledRows
 from shareprefill.runtime.ops.block_selection import select_blocks
-from shareprefill.runtime.ops.pooled_attention import pooled_attention
+from shareprefill.runtime.ops.pooled_attention import pooled_attention, table_height, two_maps
 from shareprefill.runtime.policies.base import InPlacePolicy, LayerInputs
 
 
@@ -33,7 +34,10 @@ class Sampled(InPlacePolicy[Tensor]):
 
     def write(self, inputs: LayerInputs, heads: Tensor, gamma: Tensor, out: Tensor) -> Tensor:
         """The same blocks, and those that are always read."""
-        maps = sampled_maps(inputs, heads, self.rows)
+        return self.cut(inputs, sampled_maps(inputs, heads, self.rows), gamma, out)
+
+    def cut(self, inputs: LayerInputs, maps: Tensor, gamma: Tensor, out: Tensor) -> Tensor:
+        """`write`, from the maps of the sampled rows."""
         finite = torch.empty(out.shape[:2], dtype=torch.bool, device=out.device)
         select_blocks(maps, gamma, out=out, finite=finite, **inputs.geometry.reads)
         return finite
@@ -41,6 +45,32 @@ class Sampled(InPlacePolicy[Tensor]):
     def work(self, inputs: LayerInputs) -> float:
         """The share of the rows that are sampled, logits alone."""
         return sampling_work(inputs, self.rows)
+
+
+def two_sampled_maps(
+    inputs: LayerInputs, heads: Tensor, n_first: int, rows: tuple[SampledRows, SampledRows]
+) -> tuple[Tensor, Tensor]:
+    """`sampled_maps` of two groups of heads, in the launches of one.
+
+    Args:
+        inputs: The layer's inputs.
+        heads: int64 `[S]`, of both groups; the maps of negative ones are zeros.
+        n_first: Heads of the first group.
+        rows: Of each group.
+    """
+    geometry, height = inputs.geometry, table_height(inputs.query)
+    groups = ((n_first, *rows[0]), (len(heads) - n_first, *rows[1]))
+    return two_maps(
+        inputs.query,
+        inputs.keys,
+        (geometry.rows_of(*rows[0]), geometry.rows_of(*rows[1])),
+        None if height is None else geometry.row_table(*groups, height),
+        heads,
+        n_first,
+        block_size=geometry.block_size,
+        scale=inputs.scale,
+        softcap=inputs.softcap,
+    )
 
 
 def sampling_work(inputs: LayerInputs, rows: int | Tensor) -> float:

@@ -55,7 +55,11 @@ class Smoothed(FewRows, InPlacePolicy[Tensor]):
 
     def write(self, inputs: LayerInputs, heads: Tensor, gamma: Tensor, out: Tensor) -> Tensor:
         """The same blocks, and those that are always read."""
-        maps, reads = sampled_maps(inputs, heads, self.rows), inputs.geometry.reads
+        return self.cut(inputs, sampled_maps(inputs, heads, self.rows), gamma, out)
+
+    def cut(self, inputs: LayerInputs, maps: Tensor, gamma: Tensor, out: Tensor) -> Tensor:
+        """`write`, from the maps of the sampled rows."""
+        reads = inputs.geometry.reads
         return head_blocks(maps, gamma, weights=self.weights, out=out, **reads)[1]
 
 

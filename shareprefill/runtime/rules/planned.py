@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from shareprefill.artifact import Policy
-from shareprefill.runtime.geometry import Geometry
+from shareprefill.runtime.geometry import Geometry, SampledRows
 from shareprefill.runtime.ops.block_selection import (
     LineWeights,
     check_heads,
@@ -41,7 +41,12 @@ from shareprefill.runtime.policies.base import (
     SelectionPolicy,
     check_pattern,
 )
-from shareprefill.runtime.policies.sampled import Sampled, sampled_maps, sampling_work
+from shareprefill.runtime.policies.sampled import (
+    Sampled,
+    sampled_maps,
+    sampling_work,
+    two_sampled_maps,
+)
 from shareprefill.runtime.policies.smoothed import Smoothed, line_weights
 from shareprefill.runtime.policies.vertical_slash import VerticalSlash, profile_work, profiles
 from shareprefill.runtime.rules.base import (
@@ -88,9 +93,11 @@ class SharingHeads:
         heads: int64 `[S]`.
         pattern_of_head: The number of the pattern that each shares, int64 `[S]`.
         min_coverage: The mass inside that pattern from which on it shares, float32 `[S]`.
+        with_pivots: The layer's pivots, and then these heads, int64.
     """
 
     heads: Tensor
+    with_pivots: Tensor
     pattern_of_head: Tensor
     min_coverage: Tensor
 
@@ -132,10 +139,12 @@ class PlannedLayer(LayerPlan):
         on_pass: The pattern that each head reads (-1: none, its output is there), and the T heads
             that the groups of own patterns are asked for, where checks pass: int64 `[H + T]`.
         on_fail: The same where checks fail.
-        own: Heads that choose by themselves, group by group.
-        sparse: Heads that may take a vertical-slash pattern while they are highly sparse; and those
-            that may take a row-sampled one, first the former, in their order. None for none, and
-            where vertical-slash patterns are for all heads: then both groups are in `own`.
+        sampled: Heads that may take a pattern from sampled rows, smoothed or not: up to two groups
+            that are requested one after the other.
+        own: Heads that choose by themselves in other ways, group by group.
+        guarded: Heads that may take a vertical-slash pattern while they are highly sparse; and
+            those that may take a row-sampled one, first the former, in their order. None for none,
+            and where vertical-slash patterns are for all heads: then their group is in `own`.
         n_own: Patterns in the layer's bitmap.
         dense_id: The number of the pattern of every causal block, int64 `[1]`.
     """
@@ -148,8 +157,9 @@ class PlannedLayer(LayerPlan):
     check_of: Tensor
     on_pass: Tensor
     on_fail: Tensor
+    sampled: tuple[OwnPatterns, ...]
     own: tuple[OwnPatterns, ...]
-    sparse: tuple[OwnPatterns, OwnPatterns] | None
+    guarded: tuple[OwnPatterns, OwnPatterns] | None
     n_own: int
     dense_id: Tensor
 
@@ -212,13 +222,16 @@ class PlannedRule(LayerRule[PlannedLayer, PivotPatterns]):
 
     @cached_property
     def selectors(self) -> dict[int, SelectionPolicy]:
-        """What chooses the patterns of heads that choose by themselves, by policy."""
-        built_in: dict[int, SelectionPolicy] = {
-            int(Policy.SAMPLED): Sampled(self.plan.sample_rows),
-            int(Policy.VERTICAL_SLASH): VerticalSlash(),
+        """What chooses the patterns of heads that choose by themselves in other ways, by policy."""
+        return {int(Policy.VERTICAL_SLASH): VerticalSlash(), **self.plan.selectors}
+
+    @cached_property
+    def samplers(self) -> dict[int, Smoothed | Sampled]:
+        """What makes patterns of sampled rows, by policy."""
+        return {
             int(Policy.SMOOTHED): self._smoothed(Smoothed.rows),
+            int(Policy.SAMPLED): Sampled(self.plan.sample_rows),
         }
-        return {**built_in, **self.plan.selectors}
 
     @cached_property
     def estimator(self) -> Smoothed:
@@ -256,7 +269,8 @@ class PlannedRule(LayerRule[PlannedLayer, PivotPatterns]):
 
     def memory(self, layer: PlannedLayer, pivots: PivotPatterns) -> tuple[Tensor, ...] | None:
         """Of layers whose heads follow policies of ours, in a process that holds all heads."""
-        if self.exchange is not None or any(group.policy not in _OWN for group in layer.own):
+        further = {group.policy for group in layer.own} & {*self.plan.selectors}
+        if self.exchange is not None or further:
             return None
         return pivots.patterns, pivots.is_finite
 
@@ -270,13 +284,16 @@ class PlannedRule(LayerRule[PlannedLayer, PivotPatterns]):
         shape, device = (layer.n_own, *inputs.geometry.shape), inputs.query.device
         own = torch.empty(shape, dtype=torch.bool, device=device)
         steps = _Steps(self, layer, pivots, inputs, own)
-        steps.choose_pivots(value, output)
-        requested, coverage = steps.check()
+        maps = steps.first_maps()
+        steps.choose_pivots(value, output, maps[0])
+        requested, coverage = steps.check(maps[1])
         read = requested[: layer.n_heads]
         for group in layer.own:
             read = steps.choose(group, requested, read)
-        if layer.sparse is not None:
-            read = steps.choose_sparse(*layer.sparse, requested, read)
+        if layer.guarded is not None:
+            requested = steps.choose_sparse(*layer.guarded, requested, read)
+            read = requested[: layer.n_heads]
+        steps.choose_sampled(requested)
         is_sharing = len(layer.shared) > 0
         return LayerSelection(
             own=own,
@@ -312,14 +329,27 @@ class _Steps:
     overhead: list[Overhead] = field(default_factory=list)
     is_finite: list[tuple[int, Tensor]] = field(default_factory=list)
 
-    def choose_pivots(self, value: Tokens, output: Tensor) -> None:
+    def first_maps(self) -> tuple[Tensor | None, Tensor | None]:
+        """Maps of sampled rows of the pivots, and of the heads that share; None for none."""
+        plan, layer, inputs = self.rule.plan, self.layer, self.inputs
+        heads, sharing = layer.pivots.heads, layer.sharing
+        if len(heads) and plan.pivot_rows and sharing is not None:
+            rows = SampledRows(plan.pivot_rows), SampledRows(plan.check_rows, is_check=True)
+            return two_sampled_maps(inputs, sharing.with_pivots, len(heads), rows)
+        pivots = check = None
+        if len(heads) and plan.pivot_rows:
+            pivots = sampled_maps(inputs, heads, plan.pivot_rows)
+        if sharing is not None:
+            rows = inputs.geometry.checked_rows(plan.check_rows)
+            check = sampled_maps(inputs, sharing.heads, rows)
+        return pivots, check
+
+    def choose_pivots(self, value: Tokens, output: Tensor, maps: Tensor | None) -> None:
         """Pivots' patterns: from sampled rows, or from all of them with the dense output."""
         layer, inputs, rows = self.layer, self.inputs, self.rule.plan.pivot_rows
         heads = layer.pivots.heads
-        if len(heads) and rows:
-            estimator = self.rule.estimator
-            maps = sampled_maps(inputs, heads, estimator.rows)
-            self.pivots.keep(layer.pivots, maps, estimator.weights)
+        if maps is not None:
+            self.pivots.keep(layer.pivots, maps, self.rule.estimator.weights)
             self.overhead.append(Overhead(heads, sampling_work(inputs, rows)))
         elif len(heads):
             dense, maps = pooled_attention(
@@ -338,7 +368,7 @@ class _Steps:
         if self.rule.exchange is not None:
             self.pivots.fill_in(layer.pivots, self.rule.exchange)
 
-    def check(self) -> tuple[Tensor, Coverage | None]:
+    def check(self, maps: Tensor | None) -> tuple[Tensor, Coverage | None]:
         """Lets heads share whose sampled rows have enough of their attention inside the pattern.
 
         The rows are of some query blocks alone (`Geometry.checked`). A head's own map that is not
@@ -348,11 +378,10 @@ class _Steps:
             What each head reads, and the heads that own patterns are asked for, int64 `[H + T]`.
         """
         layer, sharing, inputs = self.layer, self.layer.sharing, self.inputs
-        if sharing is None:
+        if sharing is None or maps is None:
             return layer.on_fail, None
         geometry, pivots = inputs.geometry, self.pivots
         rows = geometry.checked_rows(self.rule.plan.check_rows)
-        maps = sampled_maps(inputs, sharing.heads, rows)
         requested, mass, found = check_heads(
             maps,
             pivots.patterns,
@@ -394,10 +423,10 @@ class _Steps:
     def choose_sparse(
         self, slash: OwnPatterns, sampled: OwnPatterns, requested: Tensor, read: Tensor
     ) -> Tensor:
-        """Vertical-slash patterns for highly sparse heads, row-sampled ones for the others.
+        """Vertical-slash patterns for highly sparse heads; the others are to be row-sampled.
 
         Returns:
-            `read`, what each head reads, with row-sampled patterns for the others, int64 `[H]`.
+            `requested`, with what is read and asked for then, int64 `[H + T]`.
         """
         inputs, geometry, heads = self.inputs, self.inputs.geometry, requested[slash.requested]
         profile = profiles(inputs, heads)
@@ -406,7 +435,7 @@ class _Steps:
         )
         self.overhead.append(Overhead(heads, profile_work(inputs)))
         # A distance that is not a number is above nothing: its head samples, and is found out then.
-        decided = sparse_heads(
+        return sparse_heads(
             profile[0],
             read,
             requested,
@@ -415,7 +444,23 @@ class _Steps:
             otherwise=sampled.first,
             place=sampled.requested.start,
         )
-        return self.choose(sampled, decided, decided[: len(read)])
+
+    def choose_sampled(self, requested: Tensor) -> None:
+        """Patterns from sampled rows, smoothed or not."""
+        groups, inputs = self.layer.sampled, self.inputs
+        if not groups:
+            return
+        policies = [self.rule.samplers[group.policy] for group in groups]
+        heads = requested[groups[0].requested.start : groups[-1].requested.stop]
+        if len(groups) == 2:
+            rows = SampledRows(policies[0].rows), SampledRows(policies[1].rows)
+            maps = two_sampled_maps(inputs, heads, len(groups[0].heads), rows)
+        else:
+            maps = (sampled_maps(inputs, heads, policies[0].rows),)
+        for group, policy, mine in zip(groups, policies, maps, strict=True):
+            finite = policy.cut(inputs, mine, group.gamma, self.patterns[group.rows])
+            self.is_finite.append((group.first, finite))
+            self.overhead.append(Overhead(requested[group.requested], policy.work(inputs)))
 
 
 def _are_finite(inputs: LayerInputs) -> Tensor:
@@ -424,8 +469,8 @@ def _are_finite(inputs: LayerInputs) -> Tensor:
     return (query.view(len(key), -1) + key[:, None]).flatten().abs() < math.inf
 
 
-# Policies of ours, which keep no state.
-_OWN = frozenset((Policy.SAMPLED, Policy.VERTICAL_SLASH, Policy.SMOOTHED))
+# Policies that make patterns of sampled rows.
+_FROM_ROWS = (Policy.SMOOTHED, Policy.SAMPLED)
 # What heads do without a pattern of their own.
 _NOT_OWN = frozenset((Policy.DENSE, Policy.PIVOT, Policy.SHARE))
 
@@ -450,12 +495,11 @@ class _LayerMaker:
     def make(self) -> PlannedLayer:
         """The plan."""
         groups = self._own_patterns()
-        slash, sampled = groups.get(Policy.VERTICAL_SLASH), groups.get(Policy.SAMPLED)
-        sparse = None
-        if self.rule.plan.slash_needs_sparsity and slash is not None:
-            assert sampled is not None
-            sparse = slash, sampled
-            del groups[Policy.VERTICAL_SLASH], groups[Policy.SAMPLED]
+        guarded = None
+        if self.rule.plan.slash_needs_sparsity and Policy.VERTICAL_SLASH in groups:
+            guarded = groups.pop(Policy.VERTICAL_SLASH), groups[Policy.SAMPLED]
+        ours = (code for code in _FROM_ROWS if code not in self.rule.plan.selectors)
+        sampled = [groups.pop(code) for code in ours if code in groups]
         on_pass, on_fail = self._read(fails=False), self._read(fails=True)
         shares, n_patterns = set(self.sharing), len(self.by_pattern)
         dense = self._having(lambda plan: plan.policy == Policy.DENSE)
@@ -475,8 +519,9 @@ class _LayerMaker:
             ),
             on_pass=self._integers(on_pass + [-1 if h in shares else h for h in self.requested]),
             on_fail=self._integers(on_fail + self.requested),
+            sampled=tuple(sampled),
             own=tuple(groups.values()),
-            sparse=sparse,
+            guarded=guarded,
             n_own=n_patterns - len(self.shared),
             dense_id=self._integers([n_patterns]),
         )
@@ -485,11 +530,11 @@ class _LayerMaker:
         return [h for h, plan in enumerate(self.heads) if test(plan)]
 
     def _own_patterns(self) -> dict[int, OwnPatterns]:
-        """The groups of own patterns by policy, row-sampled ones last: others may turn to them."""
+        """The groups of own patterns by policy; those from sampled rows last, side by side."""
         policies = {code for plan in self.heads for code in (plan.policy, plan.fallback)}
         slash = self._having(lambda p: Policy.VERTICAL_SLASH in (p.policy, p.fallback))
         first = slash if self.rule.plan.slash_needs_sparsity else []
-        last = (Policy.VERTICAL_SLASH, Policy.SAMPLED)
+        last = (Policy.VERTICAL_SLASH, *_FROM_ROWS)
         groups = {}
         for code in (*sorted(policies - _NOT_OWN - set(last)), *last):
             chosen = self._having(lambda p, code=code: code in (p.policy, p.fallback))
@@ -532,9 +577,11 @@ class _LayerMaker:
         )
 
     def _sharing(self) -> SharingHeads:
+        mine = self._having(lambda plan: plan.policy == Policy.PIVOT)
         plans = [self.heads[h] for h in self.sharing]
         return SharingHeads(
             heads=self._integers(self.sharing),
+            with_pivots=self._integers([*mine, *self.sharing]),
             pattern_of_head=self._integers(self._pivot_pattern(plan) for plan in plans),
             min_coverage=numbers((plan.min_coverage for plan in plans), self.device),
         )

@@ -32,13 +32,13 @@ TYPES = {
     **dict.fromkeys(["p_q", "p_k", "p_v", "p_out"], "*" + dtype),
     **dict.fromkeys(["p_rows", "p_heads", "p_index", "p_head_to_list"], "*i64"),
     **dict.fromkeys(["p_counts", "p_offsets", "p_listed", "p_indices"], "*i32"),
-    **dict.fromkeys(["p_totals", "p_table"], "*i32"),
+    "p_totals": "*i32",
     **dict.fromkeys(["p_bitmap", "p_shared", "p_patterns", "p_finite", "p_holds"], "*u8"),
     **dict.fromkeys(["p_columns", "p_distances"], "*u8"),
     **dict.fromkeys(["p_source", "p_check", "p_on_pass", "p_on_fail", "p_decided"], "*i64"),
     **dict.fromkeys(["p_read", "p_otherwise", "p_pattern"], "*i64"),
     **dict.fromkeys(["scale_log2", "softcap_log2", "delta"], "fp32"),
-    **dict.fromkeys(["p_requested"], "*i64"),
+    **dict.fromkeys(["p_requested", "p_table"], "*i64"),
     **dict.fromkeys(smoothing.smooth_kernel.arg_names[7:14], "fp32"),
 }
 
@@ -80,8 +80,13 @@ tiles = pooling.mass_tiles(dim, torch_dtype, generation)
 constants = pooling.mass_constants(dim, 4, 8, 128, tiles, torch_dtype, has_rows=True,
                                    has_heads=False, page_size=128)
 result["dot mass"] = build(pooled.mass_kernel, constants, **tiles.launch_options())
+table = constants | {"ROWS": 0, "PARTS": 1, "SEGMENTS": 1, "PACKED": 1, "HAS_HEADS": True}
+result["dot table mass"] = build(pooled.mass_kernel, table, **tiles.launch_options())
 constants = pooling.means_constants(constants)
 result["means"] = build(pooled.means_kernel, constants, num_warps=4)
+named = ("BLOCK_SIZE", "BLOCK_M", "UNIT", "BLOCK_J", "BLOCK_S")
+table = {name: constants[name] for name in named} | {"WIDTH": 8}
+result["table means"] = build(pooled.table_means_kernel, table, num_warps=4)
 tiles = profiling.profile_tiles(dim, 128, torch_dtype, generation)
 constants = profiling.kernel_constants(dim, 4, 128, tiles, torch_dtype, has_heads=True,
                                        page_size=16)

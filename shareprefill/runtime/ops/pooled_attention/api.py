@@ -23,10 +23,11 @@ from shareprefill.runtime.ops.pages import PagedTokens, Tokens
 from shareprefill.runtime.ops.pooled_attention import blockwise, hopper, reference
 from shareprefill.runtime.ops.pooled_attention.launches import Attended
 from shareprefill.runtime.ops.prepared import Prepared
+from shareprefill.runtime.ops.triton_tiles import device_capability
 
 IMPLS = ("reference", "blockwise", "triton", "hopper")
 # What calls run, by all that they depend on but values.
-_calls = Prepared[Callable[..., Any]]()
+_calls = Prepared[Any]()
 
 
 def pooled_attention(
@@ -90,6 +91,107 @@ def pooled_attention(
     query, key = unit_last_stride(query), unit_last_stride(key)
     value = None if value is None else unit_last_stride(value)
     return pool(query, key, value, rows, heads=heads, sinks=sinks)
+
+
+def two_maps(
+    query: torch.Tensor,
+    key: Tokens,
+    rows: tuple[torch.Tensor, torch.Tensor],
+    table: torch.Tensor | None,
+    heads: torch.Tensor,
+    n_first: int,
+    *,
+    block_size: int,
+    scale: float | None = None,
+    softcap: float | None = None,
+    impl: str = "auto",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`pooled_attention` of chosen rows for two groups of heads, in the launches of one.
+
+    Args:
+        query: as in `pooled_attention`, as the others that are not named here.
+        key: likewise.
+        rows: of each group; int64 `[m, r]`.
+        table: the same rows as `row_table` has them, `table_height` rows in a tile; it is not
+            looked at where that is None. On CUDA its values are not checked.
+        heads: int64 `[S]`, of both groups one after the other; as in `pooled_attention`.
+        n_first: heads of the first group.
+        block_size: tokens in a block.
+        scale: as in `pooled_attention`.
+        softcap: likewise.
+        impl: likewise.
+
+    Returns:
+        The maps of each group, float32 `[S_g, m, n_k]`.
+
+    Raises:
+        ConfigError: shapes, dtypes, devices or ranges do not belong together.
+        UnsupportedError: the requested implementation cannot run here.
+    """
+    if table is not None:
+        options = (n_first, block_size, scale, softcap, impl)
+        call = ("two", *map(facts, (query, key, *rows, table, heads)), *options)
+        if call not in _calls:
+            _calls.keep(call, _prepare_two(query, key, rows, table, heads, *options))
+        run = _calls[call]
+        if run is not None:
+            return run(query, key, table, heads)
+    named: dict[str, Any] = {"block_size": block_size, "scale": scale, "softcap": softcap}
+    named["impl"] = impl
+    _, first = pooled_attention(query, key, rows=rows[0], heads=heads[:n_first], **named)
+    _, second = pooled_attention(query, key, rows=rows[1], heads=heads[n_first:], **named)
+    return first, second
+
+
+def table_height(query: torch.Tensor, impl: str = "auto") -> int | None:
+    """Rows of a tile of the kernels that take rows from a table; None where none does."""
+    if select_impl(impl, IMPLS, query, "blockwise") not in ("triton", "hopper"):
+        return None
+    from shareprefill.runtime.ops.pooled_attention import triton
+
+    capability = device_capability(query.device)
+    return triton.mass_tiles(query.shape[2], query.dtype, capability).block_m
+
+
+def _prepare_two(
+    query: torch.Tensor,
+    key: Tokens,
+    rows: tuple[torch.Tensor, torch.Tensor],
+    table: torch.Tensor,
+    heads: torch.Tensor,
+    n_first: int,
+    block_size: int,
+    scale: float | None,
+    softcap: float | None,
+    impl: str,
+) -> Callable[..., Any] | None:
+    """Checks a call; what it runs, None where the groups are to be computed one by one."""
+    scale = check_attention_inputs(query, key, None, scale=scale, softcap=softcap)
+    check_block_size(block_size)
+    for group in rows:
+        _check_rows(group, query, None)
+    check_tensor("heads", heads, torch.int64, ("S",), query.device)
+    n_second = len(heads) - n_first
+    if n_first < 1 or n_second < 1:
+        raise ConfigError(f"each group needs a head, got {n_first} and {n_second}")
+    height = table_height(query, impl)
+    if height is None:
+        return None
+    check_tensor("table", table, torch.int64, ("tiles", height), query.device)
+    impl = _chosen(impl, query, key, None, block_size, softcap)
+    (read,) = within_reach(impl, key)
+    is_plain = query.stride(-1) == 1 and table.is_contiguous() and heads.is_contiguous()
+    if max(group.shape[1] for group in rows) > table.shape[1] or not is_plain or read is not key:
+        return None
+    from shareprefill.runtime.ops.pooled_attention import triton
+
+    if unit_last_stride(key) is not key:
+        return None
+    module = hopper if impl == "hopper" else triton
+    attended = Attended(query, key, table, heads, block_size, scale, softcap)
+    shapes = [(len(group), group.shape[1]) for group in rows]
+    groups = ((n_first, *shapes[0]), (n_second, *shapes[1]))
+    return triton.prepare_two_maps(attended, groups, module.prepare_masses, module.DIVISION)
 
 
 def _prepare(

@@ -81,11 +81,11 @@ def prepare(
     if value is None:
         from shareprefill.runtime.ops.pooled_attention.triton import prepare_maps
 
-        return prepare_maps(attended, _prepare_masses, DIVISION)
+        return prepare_maps(attended, prepare_masses, DIVISION)
     return _prepare_output(attended, sinks)
 
 
-def _prepare_masses(attended: Attended, masses: Masses) -> Callable[..., None]:
+def prepare_masses(attended: Attended, masses: Masses) -> Callable[..., None]:
     """Launches of `mass_hopper_kernel`."""
     from shareprefill.runtime.ops.pooled_attention.hopper_mass_kernel import mass_hopper_kernel
 

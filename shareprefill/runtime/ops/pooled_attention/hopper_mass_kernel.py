@@ -48,20 +48,28 @@ def _place_rows(
     As `triton_kernel.py` places them.
     """
     i_tile, i_z, p_rows, p_heads, n_members, n_q_tokens, n_k_tokens = place
-    TILE_ROWS: gl.constexpr = BLOCK_M // SEGMENTS
-    i_segment = (i_tile // PARTS) * SEGMENTS + o_m // TILE_ROWS
-    i_member = i_segment // PACKED
-    i_head = i_z * PACKED + i_segment % PACKED
-    o_row = (i_tile % PARTS) * TILE_ROWS + o_m % TILE_ROWS
-    m_row = (o_row < ROWS) & (i_member < n_members)
-    i_query = i_member * ROWS + o_row
-    if HAS_ROWS:
-        i_query = gl.load(p_rows + i_query, mask=m_row, other=0).to(gl.int32)
-    else:
-        m_row = m_row & (i_query < n_q_tokens)
-    if HAS_HEADS:
-        i_head = gl.load(p_heads + i_head).to(gl.int32)
+    if ROWS == 0:
+        b_entry = gl.load(p_rows + i_tile * BLOCK_M + o_m)
+        m_row = b_entry >= 0
+        b_entry = gl.where(m_row, b_entry, 0)
+        i_head = gl.load(p_heads + (b_entry >> 32)).to(gl.int32)
+        i_query = (b_entry & 0xFFFFFFFF).to(gl.int32)
         m_row = m_row & (i_head >= 0)
+    else:
+        TILE_ROWS: gl.constexpr = BLOCK_M // SEGMENTS
+        i_segment = (i_tile // PARTS) * SEGMENTS + o_m // TILE_ROWS
+        i_member = i_segment // PACKED
+        i_head = i_z * PACKED + i_segment % PACKED
+        o_row = (i_tile % PARTS) * TILE_ROWS + o_m % TILE_ROWS
+        m_row = (o_row < ROWS) & (i_member < n_members)
+        i_query = i_member * ROWS + o_row
+        if HAS_ROWS:
+            i_query = gl.load(p_rows + i_query, mask=m_row, other=0).to(gl.int32)
+        else:
+            m_row = m_row & (i_query < n_q_tokens)
+        if HAS_HEADS:
+            i_head = gl.load(p_heads + i_head).to(gl.int32)
+            m_row = m_row & (i_head >= 0)
     return i_head, i_query, gl.where(m_row, i_query + (n_k_tokens - n_q_tokens), -1)
 
 
@@ -254,7 +262,10 @@ def mass_hopper_kernel(
     i_first = i_split * split_units
     i_group = i_z * PACKED // SHARED
     if HAS_HEADS:
-        i_group = gl.maximum(gl.load(p_heads + i_z).to(gl.int32), 0) // SHARED
+        i_slot = i_z
+        if ROWS == 0:
+            i_slot = (gl.load(p_rows + (i_first_tile + i_local) * BLOCK_M) >> 32).to(gl.int32)
+        i_group = gl.maximum(gl.load(p_heads + i_slot).to(gl.int32), 0) // SHARED
 
     q_tiles = gl.allocate_shared_memory(DTYPE, [2, 1, BLOCK_M // 2, BLOCK_D], k_desc.layout)
     k_tiles = gl.allocate_shared_memory(DTYPE, [STAGES, 1, BLOCK, BLOCK_D], k_desc.layout)

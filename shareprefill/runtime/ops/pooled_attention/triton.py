@@ -11,10 +11,12 @@ import triton
 
 from shareprefill.runtime.ops.pages import Tokens, memory, page_stride, page_table, page_tokens
 from shareprefill.runtime.ops.pooled_attention.launches import Attended, Division, Masses
+from shareprefill.runtime.ops.pooled_attention.rows import row_width
 from shareprefill.runtime.ops.pooled_attention.triton_kernel import (
     mass_kernel,
     means_kernel,
     pooled_kernel,
+    table_means_kernel,
 )
 from shareprefill.runtime.ops.prepared import Launch
 from shareprefill.runtime.ops.triton_tiles import (
@@ -40,7 +42,7 @@ SPLITS = 32
 
 def row_tiling(rows: int, block_m: int) -> tuple[int, int]:
     """How segments of `rows` rows fill tiles: segments in a tile, tiles of a segment."""
-    padded = 1 << (rows - 1).bit_length()
+    padded = row_width(rows)
     return max(1, block_m // padded), max(1, padded // block_m)
 
 
@@ -227,7 +229,7 @@ def prepare(
     """
     check_tile_block_size(attended.block_size)
     if value is None:
-        return prepare_maps(attended, _prepare_masses, DIVISION)
+        return prepare_maps(attended, prepare_masses, DIVISION)
     return _prepare_output(attended, value, sinks)
 
 
@@ -369,7 +371,73 @@ def prepare_maps(
     return run
 
 
-def _prepare_masses(attended: Attended, masses: Masses) -> Callable[..., None]:
+def prepare_two_maps(
+    attended: Attended,
+    groups: tuple[tuple[int, int, int], tuple[int, int, int]],
+    prepare_masses: Callable[[Attended, Masses], Callable[..., None]],
+    division: Division,
+) -> Callable[..., tuple[torch.Tensor, torch.Tensor]] | None:
+    """Maps of two groups of heads, of rows in a table, in two launches.
+
+    Args:
+        attended: What is computed, with the table for rows.
+        groups: Heads, rows of a map and query rows of one of these, of each group.
+        prepare_masses: As in `prepare_maps`.
+        division: As in `prepare_maps`.
+
+    Returns:
+        Takes query, key, table and heads of calls that are alike. None where the masses are more
+        than `WAVE_BYTES`.
+    """
+    query, key, device, table = attended.query, attended.key, attended.query.device, attended.rows
+    assert table is not None
+    n_tiles, height = table.shape
+    _, constants, _ = _mass_settings(
+        *(device_capability(device), query.shape[2], attended.shared, 1, attended.block_size),
+        *(query.dtype, (True, True, attended.softcap is not None), page_tokens(key)),
+    )
+    assert height == constants["BLOCK_M"]
+    widths = [row_width(r) for _, _, r in groups]
+    options = means_constants(constants | {"SEGMENTS": height // max(widths)})
+    n_k, unit = attended.n_k, options["UNIT"]
+    n_units = n_k * (attended.block_size // unit)
+    n_mass = n_tiles * n_units * height
+    if 4 * n_mass > WAVE_BYTES:
+        return None
+    split_units = division.units(n_tiles * n_units, device)
+    n_splits = triton.cdiv(n_units, split_units)
+    split = (n_units, n_splits, split_units, query.shape[1], key.shape[1])
+    # A table has its places itself.
+    constants = constants | {"ROWS": 0, "PARTS": 1, "SEGMENTS": 1}
+    masses = Masses((0, 1, 0, n_tiles, *split), n_tiles * n_splits, constants)
+    sum_masses = prepare_masses(attended, masses)
+    (first, members, rows), (second, members_second, rows_second) = groups
+    tiles = [triton.cdiv(m * w, height) for (_, m, _), w in zip(groups, widths, strict=True)]
+    means = Launch(
+        table_means_kernel,
+        device,
+        (first * members + second * members_second,),
+        (first, members, members_second, rows, rows_second, *widths, *tiles, *split, n_k),
+        {name: options[name] for name in ("BLOCK_SIZE", "BLOCK_M", "UNIT", "BLOCK_J", "BLOCK_S")}
+        | {"WIDTH": max(widths)}
+        | MEANS_OPTIONS,
+    )
+
+    def run(
+        query: torch.Tensor, key: Tokens, table: torch.Tensor, heads: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        maps = query.new_empty((first, members, n_k), dtype=torch.float32)
+        others = query.new_empty((second, members_second, n_k), dtype=torch.float32)
+        mass = query.new_empty(n_mass, dtype=torch.float32)
+        peaks = query.new_empty(n_tiles * n_splits * 2 * height, dtype=torch.float32)
+        sum_masses(query, key, mass, peaks, table, heads)
+        means(mass, peaks, maps, others, table, heads)
+        return maps, others
+
+    return run
+
+
+def prepare_masses(attended: Attended, masses: Masses) -> Callable[..., None]:
     """Launches of `mass_kernel`."""
     query, key = attended.query, attended.key
     tiles = mass_tiles(query.shape[2], query.dtype, device_capability(query.device))

@@ -63,6 +63,23 @@ def _place_rows(
 
 
 @triton.jit
+def _place_entries(
+    p_tile,
+    o_m,
+    m_m,
+    p_heads,
+):
+    """Head of a tile of a table, query rows of its entries `o_m`, and which of them count.
+
+    An entry is the slot of the tile's head times 2^32, and the query row; below 0: none.
+    """
+    i_head = tl.load(p_heads + (tl.load(p_tile) >> 32)).to(tl.int32)
+    b_entry = tl.load(p_tile + o_m, mask=m_m, other=-1)
+    m_m = b_entry >= 0
+    return i_head, (tl.where(m_m, b_entry, 0) & 0xFFFFFFFF).to(tl.int32), m_m
+
+
+@triton.jit
 def _count_keys(b_position, m_m, n_k_tokens, UNIT: tl.constexpr):
     """Runs of `UNIT` keys that some row sees, and those before that every row sees whole."""
     n_seen = (tl.max(b_position, 0) + UNIT) // UNIT
@@ -156,6 +173,7 @@ def _pool_keys(
 @triton.jit
 def _store_means(
     p_mass,
+    o_m,
     p_map,
     m_map,
     b_lse,
@@ -168,8 +186,7 @@ def _store_means(
     ROWS_HERE: tl.constexpr,
     BLOCK_J: tl.constexpr,
 ):
-    """Sum `share * 2^(log mass - lse)` over each segment's rows, for every key block."""
-    o_m = tl.arange(0, ROWS_HERE)
+    """Sum `share * 2^(log mass - lse)` over each segment's rows `o_m`, for every key block."""
     o_t = tl.arange(0, BLOCK_J * PIECES)
     o_j = tl.arange(0, BLOCK_J)
     for i_block in range(0, n_k, BLOCK_J):
@@ -353,6 +370,7 @@ def pooled_kernel(
         tl.debug_barrier()
         _store_means(
             p_mass,
+            tl.arange(0, BLOCK_M),
             p_maps + (i_map * PARTS + i_tile % PARTS) * n_k,
             i_member < n_members,
             b_lse,
@@ -426,7 +444,7 @@ def mass_kernel(
     """One program: the log masses of one tile of rows in `split_units` runs of keys.
 
     Also stores each row's maximum and sum over these runs. Programs that follow each other read
-    the same keys.
+    the same keys. `ROWS` 0: `p_rows` is a table of tiles (see `_place_entries`), all in one z.
     """
     UNIT: tl.constexpr = BLOCK_N * STEPS
     i_program = tl.program_id(0)
@@ -436,28 +454,35 @@ def mass_kernel(
     o_m = tl.arange(0, BLOCK_M)
     o_rows = rows_in_page(tl.arange(0, BLOCK_N), PAGE_SIZE)
     o_d = tl.arange(0, BLOCK_D)
-    _slot, i_head, i_query, b_share, m_m = _place_rows(
-        i_first_tile + i_local,
-        i_z,
-        p_rows,
-        p_heads,
-        n_members,
-        n_q_tokens,
-        PACKED,
-        ROWS,
-        PARTS,
-        SEGMENTS,
-        BLOCK_M,
-        HAS_ROWS,
-        HAS_HEADS,
-    )
+    if ROWS == 0:
+        p_tile = p_rows + (i_first_tile + i_local) * BLOCK_M
+        i_head, i_query, m_m = _place_entries(p_tile, o_m, o_m >= 0, p_heads)
+        b_share = tl.where(m_m & (i_head >= 0), 1.0, 0.0)
+    else:
+        _slot, i_head, i_query, b_share, m_m = _place_rows(
+            i_first_tile + i_local,
+            i_z,
+            p_rows,
+            p_heads,
+            n_members,
+            n_q_tokens,
+            PACKED,
+            ROWS,
+            PARTS,
+            SEGMENTS,
+            BLOCK_M,
+            HAS_ROWS,
+            HAS_HEADS,
+        )
     b_position = tl.where(b_share > 0.0, i_query + (n_k_tokens - n_q_tokens), -1)
     n_seen, n_full = _count_keys(b_position, m_m, n_k_tokens, UNIT)
     i_first = i_split * split_units
     if i_first < n_seen:
         i_end = tl.minimum(i_first + split_units, n_seen)
         i_full = tl.maximum(tl.minimum(n_full, i_end), i_first)
-        if HAS_HEADS:
+        if ROWS == 0:
+            i_group = tl.cast(i_head, tl.int64) // SHARED
+        elif HAS_HEADS:
             i_group = tl.cast(tl.load(p_heads + i_z), tl.int64) // SHARED
         else:
             i_group = tl.cast(i_z, tl.int64) * PACKED // SHARED
@@ -509,6 +534,26 @@ def mass_kernel(
         p_peaks += (i_place * n_splits + i_split) * 2 * BLOCK_M
         tl.store(p_peaks + o_m, b_max)
         tl.store(p_peaks + BLOCK_M + o_m, b_sum)
+
+
+@triton.jit
+def _sum_peaks(p_peaks, o_m, b_position, n_live, BLOCK_M: tl.constexpr, BLOCK_S: tl.constexpr):
+    """Log-sum-exps of rows `o_m` from their maxima and sums in `n_live` splits; +inf for none."""
+    o_s = tl.arange(0, BLOCK_S)
+    b_max = tl.zeros_like(b_position).to(tl.float32) + float("-inf")  # [rows]
+    b_sum = tl.zeros_like(b_position).to(tl.float32)
+    for i_split in range(0, n_live, BLOCK_S):
+        p_tile = p_peaks + (i_split + o_s)[:, None] * (2 * BLOCK_M) + o_m[None, :]
+        m_tile = (i_split + o_s < n_live)[:, None]
+        b_part_max = tl.load(p_tile, mask=m_tile, other=float("-inf"))  # [S, rows]
+        b_part_sum = tl.load(p_tile + BLOCK_M, mask=m_tile, other=0.0)
+        b_new = tl.maximum(b_max, tl.max(b_part_max, 0))
+        b_pivot = tl.where(b_new == float("-inf"), 0.0, b_new)
+        b_parts = b_part_sum * tl.exp2(b_part_max - b_pivot[None, :])  # [S, rows]
+        b_sum = b_sum * tl.exp2(b_max - b_pivot) + tl.sum(b_parts, 0)
+        b_max = b_new
+    m_seen = b_position >= 0
+    return tl.where(m_seen, b_max + tl.log2(tl.where(m_seen, b_sum, 1.0)), float("inf"))
 
 
 @triton.jit(
@@ -577,30 +622,17 @@ def means_kernel(
     b_position = tl.where(b_share > 0.0, i_query + (n_k_tokens - n_q_tokens), -1)
     n_seen, _full = _count_keys(b_position, m_m, n_k_tokens, UNIT)
     o_m = tl.arange(0, TILE_ROWS)
-    o_s = tl.arange(0, BLOCK_S)
     i_place = tl.cast(i_place, tl.int64)
     p_peaks += i_place * n_splits * 2 * BLOCK_M + i_inner * TILE_ROWS
-    b_max = tl.full([TILE_ROWS], float("-inf"), dtype=tl.float32)
-    b_sum = tl.zeros([TILE_ROWS], dtype=tl.float32)
     n_live = (n_seen + split_units - 1) // split_units
-    for i_split in range(0, n_live, BLOCK_S):
-        p_tile = p_peaks + (i_split + o_s)[:, None] * (2 * BLOCK_M) + o_m[None, :]
-        m_tile = (i_split + o_s < n_live)[:, None]
-        b_part_max = tl.load(p_tile, mask=m_tile, other=float("-inf"))  # [S, rows]
-        b_part_sum = tl.load(p_tile + BLOCK_M, mask=m_tile, other=0.0)
-        b_new = tl.maximum(b_max, tl.max(b_part_max, 0))
-        b_pivot = tl.where(b_new == float("-inf"), 0.0, b_new)
-        b_parts = b_part_sum * tl.exp2(b_part_max - b_pivot[None, :])  # [S, rows]
-        b_sum = b_sum * tl.exp2(b_max - b_pivot) + tl.sum(b_parts, 0)
-        b_max = b_new
-    m_seen = b_position >= 0
-    b_lse = tl.where(m_seen, b_max + tl.log2(tl.where(m_seen, b_sum, 1.0)), float("inf"))
+    b_lse = _sum_peaks(p_peaks, o_m, b_position, n_live, BLOCK_M, BLOCK_S)
 
     i_segment = (i_tile // PARTS) * SEGMENTS + i_inner + tl.arange(0, 1)
     i_member = i_segment // PACKED
     i_map = tl.cast(i_z * PACKED + i_segment % PACKED, tl.int64) * n_members + i_member
     _store_means(
         p_mass + i_place * n_units * BLOCK_M + i_inner * TILE_ROWS,
+        o_m,
         p_maps + (i_map * PARTS + i_tile % PARTS) * n_k,
         i_member < n_members,
         b_lse,
@@ -611,5 +643,91 @@ def means_kernel(
         BLOCK_SIZE // UNIT,
         1,
         TILE_ROWS,
+        BLOCK_J,
+    )
+
+
+@triton.jit(
+    do_not_specialize=[
+        *("n_first", "members", "members_second", "rows", "rows_second", "width", "width_second"),
+        *("tiles", "tiles_second", "n_units", "n_splits", "split_units"),
+        *("n_q_tokens", "n_k_tokens", "n_k"),
+    ],
+    do_not_specialize_on_alignment=["p_heads"],
+)
+def table_means_kernel(
+    p_mass,
+    p_peaks,
+    p_maps,
+    p_maps_second,
+    p_table,
+    p_heads,
+    n_first,
+    members,
+    members_second,
+    rows,
+    rows_second,
+    width,
+    width_second,
+    tiles,
+    tiles_second,
+    n_units,
+    n_splits,
+    split_units,
+    n_q_tokens,
+    n_k_tokens,
+    n_k,
+    BLOCK_SIZE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    UNIT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_J: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
+    """One program: a row of a map, of the first `n_first` heads or of the others.
+
+    Each has `members` map rows, means over `rows` rows that take `width` places of `tiles` tiles.
+    """
+    i_program = tl.program_id(0)
+    i_row = i_program - n_first * members
+    i_tile = n_first * tiles
+    p_map = p_maps_second
+    if i_row < 0:
+        i_row = i_program
+        i_tile = 0
+        p_map = p_maps
+        members_second = members
+        rows_second = rows
+        width_second = width
+        tiles_second = tiles
+    i_member = i_row % members_second
+    n_inner = BLOCK_M // width_second
+    i_tile += i_row // members_second * tiles_second + i_member // n_inner
+    i_start = i_member % n_inner * width_second
+    o_w = tl.arange(0, WIDTH)
+    # Past its own places a row reads its last one again, which counts nothing.
+    o_m = i_start + tl.minimum(o_w, width_second - 1)
+    p_tile = p_table + i_tile * BLOCK_M
+    i_head, i_query, m_m = _place_entries(p_tile, o_m, o_w < width_second, p_heads)
+    b_share = tl.where(m_m & (i_head >= 0), 1.0 / rows_second, 0.0)
+    b_position = tl.where(b_share > 0.0, i_query + (n_k_tokens - n_q_tokens), -1)
+    n_seen, _full = _count_keys(b_position, m_m, n_k_tokens, UNIT)
+    n_live = (n_seen + split_units - 1) // split_units
+    i_place = tl.cast(i_tile, tl.int64)
+    p_peaks += i_place * n_splits * 2 * BLOCK_M
+    b_lse = _sum_peaks(p_peaks, o_m, b_position, n_live, BLOCK_M, BLOCK_S)
+    _store_means(
+        p_mass + i_place * n_units * BLOCK_M,
+        o_m,
+        p_map + tl.cast(i_row, tl.int64) * n_k + tl.arange(0, 1),
+        tl.arange(0, 1) == 0,
+        b_lse,
+        b_share,
+        n_seen,
+        n_k,
+        BLOCK_M,
+        BLOCK_SIZE // UNIT,
+        1,
+        WIDTH,
         BLOCK_J,
     )
