@@ -36,12 +36,12 @@ def plan_of(
 @pytest.mark.parametrize(
     ("policies", "fallback", "guarded", "most"),
     [
-        ((P, S, S, S, S, M, M, D), M, True, 11),
-        ((P, S, S, S, V, V, R, M), M, False, 16),
-        ((P, S, S, S, V, V, R, M), V, True, 17),
-        ((M,) * 8, M, True, 7),
-        ((R,) * 8, R, True, 7),
-        ((V,) * 8, V, False, 8),
+        ((P, S, S, S, S, M, M, D), M, True, 10),
+        ((P, S, S, S, V, V, R, M), M, False, 15),
+        ((P, S, S, S, V, V, R, M), V, True, 16),
+        ((M,) * 8, M, True, 6),
+        ((R,) * 8, R, True, 6),
+        ((V,) * 8, V, False, 7),
     ],
 )
 def test_a_planned_layer_takes_few_launches(

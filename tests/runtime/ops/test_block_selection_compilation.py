@@ -134,11 +134,10 @@ for name, kernel, options in (
     result[name] = build(kernel, constants_of(options), fp32, **launch(options))
 listing = {"CHUNK": selection.LIST_CHUNK}
 result["count"] = build(lists.count_kernel, listing | {"HEADS": 32}, num_warps=1)
-result["write"] = build(lists.write_kernel, listing, num_warps=1)
-layout = {"HEADS": 32, "PATTERNS": selection.OFFSET_PATTERNS, "ROWS": selection.OFFSET_ROWS}
+layout = constants_of(selection.WRITE_OPTIONS) | {"HEADS": 32}
 for bounded in (False, True):
-    result[f"offsets {bounded}"] = build(
-        lists.offsets_kernel, layout | {"HAS_BOUND": bounded}, num_warps=4
+    result[f"lists {bounded}"] = build(
+        lists.list_kernel, layout | {"HAS_BOUND": bounded}, num_warps=4
     )
 if generation == (9, 0) and dtype != "fp32" and dim <= 128:
     from triton.experimental.gluon import language as gl

@@ -181,6 +181,34 @@ def test_lists_of_two_bitmaps_are_those_of_one(
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("max_density", [None, 0.3])
+def test_lists_of_many_rows_are_those_of_the_reference(
+    max_density: float | None, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from shareprefill.runtime.ops.block_selection import triton as launcher
+
+    strip = launcher.LIST_STRIP
+    if device == "cpu":
+        # Rows of several programs at a length that the interpreter bears.
+        strip = 16
+        monkeypatch.setattr(launcher, "LIST_STRIP", strip)
+        monkeypatch.setitem(launcher.WRITE_OPTIONS, "STRIP", strip)
+    shape = (strip * 16 * 2 + 40, strip * 16 * 2 + 75, 16)
+    bitmap = random_maps(5, shape, device=device) > 0.01
+    bitmap[1], bitmap[3] = True, False
+    heads = torch.tensor([0, 4, 1, -1, 3, 0, 2], device=device)
+    options = geometry(shape) | {"max_density": max_density}
+    wanted = list_blocks(bitmap, heads, **options, impl="reference")
+    found = list_blocks(bitmap, heads, **options, impl="triton")
+    found.validate()
+    assert torch.equal(found.offsets, wanted.offsets)
+    count = int(wanted.offsets[-1])
+    assert torch.equal(found.indices[:count], wanted.indices[:count])
+    assert torch.equal(found.head_to_list, wanted.head_to_list)
+    assert torch.equal(found.totals().offsets, wanted.offsets[:: wanted.n_q])
+
+
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_what_is_no_number_is_told(shape: Shape, device: str) -> None:
     maps, options = random_maps(4, shape, 1024, device=device), geometry(shape)

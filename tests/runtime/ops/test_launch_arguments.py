@@ -109,4 +109,4 @@ def test_selection(started: set[str], monkeypatch: pytest.MonkeyPatch) -> None:
     selection.sparse_heads(maps[0], index, index, 0.3, 0, 0, 0)(maps[0], index, index)
     lists = (patterns, index, patterns, index)
     selection.list_blocks(*lists, *sizes, 4)(*lists)
-    assert len(started) == 18
+    assert len(started) == 17

@@ -32,8 +32,7 @@ from shareprefill.runtime.ops.block_selection.kernels.heads import (
 )
 from shareprefill.runtime.ops.block_selection.kernels.lists import (
     count_kernel,
-    offsets_kernel,
-    write_kernel,
+    list_kernel,
 )
 from shareprefill.runtime.ops.block_selection.kernels.measures import covered_kernel, js_kernel
 from shareprefill.runtime.ops.block_selection.kernels.smoothed_head import smoothed_head_kernel
@@ -69,6 +68,8 @@ LINE_ROWS, LINES = 32, 64
 SMOOTH_ROWS, SMOOTH_CHUNK = 8, 128
 # Counts that a program of the offsets reads at a time.
 OFFSET_PATTERNS, OFFSET_ROWS = 16, 256
+# Rows of a program that writes lists, and of a tile of it.
+LIST_STRIP, LIST_TILE, LIST_COLUMNS = 64, 16, 256
 
 LINE_OPTIONS: dict[str, Any] = {"CHUNK": CHUNK, "num_warps": 1}
 COVER_OPTIONS: dict[str, Any] = LINE_OPTIONS | {"ROUNDING": ROUNDING}
@@ -99,7 +100,14 @@ CHECK_OPTIONS: dict[str, Any] = {
     "CHUNK": MEASURE_CHUNK,
     "num_warps": 8,
 }
-OFFSET_OPTIONS: dict[str, Any] = {"PATTERNS": OFFSET_PATTERNS, "ROWS": OFFSET_ROWS, "num_warps": 4}
+WRITE_OPTIONS: dict[str, Any] = {
+    "PATTERNS": OFFSET_PATTERNS,
+    "ROWS": OFFSET_ROWS,
+    "STRIP": LIST_STRIP,
+    "TILE": LIST_TILE,
+    "CHUNK": LIST_COLUMNS,
+    "num_warps": 4,
+}
 
 
 def _count_steps(width: int) -> int:
@@ -439,7 +447,7 @@ def list_blocks(
     block_size: int,
     max_blocks: int | None,
 ) -> Callable[..., BlockLists]:
-    """Three launches; `max_blocks` is what `max_density` of the operator stands for."""
+    """Two launches; `max_blocks` is what `max_density` of the operator stands for."""
     n_own, n_q, n_k = bitmap.shape
     n_shared = 0 if source is None else len(source)
     n_patterns, n_heads, device = n_shared + n_own, len(head_to_list), bitmap.device
@@ -457,19 +465,13 @@ def list_blocks(
         (n_shared, n_q, n_k, n_heads, *geometry),
         LIST_OPTIONS | heads,
     )
-    lay_out = Launch(
-        offsets_kernel,
-        device,
-        (n_lists,),
-        (n_patterns, n_q, n_heads, *geometry, max_blocks or 0),
-        OFFSET_OPTIONS | heads | bound,
-    )
+    n_strips = triton.cdiv(n_q, LIST_STRIP)
     write = Launch(
-        write_kernel,
+        list_kernel,
         device,
-        (n_lists * n_q,),
-        (n_patterns, n_shared, n_q, n_k, *geometry),
-        LIST_OPTIONS,
+        (n_lists * n_strips,),
+        (n_patterns, n_shared, n_q, n_k, n_heads, *geometry, max_blocks or 0, n_strips),
+        WRITE_OPTIONS | heads | bound,
     )
 
     def run(
@@ -489,8 +491,7 @@ def list_blocks(
         patterns = (bitmap, shared.contiguous(), source.contiguous())
         if n_patterns:
             count(*patterns, head_to_list, counts)
-        lay_out(counts, head_to_list, offsets, listed, totals)
-        write(*patterns, offsets, indices)
+        write(*patterns, counts, head_to_list, offsets, indices, listed, totals)
         return BlockLists(offsets, indices, listed, n_q, n_k, block_size, totals)
 
     return run
