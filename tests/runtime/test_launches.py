@@ -37,11 +37,11 @@ def plan_of(
     ("policies", "fallback", "guarded", "most"),
     [
         ((P, S, S, S, S, M, M, D), M, True, 10),
-        ((P, S, S, S, V, V, R, M), M, False, 15),
-        ((P, S, S, S, V, V, R, M), V, True, 16),
+        ((P, S, S, S, V, V, R, M), M, False, 13),
+        ((P, S, S, S, V, V, R, M), V, True, 14),
         ((M,) * 8, M, True, 6),
         ((R,) * 8, R, True, 6),
-        ((V,) * 8, V, False, 7),
+        ((V,) * 8, V, False, 5),
     ],
 )
 def test_a_planned_layer_takes_few_launches(

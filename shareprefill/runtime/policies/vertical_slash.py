@@ -8,7 +8,10 @@ import torch
 from torch import Tensor
 
 from shareprefill.runtime.ops.block_selection import vertical_slash_blocks
-from shareprefill.runtime.ops.vertical_slash import vertical_slash_profile
+from shareprefill.runtime.ops.vertical_slash import (
+    vertical_slash_patterns,
+    vertical_slash_profile,
+)
 from shareprefill.runtime.policies.base import InPlacePolicy, LayerInputs
 
 
@@ -31,9 +34,8 @@ class VerticalSlash(InPlacePolicy[tuple[Tensor, Tensor]]):
 
     def write(self, inputs: LayerInputs, heads: Tensor, gamma: Tensor, out: Tensor) -> Tensor:
         """The same blocks, and those that are always read."""
-        masses, reads = profiles(inputs, heads), inputs.geometry.reads
         finite = torch.empty_like(gamma, dtype=torch.bool)
-        vertical_slash_blocks(*masses, gamma, out=out, finite=finite, **reads)
+        write_patterns(inputs, heads, gamma, out, finite)
         return finite
 
     def work(self, inputs: LayerInputs) -> float:
@@ -47,6 +49,34 @@ def profiles(inputs: LayerInputs, heads: Tensor) -> tuple[Tensor, Tensor]:
         inputs.query,
         inputs.keys,
         block_size=inputs.geometry.block_size,
+        scale=inputs.scale,
+        heads=heads,
+        softcap=inputs.softcap,
+    )
+
+
+def write_patterns(
+    inputs: LayerInputs, heads: Tensor, gamma: Tensor, out: Tensor, finite: Tensor
+) -> Tensor:
+    """Writes patterns; and gives the last query block's mass by key block, float32 `[S, n_k]`.
+
+    Args:
+        inputs: The layer's inputs.
+        heads: int64 `[S]`.
+        gamma: float32 `[S]`.
+        out: Where patterns are written, bool `[S, n_q, n_k]`.
+        finite: Where it is written whether they rest on numbers, bool `[S]`.
+    """
+    reads = inputs.geometry.reads
+    return vertical_slash_patterns(
+        inputs.query,
+        inputs.keys,
+        gamma,
+        block_size=reads["block_size"],
+        sink_blocks=reads["sink_blocks"],
+        local_blocks=reads["local_blocks"],
+        out=out,
+        finite=finite,
         scale=inputs.scale,
         heads=heads,
         softcap=inputs.softcap,

@@ -30,7 +30,6 @@ from shareprefill.runtime.ops.block_selection import (
     head_blocks,
     redirect_heads,
     sparse_heads,
-    vertical_slash_blocks,
 )
 from shareprefill.runtime.ops.pages import Tokens
 from shareprefill.runtime.ops.pooled_attention import pooled_attention
@@ -48,7 +47,11 @@ from shareprefill.runtime.policies.sampled import (
     two_sampled_maps,
 )
 from shareprefill.runtime.policies.smoothed import Smoothed, line_weights
-from shareprefill.runtime.policies.vertical_slash import VerticalSlash, profile_work, profiles
+from shareprefill.runtime.policies.vertical_slash import (
+    VerticalSlash,
+    profile_work,
+    write_patterns,
+)
 from shareprefill.runtime.rules.base import (
     Coverage,
     Exchange,
@@ -428,15 +431,13 @@ class _Steps:
         Returns:
             `requested`, with what is read and asked for then, int64 `[H + T]`.
         """
-        inputs, geometry, heads = self.inputs, self.inputs.geometry, requested[slash.requested]
-        profile = profiles(inputs, heads)
-        vertical_slash_blocks(
-            *profile, slash.gamma, out=self.patterns[slash.rows], **geometry.reads
-        )
+        inputs, heads = self.inputs, requested[slash.requested]
+        finite = torch.empty_like(slash.gamma, dtype=torch.bool)
+        vertical = write_patterns(inputs, heads, slash.gamma, self.patterns[slash.rows], finite)
         self.overhead.append(Overhead(heads, profile_work(inputs)))
         # A distance that is not a number is above nothing: its head samples, and is found out then.
         return sparse_heads(
-            profile[0],
+            vertical,
             read,
             requested,
             delta=self.rule.plan.delta,

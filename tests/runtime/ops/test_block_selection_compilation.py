@@ -24,6 +24,7 @@ from shareprefill.runtime.ops.block_selection.kernels import head_threshold_larg
 from shareprefill.runtime.ops.block_selection.kernels import smoothed_head, smoothing
 from shareprefill.runtime.ops.block_selection import triton as selection
 from shareprefill.runtime.ops.vertical_slash import triton_kernel as profiles, triton as profiling
+from shareprefill.runtime.ops.vertical_slash import pattern_kernel
 
 dim, dtype, capability = int(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 torch_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
@@ -93,6 +94,10 @@ constants = profiling.kernel_constants(dim, 4, 128, tiles, torch_dtype, has_head
 result["dot sums"] = build(profiles.sums_kernel, constants, **tiles.launch_options())
 constants = profiling.profile_constants(constants)
 result["profiles"] = build(profiles.profiles_kernel, constants, num_warps=4)
+constants |= {n: v for n, v in profiling.PATTERN_OPTIONS.items() if n.isupper()}
+result["patterns"] = build(
+    pattern_kernel.pattern_kernel, constants, {"p_out": "*u8"}, num_warps=8
+)
 result["select"] = build(cover.select_kernel, constants_of(row), bits, **launch(row))
 result["cover"] = build(cover.cover_profiles_kernel, constants_of(row), **launch(row))
 result["vertical slash"] = build(

@@ -78,11 +78,13 @@ def test_attention_and_its_maps(in_pages: bool, has_all: bool, started: set[str]
         every = Attended(query, key, None, heads if has_all else None, 128, 0.1, softcap)
         module.prepare(every, value, sinks)(query, key, value, None, every.heads, sinks=sinks)
     profiles = launcher("vertical_slash.triton")
-    profiles.prepare(query, key, 128, 0.1, heads, cap)(query, key, heads)
+    profile = profiles.prepare(query, key, 128, 0.1, heads, cap)
+    profile(query, key, heads)
+    profile(query, key, heads, torch.ones(3), bitmap, torch.ones(3, dtype=torch.bool))
     assert started == {
         *("block_sparse_kernel", "block_sparse_hopper_kernel", "means_kernel", "mass_kernel"),
         *("pooled_kernel", "pooled_hopper_kernel", "mass_hopper_kernel"),
-        *("sums_kernel", "profiles_kernel"),
+        *("sums_kernel", "profiles_kernel", "pattern_kernel"),
     }
 
 

@@ -8,6 +8,9 @@ from typing import Any
 
 import torch
 
+from shareprefill.errors import ConfigError
+from shareprefill.runtime.ops.block_selection import vertical_slash_blocks
+from shareprefill.runtime.ops.blocks import count_blocks
 from shareprefill.runtime.ops.dispatch import on_gathered, select_impl, within_reach
 from shareprefill.runtime.ops.inputs import (
     check_attention_inputs,
@@ -74,6 +77,107 @@ def vertical_slash_profile(
     return compute(unit_last_stride(query), unit_last_stride(key), heads=heads)
 
 
+def vertical_slash_patterns(
+    query: torch.Tensor,
+    key: Tokens,
+    gamma: torch.Tensor,
+    *,
+    block_size: int,
+    sink_blocks: int,
+    local_blocks: int,
+    out: torch.Tensor,
+    finite: torch.Tensor,
+    scale: float | None = None,
+    heads: torch.Tensor | None = None,
+    softcap: float | None = None,
+    impl: str = "auto",
+) -> torch.Tensor:
+    """The profiles, and what `vertical_slash_blocks` makes of them.
+
+    Args:
+        query: as in `vertical_slash_profile`, like the others that are not named here.
+        key: likewise.
+        gamma: float32 `[S]`, mass that key blocks and diagonals each cover.
+        block_size: tokens in a block.
+        sink_blocks: as in `vertical_slash_blocks`.
+        local_blocks: likewise.
+        out: bool `[S, n_q, n_k]`, contiguous: where patterns are written.
+        finite: bool `[S]`, contiguous: is written to be False where a head's profile sums to NaN
+            or Inf, whose causal blocks are all taken.
+        scale: factor of the logits.
+        heads: int64 `[S]`.
+        softcap: of the logits.
+        impl: likewise.
+
+    Returns:
+        The profile by key block, float32 `[S, n_k]`.
+
+    Raises:
+        ConfigError: shapes, dtypes, devices or ranges do not belong together.
+        UnsupportedError: the requested implementation cannot run here.
+    """
+    sizes = (block_size, scale, softcap, impl, sink_blocks, local_blocks)
+    call = ("patterns", *map(facts, (query, key, heads, gamma, out, finite)), *sizes)
+    if call not in _calls:
+        tensors = (query, key, heads, gamma, out, finite)
+        _calls.keep(call, _prepare_patterns(*tensors, *sizes))
+    return _calls[call](query, key, heads, gamma, out, finite)
+
+
+def _prepare_patterns(
+    query: torch.Tensor,
+    key: Tokens,
+    heads: torch.Tensor | None,
+    gamma: torch.Tensor,
+    out: torch.Tensor,
+    finite: torch.Tensor,
+    block_size: int,
+    scale: float | None,
+    softcap: float | None,
+    impl: str,
+    sink_blocks: int,
+    local_blocks: int,
+) -> Callable[..., torch.Tensor]:
+    """What calls of patterns run that are like this one."""
+    n_query, n_key = query.shape[1], key.shape[1]
+    n_slots, n_k = (len(query) if heads is None else len(heads)), count_blocks(n_key, block_size)
+    shape = (n_slots, count_blocks(n_query, block_size), n_k)
+    check_tensor("gamma", gamma, torch.float32, (n_slots,), query.device)
+    for name, place, sizes in (("out", out, shape), ("finite", finite, shape[:1])):
+        check_tensor(name, place, torch.bool, sizes, query.device)
+        if not place.is_contiguous():
+            raise ConfigError(f"{name} must be contiguous, got strides {place.stride()}")
+    chosen = select_impl(impl, IMPLS, query, "torch")
+    if chosen == "triton" and gamma.is_contiguous():
+        from shareprefill.runtime.ops.vertical_slash import triton
+
+        always = (sink_blocks, local_blocks)
+        compute = _prepare(query, key, heads, block_size, scale, softcap, impl, always)
+        if n_k <= triton.SHORT_BLOCKS:
+
+            def cut(query: torch.Tensor, key: Tokens, heads: Any, *places: Any) -> torch.Tensor:
+                return compute(unit_last_stride(query), unit_last_stride(key), heads, *places)[0]
+
+            return cut
+
+    def separate(
+        query: torch.Tensor,
+        key: Tokens,
+        heads: Any,
+        gamma: torch.Tensor,
+        out: torch.Tensor,
+        finite: torch.Tensor,
+    ) -> torch.Tensor:
+        options: dict[str, Any] = {"block_size": block_size, "scale": scale, "softcap": softcap}
+        masses = vertical_slash_profile(query, key, heads=heads, impl=impl, **options)
+        reads: dict[str, Any] = {"n_query": n_query, "n_key": n_key, "block_size": block_size}
+        reads |= {"sink_blocks": sink_blocks, "local_blocks": local_blocks}
+        vertical_slash_blocks(*masses, gamma, out=out, finite=finite, **reads)
+        return masses[0]
+
+    return separate
+
+
 def _prepare(
     query: torch.Tensor,
     key: Tokens,
@@ -82,6 +186,7 @@ def _prepare(
     scale: float | None,
     softcap: float | None,
     impl: str,
+    always: tuple[int, int] = (0, 0),
 ) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
     """Checks a call and chooses what it runs, and those that are alike with it."""
     scale = check_attention_inputs(query, key, scale=scale, softcap=softcap)
@@ -94,7 +199,7 @@ def _prepare(
     if impl == "triton":
         from shareprefill.runtime.ops.vertical_slash import triton
 
-        compute = triton.prepare(query, read, block_size, scale, heads, softcap)
+        compute = triton.prepare(query, read, block_size, scale, heads, softcap, always)
     else:
         module = reference if impl == "reference" else profile
         options: dict[str, Any] = {"block_size": block_size, "scale": scale, "softcap": softcap}

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import triton
 
+from shareprefill.runtime.ops.block_selection.reference import ROUNDING
 from shareprefill.runtime.ops.blocks import count_blocks
 from shareprefill.runtime.ops.pages import Tokens, memory, page_stride, page_table, page_tokens
 from shareprefill.runtime.ops.prepared import Launch
@@ -20,6 +21,7 @@ from shareprefill.runtime.ops.triton_tiles import (
     map_tiles,
     padded_dim,
 )
+from shareprefill.runtime.ops.vertical_slash.pattern_kernel import pattern_kernel
 from shareprefill.runtime.ops.vertical_slash.triton_kernel import profiles_kernel, sums_kernel
 
 # Key blocks of one program: few enough to keep all processors busy, enough for a pipeline.
@@ -28,6 +30,9 @@ PROGRAMS = 2048
 # Entries of the profiles of one program of the second launch, and splits that it reads at a time.
 PROFILE_BLOCKS, SPLITS = 16, 16
 PROFILE_OPTIONS: dict[str, Any] = {"num_warps": 4}
+# Up to so many key blocks, those of 16K tokens, one program makes a head's pattern.
+SHORT_BLOCKS = 128
+PATTERN_OPTIONS: dict[str, Any] = {"ROUNDING": ROUNDING, "ROWS": 32, "CHUNK": 128, "num_warps": 8}
 
 
 def kernel_constants(
@@ -107,11 +112,15 @@ def prepare(
     scale: float,
     heads: torch.Tensor | None,
     softcap: float | None,
+    always: tuple[int, int] = (0, 0),
 ) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
-    """Both profiles in two launches; arguments as in `vertical_slash_profile`.
+    """Both profiles in two launches, and their patterns where these are asked for.
+
+    Arguments as in `vertical_slash_profile`; `always` are leading and trailing blocks.
 
     Returns:
-        Takes query, key and heads of calls that are alike.
+        Takes query, key and heads of calls that are alike; and gamma, and where patterns and
+        whether they rest on numbers are written, for at most `SHORT_BLOCKS` key blocks.
 
     Raises:
         UnsupportedError: the block size is not a power of two of at least 16, or the head dim is
@@ -150,9 +159,17 @@ def prepare(
     )
     grid = (triton.cdiv(n_k + 1, PROFILE_BLOCKS), n_slots)
     average = Launch(profiles_kernel, device, grid, sizes, means | PROFILE_OPTIONS)
+    n_q = count_blocks(n_q_tokens, block_size)
+    options = means | PATTERN_OPTIONS
+    cut = Launch(pattern_kernel, device, (n_slots,), (*sizes, n_q, *always), options)
 
     def run(
-        query: torch.Tensor, key: Tokens, heads: torch.Tensor | None
+        query: torch.Tensor,
+        key: Tokens,
+        heads: torch.Tensor | None,
+        gamma: torch.Tensor | None = None,
+        out: torch.Tensor | None = None,
+        finite: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         vertical = query.new_empty((n_slots, n_k), dtype=torch.float32)
         slash = query.new_empty((n_slots, n_k + 1), dtype=torch.float32)
@@ -162,7 +179,13 @@ def prepare(
             # Without a choice of heads the kernels do not touch it.
             heads = vertical if heads is None else heads.contiguous()
             add_up(query, memory(key), sums, peaks, heads, page_table(key))
-            average(sums, peaks, vertical, slash, heads)
+            if gamma is None:
+                average(sums, peaks, vertical, slash, heads)
+            else:
+                columns = query.new_empty((n_slots, n_k), dtype=torch.uint8)
+                distances = query.new_empty((n_slots, n_k + 1), dtype=torch.uint8)
+                places = (columns, distances, out, finite)
+                cut(sums, peaks, gamma, heads, vertical, slash, *places)
         return vertical, slash
 
     return run

@@ -142,16 +142,15 @@ def sums_kernel(
         tl.store(p_peaks + BLOCK_M + o_m, b_sum)
 
 
-@triton.jit(
-    do_not_specialize=["n_splits", "split_blocks", "n_q_tokens", "n_k_tokens", "n_k"],
-    do_not_specialize_on_alignment=["p_heads"],
-)
-def profiles_kernel(
+@triton.jit
+def store_profiles(
     p_sums,
     p_peaks,
     p_vertical,
     p_slash,
     p_heads,
+    i_slot,
+    i_entry,
     n_splits,
     split_blocks,
     n_q_tokens,
@@ -164,15 +163,14 @@ def profiles_kernel(
     PARTS: tl.constexpr,
     HAS_HEADS: tl.constexpr,
 ):
-    """One program: `BLOCK_J` entries of both profiles of one head, from what `sums_kernel` left."""
-    i_slot = tl.program_id(1)
+    """`BLOCK_J` entries of both profiles of one head, from `i_entry` on."""
     i_head = i_slot
     if HAS_HEADS:
         i_head = tl.load(p_heads + i_slot).to(tl.int32)
     n_rows = tl.minimum(BLOCK_SIZE, n_q_tokens)
     o_m = tl.arange(0, BLOCK_M)
     o_s = tl.arange(0, BLOCK_S)
-    o_j = tl.program_id(0) * BLOCK_J + tl.arange(0, BLOCK_J)
+    o_j = i_entry + tl.arange(0, BLOCK_J)
     b_vertical = tl.zeros([BLOCK_J], dtype=tl.float32)
     b_slash = tl.zeros([BLOCK_J], dtype=tl.float32)
     for i_part in range(PARTS):
@@ -209,6 +207,51 @@ def profiles_kernel(
         b_slash += _sum_rows(p_place, i_block - 1, b_own, b_lse, o_m, 3, BLOCK_M)
     tl.store(p_vertical + i_slot.to(tl.int64) * n_k + o_j, b_vertical / n_rows, mask=o_j < n_k)
     tl.store(p_slash + i_slot.to(tl.int64) * (n_k + 1) + o_j, b_slash / n_rows, mask=o_j < n_k + 1)
+
+
+@triton.jit(
+    do_not_specialize=["n_splits", "split_blocks", "n_q_tokens", "n_k_tokens", "n_k"],
+    do_not_specialize_on_alignment=["p_heads"],
+)
+def profiles_kernel(
+    p_sums,
+    p_peaks,
+    p_vertical,
+    p_slash,
+    p_heads,
+    n_splits,
+    split_blocks,
+    n_q_tokens,
+    n_k_tokens,
+    n_k,
+    BLOCK_SIZE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_J: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    PARTS: tl.constexpr,
+    HAS_HEADS: tl.constexpr,
+):
+    """One program: `BLOCK_J` entries of both profiles of one head, from what `sums_kernel` left."""
+    store_profiles(
+        p_sums,
+        p_peaks,
+        p_vertical,
+        p_slash,
+        p_heads,
+        tl.program_id(1),
+        tl.program_id(0) * BLOCK_J,
+        n_splits,
+        split_blocks,
+        n_q_tokens,
+        n_k_tokens,
+        n_k,
+        BLOCK_SIZE,
+        BLOCK_M,
+        BLOCK_J,
+        BLOCK_S,
+        PARTS,
+        HAS_HEADS,
+    )
 
 
 @triton.jit

@@ -62,7 +62,7 @@ def _smallest_taken(p_row, n_columns, limit, CHUNK: tl.constexpr):
 
 
 @triton.jit
-def _store_cover(p_row, p_out, n_seen, n_columns, limit, n_sink, i_local, CHUNK: tl.constexpr):
+def store_cover(p_row, p_out, n_seen, n_columns, limit, n_sink, i_local, CHUNK: tl.constexpr):
     """Mark, in a row of `n_columns`, what covers `limit` of its first `n_seen` entries.
 
     Columns below `n_sink` and from `i_local` on are marked too, as far as they are seen.
@@ -84,7 +84,7 @@ def _store_cover(p_row, p_out, n_seen, n_columns, limit, n_sink, i_local, CHUNK:
 
 
 @triton.jit
-def _store_finite(p_row, p_finite, n_seen, CHUNK: tl.constexpr):
+def store_finite(p_row, p_finite, n_seen, CHUNK: tl.constexpr):
     """Store, and return, whether the sum of the first `n_seen` entries of a row is a number."""
     b_sum = tl.zeros([CHUNK], dtype=tl.float32)
     for i_column in range(0, n_seen, CHUNK):
@@ -123,8 +123,8 @@ def select_kernel(
     i_first = (i_q * block_size + offset) // block_size
     i_last = (tl.minimum((i_q + 1) * block_size, n_query) - 1 + offset) // block_size
     n_seen = (i_last + 1).to(tl.int32)
-    is_finite = _store_finite(p_maps + i_row * n_k, p_finite + i_row, n_seen, CHUNK)
-    _store_cover(
+    is_finite = store_finite(p_maps + i_row * n_k, p_finite + i_row, n_seen, CHUNK)
+    store_cover(
         p_maps + i_row * n_k,
         p_out + i_row * n_k,
         n_seen,
@@ -154,11 +154,11 @@ def cover_profiles_kernel(
     limit = tl.load(p_gamma + i_head) - ROUNDING
     if tl.program_id(0) % 2 == 0:
         i_start = i_head * n_k
-        _store_finite(p_vertical + i_start, p_finite + i_head, n_k, CHUNK)
-        _store_cover(p_vertical + i_start, p_columns + i_start, n_k, n_k, limit, 0, n_k, CHUNK)
+        store_finite(p_vertical + i_start, p_finite + i_head, n_k, CHUNK)
+        store_cover(p_vertical + i_start, p_columns + i_start, n_k, n_k, limit, 0, n_k, CHUNK)
     else:
         i_start = i_head * (n_k + 1)
-        _store_cover(
+        store_cover(
             p_slash + i_start, p_distances + i_start, n_k + 1, n_k + 1, limit, 0, n_k + 1, CHUNK
         )
 
