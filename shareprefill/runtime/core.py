@@ -33,7 +33,7 @@ from shareprefill.runtime.ops.dispatch import has_fast_kernel
 from shareprefill.runtime.ops.inputs import facts, lie_alike
 from shareprefill.runtime.ops.pages import PagedTokens, Tokens, gathered
 from shareprefill.runtime.ops.pooled_attention import pooled_attention
-from shareprefill.runtime.ops.prepared import Prepared, repeated_stream
+from shareprefill.runtime.ops.prepared import Prepared, are_kept, repeated_stream
 from shareprefill.runtime.plan import RuntimePlan
 from shareprefill.runtime.policies.base import LayerInputs
 from shareprefill.runtime.records import SKETCH_SIDE, LayerRecord, Sketch
@@ -114,6 +114,8 @@ class SparsePrefill:
         # Whether calls have a fast kernel, by all that it depends on.
         self._is_fast = Prepared[bool]()
         self._repeats = Repeats[LayerRecord]()
+        # Whether launches of a device are kept, to be repeated.
+        self._are_kept: dict[torch.device, bool] = {}
 
     def begin(self, geometry: Geometry) -> SequenceState:
         """The state of a sequence before the first layer of a forward pass.
@@ -193,7 +195,9 @@ class SparsePrefill:
         None where they are not to be repeated.
         """
         device = inputs.query.device
-        stream = repeated_stream(device)
+        if device not in self._are_kept:
+            self._are_kept[device] = are_kept(device)
+        stream = repeated_stream(device) if self._are_kept[device] else None
         if stream is None:
             return None
         memory = self.rule.memory(self._layer(layer, device), state.pivots)

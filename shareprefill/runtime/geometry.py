@@ -66,6 +66,7 @@ class Geometry:
         sizes: The sizes, as keyword arguments of an operator of selection.
         reads: The same with the blocks that are always read.
         rows: Gives `r` evenly spaced query rows of every block, int64 `[n_q, r]`.
+        rows_of: Gives the rows of a `SampledRows`, int64 `[m, r]`.
         row_table: Gives the tiles in which kernels take rows of two groups of heads. Each is told
             by its number of heads and its `SampledRows`, and tiles by their rows.
         checked_rows: Gives those of the query blocks that the check before sharing looks at, int64
@@ -86,13 +87,10 @@ class Geometry:
         self.block_size = block_size
         self.rows = cache(partial(_kept, sample_rows, device, n_query, block_size))
         self.checked_rows = cache(partial(_kept, _checked_rows, device, n_query, block_size))
+        self.rows_of = cache(partial(_kept, _rows_of, device, n_query, block_size))
         self.row_table = cache(partial(_kept, _row_table, device, n_query, block_size))
         self.sizes = Sizes(n_query=n_query, n_key=n_key, block_size=block_size)
         self.reads = Reads(**self.sizes, sink_blocks=sink_blocks, local_blocks=local_blocks)
-
-    def rows_of(self, rows: int, is_check: bool) -> Tensor:
-        """The rows of `SampledRows`, int64 `[m, r]`."""
-        return self.checked_rows(rows) if is_check else self.rows(rows)
 
     def to(self, device: torch.device) -> Geometry:
         """The same blocks on another device."""
@@ -165,6 +163,11 @@ def _checked_rows(n_query: int, block_size: int, r: int, device: torch.device) -
     return every[checked_blocks(len(every), device)]
 
 
+def _rows_of(n_query: int, block_size: int, r: int, is_check: bool, device: torch.device) -> Tensor:
+    """`r` rows of every query block, or of those that the check before sharing looks at."""
+    return (_checked_rows if is_check else sample_rows)(n_query, block_size, r, device)
+
+
 def _row_table(
     n_query: int,
     block_size: int,
@@ -175,12 +178,9 @@ def _row_table(
 ) -> Tensor:
     """The rows of two groups of heads in tiles."""
 
-    rows, heads = [], []
-    for n_heads, r, is_check in (first, second):
-        make = _checked_rows if is_check else sample_rows
-        rows.append(make(n_query, block_size, r, device))
-        heads.append(n_heads)
-    return row_table(rows, heads, height)
+    groups = (first, second)
+    rows = [_rows_of(n_query, block_size, r, is_check, device) for _, r, is_check in groups]
+    return row_table(rows, [n_heads for n_heads, *_ in groups], height)
 
 
 def checked_blocks(n_q: int, device: torch.device) -> Tensor:

@@ -71,6 +71,7 @@ def test_a_repeated_layer_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Launch, "repeat", addressed)
     monkeypatch.setattr(Launch, "is_kept", True)
     monkeypatch.setattr(repeats, "current_stream", lambda _device: 0)
+    monkeypatch.setattr(core, "are_kept", lambda _device: True)
     prefill, options = SparsePrefill(plan), {"scale": 0.25, "softcap": 30.0}
     geometry = plan.geometry(20, 20, torch.device("cpu"))
     inputs = [tuple(torch.randn(heads, 20, 16) for heads in (4, 2, 2)) for _ in range(3)]
@@ -82,6 +83,7 @@ def test_a_repeated_layer_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
             ]
         # The first call makes tables, and the second one is noted.
         assert choose.call_count == 2
+        monkeypatch.setattr(core, "are_kept", lambda _device: False)
         same(found, run(SparsePrefill(plan), inputs[-1], **options))
 
 

@@ -86,7 +86,7 @@ class Launch:
         parameters = getattr(kernel, "params", ())
         names = (p.name for p in parameters if p.do_not_specialize_on_alignment)
         self._free = {kernel.arg_names.index(name) for name in names}
-        self._keeps = _are_kept(device)
+        self._keeps = are_kept(device)
         self._bound: _Bound | None = None
 
     def __call__(self, *tensors: Any) -> None:
@@ -162,19 +162,17 @@ class _Bound:
         self._run(*self._grid, stream, *self._kernel, *addresses, *self._rest)
 
 
-def _are_kept(device: torch.device) -> bool:
+def are_kept(device: torch.device) -> bool:
     """Whether launches on a device keep the variant of a kernel that Triton took."""
     return device.type == "cuda" and (triton_version() or "").startswith(_TRIED)
 
 
 def repeated_stream(device: torch.device) -> int | None:
-    """The stream that launches go to, where those of earlier calls may be repeated; else None.
+    """The stream of a GPU that launches go to, where those of earlier calls may be repeated.
 
-    A CUDA graph has tables and counters of its own.
+    None where a CUDA graph is captured, which has tables and counters of its own.
     """
-    if not _are_kept(device) or torch.cuda.is_current_stream_capturing():
-        return None
-    return current_stream(device)
+    return None if torch.cuda.is_current_stream_capturing() else current_stream(device)
 
 
 def current_stream(device: torch.device) -> int:

@@ -145,12 +145,16 @@ def two_maps(
 
 def table_height(query: torch.Tensor, impl: str = "auto") -> int | None:
     """Rows of a tile of the kernels that take rows from a table; None where none does."""
-    if select_impl(impl, IMPLS, query, "blockwise") not in ("triton", "hopper"):
-        return None
-    from shareprefill.runtime.ops.pooled_attention import triton
+    kind = ("height", query.device, query.dtype, query.shape[2], impl)
+    if kind in _calls:
+        return _calls[kind]
+    height = None
+    if select_impl(impl, IMPLS, query, "blockwise") in ("triton", "hopper"):
+        from shareprefill.runtime.ops.pooled_attention import triton
 
-    capability = device_capability(query.device)
-    return triton.mass_tiles(query.shape[2], query.dtype, capability).block_m
+        capability = device_capability(query.device)
+        height = triton.mass_tiles(query.shape[2], query.dtype, capability).block_m
+    return _calls.keep(kind, height)
 
 
 def _prepare_two(
