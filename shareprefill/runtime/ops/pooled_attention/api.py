@@ -19,7 +19,7 @@ from shareprefill.runtime.ops.inputs import (
     lie_alike,
     unit_last_stride,
 )
-from shareprefill.runtime.ops.pages import PagedTokens, Tokens
+from shareprefill.runtime.ops.pages import PagedTokens, Tokens, page_tokens
 from shareprefill.runtime.ops.pooled_attention import blockwise, hopper, reference
 from shareprefill.runtime.ops.pooled_attention.launches import Attended
 from shareprefill.runtime.ops.prepared import Prepared
@@ -195,6 +195,14 @@ def _prepare_two(
     attended = Attended(query, key, table, heads, block_size, scale, softcap)
     shapes = [(len(group), group.shape[1]) for group in rows]
     groups = ((n_first, *shapes[0]), (n_second, *shapes[1]))
+    shape = (query.device, query.dtype, query.shape[2], attended.shared, page_tokens(key))
+    kind = ("one by one", *shape, block_size, softcap is None, impl, *(r for _, _, r in groups))
+    if query.device.type == "cuda" and kind not in _calls:
+        # The first prompt whose groups do not fit together then finds its kernels compiled.
+        _calls.keep(kind, True)
+        for some, mine in zip(rows, (heads[:1], heads[n_first : n_first + 1]), strict=True):
+            alone = Attended(query, key, some, mine, block_size, scale, softcap)
+            _prepared(impl, alone, None, None)(query, key, None, some, heads=mine, sinks=None)
     return triton.prepare_two_maps(attended, groups, module.prepare_masses, module.DIVISION)
 
 

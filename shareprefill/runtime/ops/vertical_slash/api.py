@@ -20,13 +20,13 @@ from shareprefill.runtime.ops.inputs import (
     facts,
     unit_last_stride,
 )
-from shareprefill.runtime.ops.pages import Tokens
+from shareprefill.runtime.ops.pages import Tokens, page_tokens
 from shareprefill.runtime.ops.prepared import Prepared
 from shareprefill.runtime.ops.vertical_slash import profile, reference
 
 IMPLS = ("reference", "torch", "triton")
 # What calls run, by all that they depend on but values.
-_calls = Prepared[Callable[..., Any]]()
+_calls = Prepared[Any]()
 
 
 def vertical_slash_profile(
@@ -147,18 +147,6 @@ def _prepare_patterns(
         check_tensor(name, place, torch.bool, sizes, query.device)
         if not place.is_contiguous():
             raise ConfigError(f"{name} must be contiguous, got strides {place.stride()}")
-    chosen = select_impl(impl, IMPLS, query, "torch")
-    if chosen == "triton" and gamma.is_contiguous():
-        from shareprefill.runtime.ops.vertical_slash import triton
-
-        always = (sink_blocks, local_blocks)
-        compute = _prepare(query, key, heads, block_size, scale, softcap, impl, always)
-        if n_k <= triton.SHORT_BLOCKS:
-
-            def cut(query: torch.Tensor, key: Tokens, heads: Any, *places: Any) -> torch.Tensor:
-                return compute(unit_last_stride(query), unit_last_stride(key), heads, *places)[0]
-
-            return cut
 
     def separate(
         query: torch.Tensor,
@@ -174,6 +162,26 @@ def _prepare_patterns(
         reads |= {"sink_blocks": sink_blocks, "local_blocks": local_blocks}
         vertical_slash_blocks(*masses, gamma, out=out, finite=finite, **reads)
         return masses[0]
+
+    chosen = select_impl(impl, IMPLS, query, "torch")
+    if chosen == "triton" and gamma.is_contiguous():
+        from shareprefill.runtime.ops.vertical_slash import triton
+
+        always = (sink_blocks, local_blocks)
+        compute = _prepare(query, key, heads, block_size, scale, softcap, impl, always)
+        if n_k <= triton.SHORT_BLOCKS:
+            kind = (query.dtype, query.shape[2], len(query) // key.shape[0], page_tokens(key))
+            kind = ("long", query.device, *kind, block_size, heads is None, softcap is None)
+            if query.device.type == "cuda" and kind not in _calls:
+                # The first long prompt then finds its kernels compiled.
+                _calls.keep(kind, True)
+                places = (torch.empty_like(out), torch.empty_like(finite))
+                separate(query, key, heads, gamma, *places)
+
+            def cut(query: torch.Tensor, key: Tokens, heads: Any, *places: Any) -> torch.Tensor:
+                return compute(unit_last_stride(query), unit_last_stride(key), heads, *places)[0]
+
+            return cut
 
     return separate
 
