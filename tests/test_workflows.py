@@ -1,4 +1,4 @@
-"""The reusable workflow's steps, run in order in a repository of their own.
+"""The reusable workflow's steps, run in order in a repository of their own; and a step of ours.
 
 Bash runs what stands under `run`, as GitHub does. The actions that it uses are played by functions
 here, `origin` is a bare repository beside it, and pip, gh and the hub's upload are programs on PATH
@@ -20,8 +20,10 @@ import pytest
 import yaml
 
 from shareprefill.artifact import load_artifact
+from shareprefill.regeneration.jobs import load_jobs
 
 ROOT = Path(__file__).parents[1]
+MODELS_FILE = ROOT / "artifacts" / "models.toml"
 JOBS = yaml.safe_load((ROOT / ".github" / "workflows" / "regenerate.yml").read_text("utf-8"))
 MODELS = """
 [[model]]
@@ -255,6 +257,23 @@ def test_a_wrong_file_of_models_ends_the_first_job(tmp_path: Path) -> None:
     assert code == 1
     assert "missing.toml" in said
     assert not (own.folder / "output").exists()
+
+
+def test_our_workflow_makes_the_models_that_are_folders(tmp_path: Path) -> None:
+    """Each step says for which model it is, and makes the folder that the file of models names."""
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "artifacts.yml").read_text("utf-8"))
+    steps = {step["if"]: step for step in workflow["jobs"]["regenerate"]["steps"] if "if" in step}
+    folders = [j for j in load_jobs(MODELS_FILE) if j.calibrate.model.startswith("./")]
+    assert folders
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    python = tmp_path / ".venv" / "bin" / "python"
+    python.write_text('#!/bin/sh\nmkdir -p "$2" && echo "$1" > "$2/made-by"\n')
+    python.chmod(0o755)
+    for job in folders:
+        step = steps[f"matrix.model == '{job.name}'"]
+        subprocess.run(["bash", "-e", "-c", step["run"]], cwd=tmp_path, check=True)
+        made_by = (tmp_path / "artifacts" / job.calibrate.model / "made-by").read_text().strip()
+        assert (ROOT / made_by).is_file()
 
 
 def test_every_job_is_run_here() -> None:

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
+from shareprefill.artifact import load_artifact
 from shareprefill.config import ClusterConfig
 from shareprefill.errors import ConfigError, DataError
-from shareprefill.regeneration.jobs import load_jobs, select_jobs
+from shareprefill.regeneration.jobs import Job, load_jobs, select_jobs
 
 WHOLE = """
 [defaults]
@@ -138,3 +140,21 @@ def test_selection(tmp_path: Path) -> None:
     for shard in ("0/3", "4/3", "3", "a/b", "1/0", "-1/3", "1/3 "):
         with pytest.raises(ConfigError, match="give i/n with i from 1 to n"):
             names([], shard)
+
+
+COMMITTED = load_jobs(Path(__file__).parents[2] / "artifacts" / "models.toml")
+
+
+@pytest.mark.parametrize("job", COMMITTED, ids=lambda job: job.name)
+def test_committed_artifacts_are_of_these_settings(job: Job) -> None:
+    """So that what CI makes anew is another version of the committed file, not another artifact."""
+    found = load_artifact(Path(__file__).parents[2] / "artifacts" / job.artifact)
+    stages = {"calibrate": job.calibrate, "train": job.train, "cluster": job.cluster}
+    wanted = json.loads(json.dumps({name: stage.to_dict() for name, stage in stages.items()}))
+    # No finer than the maps are.
+    resolution = found.configuration["train"]["resolution"]
+    assert resolution <= wanted["train"].pop("resolution")
+    assert found.configuration == {**wanted, "train": {**wanted["train"], "resolution": resolution}}
+    # No path of a machine stands in it.
+    assert found.model == job.calibrate.model
+    assert not Path(found.model).is_absolute()
