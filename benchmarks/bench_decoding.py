@@ -5,14 +5,15 @@
 Every time is of a CUDA graph of as many steps as read more than the L2 cache holds, each on keys
 and values of its own, divided by their number: a decode step finds the cache full of other layers.
 Dense decoding is the fastest of SDPA's backends and of our own kernel with all blocks listed.
-`choice` is the selection of blocks by a sketch alone: it is to be added to `listed`.
+`listed` is attention alone, `choice` the selection of blocks by a sketch, `step` one after the
+other, with lists of the density named in place of those chosen from the sketch's random codes.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -35,7 +36,7 @@ READ_BYTES = 2**27
 REPEATS = 20
 
 
-def microseconds(steps: list[Callable[[], object]]) -> float:
+def microseconds(steps: Sequence[Callable[[], object]]) -> float:
     """Median time of one of several calls, one after the other in a CUDA graph."""
     for step in steps:
         step()
@@ -81,10 +82,16 @@ def choosing(
     sizes = batch, groups, tokens, options.rank // 8
     words = torch.randint(-(2**31), 2**31 - 1, sizes, dtype=torch.int32, device="cuda")
     share = torch.full((options.heads,), options.kv_heads / options.heads, device="cuda")
-    worth = torch.full((options.kv_heads,), 0.1, device="cuda")
+    worth = torch.full((batch, options.kv_heads), 0.1, device="cuda")
     return partial(
         select_blocks, *(query, key, words, basis, share, worth), block_size=options.block
     )
+
+
+def in_turn(*calls: Callable[[], object]) -> None:
+    """One call after the other."""
+    for call in calls:
+        call()
 
 
 def case(options: argparse.Namespace, batch: int, tokens: int) -> dict[str, float]:
@@ -112,7 +119,16 @@ def case(options: argparse.Namespace, batch: int, tokens: int) -> dict[str, floa
             for cache, blocks in zip(caches, lists, strict=True)
         ]
         row[f"listed {density:g}"] = microseconds(steps)
-    row["choice"] = microseconds([choosing(*cache[:2], options) for cache in caches])
+    choices = [choosing(cache[0], cache[1], options) for cache in caches]
+    row["choice"] = microseconds(choices)
+    for density in options.density:
+        lists = [random_lists(batch, groups, n, density) for _ in caches]
+        reads = [
+            partial(block_sparse_decoding, *cache, *blocks, block_size=options.block)
+            for cache, blocks in zip(caches, lists, strict=True)
+        ]
+        pairs = zip(choices, reads, strict=True)
+        row[f"step {density:g}"] = microseconds([partial(in_turn, *pair) for pair in pairs])
     best = min(v for k, v in row.items() if k in BACKENDS or k == "listed 1")
     row["dense"] = best
     row["bytes/s dense"] = cache_bytes / best * 1e6
@@ -130,7 +146,7 @@ def main() -> None:
     parser.add_argument("--heads", type=int, default=32)
     parser.add_argument("--kv-heads", type=int, default=8)
     parser.add_argument("--head-dim", type=int, default=128)
-    parser.add_argument("--rank", type=int, default=16, help="coordinates of the sketch")
+    parser.add_argument("--rank", type=int, default=24, help="coordinates of the sketch")
     parser.add_argument("--block", type=int, default=32, help="tokens a key block")
     parser.add_argument("--commit", help="of the sources, where git's files are not there")
     parser.add_argument("--json", type=Path)

@@ -26,7 +26,7 @@ SHAPES = [
 def inputs(
     shape: tuple[int, ...], dtype: torch.dtype, device: str = "cpu"
 ) -> tuple[list[torch.Tensor], dict[str, Any]]:
-    """Random tensors, lists of random blocks, with rubbish behind their ends, and lengths."""
+    """Random tensors, lists of random blocks, rubbish behind their ends, starts and lengths."""
     batch, heads, groups, tokens, dim, value_dim, size = shape
     sizes = (batch, heads, dim), (batch, groups, tokens, dim), (batch, groups, tokens, value_dim)
     query, key, value = (torch.randn(s, device=device).to(dtype) for s in sizes)
@@ -38,12 +38,15 @@ def inputs(
     blocks = torch.where(rubbish, -7, blocks).int().contiguous()
     lengths = torch.randint(1, tokens + 1, (batch,), device=device, dtype=torch.int32)
     lengths[-1] = tokens
+    starts = (torch.rand(batch, device=device) * lengths).int()
+    starts[0] = 0
     # Keys and values that must not be read.
+    places = torch.arange(tokens, device=device)
+    hidden = (places >= lengths[:, None]) | (places < starts[:, None])
     for tensor in (key, value):
-        tensor.masked_fill_(
-            (torch.arange(tokens, device=device) >= lengths[:, None])[:, None, :, None], torch.nan
-        )
-    return [query, key, value, blocks, counts], {"block_size": size, "lengths": lengths}
+        tensor.masked_fill_(hidden[:, None, :, None], torch.nan)
+    options = {"block_size": size, "lengths": lengths, "starts": starts}
+    return [query, key, value, blocks, counts], options
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -56,6 +59,8 @@ def test_the_reference_equals_sdpa(shape: tuple[int, ...]) -> None:
     places = blocks.long().masked_fill(entries >= counts[..., None], blocks.shape[2])
     taken.scatter_(2, places, True)
     read = taken[..., :-1].repeat_interleave(options["block_size"], -1)[..., :tokens]
+    for row, start in enumerate(options["starts"].tolist()):
+        read[row] = F.pad(read[row], (start, 0))[..., :tokens]
     read &= (torch.arange(tokens) < options["lengths"][:, None])[:, None]
     key, value, mask = (t.repeat_interleave(repeats, 1) for t in (key, value, read))
     expected = F.scaled_dot_product_attention(
@@ -118,6 +123,8 @@ def test_user_errors_say_what_came() -> None:
         "blocks must lie in 0..3, got", query, key, value, blocks + 4, torch.full_like(counts, 4)
     )
     refused("lengths must lie in 0..50", lengths=options["lengths"] + 60)
+    refused("starts must be int32", starts=options["starts"].long())
+    refused("starts must lie in 0..lengths", starts=options["lengths"] + 1)
     refused("block_size must be at least 1", block_size=0)
     refused("scale must be a positive number", scale=-1.0)
     refused("out must be float32", out=query.double())
@@ -165,7 +172,8 @@ def test_a_graph_of_a_step_follows_lists_and_lengths() -> None:
         others, changed = inputs(shape, torch.bfloat16, "cuda")
         for mine, theirs in zip(tensors, others, strict=True):
             mine.copy_(theirs)
-        options["lengths"].copy_(changed["lengths"])
+        for name in ("lengths", "starts"):
+            options[name].copy_(changed[name])
         out.fill_(torch.nan)
         graph.replay()
         expected = block_sparse_decoding(*tensors, **options, impl="reference")

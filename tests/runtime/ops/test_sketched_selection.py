@@ -32,17 +32,22 @@ def inputs(
     query = (torch.randn(batch, heads, dim, device=device) * sizes).to(dtype)
     key = (torch.randn(batch, groups, tokens, dim, device=device) * sizes + 0.5).to(dtype)
     rows = torch.randn(batch, groups, 3 * dim, dim, device=device) * sizes
-    basis = make_basis(rows, key, rank)
-    words = sketch_keys(key, basis)
-    share = torch.rand(groups, heads // groups, device=device)
-    share = (share / share.sum(1, keepdim=True)).flatten()
-    worth = torch.rand(groups, device=device) * 0.1
     lengths = torch.randint(1, tokens + 1, (batch,), device=device, dtype=torch.int32)
     lengths[-1] = tokens
-    key.masked_fill_(
-        (torch.arange(tokens, device=device) >= lengths[:, None])[:, None, :, None], torch.nan
-    )
-    options = {"block_size": size, "local": local, "lengths": lengths}
+    starts = (torch.rand(batch, device=device) * lengths).int()
+    starts[0] = 0
+    basis = make_basis(rows, key, rank)
+    # The first of a sequence's codes is of its first key.
+    words = torch.full((batch, groups, tokens + 5, rank // 8), -1, dtype=torch.int32, device=device)
+    for row, start in enumerate(starts.tolist()):
+        words[row, :, : tokens - start] = sketch_keys(key, basis)[row, :, start:]
+    share = torch.rand(groups, heads // groups, device=device)
+    share = (share / share.sum(1, keepdim=True)).flatten()
+    worth = torch.rand(batch, groups, device=device) * 0.1
+    places = torch.arange(tokens, device=device)
+    hidden = (places >= lengths[:, None]) | (places < starts[:, None])
+    key.masked_fill_(hidden[:, None, :, None], torch.nan)
+    options = {"block_size": size, "local": local, "lengths": lengths, "starts": starts}
     return [query, key, words, basis, share, worth], options
 
 
@@ -82,7 +87,7 @@ def test_what_pays_is_read(impl: str) -> None:
     tensors = (query, key, words, basis, torch.ones(1))
     options = {"block_size": 16, "local": 16, "scale": 1.0, "impl": impl}
     for worth, expected in ((0.0, list(range(8))), (1e-2, [0, 3, 7]), (20.0, [0, 7])):
-        found = select_blocks(*tensors, torch.tensor([worth]), **options)
+        found = select_blocks(*tensors, torch.tensor([[worth]]), **options)
         assert listed(*found) == [[expected]]
 
 
@@ -97,8 +102,10 @@ def test_triton_equals_the_reference(shape: tuple[int, ...], dtype: torch.dtype)
 
 
 def test_the_newest_and_the_first_block_count_by_their_keys() -> None:
-    query, key, words, basis, share, _ = inputs(SHAPES[1], torch.float32)[0]
+    (query, key, words, basis, share, _), options = inputs(SHAPES[1], torch.float32)
     place = -1, -1
+    start = int(options["starts"][-1])
+    key, words = key[:, :, start:], words[:, :, : key.shape[2] - start]
     own = share.view(2, 3)[1]
     given = (query[-1, 3:], key[place], words[place], basis.mean[place], basis.query[place], own)
     mass = block_mass(*given, 16, 20, 0.25)
@@ -124,7 +131,8 @@ def test_user_errors_say_what_came() -> None:
     refused("query must be .batch", query[0])
     refused("that 2 KV heads divide", query[:, :3])
     refused("key must be float32", query, key.half())
-    refused("words must be int32", query, key, words[:, :, 1:])
+    refused("words must be int32", query, key, words.long())
+    refused("words must be of at least 50 keys, got 49", query, key, words[:, :, :49])
     refused("basis.query must be", query, key, words, replace(basis, query=basis.query[:, :, 1:]))
     refused(
         "basis.mean must be contig",
@@ -135,6 +143,7 @@ def test_user_errors_say_what_came() -> None:
     )
     refused("share must be float32", query, key, words, basis, share[1:])
     refused("worth must be float32", query, key, words, basis, share, worth[1:])
+    refused("starts must be int32", starts=options["starts"].long())
     refused("lengths must be int32", lengths=options["lengths"].long())
     refused("local and the keys must be", local=0)
     refused("scale must be a positive", scale=0.0)
@@ -182,6 +191,7 @@ def test_a_graph_of_a_choice_follows_lengths() -> None:
     tensors[1].nan_to_num_()
     for length in (1500, 2000):
         options["lengths"].fill_(length)
+        options["starts"][1] = length // 3
         for tensor in found:
             tensor.fill_(-9)
         graph.replay()

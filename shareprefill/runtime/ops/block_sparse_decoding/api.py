@@ -29,6 +29,7 @@ def block_sparse_decoding(
     *,
     block_size: int,
     lengths: torch.Tensor | None = None,
+    starts: torch.Tensor | None = None,
     scale: float | None = None,
     out: torch.Tensor | None = None,
     impl: str = "auto",
@@ -49,7 +50,9 @@ def block_sparse_decoding(
         counts: int32 `[B, G]`, contiguous: how many of a list's entries are read; what is behind
             them may be anything.
         block_size: tokens in a block.
-        lengths: int32 `[B]`: tokens of each sequence; keys from there on are not read. None: N.
+        lengths: int32 `[B]`: keys from there on are not read. None: N.
+        starts: int32 `[B]`: first key of each sequence, which its blocks are counted from; at most
+            its length. None: 0.
         scale: factor of the logits; None: `1 / sqrt(D)`.
         out: `[B, H, Dv]` of query's dtype, contiguous, written in place; None: a new one.
         impl: "auto" (on CUDA "triton", elsewhere "reference"), "reference" or "triton".
@@ -67,11 +70,12 @@ def block_sparse_decoding(
     groups, tokens = key.shape[1:3]
     check_tensor("blocks", blocks, torch.int32, (batch, groups, "m"), query.device)
     check_tensor("counts", counts, torch.int32, (batch, groups), query.device)
-    if lengths is not None:
-        check_tensor("lengths", lengths, torch.int32, (batch,), query.device)
+    for name, places in (("lengths", lengths), ("starts", starts)):
+        if places is not None:
+            check_tensor(name, places, torch.int32, (batch,), query.device)
     scale = logit_scale(scale, head_dim)
     if query.device.type == "cpu":
-        _check_values(blocks, counts, lengths, tokens, block_size)
+        _check_values(blocks, counts, lengths, starts, tokens, block_size)
     shape = (batch, heads, value.shape[3])
     if out is None:
         out = query.new_empty(shape)
@@ -81,12 +85,12 @@ def block_sparse_decoding(
             raise ConfigError(f"{name} must be contiguous, got strides {tensor.stride()}")
     impl = select_impl(impl, IMPLS, query, "reference")
     query, key, value = unit_last_stride(query), unit_last_stride(key), unit_last_stride(value)
+    decode = reference.decode
     if impl == "triton":
         from shareprefill.runtime.ops.block_sparse_decoding import triton
 
-        triton.decode(query, key, value, blocks, counts, block_size, lengths, scale, out)
-    else:
-        reference.decode(query, key, value, blocks, counts, block_size, lengths, scale, out)
+        decode = triton.decode
+    decode(query, key, value, blocks, counts, block_size, lengths, starts, scale, out)
     return out
 
 
@@ -116,6 +120,7 @@ def _check_values(
     blocks: torch.Tensor,
     counts: torch.Tensor,
     lengths: torch.Tensor | None,
+    starts: torch.Tensor | None,
     tokens: int,
     block_size: int,
 ) -> None:
@@ -124,6 +129,12 @@ def _check_values(
         raise ConfigError(f"counts must lie in 0..{entries}, got {counts.tolist()}")
     if lengths is not None and (int(lengths.min()) < 0 or int(lengths.max()) > tokens):
         raise ConfigError(f"lengths must lie in 0..{tokens}, got {lengths.tolist()}")
+    if starts is not None:
+        ends = torch.full_like(starts, tokens) if lengths is None else lengths
+        if int(starts.min()) < 0 or bool((starts > ends).any()):
+            raise ConfigError(
+                f"starts must lie in 0..lengths ({ends.tolist()}), got {starts.tolist()}"
+            )
     places = torch.arange(entries, dtype=torch.int64, device=counts.device)
     read = blocks[places < counts[..., None]]
     n = count_blocks(tokens, block_size)

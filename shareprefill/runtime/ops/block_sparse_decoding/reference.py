@@ -13,6 +13,7 @@ def decode(
     counts: torch.Tensor,
     block_size: int,
     lengths: torch.Tensor | None,
+    starts: torch.Tensor | None,
     scale: float,
     out: torch.Tensor,
 ) -> None:
@@ -23,7 +24,8 @@ def decode(
     for batch in range(len(query)):
         for group in range(groups):
             listed = blocks[batch, group, : int(counts[batch, group])]
-            read = torch.isin(places // block_size, listed)
+            start = 0 if starts is None else int(starts[batch])
+            read = torch.isin((places - start).div(block_size, rounding_mode="floor"), listed)
             if lengths is not None:
                 read &= places < lengths[batch]
             keys, values = (t[batch, group, read].to(dtype) for t in (key, value))

@@ -37,6 +37,7 @@ def split_constants(
     dtype: torch.dtype,
     *,
     has_lengths: bool,
+    has_starts: bool,
 ) -> dict[str, Any]:
     """Compile-time arguments of `split_kernel`."""
     return {
@@ -50,6 +51,7 @@ def split_constants(
         "BLOCK_N": _KEYS,
         "SPLITS": splits,
         "HAS_LENGTHS": has_lengths,
+        "HAS_STARTS": has_starts,
         "PRECISION": "ieee" if dtype == torch.float32 else "tf32",
     }
 
@@ -78,6 +80,7 @@ def decode(
     counts: torch.Tensor,
     block_size: int,
     lengths: torch.Tensor | None,
+    starts: torch.Tensor | None,
     scale: float,
     out: torch.Tensor,
 ) -> None:
@@ -95,13 +98,14 @@ def decode(
     constants = split_constants(
         *(head_dim, value_dim, shared, block_size, splits, query.dtype),
         has_lengths=lengths is not None,
+        has_starts=starts is not None,
     )
     rows = lists * splits * shared
     parts = torch.empty(rows, value_dim, dtype=torch.float32, device=query.device)
     lse = torch.empty(rows, dtype=torch.float32, device=query.device)
     with device_of(query):
         split_kernel[(splits, lists)](
-            *(query, key, value, blocks, counts, lengths, parts, lse),
+            *(query, key, value, blocks, counts, lengths, starts, parts, lse),
             *(*query.stride()[:2], *key.stride()[:3], *value.stride()[:3]),
             *(groups, entries, tokens, logit_factors(scale, None)[0]),
             **constants,

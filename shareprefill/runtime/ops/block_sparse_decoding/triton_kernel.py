@@ -16,6 +16,7 @@ def split_kernel(
     p_blocks,
     p_counts,
     p_lengths,
+    p_starts,
     p_parts,
     p_lse,
     stride_qb,
@@ -40,6 +41,7 @@ def split_kernel(
     BLOCK_N: tl.constexpr,
     SPLITS: tl.constexpr,
     HAS_LENGTHS: tl.constexpr,
+    HAS_STARTS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """One program: all query heads of one KV head against one of `SPLITS` parts of its list.
@@ -55,6 +57,10 @@ def split_kernel(
     n_keys = n_tokens
     if HAS_LENGTHS:
         n_keys = tl.load(p_lengths + i_batch)
+    i_first = tl.full([], 0, tl.int64)
+    if HAS_STARTS:
+        i_first = tl.load(p_starts + i_batch).to(tl.int64)
+        n_keys -= i_first.to(tl.int32)
     # A step takes several small blocks, or a part of a large one.
     STEP: tl.constexpr = BLOCK_N // BLOCK_SIZE if BLOCK_N > BLOCK_SIZE else 1
     PARTS: tl.constexpr = BLOCK_SIZE // BLOCK_N if BLOCK_SIZE > BLOCK_N else 1
@@ -69,8 +75,8 @@ def split_kernel(
     m_r, m_d, m_dv = o_r < SHARED, o_d < HEAD_DIM, o_dv < VALUE_DIM
     p_query = p_q + i_batch * stride_qb + (i_group * SHARED + o_r)[:, None] * stride_qh
     b_q = tl.load(p_query + o_d[None, :], mask=m_r[:, None] & m_d[None, :], other=0.0)
-    p_key = p_k + i_batch * stride_kb + i_group * stride_kg
-    p_value = p_v + i_batch * stride_vb + i_group * stride_vg
+    p_key = p_k + i_batch * stride_kb + i_group * stride_kg + i_first * stride_kn
+    p_value = p_v + i_batch * stride_vb + i_group * stride_vg + i_first * stride_vn
     p_list = p_blocks + i_list * n_entries
 
     b_max = tl.full([ROWS], float("-inf"), tl.float32)

@@ -33,6 +33,7 @@ def select_blocks(
     block_size: int,
     local: int = 64,
     lengths: Tensor | None = None,
+    starts: Tensor | None = None,
     scale: float | None = None,
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor]:
@@ -48,14 +49,16 @@ def select_blocks(
     Args:
         query: `[B, H, D]`.
         key: `[B, G, N, D]`, of the same dtype, G divides H.
-        words: Codes of the keys (`sketch_keys`), int32 `[B, G, N, r / 8]`, contiguous. Those of
-            blocks that are always read may be anything.
+        words: Codes of each sequence's keys (`sketch_keys`), int32 `[B, G, M, r / 8]`, contiguous,
+            M at least N. Those of blocks that are always read may be anything.
         basis: Of the codes, its tensors `[B, G, ...]`, contiguous.
         share: float32 `[H]`: weights of query heads in their KV head, of sum 1 over it.
-        worth: float32 `[G]`, at least 0.
+        worth: float32 `[B, G]`, at least 0.
         block_size: Tokens in a block.
         local: Newest tokens whose blocks are always read.
-        lengths: int32 `[B]`: tokens of each sequence, at least 1. None: N.
+        lengths: int32 `[B]`: keys from there on are not read. None: N.
+        starts: int32 `[B]`: first key of each sequence, which its blocks and codes are counted
+            from; less than its length. None: 0.
         scale: Factor of the logits; None: `1 / sqrt(D)`.
         impl: "auto" (on CUDA "triton", elsewhere "reference"), "reference" or "triton".
 
@@ -81,16 +84,19 @@ def select_blocks(
         )
     check_block_size(block_size)
     check_tensor("key", key, query.dtype, (batch, groups, "N", dim), query.device)
-    check_tensor("words", words, torch.int32, (batch, groups, tokens, "r / 8"), query.device)
+    check_tensor("words", words, torch.int32, (batch, groups, "M", "r / 8"), query.device)
     axes = (batch, groups, CODES * words.shape[3], dim)
     check_tensor("basis.mean", basis.mean, torch.float32, (batch, groups, dim), query.device)
     check_tensor("basis.query", basis.query, torch.float32, axes, query.device)
     check_tensor("share", share, torch.float32, (heads,), query.device)
-    check_tensor("worth", worth, torch.float32, (groups,), query.device)
-    if lengths is not None:
-        check_tensor("lengths", lengths, torch.int32, (batch,), query.device)
+    check_tensor("worth", worth, torch.float32, (batch, groups), query.device)
+    for name, places in (("lengths", lengths), ("starts", starts)):
+        if places is not None:
+            check_tensor(name, places, torch.int32, (batch,), query.device)
     if local < 1 or tokens < 1:
         raise ConfigError(f"local and the keys must be at least 1 token, got {local} and {tokens}")
+    if words.shape[2] < tokens:
+        raise ConfigError(f"words must be of at least {tokens} keys, got {words.shape[2]}")
     if scale is not None and not 0.0 < scale < math.inf:
         raise ConfigError(f"scale must be a positive number, got {scale}")
     scale = 1.0 / math.sqrt(dim) if scale is None else float(scale)
@@ -114,6 +120,6 @@ def select_blocks(
         select = triton.select
     select(
         *(query, key, words, basis, share.contiguous(), worth.contiguous()),
-        *(block_size, local, lengths, scale, blocks, counts),
+        *(block_size, local, lengths, starts, scale, blocks, counts),
     )
     return blocks, counts

@@ -9,6 +9,8 @@ from shareprefill.runtime.ops.sketched_selection.sketch import Basis, coordinate
 
 # Thresholds on a block's share of the attention: powers of 1 / sqrt(2), from 1 downwards.
 THRESHOLDS = 64
+# Blocks of a list that one program of the kernels holds.
+MOST_BLOCKS = 32768
 
 
 def select(
@@ -21,6 +23,7 @@ def select(
     block_size: int,
     local: int,
     lengths: Tensor | None,
+    starts: Tensor | None,
     scale: float,
     blocks: Tensor,
     counts: Tensor,
@@ -28,19 +31,21 @@ def select(
     """Fill `blocks` and `counts`; arguments as in `select_blocks`, lists and `worth` of each."""
     groups, tokens = key.shape[1:3]
     for batch in range(len(query)):
-        length = tokens if lengths is None else int(lengths[batch])
+        stop = tokens if lengths is None else int(lengths[batch])
+        start = 0 if starts is None else int(starts[batch])
+        length = stop - start
         n = -(-length // block_size)
         for group in range(groups):
             place = batch, group
             mass = block_mass(
                 query[batch].unflatten(0, (groups, -1))[group],
-                *(key[place][:length], words[place][:length]),
+                *(key[place][start:stop], words[place][:length]),
                 *(basis.mean[place], basis.query[place], share.view(groups, -1)[group]),
                 *(block_size, local, scale),
             )
             always = always_read(length, block_size, local, key.device)
             read = (
-                mass >= threshold(mass.masked_fill(always, 0), worth[group] / max(n, 1))
+                mass >= threshold(mass.masked_fill(always, 0), worth[place] / max(n, 1))
             ) | always
             listed = read.nonzero()[:, 0]
             counts[place] = len(listed)

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -12,20 +13,33 @@ from torch import Tensor
 
 from shareprefill.errors import UnsupportedError
 from shareprefill.runtime.ops.devices import device_of
-from shareprefill.runtime.ops.sketched_selection.reference import THRESHOLDS
+from shareprefill.runtime.ops.sketched_selection.reference import MOST_BLOCKS, THRESHOLDS
 from shareprefill.runtime.ops.sketched_selection.sketch import CODES, Basis
 from shareprefill.runtime.ops.sketched_selection.triton_kernel import score_kernel, select_kernel
-from shareprefill.runtime.ops.triton_tiles import check_tile_block_size, logit_factors, padded_dim
+from shareprefill.runtime.ops.triton_tiles import (
+    check_tile_block_size,
+    logit_factors,
+    multiprocessors,
+    padded_dim,
+)
 
-# Keys of one program of the scores.
-_KEYS = 256
-# Blocks of a list that one program holds.
-MOST_BLOCKS = 32768
+# Keys of one program of the scores: as many as leave so many programs for each multiprocessor, as
+# every program brings the queries into the sketch's coordinates anew.
+_KEYS, _PROGRAMS = (1024, 512), 8
+_LEAST_KEYS = 256
 SCORE_OPTIONS: dict[str, Any] = {"num_warps": 4}
 
 
 def score_constants(
-    head_dim: int, shared: int, rank: int, block_size: int, local: int, *, has_lengths: bool
+    head_dim: int,
+    shared: int,
+    rank: int,
+    keys: int,
+    block_size: int,
+    local: int,
+    *,
+    has_lengths: bool,
+    has_starts: bool,
 ) -> dict[str, Any]:
     """Compile-time arguments of `score_kernel`."""
     return {
@@ -35,15 +49,16 @@ def score_constants(
         "BLOCK_D": padded_dim(head_dim),
         "RANK": rank,
         "BLOCK_SIZE": block_size,
-        "BLOCKS": max(1, _KEYS // block_size),
+        "BLOCKS": max(1, keys // block_size),
         "LOCAL": local,
         "HAS_LENGTHS": has_lengths,
+        "HAS_STARTS": has_starts,
     }
 
 
 def select_constants(constants: dict[str, Any], n: int) -> dict[str, Any]:
     """Compile-time arguments of `select_kernel`, from those of `score_kernel`."""
-    shared = ("SHARED", "BLOCK_SIZE", "LOCAL", "HAS_LENGTHS")
+    shared = ("SHARED", "BLOCK_SIZE", "LOCAL", "HAS_LENGTHS", "HAS_STARTS")
     return {name: constants[name] for name in shared} | {
         "BLOCK_N": 1 << max(4, (n - 1).bit_length()),
         "HALVINGS": THRESHOLDS.bit_length() - 1,
@@ -53,6 +68,13 @@ def select_constants(constants: dict[str, Any], n: int) -> dict[str, Any]:
 def select_options(constants: dict[str, Any]) -> dict[str, Any]:
     """Warps of `select_kernel`: so many that a thread holds 32 blocks at most."""
     return {"num_warps": min(32, max(4, constants["BLOCK_N"] // 1024))}
+
+
+@lru_cache(maxsize=64)
+def choose_keys(lists: int, tokens: int, processors: int) -> int:
+    """Keys of one program of the scores."""
+    most = lists * tokens // (_PROGRAMS * processors)
+    return next((keys for keys in _KEYS if keys <= most), _LEAST_KEYS)
 
 
 def select(
@@ -65,6 +87,7 @@ def select(
     block_size: int,
     local: int,
     lengths: Tensor | None,
+    starts: Tensor | None,
     scale: float,
     blocks: Tensor,
     counts: Tensor,
@@ -84,8 +107,11 @@ def select(
             "take larger blocks, or impl='reference'"
         )
     shared, lists = heads // groups, batch * groups
+    keys = choose_keys(lists, tokens, multiprocessors(query.device))
     constants = score_constants(
-        *(dim, shared, words.shape[3] * CODES, block_size, local), has_lengths=lengths is not None
+        *(dim, shared, words.shape[3] * CODES, keys, block_size, local),
+        has_lengths=lengths is not None,
+        has_starts=starts is not None,
     )
     of_select = select_constants(constants, n)
     lse = torch.empty((lists, shared, n), dtype=torch.float32, device=query.device)
@@ -93,14 +119,14 @@ def select(
     programs = exact + -(-n // constants["BLOCKS"])
     with device_of(query):
         score_kernel[(programs, lists)](
-            *(query, key, words, basis.mean, basis.query, lengths, lse),
-            *(*query.stride()[:2], *key.stride()[:3], groups, tokens, n),
+            *(query, key, words, basis.mean, basis.query, lengths, starts, lse),
+            *(*query.stride()[:2], *key.stride()[:3], groups, tokens, words.shape[2], n),
             logit_factors(scale, None)[0],
             **constants,
             **SCORE_OPTIONS,
         )
         select_kernel[(lists,)](
-            *(lse, share, worth, lengths, blocks, counts, groups, tokens, n),
+            *(lse, share, worth, lengths, starts, blocks, counts, groups, tokens, n),
             **of_select,
             **select_options(of_select),
         )

@@ -19,7 +19,7 @@ def store_masses(p_lse, b_logits, o_block, m_block, BLOCK_SIZE: tl.constexpr):
     tl.store(p_lse + o_block[None, :], b_lse, mask=m_block)
 
 
-@triton.jit(do_not_specialize=["n_tokens", "n_capacity"])
+@triton.jit(do_not_specialize=["n_tokens", "n_words", "n_capacity"])
 def score_kernel(
     p_q,
     p_k,
@@ -27,6 +27,7 @@ def score_kernel(
     p_mean,
     p_axes,
     p_lengths,
+    p_starts,
     p_lse,
     stride_qb,
     stride_qh,
@@ -35,6 +36,7 @@ def score_kernel(
     stride_kn,
     n_groups,
     n_tokens,
+    n_words,
     n_capacity,
     scale_log2,
     SHARED: tl.constexpr,
@@ -46,6 +48,7 @@ def score_kernel(
     BLOCKS: tl.constexpr,
     LOCAL: tl.constexpr,
     HAS_LENGTHS: tl.constexpr,
+    HAS_STARTS: tl.constexpr,
 ):
     """One program: the log-sum-exp of `BLOCKS` key blocks, for all query heads of a KV head.
 
@@ -60,6 +63,10 @@ def score_kernel(
     n_keys = n_tokens
     if HAS_LENGTHS:
         n_keys = tl.load(p_lengths + i_batch)
+    i_start = tl.full([], 0, tl.int64)
+    if HAS_STARTS:
+        i_start = tl.load(p_starts + i_batch).to(tl.int64)
+        n_keys -= i_start.to(tl.int32)
     n = tl.cdiv(n_keys, BLOCK_SIZE)
     o_r, o_d = tl.arange(0, ROWS), tl.arange(0, BLOCK_D)
     m_r, m_d = o_r < SHARED, o_d < HEAD_DIM
@@ -72,7 +79,7 @@ def score_kernel(
         i_block = tl.where(i_part == 0, 0, n - i_part)
         o_token = i_block * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
         m_token = (o_token >= 0) & (o_token < n_keys)
-        p_keys = p_k + i_batch * stride_kb + i_group * stride_kg
+        p_keys = p_k + i_batch * stride_kb + i_group * stride_kg + i_start * stride_kn
         p_keys += o_token.to(tl.int64)[:, None] * stride_kn + o_d[None, :]
         b_k = tl.load(p_keys, mask=m_token[:, None] & m_d[None, :], other=0.0).to(tl.float32)
         b_logits = tl.sum(b_q[:, None, :] * b_k[None, :, :], 2)  # [R, BLOCK_SIZE]
@@ -90,7 +97,7 @@ def score_kernel(
             b_mean = tl.load(p_mean + i_list * HEAD_DIM + o_d, mask=m_d, other=0.0)
             b_logits = tl.sum(b_q * b_mean[None, :], 1)[:, None]
             b_logits += tl.zeros([ROWS, BLOCKS * BLOCK_SIZE], tl.float32)
-            p_codes = p_words + (i_list * n_tokens + o_token) * (RANK // 8)
+            p_codes = p_words + (i_list * n_words + o_token) * (RANK // 8)
             for i_word in tl.static_range(RANK // 8):
                 b_word = tl.load(p_codes + i_word, mask=m_token, other=0)
                 for i_code in tl.static_range(8):
@@ -113,6 +120,7 @@ def select_kernel(
     p_share,
     p_worth,
     p_lengths,
+    p_starts,
     p_blocks,
     p_counts,
     n_groups,
@@ -123,14 +131,17 @@ def select_kernel(
     BLOCK_N: tl.constexpr,
     LOCAL: tl.constexpr,
     HAS_LENGTHS: tl.constexpr,
+    HAS_STARTS: tl.constexpr,
     HALVINGS: tl.constexpr,
 ):
     """One program: the list of one KV head, `BLOCK_N` at least its number of blocks."""
     i_list = tl.program_id(0).to(tl.int64)
-    i_group = i_list % n_groups
+    i_batch = i_list // n_groups
     n_keys = n_tokens
     if HAS_LENGTHS:
-        n_keys = tl.load(p_lengths + i_list // n_groups)
+        n_keys = tl.load(p_lengths + i_batch)
+    if HAS_STARTS:
+        n_keys -= tl.load(p_starts + i_batch)
     n = tl.cdiv(n_keys, BLOCK_SIZE)
     o_n = tl.arange(0, BLOCK_N)
     m_n = o_n < n
@@ -139,11 +150,11 @@ def select_kernel(
         p_row = p_lse + (i_list * SHARED + i_row) * n_capacity
         b_lse = tl.load(p_row + o_n, mask=m_n, other=float("-inf"))
         b_weights = tl.exp2(b_lse - tl.max(b_lse, 0))
-        b_share = tl.load(p_share + i_group * SHARED + i_row)
+        b_share = tl.load(p_share + (i_list % n_groups) * SHARED + i_row)
         b_mass += b_weights * (b_share / tl.sum(b_weights, 0))
     m_always = m_n & ((o_n == 0) | (o_n * BLOCK_SIZE + BLOCK_SIZE > n_keys - LOCAL))
     b_free = tl.where(m_always, 0.0, b_mass)
-    b_worth = tl.load(p_worth + i_group) / n
+    b_worth = tl.load(p_worth + i_list) / n
     # Thresholds are 2 ** (-place / 2); all up to the place that is looked for pay for the blocks
     # above them, or none does.
     i_low = tl.full([], -1, tl.int32)
