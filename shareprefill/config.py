@@ -14,6 +14,7 @@ from shareprefill.policy_names import check_policy_name, current_policy
 Metric = Literal["jaccard", "jaccard-raw", "code"]
 Linkage = Literal["average", "complete", "single"]
 Nonfinite = Literal["dense", "error"]
+Decode = Literal["dense", "sparse"]
 
 METRICS: tuple[str, ...] = ("jaccard", "jaccard-raw", "code")
 LINKAGES: tuple[str, ...] = ("average", "complete", "single")
@@ -23,6 +24,7 @@ DATA_SETS: tuple[str, ...] = (
     *("needle", "text", "mixture"),
 )
 NONFINITE: tuple[str, ...] = ("dense", "error")
+DECODES: tuple[str, ...] = ("dense", "sparse")
 BLOCK_SIZES: tuple[int, ...] = (16, 32, 64, 128, 256)
 MIN_RESOLUTION = 8
 
@@ -260,6 +262,11 @@ class RuntimeConfig(Stage):
         nonfinite: What to do about NaN or Inf in a layer's queries or keys: `dense` (a head whose
             own pattern rests on them reads every causal block, and no head shares such a pattern)
             or `error` (also for values; waits for the device at every layer).
+        decode: How decode steps attend: `dense`, or `sparse`: each step and KV head reads few key
+            blocks, chosen by a sketch of the keys. No key is dropped. For sessions of transformers
+            models alone.
+        decode_density: With `sparse`, blocks read over all blocks, mean over steps, layers and
+            heads.
     """
 
     policy: str = "auto"
@@ -275,8 +282,12 @@ class RuntimeConfig(Stage):
     min_tokens: int | None = None
     max_density: float | None = None
     nonfinite: Nonfinite = "dense"
+    decode: Decode = "dense"
+    decode_density: float = 0.2
 
     def __post_init__(self) -> None:
+        _require(self.decode in DECODES, "decode", self.decode, f"one of {DECODES}")
+        _require_fraction("decode_density", self.decode_density)
         object.__setattr__(self, "policy", current_policy(self.policy))
         _require(self.nonfinite in NONFINITE, "nonfinite", self.nonfinite, f"one of {NONFINITE}")
         check_policy_name(self.policy)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Annotated, Any
@@ -182,6 +183,8 @@ def finish_run(
         parts.insert(2, judge_recall(facts["recall"], facts["promised_recall"]))
     elif facts.get("recall") is not None:
         parts.insert(2, f"recall {facts['recall']:.3f}")
+    if result.report.decoding is not None:
+        parts.append(result.report.decoding.summary())
     if facts["why_dense"] is not None:
         show_line(f"All heads ran dense: {facts['why_dense']}.")
     otherwise = [row for row in facts["planned"] if row["planned"] != row["taken"]]
@@ -239,6 +242,8 @@ def _run_facts(result: Answer, config: RuntimeConfig, artifact: Artifact | None)
         "ttft_s": generation.ttft_s,
         "decode_tokens_per_s": generation.decode_tokens_per_s,
     }
+    if report.decoding is not None:
+        facts["decoding"] = asdict(report.decoding)
     if result.recalls:
         facts["recall"] = sum(result.recalls) / len(result.recalls)
         if artifact is not None and config.policy == "auto" and config.gamma is None:

@@ -101,7 +101,7 @@ class Attachment:
                 use.attachments = (*use.attachments, self)
             self.replaced = _uses[id(decoder.config)].replaced
             self.watch = [
-                decoder.register_forward_pre_hook(before),
+                decoder.register_forward_pre_hook(before, with_kwargs=True),
                 decoder.register_forward_hook(after),
             ]
             try:

@@ -50,6 +50,28 @@ class LayerReport:
 
 
 @dataclass(frozen=True)
+class DecodingReport:
+    """What decode steps did, where `decode="sparse"`.
+
+    Attributes:
+        steps: Sparse steps: a token of one sequence through the model.
+        dense_steps: Steps that some layers computed densely, by the reason.
+        density: Key blocks read over those that there are, mean over steps, layers and KV heads,
+            dense ones included.
+    """
+
+    steps: int
+    dense_steps: dict[str, int]
+    density: float
+
+    def summary(self) -> str:
+        """What was done, in a line."""
+        parts = [f"{self.steps} sparse steps"]
+        parts += [f"{count} dense ({why})" for why, count in self.dense_steps.items()]
+        return f"decoding: {', '.join(parts)}; density {self.density:.3f}"
+
+
+@dataclass(frozen=True)
 class SessionReport:
     """What a session did since it began or was last reset.
 
@@ -64,6 +86,7 @@ class SessionReport:
         thresholds: gamma, slack (with policy `shareprefill` tau) and delta in force (None: chosen
             head by head offline).
         layers: The same by layer and head.
+        decoding: What decode steps did; None where they are dense as asked for.
     """
 
     prefills: int
@@ -74,6 +97,7 @@ class SessionReport:
     policies: dict[str, int]
     thresholds: dict[str, float | None]
     layers: tuple[LayerReport, ...]
+    decoding: DecodingReport | None = None
 
     def __repr__(self) -> str:
         return f"<SessionReport\n{self.summary()}>"
@@ -104,6 +128,8 @@ class SessionReport:
             lines.append(
                 f"recall: mean {mean:.3f}, worst head {worst:.3f} (layer {layer}, head {head})"
             )
+        if self.decoding is not None:
+            lines.append(self.decoding.summary())
         return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
@@ -149,6 +175,7 @@ def make_report(
     dense: Counter[tuple[int, int, int]],
     requested_dense: int,
     thresholds: dict[str, float | None],
+    decoding: DecodingReport | None = None,
 ) -> SessionReport:
     """Sums up what was done.
 
@@ -159,6 +186,7 @@ def make_report(
         dense: Prefills that ran dense, by layer, query rows and keys.
         requested_dense: Prefills that were to be dense.
         thresholds: In force.
+        decoding: What decode steps did.
     """
     known = on_host([*records])
     totals = [
@@ -186,6 +214,7 @@ def make_report(
         policies=dict(sorted(taken.items())),
         thresholds=thresholds,
         layers=tuple(t.report(heads) for t in totals),
+        decoding=decoding,
     )
 
 

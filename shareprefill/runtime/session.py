@@ -17,11 +17,12 @@ from torch import Tensor
 from shareprefill.artifact import Artifact, check_fingerprint, load_artifact
 from shareprefill.config import RuntimeConfig
 from shareprefill.errors import ConfigError
-from shareprefill.models import fingerprint, geometry
+from shareprefill.models import fingerprint, geometry, text_decoder
 from shareprefill.policy_names import POLICIES, WITHOUT_ARTIFACT
 from shareprefill.runtime.attachment import Attachment, latest
 from shareprefill.runtime.core import SequenceState, SparsePrefill
 from shareprefill.runtime.crossover import crossover
+from shareprefill.runtime.decoding import SparseDecoding
 from shareprefill.runtime.interface import (
     AttentionCall,
     Sequence,
@@ -38,6 +39,8 @@ from shareprefill.runtime.report import SessionReport, make_report
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from shareprefill.runtime.steps import DecodeSteps
 
 
 class Session:
@@ -62,6 +65,7 @@ class Session:
         plan = _plan_of(model, artifact, config)
         heads = shard and shard.heads(len(plan.layers[0]))
         self.prefill = SparsePrefill(plan, heads, shard)
+        self.steps = _steps_of(model, artifact, config, self)
         self.measure_recall = measure_recall or keep_maps
         self.keep_maps = keep_maps
         self._pass = _Pass()
@@ -160,6 +164,8 @@ class Session:
             self._records.clear()
             self._dense.clear()
             self._requested.clear()
+        if self.steps is not None:
+            self.steps.reset()
 
     def report(self) -> SessionReport:
         """What was done since the session began or was last reset."""
@@ -175,6 +181,7 @@ class Session:
             dense=dense,
             requested_dense=requested,
             thresholds=thresholds,
+            decoding=None if self.steps is None else self.steps.report(),
         )
 
     def sketches(self) -> dict[int, Sketch]:
@@ -190,6 +197,11 @@ class Session:
     def _attend(self, call: AttentionCall) -> Tensor:
         n_query, n_key = call.query.shape[2], call.key.shape[2]
         device = call.query.device
+        if self.steps is not None:
+            if n_query == 1:
+                return self.steps.attend(call, again=self._pass.states(call)[1])
+            if not self._pass.is_warm_up:
+                self.steps.read_prompt(call)
         sequences, sparse = None, []
         # No sequence is longer than the call: short ones need not be found.
         if self._is_worth_it(n_query, n_key, device) and call.is_shareable:
@@ -239,10 +251,12 @@ class Session:
         """Whether so many query rows and keys are enough for patterns to pay for their choice."""
         if rows < self.plan.block_size:
             return False
-        if self._pass.is_warm_up:
-            return True
+        return self._pass.is_warm_up or keys >= self.least_tokens(device)
+
+    def least_tokens(self, device: torch.device) -> int:
+        """Tokens from which on a sequence is computed sparsely."""
         least = self.config.min_tokens
-        return keys >= (crossover(device).tokens if least is None else least)
+        return crossover(device).tokens if least is None else least
 
     def _book_requested(self, layer: int, n_query: int) -> None:
         if n_query > 1:
@@ -262,6 +276,21 @@ def _plan_of(
         return make_plan(artifact, config)
     sizes = geometry(model)
     return plan_without_artifact(sizes.layers, sizes.heads, config)
+
+
+def _steps_of(
+    model: PreTrainedModel, artifact: Artifact | None, config: RuntimeConfig, session: Session
+) -> DecodeSteps | None:
+    if config.decode == "dense":
+        return None
+    # Not at the top: importing it imports torch's compiler, which takes long.
+    from shareprefill.runtime.steps import DecodeSteps
+
+    effect = None if artifact is None else artifact.effect
+    if effect is not None:
+        effect = effect[:, session.prefill.heads.start : session.prefill.heads.stop]
+    decoding = SparseDecoding(density=config.decode_density, effect=effect)
+    return DecodeSteps(text_decoder(model), decoding, session.least_tokens)
 
 
 _States = dict[tuple[int, int], SequenceState]
@@ -310,7 +339,8 @@ def share_prefill(
     Without an artifact all heads follow one policy, which needs no calibration and runs on any
     model: `share_prefill(model, policy="smoothed", gamma=0.9)`.
 
-    Prefills of any batch, padding, packing and chunking are taken; decode steps and prompts below
+    Prefills of any batch, padding, packing and chunking are taken. Decode steps are dense, unless
+    `decode="sparse"` is asked for (docs/runtime.md says when those are dense, too). Prompts below
     the crossover run dense, and so do calls inside `with session.dense()`. The model's attention
     implementation is restored when the last context ends, also after an exception. Several threads
     may use one session at a time. Contexts of one model may overlap, and end in any order: the last

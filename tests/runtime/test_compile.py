@@ -173,3 +173,21 @@ def test_a_model_compiled_by_inductor_with_less_overhead() -> None:
     with session_of(plain), session_of(model):
         torch.testing.assert_close(logits(compiled, ids), logits(plain, ids), **CLOSE)
     torch.testing.assert_close(logits(compiled, ids), logits(plain, ids), **CLOSE)
+
+
+@torch.no_grad()
+def test_a_compiled_model_decodes_sparsely() -> None:
+    config = RuntimeConfig(min_tokens=0, max_density=1e-9, decode="sparse", decode_density=0.3)
+    plain, model, ids = fresh(), fresh(), token_ids(1, 122)
+    compiled = attention(model, backend="eager")
+    found = []
+    for runs in (plain, compiled):
+        with share_prefill(runs, tiny_artifact(runs, POLICIES), config) as session:
+            out = runs(input_ids=ids[:, :120], use_cache=True)
+            for place in (120, 121):
+                out = runs(input_ids=ids[:, place : place + 1], **cache_of(out))
+                found.append(out.logits)
+        report = session.report().decoding
+        assert report is not None
+        assert (report.steps, report.dense_steps) == (2, {})
+    torch.testing.assert_close(torch.cat(found[2:]), torch.cat(found[:2]), **CLOSE)
