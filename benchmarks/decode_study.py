@@ -5,6 +5,8 @@
     python benchmarks/decode_study.py prompts --model DIR --out measured.json
     python benchmarks/decode_study.py run --model DIR --prompts chosen.json measured.json \
         --artifact x.st --json model.json
+    python benchmarks/decode_study.py session --model DIR --prompts measured.json \
+        --artifact x.st --density .15 --json session.json
     python benchmarks/decode_study.py show --plot decoding.svg model.json other.json
 
 `prompts` writes prompts and what follows them. Tasks with a right answer are given it, question
@@ -18,6 +20,10 @@ that a policy would have chosen. With an artifact it also runs each prompt as a 
 the steps densely on the keys and values that this one left: what the prefill's own plan costs. Such
 prefills are in bfloat16, all else in float32; the same of a dense prefill says what that costs.
 Pivots, cuts, prices and effects come from other prompts, those of `--calibrate`.
+
+`session` runs what users run: a session with `decode="sparse"`, token after token, prompts of a
+length together in one padded batch, after a dense prefill. Effects are those of the artifact; all
+heads count alike without one. Its density is of key blocks, without the sketch.
 """
 
 from __future__ import annotations
@@ -55,7 +61,7 @@ from shareprefill.artifact import load_artifact
 from shareprefill.calib.tasks import generate, wording
 from shareprefill.calib.tasks.haystack import Haystack
 from shareprefill.config import RuntimeConfig
-from shareprefill.models import load_model, load_tokenizer
+from shareprefill.models import load_model, load_tokenizer, text_decoder
 from shareprefill.runtime.fidelity import compare_predictions, final_states, sampled_score
 from shareprefill.runtime.generation import cache_of
 from shareprefill.runtime.interface import AttentionCall, HasGradients, attached
@@ -67,12 +73,12 @@ DENSITIES = (0.05, 0.1, 0.2, 0.3)
 POLICIES = (
     *("oracle", "oracle+adaptive", "last", "vertical", "quest", "own/8", "own/64"),
     *("pivots:.05", "pivots:.05/8", "pivots:.1+effect", "pivots:.15+effect"),
-    *("sketch:8x4", "sketch:8x4+adaptive"),
+    *("sketch:24x4", "sketch:24x4+adaptive"),
 )
 # Query rows of the prompt: the last ones, and one in so many of all.
 LAST, EVERY = 128, 8
 # Rows that the coordinates of a sketch are chosen by: so many of the last ones, one in so many.
-BASIS_ROWS, BASIS_EVERY = 128, 1
+BASIS_ROWS, BASIS_EVERY = 2048, 8
 # Sets of tokens that a prompt's effects are measured with, and reads that they are measured at.
 DRAWS, EFFECT_READS = 4, 0.1
 _NEEDLES, _QUOTED_FROM, _QUOTED_WORDS = 8, 0.4, 24
@@ -603,6 +609,75 @@ def policy_rows(
 
 
 @torch.no_grad()
+def session_rows(
+    study: Study, samples: Sequence[Sample], artifact: Path | None, density: float
+) -> list[dict[str, Any]]:
+    """Rows of prompts of one length, whose steps a session decodes sparsely in one batch."""
+    config = RuntimeConfig(
+        policy="streaming",
+        min_tokens=0,
+        # Prompts are dense: the question is what decoding adds.
+        max_density=1e-9,
+        decode="sparse",
+        decode_density=density,
+    )
+    loaded = None if artifact is None else load_artifact(artifact)
+    longest = max(len(sample.prompt) for sample in samples)
+    steps = max(len(sample.follow) for sample in samples)
+    ids = torch.zeros(len(samples), longest + steps, dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    for row, sample in enumerate(samples):
+        first = longest - len(sample.prompt)
+        ids[row, first : first + len(sample.ids)] = sample.ids
+        mask[row, first:] = 1
+    ids, mask = ids.to(study.device), mask.to(study.device)
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    decoder, states, cache = text_decoder(study.model), [], {}
+    pieces = [slice(0, longest), *(slice(n, n + 1) for n in range(longest, longest + steps))]
+    with share_prefill(study.model, loaded, config) as session:
+        for piece in pieces:
+            out = decoder(
+                input_ids=ids[:, piece],
+                attention_mask=mask[:, : piece.stop],
+                position_ids=positions[:, piece],
+                use_cache=True,
+                **cache,
+            )
+            cache = cache_of(out)
+            if piece.start:
+                states.append(out.last_hidden_state[:, 0])
+    report = session.report().decoding
+    assert report is not None
+    print(report.summary(), flush=True)
+    rows, every = [], torch.stack(states, 1)
+    for row, sample in enumerate(samples):
+        dense = study.steps(sample, Decode(study.prefill(sample), None, None, study.block))
+        outcome = study.outcome(sample, dense, every[row, : len(sample.follow)])
+        name = "session, all heads alike" if artifact is None else "session, effects of a plan"
+        about_it = {"policy": name, "density": density, "reads": report.density}
+        rows.append({**about(study, sample), **about_it, **outcome})
+    return rows
+
+
+def session(options: argparse.Namespace) -> None:
+    """Runs prompts and their steps in sessions that decode sparsely."""
+    artifacts, options.artifact = options.artifact or [None], []
+    study = Study(options)
+    samples = [sample for path in options.prompts for sample in load_samples(path, study)]
+    groups: dict[int, list[Sample]] = defaultdict(list)
+    for sample in samples:
+        if not sample.calibrates and sample.task in options.task:
+            groups[-(-len(sample.prompt) // 4096)].append(sample)
+    rows: list[dict[str, Any]] = []
+    for artifact in artifacts:
+        for density in options.density:
+            for together in groups.values():
+                rows += session_rows(study, together, artifact, density)
+                facts = provenance(options.device, options.commit)
+                options.json.write_text(json.dumps({"facts": facts, "rows": rows}, indent=1) + "\n")
+
+
+@torch.no_grad()
 def plan_rows(
     study: Study, sample: Sample, dense: Tensor, artifacts: Sequence[Path]
 ) -> list[dict[str, Any]]:
@@ -733,7 +808,7 @@ def _line(axes: Any, rows: list[dict[str, Any]], value: str, name: str, number: 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parses the command line and runs one of the commands."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    commands = {f.__name__: f for f in (prompts, run, show)}
+    commands = {f.__name__: f for f in (prompts, run, session, show)}
     parser.add_argument("command", choices=commands)
     parser.add_argument("results", type=Path, nargs="*", help="JSON, for show")
     parser.add_argument("--model", help="a folder, a hub id, or sp-tiny")

@@ -256,6 +256,28 @@ def test_a_run_makes_what_show_prints(
     assert Path(paths[2]).stat().st_size > 1000
 
 
+def test_sessions_decode_prompts_of_several_lengths_together(
+    study: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import decode_study
+
+    monkeypatch.setattr(decode_study, "Study", lambda _: study)
+    samples = [
+        decode_study.Sample("needle", False, *(torch.randint(0, 64, (n,)).tolist() for n in of), [])
+        for of in ((150, 12), (180, 9))
+    ]
+    paths = [str(tmp_path / name) for name in ("prompts.json", "found.json")]
+    decode_study.save_samples(Path(paths[0]), samples, 12)
+    arguments = ["session", "--device", "cpu", "--prompts", paths[0], "--json", paths[1]]
+    decode_study.main([*arguments, "--density", "1", ".3"])
+    assert "decoding: 24 sparse steps; density 1.000" in capsys.readouterr().out
+    rows = json.loads(Path(paths[1]).read_text())["rows"]
+    assert [(row["tokens"], row["steps"]) for row in rows] == [(150, 12), (180, 9)] * 2
+    # Whoever reads all changes nothing.
+    assert max(row["kl"] for row in rows[:2]) < 1e-6 < min(row["kl"] for row in rows[2:])
+    assert 0.3 < rows[2]["reads"] < 1
+
+
 def test_answers_are_right_when_all_of_their_tokens_are() -> None:
     from decode_study import Sample, answers_right
 

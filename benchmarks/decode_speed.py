@@ -1,0 +1,133 @@
+"""Tokens a second of a model whose cache is full: sparse and dense decode steps.
+
+    python benchmarks/decode_speed.py --layers 8 --batch 1 8 --tokens 131072
+
+The model has the shape of a published one, fewer layers, and random weights; its cache is filled
+with random keys and values. How many blocks steps read is what the session was asked for, so that
+times are those of a real model; answers are nothing. `dense` is transformers' own attention (SDPA),
+`sparse` a session with `decode="sparse"`, each with a dynamic cache, which copies all keys at every
+step, and with a static one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from provenance import provenance
+from transformers import DynamicCache, StaticCache
+
+from shareprefill.bench.shapes import build_shape
+from shareprefill.config import RuntimeConfig
+from shareprefill.runtime.generation import cache_of
+from shareprefill.runtime.session import share_prefill
+
+# Tokens that go through the model behind the filled keys, for a session to see queries of.
+_PROMPT = 256
+
+
+def filled_cache(model: Any, kind: str, batch: int, tokens: int, room: int) -> Any:
+    """A cache with random keys and values of so many tokens."""
+    config = model.config
+    cache = DynamicCache() if kind == "dynamic" else StaticCache(config, max_cache_len=room)
+    sizes = batch, config.num_key_value_heads, tokens, config.head_dim
+    for layer in range(config.num_hidden_layers):
+        key, value = (torch.randn(sizes, dtype=model.dtype, device=model.device) for _ in range(2))
+        cache.update(key, value, layer)
+    return cache
+
+
+@torch.no_grad()
+def case(
+    model: Any, kind: str, batch: int, tokens: int, density: float | None, options: Any
+) -> dict[str, Any]:
+    """Milliseconds of a step; sparse ones where there is a density."""
+    steps = options.warm_up + options.steps
+    cache = filled_cache(model, kind, batch, tokens - _PROMPT, tokens + steps)
+    session = None
+    if density is not None:
+        config = RuntimeConfig(
+            policy="streaming",
+            min_tokens=0,
+            max_density=1e-9,
+            decode="sparse",
+            decode_density=density,
+        )
+        session = share_prefill(model, config=config)
+    start = 0.0
+    ids = torch.randint(3, 500, (batch, _PROMPT), device=model.device)
+    with session or nullcontext():
+        step = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        for number in range(steps):
+            if number == options.warm_up:
+                if session is not None:
+                    session.reset()
+                _wait(model)
+                start = time.perf_counter()
+            token = step.logits[:, -1:].argmax(-1)
+            step = model(input_ids=token, **cache_of(step), use_cache=True)
+        _wait(model)
+        seconds = (time.perf_counter() - start) / options.steps
+    row = {"batch": batch, "tokens": tokens, "cache": kind, "density": 1.0, "asked": density}
+    row |= {"ms": seconds * 1e3, "tokens/s": batch / seconds}
+    if session is not None:
+        found = session.report().decoding
+        assert found is not None
+        assert not found.dense_steps, found
+        row["density"] = found.density
+    return row
+
+
+def _wait(model: Any) -> None:
+    if model.device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def main() -> None:
+    """Parses the command line and prints a row for each case."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--shape", default="llama-3.1-8b")
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--batch", type=int, nargs="*", default=[1, 8])
+    parser.add_argument("--tokens", type=int, nargs="*", default=[131072])
+    parser.add_argument("--cache", nargs="*", default=["dynamic", "static"])
+    parser.add_argument("--density", type=float, nargs="*", default=[0.1, 0.2])
+    parser.add_argument("--warm-up", type=int, default=24, help="steps, until the price is found")
+    parser.add_argument("--steps", type=int, default=24)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--commit", help="of the sources, where git's files are not there")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    device = torch.device(options.device)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    most = max(options.tokens) + options.warm_up + options.steps
+    model = build_shape(
+        options.shape, layers=options.layers, tokens=most, device=device, dtype=dtype
+    )
+    rows = []
+    for batch in options.batch:
+        for tokens in options.tokens:
+            for kind in options.cache:
+                for density in (None, *options.density):
+                    rows.append(case(model, kind, batch, tokens, density, options))
+                    row = rows[-1]
+                    print(
+                        f"batch {batch}, {tokens} tokens, {kind} cache, "
+                        f"density {row['density']:.3f}: {row['ms']:.2f} ms a step, "
+                        f"{row['tokens/s']:.1f} tokens/s",
+                        flush=True,
+                    )
+                    if options.device == "cuda":
+                        torch.cuda.empty_cache()
+    if options.json:
+        found = {"facts": provenance(options.device, options.commit), "rows": rows}
+        options.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
