@@ -17,7 +17,7 @@ def test_rows_tell_what_steps_took_and_read(
 
     path = tmp_path / "speed.json"
     arguments = ["--shape", "tiny", "--layers", "1", "--batch", "2", "--tokens", "400"]
-    options = ["--density", ".3", "--warm-up", "4", "--steps", "2", "--device", "cpu"]
+    options = ["--density", ".3", "--warm-up", "8", "--steps", "2", "--device", "cpu"]
     monkeypatch.setattr(sys, "argv", ["", *arguments, *options, "--json", str(path)])
     decode_speed.main()
     rows = json.loads(path.read_text())["rows"]
@@ -26,5 +26,5 @@ def test_rows_tell_what_steps_took_and_read(
     ]
     assert all(row["ms"] > 0 for row in rows)
     assert rows[0]["density"] == 1
-    assert 0.2 < rows[1]["density"] < 0.9
+    assert 0.2 < rows[1]["density"] < 1
     assert "batch 2, 400 tokens, static cache" in capsys.readouterr().out
