@@ -75,8 +75,7 @@ class LayerRecord:
             return by_head
         by_pattern = self.policy_taken.by_pattern.clone()
         for first, is_finite in self.policy_taken.is_finite:
-            # Of maps that are told row by row, one row is enough.
-            is_dense = ~is_finite.view(len(is_finite), -1).all(1)
+            is_dense = ~is_finite
             by_pattern[first : first + len(is_finite)].masked_fill_(is_dense, int(Policy.DENSE))
         read = self.totals.head_to_list
         # Pivots are pivots, whatever they read.

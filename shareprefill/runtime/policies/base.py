@@ -174,8 +174,8 @@ class InPlacePolicy(MapEstimator[T]):
     """A policy whose operator writes whole patterns, with what is always read, to their place.
 
     Attributes:
-        fills_nonfinite: Whether a pattern, or a row of one, that rests on NaN or Inf is written as
-            every causal block; otherwise it must not be read.
+        fills_nonfinite: Whether a pattern that rests on NaN or Inf is written as every causal
+            block; otherwise it must not be read.
     """
 
     fills_nonfinite: ClassVar[bool] = False

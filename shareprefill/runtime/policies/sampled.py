@@ -21,7 +21,6 @@ class Sampled(InPlacePolicy[Tensor]):
         rows: Query rows a block, the last one of the block among them.
     """
 
-    fills_nonfinite = True
     rows: int = 8
 
     def estimate(self, inputs: LayerInputs, heads: Tensor) -> Tensor:

@@ -24,8 +24,8 @@ class PolicyTaken:
         by_head: Policy of a head that reads no pattern, and of every pivot, int64 `[H]`.
         by_pattern: Policy of the other heads that read a pattern, int64 `[P + 1]`; the last one
             is for the pattern of every causal block.
-        is_finite: For some patterns, by the first one's number: where it is False, the pattern, or
-            a row of it, rests on NaN or Inf and is of every causal block, bool `[S]` or `[S, n_q]`.
+        is_finite: For some patterns, by the first one's number: where it is False, the pattern
+            rests on NaN or Inf and is of every causal block, bool `[S]`.
     """
 
     by_head: Tensor

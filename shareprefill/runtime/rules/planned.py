@@ -296,7 +296,7 @@ class PlannedRule(LayerRule[PlannedLayer, PivotPatterns]):
         if layer.guarded is not None:
             requested = steps.choose_sparse(*layer.guarded, requested, read)
             read = requested[: layer.n_heads]
-        steps.choose_sampled(requested)
+        read = steps.choose_sampled(requested, read)
         is_sharing = len(layer.shared) > 0
         return LayerSelection(
             own=own,
@@ -446,11 +446,15 @@ class _Steps:
             place=sampled.requested.start,
         )
 
-    def choose_sampled(self, requested: Tensor) -> None:
-        """Patterns from sampled rows, smoothed or not."""
+    def choose_sampled(self, requested: Tensor, read: Tensor) -> Tensor:
+        """Patterns from sampled rows, smoothed or not.
+
+        Returns:
+            `read`, as in `choose`.
+        """
         groups, inputs = self.layer.sampled, self.inputs
         if not groups:
-            return
+            return read
         policies = [self.rule.samplers[group.policy] for group in groups]
         heads = requested[groups[0].requested.start : groups[-1].requested.stop]
         if len(groups) == 2:
@@ -460,8 +464,12 @@ class _Steps:
             maps = (sampled_maps(inputs, heads, policies[0].rows),)
         for group, policy, mine in zip(groups, policies, maps, strict=True):
             finite = policy.cut(inputs, mine, group.gamma, self.patterns[group.rows])
-            self.is_finite.append((group.first, finite))
             self.overhead.append(Overhead(requested[group.requested], policy.work(inputs)))
+            if policy.fills_nonfinite:
+                self.is_finite.append((group.first, finite))
+            else:
+                read = redirect_heads(read, finite, self.layer.dense_id, first=group.first)
+        return read
 
 
 def _are_finite(inputs: LayerInputs) -> Tensor:
