@@ -20,9 +20,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:divide by zero encountered in lo
 
 # (H, G, Nq, Nk, D, block, rows of each group)
 CASES = [
-    (4, 2, 37, 70, 16, 16, (2, 8)),
-    (4, 1, 90, 90, 32, 32, (3, 1)),
-    (6, 3, 20, 20, 16, 16, (4, 4)),
+    (4, 2, 20, 36, 16, 16, (2, 8)),
+    (4, 1, 40, 40, 32, 32, (3, 1)),
 ]
 LARGE = [
     (8, 2, 1111, 1300, 128, 128, (4, 1)),
