@@ -96,12 +96,17 @@ def test_the_sdist_holds_what_building_and_testing_need(sources: Path) -> None:
     found = {str(path.relative_to(sources)) for path in sources.rglob("*") if path.is_file()}
     top = {name.split("/")[0] for name in found}
     assert top == {
-        *(".ci", ".github", ".gitignore", "benchmarks", "docs", "requirements", "shareprefill"),
+        *(".ci", ".github", ".gitignore", "artifacts", "benchmarks", "docs", "requirements"),
+        "shareprefill",
         *("tests", "tools", "CHANGELOG.md", "CONTRIBUTING.md", "DESIGN.md", "LICENSE", "Makefile"),
         *("PKG-INFO", "README.md", "SECURITY.md", "THIRD_PARTY.md", "constraints.txt"),
         *("mkdocs.yml", "pyproject.toml"),
     }
     assert package_files() <= found
+    there = (ROOT / "artifacts").iterdir()
+    committed = {f"artifacts/{path.name}" for path in there if path.suffix in (".st", ".toml")}
+    # Nothing of what commands leave in that folder.
+    assert {name for name in found if name.startswith("artifacts/")} == committed
     assert not any("__pycache__" in name for name in found)
     for name in ("tests/conftest.py", "tools/fuzz_artifact.py", ".ci/run", "docs/stability.md"):
         assert name in found
