@@ -25,6 +25,8 @@ DATA_SETS: tuple[str, ...] = (
 )
 NONFINITE: tuple[str, ...] = ("dense", "error")
 DECODES: tuple[str, ...] = ("dense", "sparse")
+# Of sparse decode steps where none is asked for.
+DECODE_DENSITY = 0.2
 BLOCK_SIZES: tuple[int, ...] = (16, 32, 64, 128, 256)
 MIN_RESOLUTION = 8
 
@@ -266,7 +268,7 @@ class RuntimeConfig(Stage):
             blocks, chosen by a sketch of the keys. No key is dropped. For sessions of transformers
             models alone.
         decode_density: With `sparse`, blocks read over all blocks, mean over steps, layers and
-            heads.
+            heads; None: 0.2.
     """
 
     policy: str = "auto"
@@ -283,11 +285,17 @@ class RuntimeConfig(Stage):
     max_density: float | None = None
     nonfinite: Nonfinite = "dense"
     decode: Decode = "dense"
-    decode_density: float = 0.2
+    decode_density: float | None = None
 
     def __post_init__(self) -> None:
         _require(self.decode in DECODES, "decode", self.decode, f"one of {DECODES}")
-        _require_fraction("decode_density", self.decode_density)
+        if self.decode_density is not None:
+            _require_fraction("decode_density", self.decode_density)
+            if self.decode != "sparse":
+                raise ConfigError(
+                    f"decode_density = {self.decode_density} is for sparse decode steps: add "
+                    "decode = 'sparse', or leave it out"
+                )
         object.__setattr__(self, "policy", current_policy(self.policy))
         _require(self.nonfinite in NONFINITE, "nonfinite", self.nonfinite, f"one of {NONFINITE}")
         check_policy_name(self.policy)

@@ -139,14 +139,14 @@ class _Places:
 
         map_tensors(result, keep)
         sizes = {_start(t): t.untyped_storage().nbytes() for t in made if _start(t)}
-        n_given, self.sizes = len(given), [0, 0]
+        self.n_given, self.sizes = len(given), [0, 0]
         self.made: dict[int, tuple[int, int]] = {}
         for start, size in sizes.items():
             if start == _start(output):
-                self.made[start] = (n_given + 1, 0)
+                self.made[start] = (self.n_given + 1, 0)
                 continue
             group = 0 if start in kept else 1
-            self.made[start] = (n_given + 2 + group, self.sizes[group])
+            self.made[start] = (self.n_given + 2 + group, self.sizes[group])
             self.sizes[group] += -(-size // _ALIGNMENT) * _ALIGNMENT
         is_whole = output.data_ptr() == _start(output) and _start(output) not in kept
         if self.sizes[1] > MOST_BYTES or _start(output) not in self.made or not is_whole:
@@ -215,7 +215,7 @@ class _Repeat(Generic[R]):
                 sources.append(places.of(argument))
                 continue
             base, steps = places.of(argument.base)
-            if not base or steps:
+            if not 0 < base <= places.n_given or steps:
                 raise _NotRepeatableError
             descriptors.append((place, self._number_of(base, argument)))
             sources.append((0, 0))

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from shareprefill.artifact import Artifact, check_fingerprint, load_artifact
-from shareprefill.config import RuntimeConfig
+from shareprefill.config import DECODE_DENSITY, RuntimeConfig
 from shareprefill.errors import ConfigError
 from shareprefill.models import fingerprint, geometry, text_decoder
 from shareprefill.policy_names import POLICIES, WITHOUT_ARTIFACT
@@ -289,7 +289,8 @@ def _steps_of(
     effect = None if artifact is None else artifact.effect
     if effect is not None:
         effect = effect[:, session.prefill.heads.start : session.prefill.heads.stop]
-    decoding = SparseDecoding(density=config.decode_density, effect=effect)
+    density = DECODE_DENSITY if config.decode_density is None else config.decode_density
+    decoding = SparseDecoding(density=density, effect=effect)
     return DecodeSteps(text_decoder(model), decoding, session.least_tokens)
 
 

@@ -47,13 +47,11 @@ class ServingOptions:
                 f'({{"{NAME}": {{"artifact": "clusters.st"}}}}), or a policy that needs no '
                 f"calibration ({', '.join(SELECTION_POLICIES)})"
             )
-        for name in ("decode", "decode_density"):
-            value = getattr(self.runtime, name)
-            if value != getattr(RuntimeConfig(), name):
-                raise ConfigError(
-                    f"{name} = {value!r} is for sessions of transformers models: the plug-in "
-                    f"leaves decode steps to the engine; leave {name} out"
-                )
+        if self.runtime.decode != "dense":
+            raise ConfigError(
+                f"decode = {self.runtime.decode!r} is for sessions of transformers models: the "
+                "plug-in leaves decode steps to the engine; leave it out"
+            )
         for name, allowed in (("lora", "share"), ("checkpoint", "unchecked")):
             value = getattr(self, name)
             if value not in (None, allowed):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -109,6 +110,14 @@ def test_tensors_at_one_address_are_not_told_apart() -> None:
     given = torch.ones(3)
     with pytest.raises(repeats._NotRepeatableError):
         repeats._Places([given, given], [], torch.empty(3), None)
+
+
+def test_descriptors_of_what_a_call_makes_are_not_repeated() -> None:
+    given, made, output = torch.ones(3), torch.ones(3), torch.empty(3)
+    places = repeats._Places([given], [made, output], output, None)
+    launches: Any = [(SimpleNamespace(is_kept=True), (SimpleNamespace(base=made),))]
+    with pytest.raises(repeats._NotRepeatableError):
+        repeats._Repeat(places, launches, output, None)
 
 
 @pytest.mark.gpu

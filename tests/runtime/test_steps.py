@@ -352,7 +352,9 @@ def test_it_is_off_by_default_and_options_are_checked(model: Any) -> None:
     with pytest.raises(ConfigError, match="decode = 'few' is not allowed"):
         RuntimeConfig(decode="few")  # pyright: ignore[reportArgumentType]
     with pytest.raises(ConfigError, match="decode_density = 0 is not allowed"):
-        RuntimeConfig(decode_density=0)
+        RuntimeConfig(decode="sparse", decode_density=0)
+    with pytest.raises(ConfigError, match="decode_density = 0.3 is for sparse decode steps"):
+        RuntimeConfig(decode_density=0.3)
     with pytest.raises(ConfigError, match="decode = 'sparse' is for sessions"):
         ServingOptions.find({"shareprefill": {"policy": "flex", "decode": "sparse"}}, {})
 

@@ -38,7 +38,7 @@ def test_a_policy_of_the_environment_needs_no_artifact():
         ({"artifact": "a.st", "checkpoint": "no"}, "checkpoint = 'no'.*'unchecked'"),
         ({"artifact": "a.st", "gamma": 2}, "gamma = 2"),
         ({"artifact": "a.st", "decode": "sparse"}, "leaves decode steps to the engine"),
-        ({"artifact": "a.st", "decode_density": 0.1}, "leaves decode steps to the engine"),
+        ({"artifact": "a.st", "decode_density": 0.1}, "is for sparse decode steps"),
     ],
 )
 def test_wrong_options_are_refused(entry: object, message: str):
