@@ -55,15 +55,22 @@ class _Known:
 
 
 class _Spans(threading.local):
-    """The mask that a thread's steps had last, and where its rows begin and end."""
+    """The mask that a thread's step has in its layers, and where the mask's rows begin and end."""
 
     mask: Tensor | None = None
+    layer: int = 0
     found: tuple[tuple[int, ...], int] | None = None
 
-    def of(self, mask: Tensor) -> tuple[tuple[int, ...], int] | None:
+    def of(self, mask: Tensor, layer: int) -> tuple[tuple[int, ...], int] | None:
         """First keys of the rows and the end of all; None if keys inside are hidden."""
-        last = self.mask
-        if last is None or (mask.data_ptr(), mask.shape) != (last.data_ptr(), last.shape):
+        last, is_next = self.mask, layer > self.layer
+        self.layer = layer
+        # The next step may have other values in the same memory.
+        if (
+            last is None
+            or not is_next
+            or (mask.data_ptr(), mask.shape) != (last.data_ptr(), last.shape)
+        ):
             self.found = _span(mask)
             # Kept: the memory is not another mask's as long as this one is there.
             self.mask = mask
@@ -178,7 +185,7 @@ class DecodeSteps:
         """First keys of a step's sequences, None where keys inside are hidden; and their end."""
         if call.mask is None:
             return (0,) * len(call.key), call.key.shape[2]
-        found = self._spans.of(call.mask)
+        found = self._spans.of(call.mask, call.layer)
         if found is None:
             return None, 0
         starts, tokens = found

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import StaticCache
 
 from shareprefill import share_prefill
 from shareprefill.config import RuntimeConfig
@@ -104,6 +105,23 @@ def test_few_blocks_are_read_and_counted(model: Any) -> None:
     assert json.loads(json.dumps(report.to_dict()))["decoding"]["dense_steps"] == {}
     session.reset()
     assert session.report().decoding.steps == 0  # pyright: ignore[reportOptionalMemberAccess]
+
+
+@torch.no_grad()
+def test_a_mask_that_is_written_over_is_read_anew(model: Any) -> None:
+    ids, mask = token_ids(1, 160), torch.zeros(1, 1, 1, 200, dtype=torch.bool)
+    cache = StaticCache(config=model.config, max_cache_len=200)
+    with session_of(model, ALL) as session:
+        model(input_ids=ids[:, :150], past_key_values=cache, use_cache=True)
+        logits = []
+        for place in range(150, 160):
+            mask[..., : place + 1] = True
+            step = {"input_ids": ids[:, place : place + 1], "attention_mask": mask}
+            logits.append(model(**step, past_key_values=cache, use_cache=True).logits[:, -1])
+    torch.testing.assert_close(
+        torch.stack(logits, 1), model(input_ids=ids).logits[:, 150:], **CLOSE
+    )
+    assert session.report().decoding.steps == 10  # pyright: ignore[reportOptionalMemberAccess]
 
 
 @torch.no_grad()
