@@ -150,7 +150,7 @@ class Session:
         """
         if not self._attachments:
             raise ConfigError("session.warm_up() is for inside `with session:`; enter that first")
-        ids = torch.zeros((1, 3 * self.plan.block_size), dtype=torch.long)
+        ids = torch.zeros((1, 3 * self.plan.block_size), dtype=torch.long, device="cpu")
         self._pass.is_warm_up = True
         try:
             with torch.no_grad():

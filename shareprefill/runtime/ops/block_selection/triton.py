@@ -235,12 +235,13 @@ def _compile_steps(device: torch.device, has_index: bool) -> None:
     options = HEAD_OPTIONS | {"HAS_INDEX": has_index}
     search = Launch(head_kernel, device, (1,), (1, 1, 0, 0, 0, 0), options)
     _search_one_entry(search, device, has_index)
-    maps = torch.ones((1, 1, 1), device=device)
+    maps = torch.ones((1, 1, 1), dtype=torch.float32, device=device)
     smooth_maps(maps, LineWeights(itself=1.0, column=1.0), 1, 1, 1)(maps)
 
 
 def _search_one_entry(search: Callable[..., None], device: torch.device, has_index: bool) -> None:
-    maps, gamma = torch.ones((1, 1, 1), device=device), torch.ones(1, device=device)
+    maps = torch.ones((1, 1, 1), dtype=torch.float32, device=device)
+    gamma = torch.ones(1, dtype=torch.float32, device=device)
     # Triton compiles kernels anew for another dtype: without an index, gamma stands in for it.
     index = torch.zeros(1, dtype=torch.int64, device=device) if has_index else gamma
     chosen = torch.empty((1, 1, 1), dtype=torch.bool, device=device)

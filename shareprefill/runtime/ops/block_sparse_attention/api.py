@@ -140,7 +140,7 @@ def _prepared(
         attend = reference.attend if impl == "reference" else blockwise.attend
         return torch.no_grad()(partial(attend, scale=scale, softcap=softcap))
     shape = (query.shape[0], query.shape[1], value.shape[2])
-    out = torch.empty(shape, device="meta") if out is None else out
+    out = torch.empty(shape, dtype=query.dtype, device="meta") if out is None else out
     flags = (lse is not None, softcap is not None, sinks is not None)
     if impl == "hopper":
         from shareprefill.runtime.ops.block_sparse_attention import hopper
