@@ -113,17 +113,19 @@ def cluster(folder: Path, config: ClusterConfig) -> tuple[Artifact, list[Cluster
     measured = HeldOutMeasurements(
         store, training.split.held_out, first_rows, estimator=estimator, effect=effect
     )
-    fewest = counts[0]
-    _, first_goal = choose(labels[fewest], layers, measured, config)
+    fewest, first_scored = counts[0], dict[Goal, Scored]()
+    _, first_goal = choose(labels[fewest], layers, measured, config, first_scored)
 
-    def objective(evidence: HeldOutMeasurements) -> float:
-        found = choose_by(first_goal, labels[fewest], layers, evidence, config, {})
-        return first_goal.mean(found)
+    def judged(
+        evidence: HeldOutMeasurements, scored: dict[Goal, Scored]
+    ) -> tuple[float, HeldOutMeasurements, dict[Goal, Scored]]:
+        found = choose_by(first_goal, labels[fewest], layers, evidence, config, scored)
+        return first_goal.mean(found), evidence, scored
 
     # Two at a time are kept: measurements take memory.
-    every = chain([measured], map(measured.with_pivots, further_rows))
-    _, evidence = min(((objective(found), found) for found in every), key=itemgetter(0))
-    scored: dict[Goal, Scored] = {}
+    further = (judged(measured.with_pivots(rows), {}) for rows in further_rows)
+    first = judged(measured, first_scored)
+    _, evidence, scored = min(chain([first], further), key=itemgetter(0))
     _, goal = choose(labels[fewest], layers, evidence, config, scored)
 
     def plan(k: int) -> _Plan:

@@ -150,11 +150,12 @@ class Session:
         """
         if not self._attachments:
             raise ConfigError("session.warm_up() is for inside `with session:`; enter that first")
-        ids = torch.zeros((1, 3 * self.plan.block_size), dtype=torch.long, device="cpu")
+        sizes = (1, 3 * self.plan.block_size)
+        ids = torch.zeros(sizes, dtype=torch.long, device=self.model.device)
         self._pass.is_warm_up = True
         try:
             with torch.no_grad():
-                self.model(input_ids=ids.to(self.model.device), use_cache=False)
+                self.model(input_ids=ids, use_cache=False)
         finally:
             self._pass.is_warm_up = False
 
