@@ -15,7 +15,11 @@ from shareprefill.errors import UnsupportedError
 from shareprefill.runtime.ops.devices import device_of
 from shareprefill.runtime.ops.sketched_selection.reference import MOST_BLOCKS, THRESHOLDS
 from shareprefill.runtime.ops.sketched_selection.sketch import CODES, Basis
-from shareprefill.runtime.ops.sketched_selection.triton_kernel import score_kernel, select_kernel
+from shareprefill.runtime.ops.sketched_selection.triton_kernel import (
+    query_kernel,
+    score_kernel,
+    select_kernel,
+)
 from shareprefill.runtime.ops.triton_tiles import (
     check_tile_block_size,
     logit_factors,
@@ -23,10 +27,9 @@ from shareprefill.runtime.ops.triton_tiles import (
     padded_dim,
 )
 
-# Keys of one program of the scores: as many as leave so many programs for each multiprocessor, as
-# every program brings the queries into the sketch's coordinates anew.
-_KEYS, _PROGRAMS = (1024, 512), 8
-_LEAST_KEYS = 256
+# Keys of one step of the scores, and steps of a program: as many as leave so many programs for each
+# multiprocessor.
+_KEYS, _MOST_TILES, _PROGRAMS = 128, 8, 8
 SCORE_OPTIONS: dict[str, Any] = {"num_warps": 4}
 
 
@@ -34,7 +37,7 @@ def score_constants(
     head_dim: int,
     shared: int,
     rank: int,
-    keys: int,
+    tiles: int,
     block_size: int,
     local: int,
     *,
@@ -44,12 +47,15 @@ def score_constants(
     """Compile-time arguments of `score_kernel`."""
     return {
         "SHARED": shared,
-        "ROWS": 1 << (shared - 1).bit_length(),
+        # Twice as many fill a matrix unit.
+        "ROWS": max(8, 1 << (shared - 1).bit_length()),
         "HEAD_DIM": head_dim,
         "BLOCK_D": padded_dim(head_dim),
         "RANK": rank,
+        "BLOCK_R": max(16, 1 << (rank - 1).bit_length()),
         "BLOCK_SIZE": block_size,
-        "BLOCKS": max(1, keys // block_size),
+        "BLOCKS": max(1, _KEYS // block_size),
+        "TILES": tiles,
         "LOCAL": local,
         "HAS_LENGTHS": has_lengths,
         "HAS_STARTS": has_starts,
@@ -71,10 +77,16 @@ def select_options(constants: dict[str, Any]) -> dict[str, Any]:
 
 
 @lru_cache(maxsize=64)
-def choose_keys(lists: int, tokens: int, processors: int) -> int:
-    """Keys of one program of the scores."""
-    most = lists * tokens // (_PROGRAMS * processors)
-    return next((keys for keys in _KEYS if keys <= most), _LEAST_KEYS)
+def choose_tiles(lists: int, tokens: int, processors: int) -> int:
+    """Steps of one program of the scores, a power of two."""
+    most = lists * tokens // (_KEYS * _PROGRAMS * processors)
+    return max(1, min(1 << max(0, most.bit_length() - 1), _MOST_TILES))
+
+
+def query_constants(constants: dict[str, Any]) -> dict[str, Any]:
+    """Compile-time arguments of `query_kernel`, from those of `score_kernel`."""
+    names = ("SHARED", "ROWS", "HEAD_DIM", "BLOCK_D", "RANK", "BLOCK_R")
+    return {name: constants[name] for name in names}
 
 
 def select(
@@ -107,21 +119,33 @@ def select(
             "take larger blocks, or impl='reference'"
         )
     shared, lists = heads // groups, batch * groups
-    keys = choose_keys(lists, tokens, multiprocessors(query.device))
+    tiles = choose_tiles(lists, tokens, multiprocessors(query.device))
     constants = score_constants(
-        *(dim, shared, words.shape[3] * CODES, keys, block_size, local),
+        *(dim, shared, words.shape[3] * CODES, tiles, block_size, local),
         has_lengths=lengths is not None,
         has_starts=starts is not None,
     )
     of_select = select_constants(constants, n)
     lse = torch.empty((lists, shared, n), dtype=torch.float32, device=query.device)
     exact = (local + block_size - 2) // block_size + 2
-    programs = exact + -(-n // constants["BLOCKS"])
+    programs = exact + -(-n // (constants["BLOCKS"] * tiles))
+    rows = constants["ROWS"]
+    parts = torch.empty(
+        (lists, 2, rows, constants["BLOCK_R"]), dtype=torch.float16, device=query.device
+    )
+    const = torch.empty((lists, rows), dtype=torch.float32, device=query.device)
+    scale_log2 = logit_factors(scale, None)[0]
     with device_of(query):
+        query_kernel[(lists,)](
+            *(query, basis.mean, basis.query, parts, const, *query.stride()[:2], groups),
+            scale_log2,
+            **query_constants(constants),
+            **SCORE_OPTIONS,
+        )
         score_kernel[(programs, lists)](
-            *(query, key, words, basis.mean, basis.query, lengths, starts, lse),
+            *(query, key, words, parts, const, lengths, starts, lse),
             *(*query.stride()[:2], *key.stride()[:3], groups, tokens, words.shape[2], n),
-            logit_factors(scale, None)[0],
+            scale_log2,
             **constants,
             **SCORE_OPTIONS,
         )
