@@ -181,19 +181,17 @@ def test_lists_of_two_bitmaps_are_those_of_one(
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("is_short", [True, False])
 @pytest.mark.parametrize("max_density", [None, 0.3])
 def test_lists_of_many_rows_are_those_of_the_reference(
-    max_density: float | None, device: str, monkeypatch: pytest.MonkeyPatch
+    max_density: float | None, is_short: bool, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from shareprefill.runtime.ops.block_selection import triton as launcher
 
-    strip = launcher.LIST_STRIP
-    if device == "cpu":
-        # Rows of several programs at a length that the interpreter bears.
-        strip = 16
-        monkeypatch.setattr(launcher, "LIST_STRIP", strip)
-        monkeypatch.setitem(launcher.WRITE_OPTIONS, "STRIP", strip)
-    shape = (strip * 16 * 2 + 40, strip * 16 * 2 + 75, 16)
+    # Rows of several programs: of one tile each, and of more, at a length that is borne.
+    monkeypatch.setattr(launcher, "SHORT_LISTS", 256 if is_short else 1)
+    monkeypatch.setattr(launcher, "LIST_TILES", 2)
+    shape = (600, 635, 16)
     bitmap = random_maps(5, shape, device=device) > 0.01
     bitmap[1], bitmap[3] = True, False
     heads = torch.tensor([0, 4, 1, -1, 3, 0, 2], device=device)

@@ -68,8 +68,10 @@ LINE_ROWS, LINES = 32, 64
 SMOOTH_ROWS, SMOOTH_CHUNK = 8, 128
 # Counts that a program of the offsets reads at a time.
 OFFSET_PATTERNS, OFFSET_ROWS = 16, 256
-# Rows of a program that writes lists, and of a tile of it.
-LIST_STRIP, LIST_TILE, LIST_COLUMNS = 64, 16, 256
+# Rows of a tile of a program that writes lists, and tiles of it. Each program adds up what lies
+# before its own: of long prompts it takes more.
+LIST_TILE, LIST_COLUMNS, LIST_TILES = 16, 128, 4
+SHORT_LISTS = 256
 
 LINE_OPTIONS: dict[str, Any] = {"CHUNK": CHUNK, "num_warps": 1}
 COVER_OPTIONS: dict[str, Any] = LINE_OPTIONS | {"ROUNDING": ROUNDING}
@@ -103,7 +105,6 @@ CHECK_OPTIONS: dict[str, Any] = {
 WRITE_OPTIONS: dict[str, Any] = {
     "PATTERNS": OFFSET_PATTERNS,
     "ROWS": OFFSET_ROWS,
-    "STRIP": LIST_STRIP,
     "TILE": LIST_TILE,
     "CHUNK": LIST_COLUMNS,
     "num_warps": 4,
@@ -466,12 +467,13 @@ def list_blocks(
         (n_shared, n_q, n_k, n_heads, *geometry),
         LIST_OPTIONS | heads,
     )
-    n_strips = triton.cdiv(n_q, LIST_STRIP)
+    strip = LIST_TILE * (1 if n_q <= SHORT_LISTS else LIST_TILES)
+    n_strips = triton.cdiv(n_q, strip)
     write = Launch(
         list_kernel,
         device,
         (n_lists * n_strips,),
-        (n_patterns, n_shared, n_q, n_k, n_heads, *geometry, max_blocks or 0, n_strips),
+        (n_patterns, n_shared, n_q, n_k, n_heads, *geometry, max_blocks or 0, strip, n_strips),
         WRITE_OPTIONS | heads | bound,
     )
 

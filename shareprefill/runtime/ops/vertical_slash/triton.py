@@ -32,7 +32,13 @@ PROFILE_BLOCKS, SPLITS = 16, 16
 PROFILE_OPTIONS: dict[str, Any] = {"num_warps": 4}
 # Up to so many key blocks, those of 16K tokens, one program makes a head's pattern.
 SHORT_BLOCKS = 128
-PATTERN_OPTIONS: dict[str, Any] = {"ROUNDING": ROUNDING, "ROWS": 32, "CHUNK": 128, "num_warps": 8}
+PATTERN_OPTIONS: dict[str, Any] = {
+    "ROUNDING": ROUNDING,
+    "BLOCK_J": 64,
+    "ROWS": 32,
+    "CHUNK": 128,
+    "num_warps": 8,
+}
 
 
 def kernel_constants(
@@ -67,7 +73,7 @@ def profile_constants(constants: dict[str, Any]) -> dict[str, Any]:
     """Compile-time arguments of `profiles_kernel`, from those of `sums_kernel`."""
     names = ("BLOCK_SIZE", "BLOCK_M", "PARTS", "HAS_HEADS")
     return {name: constants[name] for name in names} | {
-        "BLOCK_J": PROFILE_BLOCKS,
+        "BLOCK_J": 64,
         "BLOCK_S": SPLITS,
     }
 

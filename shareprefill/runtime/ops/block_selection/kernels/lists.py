@@ -97,7 +97,7 @@ def _count_rows(p_counts, o_q, n_counted, n_all, n_query, offset, block_size):
 @triton.jit(
     do_not_specialize=[
         *("n_patterns", "n_shared", "n_q", "n_k", "n_heads", "n_query", "offset", "block_size"),
-        *("max_blocks", "n_strips"),
+        *("max_blocks", "strip", "n_strips"),
     ]
 )
 def list_kernel(
@@ -119,16 +119,16 @@ def list_kernel(
     offset,
     block_size,
     max_blocks,
+    strip,
     n_strips,
     HEADS: tl.constexpr,
     PATTERNS: tl.constexpr,
     ROWS: tl.constexpr,
-    STRIP: tl.constexpr,
     TILE: tl.constexpr,
     CHUNK: tl.constexpr,
     HAS_BOUND: tl.constexpr,
 ):
-    """One program: offsets and indices of `STRIP` rows of one list.
+    """One program: offsets and indices of `strip` rows of one list.
 
     Each adds up what lies before its own: cheaper than one more launch. The first one of a list
     also stores its heads' entries in `p_listed`, the last one its end in `p_totals`, which holds
@@ -138,7 +138,7 @@ def list_kernel(
     `n_patterns`, which holds all causal blocks if any head points there.
     """
     i_list = tl.program_id(0) // n_strips
-    i_first = tl.program_id(0) % n_strips * STRIP
+    i_first = tl.program_id(0) % n_strips * strip
     o_h = tl.arange(0, HEADS)
     b_pattern = tl.load(p_head_to_list + o_h, mask=o_h < n_heads, other=-1).to(tl.int32)
     i_next, n_over = _count_before(p_counts, i_list, n_q, max_blocks, PATTERNS, ROWS, HAS_BOUND)
@@ -161,7 +161,7 @@ def list_kernel(
         n_unlisted = is_over.to(tl.int32)
     i_next += tl.sum(b_before, 0) * (1 - n_unlisted)
 
-    for i_row in range(i_first, tl.minimum(i_first + STRIP, n_q), TILE):
+    for i_row in range(i_first, tl.minimum(i_first + strip, n_q), TILE):
         o_q = i_row + tl.arange(0, TILE)
         b_count = _count_rows(p_counts, o_q, n_counted, n_all, n_query, offset, block_size)
         b_count = tl.where(o_q < n_q, b_count * (1 - n_unlisted), 0)
@@ -186,7 +186,7 @@ def list_kernel(
             tl.store(p_indices + o_entry, o_n + tl.zeros_like(o_entry), mask=m_set)
             b_next += tl.sum(b_set, 1)
 
-    if i_first + STRIP >= n_q:
+    if i_first + strip >= n_q:
         tl.store(p_totals + 1 + i_list, i_next)
     if i_first == 0:
         i_listed = tl.where(n_unlisted > 0, n_patterns, i_list)
