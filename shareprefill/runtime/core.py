@@ -33,7 +33,7 @@ from shareprefill.runtime.ops.dispatch import has_fast_kernel
 from shareprefill.runtime.ops.inputs import facts, lie_alike
 from shareprefill.runtime.ops.pages import PagedTokens, Tokens, gathered
 from shareprefill.runtime.ops.pooled_attention import pooled_attention
-from shareprefill.runtime.ops.prepared import Prepared, are_kept, repeated_stream
+from shareprefill.runtime.ops.prepared import are_kept, repeated_stream
 from shareprefill.runtime.plan import RuntimePlan
 from shareprefill.runtime.policies.base import LayerInputs
 from shareprefill.runtime.records import SKETCH_SIDE, LayerRecord, Sketch
@@ -111,8 +111,6 @@ class SparsePrefill:
         rule = SharePrefillRule if plan.online else PlannedRule
         self.rule: LayerRule[Any, Any] = rule(plan, self.heads, exchange)
         self._layers: dict[tuple[int, torch.device], LayerPlan] = {}
-        # Whether calls have a fast kernel, by all that it depends on.
-        self._is_fast = Prepared[bool]()
         self._repeats = Repeats[LayerRecord]()
         # Whether launches of a device are kept, to be repeated.
         self._are_kept: dict[torch.device, bool] = {}
@@ -259,12 +257,7 @@ class SparsePrefill:
         self, plan: LayerPlan, lists: BlockLists, inputs: LayerInputs, value: Tokens
     ) -> Tensor:
         """Heads that dense attention computes faster than a list of every block, int64 `[S]`."""
-        tensors = (inputs.query, inputs.keys, value)
-        call = (*map(facts, tensors), lists.block_size)
-        is_fast = self._is_fast.get(call)
-        if is_fast is None:
-            is_fast = self._is_fast.keep(call, has_fast_kernel(*tensors, lists.block_size))
-        if is_fast:
+        if has_fast_kernel(inputs.query, inputs.keys, value, lists.block_size):
             # One launch for all heads beats copies of some heads' tensors.
             return plan.dense[:0]
         if value.device.type == "cpu":

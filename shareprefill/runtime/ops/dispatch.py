@@ -10,9 +10,13 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 
 from shareprefill.errors import ConfigError, UnsupportedError
+from shareprefill.runtime.ops.inputs import facts
 from shareprefill.runtime.ops.pages import PagedTokens, Tokens, gathered
+from shareprefill.runtime.ops.prepared import Prepared
 
 R = TypeVar("R")
+# Whether calls have a fast kernel, by all that it depends on.
+_fast = Prepared[bool]()
 
 ATTENTION = ("reference", "blockwise", "triton", "hopper")
 
@@ -93,8 +97,13 @@ def select_impl(impl: str, known: tuple[str, ...], tensor: torch.Tensor, cpu_imp
 
 def has_fast_kernel(query: torch.Tensor, key: Tokens, value: Tokens, block_size: int) -> bool:
     """Whether "auto" takes a kernel about as fast as the best dense one, block for block."""
-    names = _faster(query.device)
-    return any(_refusal(name, query, key, value, block_size) is None for name in names)
+    call = (facts(query), facts(key), facts(value), block_size)
+    known = _fast.get(call)
+    if known is None:
+        names = _faster(query.device)
+        refusals = (_refusal(name, query, key, value, block_size) for name in names)
+        known = _fast.keep(call, any(refusal is None for refusal in refusals))
+    return known
 
 
 def page_refusal(impl: str, tokens: PagedTokens) -> str | None:

@@ -13,6 +13,7 @@ from shareprefill.runtime.ops import dispatch
 from shareprefill.runtime.ops.block_sparse_attention import block_sparse_attention
 from shareprefill.runtime.ops.blocks import BlockLists, causal_blocks
 from shareprefill.runtime.ops.dispatch import describe, has_fast_kernel, select_attention
+from shareprefill.runtime.ops.prepared import Prepared
 
 CUDA = torch.device("cuda")
 
@@ -23,6 +24,8 @@ ON_A_GPU = cast("torch.Tensor", SimpleNamespace(device=CUDA, shape=(2, 8192, 64)
 
 def use(monkeypatch: pytest.MonkeyPatch, generation: int, refusals: dict[str, str | None]) -> None:
     """A GPU of a generation, and what implementations say of it and of every call."""
+    monkeypatch.setattr(dispatch, "_fast", Prepared())
+    monkeypatch.setattr(dispatch, "facts", id)
     monkeypatch.setattr(dispatch, "_generation", lambda _: generation)
     for name in ("_refusal", "unavailable"):
         monkeypatch.setattr(dispatch, name, lambda impl, *_: refusals.get(impl))
