@@ -3,14 +3,15 @@
     python benchmarks/vllm_turns.py --engines shared --lengths 16384,32768,131072 --chunks 0,8192
     python benchmarks/vllm_turns.py --engines shared,plain --throughput 1024:128:64 --compiled
     python benchmarks/vllm_turns.py --engines shared,shared:2,shared@128 --lengths 131072:2
+    python benchmarks/vllm_turns.py --engines shared/.05 --lengths 32768 --chunks 8192
     python benchmarks/vllm_turns.py --engines shared --model MODEL --artifact clusters.st \
         --questions 200 --length 16384
 
 `shared` is an engine with the plug-in, `plain` one without it; `:N` divides its heads over N GPUs,
-`:ppN` its layers; `@N` gives its cache pages of N tokens.
+`:ppN` its layers; `@N` gives its cache pages of N tokens; `/D` its plan another `--density`.
 Without `--model` the model has a known shape and random weights, and its patterns are synthetic, at
-about `--density` of the blocks: only times mean something then. Prompts are random tokens, those of
-a named model key-value retrieval; nothing is read from a prefix cache.
+about `--density` of a whole prompt's blocks: only times mean something then. Prompts are random
+tokens, those of a named model key-value retrieval; nothing is read from a prefix cache.
 
 - `--lengths TOKENS[:REPEATS]`: time to first token of each `shared` engine, dense (requests with
   `off`, which are vLLM's own to the bit) and shared in turns, at every number of tokens a step that
@@ -71,28 +72,31 @@ class Engine(NamedTuple):
         heads_over: GPUs that its heads are over.
         layers_over: GPUs that its layers are over.
         page: Tokens of a page of its cache; 0 leaves them to vLLM.
+        density: Of its synthetic plan; 0 for that of all.
     """
 
     kind: str
     heads_over: int = 1
     layers_over: int = 1
     page: int = 0
+    density: float = 0
 
     @classmethod
     def read(cls, text: str) -> Engine:
         """`shared`, `plain`, `shared:2`, `shared:pp2`, `shared:2@128`, ..."""
-        found = re.fullmatch(r"(shared|plain)(?::(pp)?(\d+))?(?:@(\d+))?", text)
+        found = re.fullmatch(r"(shared|plain)(?::(pp)?(\d+))?(?:@(\d+))?(?:/(\d*\.\d+))?", text)
         if found is None:
             raise SystemExit(f"--engines: {text!r} is none of shared, plain, shared:2, shared@128")
-        kind, is_pipeline, size, page = found.groups()
+        kind, is_pipeline, size, page, density = found.groups()
         over = {"layers_over" if is_pipeline else "heads_over": int(size or 1)}
-        return cls(kind, **over, page=int(page or 0))
+        return cls(kind, **over, page=int(page or 0), density=float(density or 0))
 
     @property
     def name(self) -> str:
         """As in the tables."""
         size = f"{'pp' * (self.layers_over > 1)}{self.heads_over * self.layers_over}"
-        return f"{self.kind}:{size}{f'@{self.page}' * (self.page > 0)}"
+        page = f"@{self.page}" * (self.page > 0)
+        return f"{self.kind}:{size}{page}{f'/{self.density}' * (self.density > 0)}"
 
 
 def main() -> None:
@@ -137,10 +141,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         if args.is_random:
             layers = args.layers or layers_of(args.shape)
-            args.model = Path(folder)
-            args.artifact = random_checkpoint(
-                args.model, args.shape, layers, args.most + 64, args.density
-            )
+            args.synthetic = {
+                density: random_checkpoint(
+                    Path(folder, str(density)), args.shape, layers, args.most + 64, density
+                )
+                for density in {engine.density or args.density for engine in engines}
+            }
+        elif any(engine.density for engine in engines):
+            raise SystemExit("--engines: a density is of a synthetic plan, without --model")
         # All start at once: most of a start is the host's work.
         ends = {engine: stack.enter_context(running(engine, args)) for engine in engines}
         measured(args, ends)
@@ -217,9 +225,12 @@ def started(engine: Engine, args: argparse.Namespace) -> Any:
         "pipeline_parallel_size": engine.layers_over,
         "max_num_seqs": args.requests,
     }
-    options = {"artifact": str(args.artifact), "min_tokens": args.min_tokens}
+    model, artifact = args.model, args.artifact
+    options: Json = {}
     if args.is_random:
-        options["checkpoint"] = "unchecked"
+        artifact = args.synthetic[engine.density or args.density]
+        model, options = artifact.parent, {"checkpoint": "unchecked"}
+    options |= {"artifact": str(artifact), "min_tokens": args.min_tokens}
     arguments["additional_config"] = {"shareprefill": options}
     if engine.kind == "plain":
         arguments["additional_config"] = {}
@@ -235,8 +246,8 @@ def started(engine: Engine, args: argparse.Namespace) -> Any:
         # Not measured: the other engines take memory meanwhile.
         arguments["kv_cache_memory_bytes"] = int(args.cache * 2**30)
     return start_engine(
-        str(args.model),
-        str(args.artifact),
+        str(model),
+        str(artifact),
         tokens=args.most,
         is_random=args.is_random,
         **arguments | args.arguments,

@@ -68,7 +68,7 @@ def random_checkpoint(folder: Path, shape: str, layers: int, tokens: int, densit
         shape: A name in `SHAPES`.
         layers: Layers of the model.
         tokens: The longest prompt.
-        density: Share of the causal blocks that the synthetic patterns are to cover.
+        density: Share of a whole prompt's causal blocks that the synthetic patterns are to cover.
 
     Returns:
         The artifact's path.

@@ -33,9 +33,13 @@ def synthetic_artifact(model: PreTrainedModel, density: float) -> Artifact:
     blocks. Every check before sharing passes (slack = 1). What is timed is therefore the work of a
     prefill at this density, selection included; what recall it has cannot be seen on such a model.
 
+    The density is that of whole prompts. A pivot's map is cut at one threshold for all rows, and in
+    a whole prompt the first rows hold the most in each of their blocks. In a chunk behind other
+    tokens all rows hold about the same, so that the mass m takes about m of the blocks there.
+
     Args:
         model: A transformers decoder.
-        density: Share of the causal blocks that patterns are to cover.
+        density: Share of a whole prompt's causal blocks that patterns are to cover.
     """
     sizes = geometry(model)
     shape = (sizes.layers, sizes.heads)

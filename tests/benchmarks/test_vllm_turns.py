@@ -1,10 +1,13 @@
 from __future__ import annotations
 
 from argparse import Namespace
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from shareprefill.artifact import load_artifact
 
 
 @pytest.fixture
@@ -16,18 +19,48 @@ def vllm_turns(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def test_engines_are_named_by_kind_and_size(vllm_turns: Any) -> None:
-    names = ("shared", "plain", "shared:2", "shared:pp2", "shared:2@128")
+    names = ("shared", "plain", "shared:2", "shared:pp2", "shared:2@128", "shared@16/.05")
     engines = [vllm_turns.Engine.read(name) for name in names]
     assert [engine[:3] for engine in engines] == [
-        *(("shared", 1, 1), ("plain", 1, 1), ("shared", 2, 1), ("shared", 1, 2), ("shared", 2, 1))
+        *(("shared", 1, 1), ("plain", 1, 1), ("shared", 2, 1), ("shared", 1, 2), ("shared", 2, 1)),
+        ("shared", 1, 1),
     ]
-    assert [engine.page for engine in engines] == [0, 0, 0, 0, 128]
+    assert [engine.page for engine in engines] == [0, 0, 0, 0, 128, 16]
+    assert [engine.density for engine in engines] == [0, 0, 0, 0, 0, 0.05]
     assert [engine.name for engine in engines] == [
-        *("shared:1", "plain:1", "shared:2", "shared:pp2", "shared:2@128")
+        *("shared:1", "plain:1", "shared:2", "shared:pp2", "shared:2@128", "shared:1@16/0.05")
     ]
-    for text in ("dense", "shared:", "shared@", "shared:2:2"):
+    for text in ("dense", "shared:", "shared@", "shared:2:2", "shared/", "shared/.1.2"):
         with pytest.raises(SystemExit, match=f"'{text}' is none of shared"):
             vllm_turns.Engine.read(text)
+
+
+def test_engines_have_synthetic_plans_of_their_own_density(
+    vllm_turns: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gammas: dict[str, float] = {}
+
+    def measured(args: Namespace, ends: dict[Any, Any]) -> None:
+        assert [engine.name for engine in ends] == ["shared:1", "shared:1/0.05"]
+        for engine in ends:
+            vllm_turns.started(engine, args)
+
+    def start(model: str, artifact: str, **arguments: Any) -> None:
+        assert Path(model, "clusters.st") == Path(artifact)
+        options = arguments["additional_config"]["shareprefill"]
+        assert options == {"artifact": artifact, "min_tokens": 8192, "checkpoint": "unchecked"}
+        gammas[Path(model).name] = load_artifact(artifact).thresholds.gamma
+
+    monkeypatch.setattr(vllm_turns, "running", lambda engine, args: nullcontext())
+    monkeypatch.setattr(vllm_turns, "measured", measured)
+    monkeypatch.setattr(vllm_turns, "start_engine", start)
+    options = ["--density", ".2", "--engines", "shared,shared/.05", "--lengths", "16384"]
+    monkeypatch.setattr("sys.argv", ["vllm_turns", *options, "--shape", "tiny"])
+    vllm_turns.main()
+    assert gammas == {"0.2": 0.2, "0.05": 0.05}
+    monkeypatch.setattr("sys.argv", ["vllm_turns", *options, "--model", "named"])
+    with pytest.raises(SystemExit, match="a density is of a synthetic plan"):
+        vllm_turns.main()
 
 
 def arguments(**changes: Any) -> Namespace:
