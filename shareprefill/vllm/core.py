@@ -8,7 +8,7 @@ from __future__ import annotations
 import weakref
 from collections import Counter, deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -27,7 +27,7 @@ from shareprefill.vllm.options import OFF
 from shareprefill.vllm.pages import split_pages
 from shareprefill.vllm.rows import Prefill
 
-# Rows whose layers' records are kept for a report. A record is 3 KiB, but 8,192 of them took 180
+# Rows whose records are kept for a report. That of a layer is 3 KiB, but 8,192 of them took 180
 # MiB of a CPU's memory: what is freed between records that stay cannot be given back.
 _RECENT_ROWS = 64
 # Blocks of the prefill that compiles the kernels: enough for every part of a pattern.
@@ -35,18 +35,35 @@ _WARM_BLOCKS = 16
 
 
 @dataclass(frozen=True)
+class RowRecord:
+    """What was done for one row: a report's, which must not keep its patterns alive.
+
+    Attributes:
+        policy: The policy that the request asked for; None for the engine's own.
+        n_query: Query rows.
+        n_key: Keys of the request.
+        layers: Of every layer that was computed.
+    """
+
+    policy: str | None
+    n_query: int
+    n_key: int
+    layers: list[LayerRecord] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
 class RowState:
     """One row's state over the layers of a forward pass.
 
     Attributes:
-        policy: The policy that the request asked for; None for the engine's own.
         prefill: What its heads are to do.
         sequence: Its blocks and pivots.
+        record: What was done for it so far.
     """
 
-    policy: str | None
     prefill: SparsePrefill
     sequence: SequenceState
+    record: RowRecord
 
 
 class ServingCore:
@@ -97,9 +114,7 @@ class ServingCore:
         self.check_files: Callable[[], None] | None = None
         plan = self._prefill(None).plan
         self.n_layers, self.least_rows = len(plan.layers), plan.block_size
-        self._records: deque[tuple[str | None, LayerRecord]] = deque(
-            maxlen=_RECENT_ROWS * self.n_layers
-        )
+        self._recent: deque[RowRecord] = deque(maxlen=_RECENT_ROWS)
 
     @property
     def min_tokens(self) -> int:
@@ -126,7 +141,7 @@ class ServingCore:
         if n_query < self.least_rows:
             return
         reason = self._reason(n_key, switch)
-        kind, name = ("dense", reason) if reason else ("sparse", switch or self.config.policy)
+        kind, name = ("dense", reason) if reason else ("sparse", self._name(switch))
         self._counts[kind, name] += 1
         self._count(kind, name, n_query)
 
@@ -134,7 +149,8 @@ class ServingCore:
         """The state of a row before the first layer of a forward pass."""
         prefill = self._prefill(switch)
         geometry = prefill.plan.geometry(row.n_query, row.n_key, device)
-        return RowState(switch, prefill, prefill.begin(geometry))
+        record = RowRecord(switch, row.n_query, row.n_key)
+        return RowState(prefill, prefill.begin(geometry), record)
 
     def attend(
         self,
@@ -166,7 +182,9 @@ class ServingCore:
         out, record = row.prefill.attend(
             layer, row.sequence, query, key, value, scale=scale, softcap=softcap, sinks=sinks
         )
-        self._records.append((row.policy, record))
+        if not row.record.layers:
+            self._recent.append(row.record)
+        row.record.layers.append(record)
         return out
 
     def worst_case_bytes(self, n_heads: int, n_groups: int, head_dim: int, itemsize: int) -> int:
@@ -266,28 +284,36 @@ class ServingCore:
         Returns:
             JSON-ready. `rows`: rows of at least a block, `sparse` by policy and `dense` by reason.
             `recent`: of the last 64 sparse rows, by policy, what a session's report says of them
-            (`density`, `selection_work`, `policies`, ...).
+            (`density`, `selection_work`, `policies`, ...). `latest`: the same of each of these rows
+            alone, the newest last, with its `policy`, query `rows` and `keys`: a whole prompt, or a
+            chunk of one.
         """
         rows: dict[str, dict[str, int]] = {"sparse": {}, "dense": {}}
         for (kind, name), number in self._counts.items():
             rows[kind][name] = number
-        kept = list(self._records)
+        kept = list(self._recent)
         recent = {
-            policy or self.config.policy: self._report(policy, kept)
-            for policy in dict.fromkeys(policy for policy, _ in kept)
+            self._name(policy): self._report(policy, [row for row in kept if row.policy == policy])
+            for policy in dict.fromkeys(row.policy for row in kept)
         }
-        return {"rows": rows, "recent": recent}
+        latest = [
+            {"policy": self._name(row.policy), "rows": row.n_query, "keys": row.n_key}
+            | self._report(row.policy, [row])
+            for row in kept
+        ]
+        return {"rows": rows, "recent": recent, "latest": latest}
 
     def reset(self) -> None:
         """Forgets what the report says."""
-        self._records.clear()
+        self._recent.clear()
         self._counts.clear()
 
-    def _report(
-        self, policy: str | None, kept: list[tuple[str | None, LayerRecord]]
-    ) -> dict[str, Any]:
+    def _name(self, policy: str | None) -> str:
+        return policy or self.config.policy
+
+    def _report(self, policy: str | None, rows: list[RowRecord]) -> dict[str, Any]:
         prefill = self._prefill(policy)
-        records = [record for of, record in kept if of == policy]
+        records = [record for row in rows for record in row.layers]
         report: SessionReport = make_report(
             prefill.plan, prefill.heads, records, dense=Counter(), requested_dense=0, thresholds={}
         )

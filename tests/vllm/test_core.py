@@ -12,6 +12,8 @@ from shareprefill.vllm.core import ServingCore
 from shareprefill.vllm.rows import Prefill
 from tests.support.serving import serving_core
 
+EMPTY = {"rows": {"sparse": {}, "dense": {}}, "recent": {}, "latest": []}
+
 
 def core_with(**options: object) -> ServingCore:
     config = RuntimeConfig.from_dict({"policy": "pooled", "min_tokens": 0} | options)
@@ -50,7 +52,7 @@ def test_warming_runs_every_layer_and_counts_nothing(monkeypatch: pytest.MonkeyP
     n_key = 16 * core.least_rows
     assert seen == [(layer, rows, n_key) for rows in (n_key, n_key // 2) for layer in (0, 1)]
     assert paged == [False, False, True, True]
-    assert core.report() == {"rows": {"sparse": {}, "dense": {}}, "recent": {}}
+    assert core.report() == EMPTY
 
 
 def test_a_reports_records_are_bounded_and_forgotten():
@@ -68,8 +70,29 @@ def test_a_reports_records_are_bounded_and_forgotten():
         for layer in (0, 1):
             core.attend(layer, state, query, keys, keys, scale=1, softcap=None, sinks=None)
     assert core.report()["recent"]["pooled"]["prefills"] == 64
+    assert len(core.report()["latest"]) == 64
     core.reset()
-    assert core.report() == {"rows": {"sparse": {}, "dense": {}}, "recent": {}}
+    assert core.report() == EMPTY
+
+
+def test_a_report_tells_of_each_row_by_itself():
+    core, rows = core_with(gamma=0.5, max_density=1.0), []
+    for n_query, n_key in ((1024, 1024), (256, 1280)):
+        query, keys = torch.randn(4, n_query, 8), torch.randn(2, n_key, 8)
+        states = [core.begin(Prefill(0, slice(0, n_query), n_key), None, query.device)]
+        # The other row of the step, layer by layer beside it.
+        states.append(core.begin(Prefill(1, slice(0, n_query), n_key), None, query.device))
+        for layer in (0, 1):
+            for state in states:
+                core.attend(layer, state, query, keys, keys, scale=1, softcap=None, sinks=None)
+        rows += [("pooled", n_query, n_key)] * 2
+    report = core.report()
+    assert [(row["policy"], row["rows"], row["keys"]) for row in report["latest"]] == rows
+    assert {row["prefills"] for row in report["latest"]} == {1}
+    first, _, second, _ = (row["density"] for row in report["latest"])
+    assert 0 < second < first < 1
+    # Causal blocks of 8 x 8, and of 2 rows behind 8 blocks.
+    assert report["recent"]["pooled"]["density"] == pytest.approx((36 * first + 19 * second) / 55)
 
 
 def test_a_tuned_crossover_of_its_backend_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
