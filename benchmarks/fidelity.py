@@ -2,6 +2,7 @@
 
 `sp eval` measures recall and times too, in three prefills of each prompt and policy. This takes
 one, on the same prompts, and dense attention once a prompt. `auto` runs as each artifact plans it.
+`--chunk` prefills so many tokens at a time, each of which chooses patterns anew; 0 all at once.
 
 python benchmarks/fidelity.py --model M --artifact A.st --artifact B.st --policy oracle:.9 \
     --policy flex:.9 --task perplexity --task retr_kv --length 8000 --samples 2 --out F.jsonl
@@ -38,6 +39,7 @@ def main() -> None:
     parser.add_argument("--task", action="append", required=True)
     parser.add_argument("--length", type=int, default=8000)
     parser.add_argument("--samples", type=int, default=1, help="prompts of each task")
+    parser.add_argument("--chunk", action="append", type=int, help="tokens at a time, 0: all")
     parser.add_argument("--recall", action="store_true", help="measure recall in the same prefill")
     parser.add_argument("--out", type=Path, required=True, help="a line for each prompt and policy")
     args = parser.parse_args()
@@ -46,8 +48,8 @@ def main() -> None:
     show(args.out)
 
 
-def variants_of(args: argparse.Namespace) -> list[tuple[str, Any, RuntimeConfig]]:
-    """A name, an artifact and the options of each session, every pattern kept."""
+def variants_of(args: argparse.Namespace) -> list[tuple[str, Any, RuntimeConfig, int | None]]:
+    """A name, an artifact, options and chunks of each session, every pattern kept."""
     first = load_artifact(args.artifact[0]) if args.artifact else None
     every = {"min_tokens": 0, "max_density": 1.0}
     planned = [
@@ -59,7 +61,11 @@ def variants_of(args: argparse.Namespace) -> list[tuple[str, Any, RuntimeConfig]
         policy, gamma = text.rsplit(":", 1)
         config = RuntimeConfig(policy=policy, gamma=float(gamma), **every)
         others.append((f"{policy} {gamma}", first, config))
-    return planned + others
+    return [
+        (f"{name} in chunks of {chunk}" if chunk else name, artifact, config, chunk)
+        for name, artifact, config in planned + others
+        for chunk in args.chunk or [None]
+    ]
 
 
 def run(args: argparse.Namespace) -> None:
@@ -81,10 +87,10 @@ def run(args: argparse.Namespace) -> None:
         dense, seconds = states_of(model, ids)
         loss = token_losses(model, dense, ids).mean().item()
         print(f"{task} {number}: dense {seconds:.0f} s", flush=True)
-        for name, artifact, runtime in left:
+        for name, artifact, runtime, chunk in left:
             session = Session(model, artifact, runtime, measure_recall=args.recall)
             with session:
-                sparse, seconds = states_of(model, ids)
+                sparse, seconds = states_of(model, ids, chunk)
             report, found = session.report(), compare_predictions(model, dense, sparse)
             row = {
                 "task": task,
@@ -106,11 +112,13 @@ def run(args: argparse.Namespace) -> None:
             print(row, flush=True)
 
 
-def states_of(model: Any, ids: torch.Tensor) -> tuple[torch.Tensor, float]:
+def states_of(
+    model: Any, ids: torch.Tensor, chunk: int | None = None
+) -> tuple[torch.Tensor, float]:
     """What the output layer reads at every position, and the seconds that took."""
     begun = perf_counter()
     with torch.no_grad(), final_states(model) as states:
-        prefill(model, ids)
+        prefill(model, ids, chunk)
     return states(), perf_counter() - begun
 
 

@@ -90,6 +90,12 @@ def test_fidelity_measures_each_prompt_and_policy_once(benchmark: Any, tmp_path:
     before = out.read_text()
     benchmark("fidelity", *call, "--length", 700, "--policy", "oracle:1.0", "--recall")
     assert out.read_text() == before
+    benchmark("fidelity", *call, "--length", 700, "--chunk", 0, "--chunk", 256)
+    *known, chunks = map(json.loads, out.read_text().splitlines())
+    assert known == rows
+    assert chunks["policy"] == "auto sp-tiny in chunks of 256"
+    assert chunks["density"] != planned["density"]
+    assert 0 < chunks["kl"] != planned["kl"]
 
 
 def test_a_large_shape_is_captured_and_clustered(
