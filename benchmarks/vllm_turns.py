@@ -429,13 +429,14 @@ def run_answers(
     inputs = [{"prompt_token_ids": prompt} for prompt in prompts]
     answers = llm.generate(inputs, parameters, use_tqdm=False)
     seconds = clock() - begun
-    (report, *_) = llm.collective_rpc("shareprefill_report", args=(True,))
+    reports = llm.collective_rpc("shareprefill_report", args=(True,))
+    sparse = [recent for report in reports if (recent := report["recent"].get("auto"))]
     metrics = llm.get_metrics() if llm.llm_engine.log_stats else []
     return {
         "tokens": [list(answer.outputs[0].token_ids) for answer in answers],
-        "density": report["recent"].get("auto", {}).get("density"),
+        "density": statistics.mean(r["density"] for r in sparse) if sparse else None,
         "seconds": round(seconds, 1),
-        "sparse": report["rows"]["sparse"].get("auto", 0),
+        "sparse": reports[0]["rows"]["sparse"].get("auto", 0),
         "cached": sum(answer.num_cached_tokens or 0 for answer in answers),
         "preemptions": next((m.value for m in metrics if m.name == "vllm:num_preemptions"), None),
     }

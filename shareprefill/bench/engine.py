@@ -12,6 +12,7 @@ from __future__ import annotations
 import itertools
 import os
 import random
+import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -171,8 +172,9 @@ def time_prefills(
             llm.generate(prompt, parameters, use_tqdm=False)
             if repeat >= warm_ups:
                 times[kind].append(clock() - begun)
-    (report, *_) = llm.collective_rpc("shareprefill_report", args=(True,))
-    density = report["recent"]["auto"]["density"]
+    reports = llm.collective_rpc("shareprefill_report", args=(True,))
+    # Processes hold as many heads, or layers, each.
+    density = statistics.mean(report["recent"]["auto"]["density"] for report in reports)
     return Timing(tokens, tuple(times["off"]), tuple(times["on"]), density)
 
 

@@ -1,13 +1,16 @@
 from __future__ import annotations
 
+import sys
 from argparse import Namespace
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
 from shareprefill.artifact import load_artifact
+from shareprefill.bench.engine import time_prefills
 
 
 @pytest.fixture
@@ -103,3 +106,20 @@ def test_engines_take_turns_and_the_first_turn_does_not_count(
     shared, plain = capsys.readouterr().out.splitlines()[-2:]
     assert shared == "| 1024 | 128 | 64 | shared:1 | 3.000 | 66.7% | 0.967 |"
     assert plain.endswith("| plain:1 | 2.900 | 6.9% | 1.000 |")
+
+
+def test_densities_are_those_of_all_processes(
+    vllm_turns: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def report(density: float) -> dict[str, Any]:
+        return {"rows": {"sparse": {"auto": 7}}, "recent": {"auto": {"density": density}}}
+
+    llm = Mock(llm_engine=Mock(log_stats=False))
+    llm.generate.return_value = []
+    monkeypatch.setitem(sys.modules, "vllm", Mock())
+    args = Namespace(processor_time=False)
+    for densities, mean in (((0.25,), 0.25), ((0.5, 0.25), 0.375)):
+        llm.collective_rpc.return_value = list(map(report, densities))
+        found = vllm_turns.run_answers(llm, args, [], 9, None)
+        assert (found["density"], found["sparse"]) == (mean, 7)
+        assert time_prefills(llm, lambda n: [n], 5, 1, warm_ups=0).density == mean
