@@ -57,6 +57,7 @@ class Attachment:
     Attributes:
         handler: Computes the attention; None where the model does so by itself.
         note: Told of every call that the model computes by itself.
+        follows_caches: Whether the handler asks what is known of a pass's cache.
         modules: The decoder and its attention modules; none once detached.
         configs: The configurations that name their implementation; none once detached.
         replaced: The implementation that the decoder had before all attachments.
@@ -67,6 +68,7 @@ class Attachment:
 
     handler: Callable[[Any], Tensor] | None
     note: Note | None = None
+    follows_caches: bool = False
     modules: list[nn.Module] = field(default_factory=list)
     configs: list[Any] = field(default_factory=list)
     replaced: str | None = None
@@ -175,6 +177,11 @@ def calls_made() -> int:
 def is_attached(decoder: nn.Module) -> bool:
     """Whether something is attached to the very decoder: its copies are free."""
     return decoder in _of_module
+
+
+def follows_caches(decoder: nn.Module) -> bool:
+    """Whether anything attached to the very decoder asks what is known of a pass's cache."""
+    return any(attachment.follows_caches for attachment in _of_module.get(decoder, ()))
 
 
 def latest(attachments: Iterable[Attachment]) -> Attachment:

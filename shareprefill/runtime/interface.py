@@ -252,7 +252,7 @@ def _family_mask(call: AttentionCall, rows: slice, keys: slice) -> Tensor | None
     return bool_mask(causal, call.query.shape[0], rows, keys, call.query.device)
 
 
-def attach(model: torch.nn.Module, handler: Handler) -> Attachment:
+def attach(model: torch.nn.Module, handler: Handler, *, follows_caches: bool = False) -> Attachment:
     """Gives every attention call of `model` to `handler` until that is detached.
 
     Several may be attached, and detached in any order; `attachment` says which one runs.
@@ -260,6 +260,7 @@ def attach(model: torch.nn.Module, handler: Handler) -> Attachment:
     Args:
         model: A transformers decoder.
         handler: Computes a layer's attention.
+        follows_caches: Whether it asks what is known of a pass's cache (`passes.conversation_of`).
 
     Returns:
         What is to be detached.
@@ -267,7 +268,7 @@ def attach(model: torch.nn.Module, handler: Handler) -> Attachment:
     Raises:
         UnsupportedError: the model's family does not go through transformers' attention interface.
     """
-    return _attach(model, Attachment(handler))
+    return _attach(model, Attachment(handler, follows_caches=follows_caches))
 
 
 @contextmanager

@@ -17,7 +17,12 @@ import torch
 from torch import Tensor
 
 from shareprefill.errors import UnsupportedError
-from shareprefill.runtime.attachment import IMPLEMENTATIONS, calls_made, is_attached
+from shareprefill.runtime.attachment import (
+    IMPLEMENTATIONS,
+    calls_made,
+    follows_caches,
+    is_attached,
+)
 
 NO_WHOLE_GRAPH = (
     "a session reads values on the way, which no whole graph can hold: inside a session, compile "
@@ -29,7 +34,8 @@ class Conversation:
     """A cache as passes filled it: what was learnt of its tokens holds while it lives.
 
     It ends where the cache's tensors are exchanged or written to between two passes: beams were
-    put in another order, rows or tokens cut out, or a pass outside of a session was made.
+    put in another order, rows or tokens cut out, or a pass outside of a session with sparse decode
+    steps was made.
     """
 
     def __init__(self) -> None:
@@ -89,7 +95,10 @@ _conversations: WeakKeyDictionary[Any, Conversation] = WeakKeyDictionary()
 def begin_pass(decoder: torch.nn.Module, inputs: tuple[Any, ...], options: dict[str, Any]) -> None:
     """Refuses a forward pass that would go past the session, dense and unnoticed."""
     _passes.begun[decoder] = calls_made()
-    _note_conversation(decoder, inputs, options)
+    # One of a pass that raised is of no other.
+    _passes.conversations.pop(decoder, None)
+    if follows_caches(decoder):
+        _note_conversation(decoder, inputs, options)
     chosen = cast(Any, decoder).config._attn_implementation
     # Copies of a model have its hooks, and are of no session.
     if chosen not in IMPLEMENTATIONS and is_attached(decoder):
@@ -129,9 +138,7 @@ def _note_conversation(
         known = _conversations.get(cache)
         if known is None or not known.holds(cache):
             known = _conversations[cache] = Conversation()
-    if known is None:
-        _passes.conversations.pop(decoder, None)
-    else:
+    if known is not None:
         _passes.conversations[decoder] = known, cache
 
 

@@ -96,7 +96,8 @@ class Session:
         return self.prefill.plan
 
     def __enter__(self) -> Self:
-        self._attachments.append(attach(self.model, self._attend))
+        follows_caches = self.steps is not None
+        self._attachments.append(attach(self.model, self._attend, follows_caches=follows_caches))
         return self
 
     def __exit__(

@@ -15,6 +15,7 @@ from transformers import StaticCache
 from shareprefill import share_prefill
 from shareprefill.config import RuntimeConfig
 from shareprefill.errors import ConfigError
+from shareprefill.runtime import passes
 from shareprefill.runtime.generation import cache_of, generate
 from shareprefill.runtime.session import Session
 from shareprefill.runtime.steps import (
@@ -194,6 +195,14 @@ def test_conversations_keep_apart(model: Any) -> None:
     report = session.report().decoding
     assert report is not None
     assert (report.steps, report.dense_steps) == (20, {})
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("decode", ["dense", "sparse"])
+def test_only_sessions_with_sparse_steps_follow_caches(model: Any, decode: str) -> None:
+    with session_of(model, RuntimeConfig(min_tokens=0, decode=decode)):
+        cache = model(input_ids=token_ids(1, 20), use_cache=True).past_key_values
+    assert (cache in passes._conversations) == (decode == "sparse")
 
 
 def _reorder(cache: Any) -> Any:
