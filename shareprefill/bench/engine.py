@@ -112,10 +112,13 @@ def start_engine(
         "max_num_batched_tokens": tokens + _ROOM,
         "max_num_seqs": 16,
         "enable_prefix_caching": False,
-        "worker_extension_cls": "shareprefill.vllm.report.ReportExtension",
+        "worker_extension_cls": "shareprefill.bench.random_weights.RandomWeights",
         "additional_config": {"shareprefill": options},
     }
-    return vllm.LLM(model, **known | named | arguments)
+    llm = vllm.LLM(model, **known | named | arguments)
+    if is_random:
+        llm.collective_rpc("shareprefill_randomize")
+    return llm
 
 
 def random_prompts(llm: Any) -> Prompts:
