@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import vllm
 from vllm.config import get_current_vllm_config, set_current_vllm_config
-from vllm.distributed.parallel_state import get_tp_group
+from vllm.distributed.parallel_state import get_pp_group, get_tp_group
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 from vllm.v1.attention.selector import get_attn_backend
@@ -203,7 +203,8 @@ def _make(options: ServingOptions, config: Any) -> ServingCore:
         backend=inner_backend(),
         max_rows=config.scheduler_config.max_num_batched_tokens,
         max_keys=model.max_model_len,
-        count=count,
+        # Every process has all rows; counters are of the engine, as vLLM's are.
+        **({"count": count} if group.is_first_rank and get_pp_group().is_first_rank else {}),
     )
     core.check_files = check_files
     logger.info(

@@ -199,11 +199,27 @@ def test_a_cached_prefix_is_continued_at_any_offset(tmp_path: Path, dense: dict[
 
 
 def test_two_processes_choose_as_one_does(tmp_path: Path):
+    from prometheus_client import CollectorRegistry
+    from prometheus_client.multiprocess import MultiProcessCollector
+
     engine = {"options": PLANNED, "batches": [REQUESTS], "arguments": CHUNKED}
     (one,) = run(tmp_path, engine)
     divided = engine | {"arguments": CHUNKED | {"tensor_parallel_size": 2}}
-    (two,) = run(tmp_path, divided, VLLM_ENABLE_V1_MULTIPROCESSING="1")
+    several = {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
+        "PROMETHEUS_MULTIPROC_DIR": str(tmp_path / "metrics"),
+    }
+    (tmp_path / "metrics").mkdir()
+    (two,) = run(tmp_path, divided, **several)
     assert difference(two, one) < 1e-4
+    # Both processes have every row, and the engine's counters count it once.
+    rows = one["reports"][0]["rows"]
+    assert [report["rows"] for report in two["reports"]] == [rows, rows]
+    registry = CollectorRegistry()
+    MultiProcessCollector(registry, several["PROMETHEUS_MULTIPROC_DIR"])
+    samples = [sample for family in registry.collect() for sample in family.samples]
+    counted = {s.labels["name"]: s.value for s in samples if s.name == "shareprefill_rows_total"}
+    assert counted == rows["sparse"] | rows["dense"]
     heads = [report["recent"]["auto"]["policies"] for report in two["reports"]]
     both = {name: sum(part.get(name, 0) for part in heads) for name in heads[0] | heads[1]}
     assert both == one["reports"][0]["recent"]["auto"]["policies"]
