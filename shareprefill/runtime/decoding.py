@@ -44,6 +44,8 @@ _PIECE = 16384
 _ROOM, _ROOM_SHARE = 1024, 8
 # The price of reading that sequences begin with, in powers of 2: most blocks are worth it.
 _FIRST_PRICE = -10.0
+# What a step reads above the density that was asked for, over it, counts up to here.
+_MOST_ABOVE = 2.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -162,8 +164,9 @@ class _Budget:
         counts = torch.cat(self._counts, 1).float()
         read = counts.mean(1, keepdim=True) / (self._blocks * self.density)
         # Large steps at first, small ones later: a step that needs more than others may have it.
-        gain = max(1 / 8, 4 / (4 + self._steps))
-        self._log2 = (self._log2 + gain * read.log2()).clamp(max=40)
+        gain = max(1 / 4, 8 / (8 + self._steps))
+        # By the difference, not the ratio: it is the mean over steps that is asked for.
+        self._log2 = (self._log2 + gain * (read - 1).clamp(max=_MOST_ABOVE)).clamp(max=40)
         self.price = self._log2.exp2()
         self._counts, self._steps = [], self._steps + 1
 

@@ -76,7 +76,7 @@ def test_steps_come_to_read_what_is_asked_for() -> None:
         counts = cache.run(SparseDecoding(density=density), (0,), 90, slice(0, 1))[1]
         there = (PROMPT + 1 + torch.arange(90) + BLOCK - 1) // BLOCK
         read = (counts.double().mean((1, 2, 3)) / there)[30:].mean()
-        assert read == pytest.approx(density, rel=0.1)
+        assert read == pytest.approx(density, rel=0.04)
         # The first steps read more, not less.
         assert (counts[0].double().mean() / there[0]) > density
 
