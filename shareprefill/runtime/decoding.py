@@ -134,15 +134,20 @@ class _Budget:
     have read: so blocks are read where they change the predictions most. Neighbours in a batch have
     prices of their own.
 
+    Args:
+        batch: B, sequences.
+        density: Asked for.
+        harm: What lost attention of KV heads does, float32 `[L, 1, G]`; one for all layers: `[1]`.
+
     Attributes:
-        price: float32 `[B, 1]`.
+        worth: What blocks must be worth, float32 `[L, B, G]`: the price by the harm.
     """
 
-    def __init__(self, batch: int, density: float, device: torch.device) -> None:
-        self.density = density
+    def __init__(self, batch: int, density: float, harm: Tensor) -> None:
+        self.density, self._harm = density, harm
         first = _FIRST_PRICE if density < 1 else -torch.inf
-        self._log2 = torch.full((batch, 1), first, dtype=torch.float32, device=device)
-        self.price = self._log2.exp2()
+        self._log2 = torch.full((batch, 1), first, dtype=torch.float32, device=harm.device)
+        self.worth = self._log2.exp2() / harm
         self._counts: list[Tensor] = []
         self._blocks: Tensor | int = 1
         self._steps = 0
@@ -167,7 +172,7 @@ class _Budget:
         gain = max(1 / 4, 8 / (8 + self._steps))
         # By the difference, not the ratio: it is the mean over steps that is asked for.
         self._log2 = (self._log2 + gain * (read - 1).clamp(max=_MOST_ABOVE)).clamp(max=40)
-        self.price = self._log2.exp2()
+        self.worth = self._log2.exp2() / self._harm
         self._counts, self._steps = [], self._steps + 1
 
 
@@ -216,7 +221,7 @@ class SparseDecoding:
 
     def __init__(self, *, density: float, effect: Tensor | None = None) -> None:
         self.density, self.effect = density, effect
-        self._weights: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = {}
+        self._weights: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
     def begin(self, starts: Sequence[int]) -> DecodeState:
         """The state of the sequences of a cache.
@@ -273,12 +278,14 @@ class SparseDecoding:
         device, (batch, groups, tokens, _) = key.device, key.shape
         budget = state._budgets.get(device)
         if budget is None:
-            budget = state._budgets[device] = _Budget(batch, self.density, device)
+            harm = self._weights_of(groups, query.shape[1], device)[1]
+            budget = state._budgets[device] = _Budget(batch, self.density, harm)
         basis, words = state._sketches[layer].grow(key, state.pieces)
-        share, harm = self._weights_of(layer, groups, query.shape[1], device)
+        share = self._weights_of(groups, query.shape[1], device)[0]
+        place = layer if len(share) > 1 else 0
         starts = state.places(device)
         blocks, counts = select_blocks(
-            *(query, key, words, basis, share, budget.price / harm),
+            *(query, key, words, basis, share[place], budget.worth[place]),
             block_size=BLOCK,
             local=LOCAL,
             starts=starts,
@@ -294,20 +301,18 @@ class SparseDecoding:
         of_all = sum(count_blocks(tokens - start, BLOCK) for start in state.starts)
         return out, DecodeRecord(counts, of_all * groups)
 
-    def _weights_of(
-        self, layer: int, groups: int, heads: int, device: torch.device
-    ) -> tuple[Tensor, Tensor]:
-        """Weights of query heads in their KV head `[H]`, and what KV heads' losses harm `[G]`.
+    def _weights_of(self, groups: int, heads: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Weights of query heads in their KV head `[L, H]`, and the harm of KV heads `[L, 1, G]`.
 
-        The harm of a KV head of mean effect is 1.
+        The harm of a KV head of mean effect is 1. Where all heads count alike, L is 1.
         """
-        found = self._weights.get((layer, device))
+        found = self._weights.get(device)
         if found is None:
-            effect = torch.ones((groups, heads // groups), dtype=torch.float32, device=device)
+            effect = torch.ones((1, heads), dtype=torch.float64)
             if self.effect is not None:
                 mean = self.effect.double().mean().clamp(min=1e-30)
-                own = (self.effect[layer].double() / mean).clamp(min=1e-3)
-                effect = own.to(device, torch.float32).unflatten(0, (groups, -1))
-            share = effect / effect.sum(1, keepdim=True)
-            found = self._weights[layer, device] = share.flatten(), effect.mean(1)
+                effect = (self.effect.double().cpu() / mean.cpu()).clamp(min=1e-3)
+            effect = effect.to(device, torch.float32).unflatten(1, (groups, -1))
+            share = effect / effect.sum(2, keepdim=True)
+            found = self._weights[device] = share.flatten(1), effect.mean(2)[:, None]
         return found
