@@ -226,12 +226,15 @@ class SparsePrefill:
         # SDPA knows neither soft-capping nor sinks.
         is_plain = inputs.softcap is None and inputs.sinks is None
         if plan.reads_patterns and not (plan.is_dense and is_plain):
+            first, finite = selection.flags or (0, None)
             lists = list_blocks(
                 selection.own,
                 selection.head_to_pattern,
                 max_density=crossover(device).density if most is None else most,
                 shared=selection.shared,
                 source=selection.source,
+                finite=finite,
+                first=first,
                 **geometry.sizes,
             )
             if is_plain:

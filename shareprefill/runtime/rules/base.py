@@ -73,6 +73,9 @@ class LayerSelection:
         head_to_pattern: int64 `[H]`; P: every causal block; -1: none, the head's output is there.
         output: `[H, Nq, Dv]`, which holds the output of the heads that read no pattern.
         policy_taken: The policies.
+        flags: The number of a pattern, and flags of it and those that follow, bool `[S, n_q]`: a
+            head reads every causal block in place of a pattern whose flags are not all set. None
+            for none.
         overhead: The steps of the selection.
         coverage: The check before sharing; None without one.
         distances: JS distance of every candidate for sharing to its pivot, float32 `[H]`, NaN for
@@ -86,6 +89,7 @@ class LayerSelection:
     head_to_pattern: Tensor
     output: Tensor
     policy_taken: PolicyTaken
+    flags: tuple[int, Tensor] | None = None
     shared: Tensor | None = None
     source: Tensor | None = None
     overhead: tuple[Overhead, ...] = ()

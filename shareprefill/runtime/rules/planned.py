@@ -28,7 +28,6 @@ from shareprefill.runtime.ops.block_selection import (
     LineWeights,
     check_heads,
     head_blocks,
-    redirect_heads,
     sparse_heads,
 )
 from shareprefill.runtime.ops.pages import Tokens
@@ -149,7 +148,6 @@ class PlannedLayer(LayerPlan):
             those that may take a row-sampled one, first the former, in their order. None for none,
             and where vertical-slash patterns are for all heads: then their group is in `own`.
         n_own: Patterns in the layer's bitmap.
-        dense_id: The number of the pattern of every causal block, int64 `[1]`.
     """
 
     by_head: Tensor
@@ -164,7 +162,6 @@ class PlannedLayer(LayerPlan):
     own: tuple[OwnPatterns, ...]
     guarded: tuple[OwnPatterns, OwnPatterns] | None
     n_own: int
-    dense_id: Tensor
 
 
 class PivotPatterns:
@@ -290,17 +287,16 @@ class PlannedRule(LayerRule[PlannedLayer, PivotPatterns]):
         maps = steps.first_maps()
         steps.choose_pivots(value, output, maps[0])
         requested, coverage = steps.check(maps[1])
-        read = requested[: layer.n_heads]
         for group in layer.own:
-            read = steps.choose(group, requested, read)
+            steps.choose(group, requested)
         if layer.guarded is not None:
-            requested = steps.choose_sparse(*layer.guarded, requested, read)
-            read = requested[: layer.n_heads]
-        read = steps.choose_sampled(requested, read)
+            requested = steps.choose_sparse(*layer.guarded, requested)
+        flags = steps.choose_sampled(requested)
         is_sharing = len(layer.shared) > 0
         return LayerSelection(
             own=own,
-            head_to_pattern=read,
+            head_to_pattern=requested[: layer.n_heads],
+            flags=flags,
             output=output,
             shared=pivots.patterns if is_sharing else None,
             source=layer.shared if is_sharing else None,
@@ -399,33 +395,26 @@ class _Steps:
         self.overhead.append(Overhead(sharing.heads, sampling_work(inputs, rows)))
         return requested, Coverage(sharing.heads, mass, found)
 
-    def choose(self, group: OwnPatterns, requested: Tensor, read: Tensor) -> Tensor:
-        """Patterns of heads that choose by themselves.
-
-        Returns:
-            `read`, what each head reads, with every causal block for heads of the group whose
-            patterns rest on NaN or Inf, int64 `[H]`.
-        """
+    def choose(self, group: OwnPatterns, requested: Tensor) -> None:
+        """Patterns of heads that choose by themselves; every causal block for want of numbers."""
         inputs, geometry = self.inputs, self.inputs.geometry
         heads, out = requested[group.requested], self.patterns[group.rows]
         policy = self.rule.selectors[group.policy]
         if isinstance(policy, InPlacePolicy):
             is_finite = policy.write(inputs, heads, group.gamma, out)
             self.overhead.append(Overhead(heads, policy.work(inputs)))
-            if policy.fills_nonfinite:
-                self.is_finite.append((group.first, is_finite))
-                return read
         else:
             chosen = policy.select(inputs, heads, group.gamma)
             check_pattern(policy, chosen.pattern, tuple(out.shape), out.device)
-            torch.logical_or(chosen.pattern, geometry.always, out=out).logical_and_(geometry.causal)
+            torch.logical_or(chosen.pattern, geometry.always, out=out)
             self.overhead.append(Overhead(heads, chosen.work))
             is_finite = _are_finite(inputs)[group.heads]
-        return redirect_heads(read, is_finite, self.layer.dense_id, first=group.first)
+        if not (isinstance(policy, InPlacePolicy) and policy.fills_nonfinite):
+            is_finite = is_finite.view(len(heads), -1).all(1)
+            out.logical_or_(~is_finite[:, None, None]).logical_and_(geometry.causal)
+        self.is_finite.append((group.first, is_finite))
 
-    def choose_sparse(
-        self, slash: OwnPatterns, sampled: OwnPatterns, requested: Tensor, read: Tensor
-    ) -> Tensor:
+    def choose_sparse(self, slash: OwnPatterns, sampled: OwnPatterns, requested: Tensor) -> Tensor:
         """Vertical-slash patterns for highly sparse heads; the others are to be row-sampled.
 
         Returns:
@@ -438,23 +427,23 @@ class _Steps:
         # A distance that is not a number is above nothing: its head samples, and is found out then.
         return sparse_heads(
             vertical,
-            read,
             requested,
+            n_heads=self.layer.n_heads,
             delta=self.rule.plan.delta,
             first=slash.first,
             otherwise=sampled.first,
             place=sampled.requested.start,
         )
 
-    def choose_sampled(self, requested: Tensor, read: Tensor) -> Tensor:
+    def choose_sampled(self, requested: Tensor) -> tuple[int, Tensor] | None:
         """Patterns from sampled rows, smoothed or not.
 
         Returns:
-            `read`, as in `choose`.
+            As in `LayerSelection.flags`.
         """
-        groups, inputs = self.layer.sampled, self.inputs
+        groups, inputs, flags = self.layer.sampled, self.inputs, None
         if not groups:
-            return read
+            return None
         policies = [self.rule.samplers[group.policy] for group in groups]
         heads = requested[groups[0].requested.start : groups[-1].requested.stop]
         if len(groups) == 2:
@@ -468,8 +457,8 @@ class _Steps:
             if policy.fills_nonfinite:
                 self.is_finite.append((group.first, finite))
             else:
-                read = redirect_heads(read, finite, self.layer.dense_id, first=group.first)
-        return read
+                flags = group.first, finite
+        return flags
 
 
 def _are_finite(inputs: LayerInputs) -> Tensor:
@@ -510,7 +499,7 @@ class _LayerMaker:
         ours = (code for code in _FROM_ROWS if code not in self.rule.plan.selectors)
         sampled = [groups.pop(code) for code in ours if code in groups]
         on_pass, on_fail = self._read(fails=False), self._read(fails=True)
-        shares, n_patterns = set(self.sharing), len(self.by_pattern)
+        shares = set(self.sharing)
         dense = self._having(lambda plan: plan.policy == Policy.DENSE)
         return PlannedLayer(
             n_heads=len(self.heads),
@@ -531,8 +520,7 @@ class _LayerMaker:
             sampled=tuple(sampled),
             own=tuple(groups.values()),
             guarded=guarded,
-            n_own=n_patterns - len(self.shared),
-            dense_id=self._integers([n_patterns]),
+            n_own=len(self.by_pattern) - len(self.shared),
         )
 
     def _having(self, test: Callable[[HeadPlan], bool]) -> list[int]:

@@ -34,12 +34,12 @@ TYPES = {
     **dict.fromkeys(["p_rows", "p_heads", "p_index", "p_head_to_list"], "*i64"),
     **dict.fromkeys(["p_counts", "p_offsets", "p_listed", "p_indices"], "*i32"),
     "p_totals": "*i32",
-    **dict.fromkeys(["p_bitmap", "p_shared", "p_patterns", "p_finite", "p_holds"], "*u8"),
+    **dict.fromkeys(["p_bitmap", "p_shared", "p_patterns", "p_finite", "p_flags"], "*u8"),
     **dict.fromkeys(["p_columns", "p_distances"], "*u8"),
     **dict.fromkeys(["p_source", "p_check", "p_on_pass", "p_on_fail", "p_decided"], "*i64"),
-    **dict.fromkeys(["p_read", "p_otherwise", "p_pattern"], "*i64"),
+    **dict.fromkeys(["p_requested", "p_pattern"], "*i64"),
     **dict.fromkeys(["scale_log2", "softcap_log2", "delta"], "fp32"),
-    **dict.fromkeys(["p_requested", "p_table"], "*i64"),
+    **dict.fromkeys(["p_table"], "*i64"),
     **dict.fromkeys(smoothing.smooth_kernel.arg_names[7:14], "fp32"),
 }
 
@@ -110,9 +110,6 @@ result["covered"] = build(measures.covered_kernel, measure, **warps)
 check = selection.CHECK_OPTIONS
 result["check"] = build(
     heads.check_kernel, constants_of(check), {"p_found": "*u8"}, **launch(check)
-)
-result["redirect"] = build(
-    heads.redirect_kernel, {"ENTRIES": 128}, {"p_found": "*i64"}, num_warps=1
 )
 sparse = selection.SPARSE_OPTIONS
 result["sparse heads"] = build(heads.sparse_heads_kernel, constants_of(sparse), **launch(sparse))

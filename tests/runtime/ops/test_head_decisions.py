@@ -12,7 +12,6 @@ from shareprefill.runtime.ops.block_selection import (
     covered_mass,
     head_blocks,
     list_blocks,
-    redirect_heads,
     select_blocks,
     smooth_maps,
     sparse_heads,
@@ -116,19 +115,30 @@ def test_blocks_of_smoothed_maps_are_chosen_in_one_step(
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("n_flags", [(), (3,), (200,)], ids=str)
-@pytest.mark.parametrize("is_one", [False, True])
-def test_heads_are_redirected_as_by_the_reference(
-    n_flags: tuple[int, ...], is_one: bool, device: str
+@pytest.mark.parametrize("n_flags", [1, 600])
+@pytest.mark.parametrize("max_density", [0.3, 1.0])
+def test_heads_of_unset_flags_read_every_causal_block(
+    max_density: float, n_flags: int, device: str
 ) -> None:
-    holds = torch.rand(6, *n_flags, device=device) < (0.995 if n_flags else 0.5)
-    holds[0] = False
-    read = torch.randint(-1, 14, (40,), device=device)
-    otherwise = torch.randint(50, 60, (1 if is_one else 6,), device=device)
-    wanted = redirect_heads(read, holds, otherwise, first=4, impl="reference")
-    found = redirect_heads(read, holds, otherwise, first=4, impl="triton")
-    assert torch.equal(found, wanted)
-    assert not torch.equal(found, read)
+    shape = (100, 120, 16)
+    bitmap = random_maps(6, shape, device=device) > 0.2
+    bitmap[1] = True
+    # Of the patterns 2 to 5; nobody reads the last one.
+    finite = torch.ones(4, n_flags, dtype=torch.bool, device=device)
+    finite[1, -1] = finite[3, 0] = False
+    heads = torch.tensor([0, 4, 1, -1, 3, 2, 3, 6], device=device)
+    options = geometry(shape) | {"max_density": max_density}
+    redirected = torch.where(heads == 3, 6, heads)
+    for given, flags in ((heads, finite), (redirected[heads != 6], finite), (heads, finite | True)):
+        wanted = list_blocks(
+            bitmap, torch.where(given == 3, 6, given) if flags is finite else given, **options
+        )
+        for impl in ("reference", "triton"):
+            found = list_blocks(bitmap, given, **options, finite=flags, first=2, impl=impl)
+            found.validate()
+            assert torch.equal(found.head_to_list, wanted.head_to_list)
+            assert torch.equal(found.to_bitmap(), wanted.to_bitmap())
+            assert torch.equal(found.totals().offsets, wanted.offsets[:: wanted.n_q])
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -142,10 +152,10 @@ def test_sparse_heads_are_those_of_the_reference(n_k: int, device: str) -> None:
     vertical[0], vertical[4, 0] = 0, torch.nan
     # Patterns 3 to 7 are read by five heads, and of the entries asked for the five from 14 on.
     read = torch.tensor([5, 0, 3, 20, 7, -1, 4, 6, 2, 8, 9], device=device)
-    requested = torch.cat([read + 100, torch.randint(0, 11, (150,), device=device)])
-    options = {"delta": 0.3, "first": 3, "otherwise": 40, "place": 14}
-    wanted = sparse_heads(vertical, read, requested, **options, impl="reference")
-    found = sparse_heads(vertical, read, requested, **options, impl="triton")
+    requested = torch.cat([read, torch.randint(0, 11, (150,), device=device)])
+    options = {"n_heads": 11, "delta": 0.3, "first": 3, "otherwise": 40, "place": 14}
+    wanted = sparse_heads(vertical, requested, **options, impl="reference")
+    found = sparse_heads(vertical, requested, **options, impl="triton")
     assert torch.equal(found, wanted)
     moved, asked = wanted[:11], wanted[14:19]
     assert torch.equal(moved[4:5], torch.tensor([44], device=device))
@@ -240,8 +250,11 @@ def test_two_bitmaps_that_do_not_belong_together_are_refused() -> None:
         list_blocks(own, heads, **sizes, shared=own, source=source)
     with pytest.raises(ConfigError, match=r"shared must be bool \[N, 2, 2\]"):
         list_blocks(own, heads, **sizes, shared=own.int(), source=source)
-    with pytest.raises(ConfigError, match=r"otherwise must be int64 \[2\]"):
-        redirect_heads(heads, torch.ones(2, dtype=torch.bool), torch.tensor([1, 2, 3]), first=0)
-    places = {"delta": 0.3, "first": 0, "otherwise": 1, "place": 3}
+    flags = torch.ones(2, 2, dtype=torch.bool)
+    with pytest.raises(ConfigError, match="finite is of 2 patterns from 0 on, there are 1"):
+        list_blocks(own, heads, **sizes, finite=flags, max_density=0.5)
+    with pytest.raises(ConfigError, match="finite needs max_density"):
+        list_blocks(own, heads, **sizes, finite=flags[:1])
+    places = {"n_heads": 1, "delta": 0.3, "first": 0, "otherwise": 1, "place": 3}
     with pytest.raises(ConfigError, match="place must lie between 1 heads and the last 2 of 4"):
-        sparse_heads(torch.ones(2, 2), heads, torch.zeros(4, dtype=torch.int64), **places)
+        sparse_heads(torch.ones(2, 2), torch.zeros(4, dtype=torch.int64), **places)

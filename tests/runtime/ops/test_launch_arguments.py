@@ -107,8 +107,7 @@ def test_selection(started: set[str], monkeypatch: pytest.MonkeyPatch) -> None:
     selection.covered_mass(maps, patterns, index)(maps, patterns, index)
     check = (maps, patterns, index, index, gamma, gamma > 0, index, index, index)
     selection.check_heads(*check)(*check)
-    selection.redirect_heads(index, gamma > 0, index, 0)(index, gamma > 0, index)
-    selection.sparse_heads(maps[0], index, index, 0.3, 0, 0, 0)(maps[0], index, index)
-    lists = (patterns, index, patterns, index)
-    selection.list_blocks(*lists, *sizes, 4)(*lists)
-    assert len(started) == 17
+    selection.sparse_heads(maps[0], index, 3, 0.3, 0, 0, 0)(maps[0], index)
+    lists = (patterns, index, patterns, index, gamma[:, None] > 0)
+    selection.list_blocks(*lists, *sizes, 4, 0)(*lists)
+    assert len(started) == 16

@@ -375,49 +375,11 @@ def check_heads(
     return run(*tensors)
 
 
-def redirect_heads(
-    read: torch.Tensor,
-    holds: torch.Tensor,
-    otherwise: torch.Tensor,
-    *,
-    first: int,
-    impl: str = "auto",
-) -> torch.Tensor:
-    """Lets heads that read some patterns read others where flags of these are not all set.
-
-    >>> read, holds = torch.tensor([4, 5, 0]), torch.tensor([True, False])
-    >>> redirect_heads(read, holds, torch.tensor([9]), first=4)
-    tensor([4, 9, 0])
-
-    Args:
-        read: int64 `[H]`, the pattern that every head reads.
-        holds: bool `[S, ...]`, flags of the patterns `first .. first + S - 1`.
-        otherwise: int64 `[S]`, what is read in place of each; or `[1]`, for all of them.
-        first: the first of these patterns.
-        impl: as in `select_blocks`.
-
-    Returns:
-        int64 `[H]`.
-
-    Raises:
-        ConfigError: shapes, dtypes or devices do not belong together.
-    """
-    call = ("redirect", facts(read), facts(holds), facts(otherwise), first, impl)
-    run = _calls.get(call)
-    if run is None:
-        check_tensor("read", read, torch.int64, ("H",), read.device)
-        check_tensor("holds", holds, torch.bool, ("S", *holds.shape[1:]), read.device)
-        n_otherwise = 1 if len(otherwise) == 1 else len(holds)
-        check_tensor("otherwise", otherwise, torch.int64, (n_otherwise,), read.device)
-        run = _calls.keep(call, _prepare("redirect_heads", impl, (read, holds, otherwise), first))
-    return run(read, holds, otherwise)
-
-
 def sparse_heads(
     vertical: torch.Tensor,
-    read: torch.Tensor,
     requested: torch.Tensor,
     *,
+    n_heads: int,
     delta: float,
     first: int,
     otherwise: int,
@@ -432,9 +394,9 @@ def sparse_heads(
     Args:
         vertical: float32 `[S, n_k]`, attention by key block for the patterns
             `first .. first + S - 1`, each of which one head reads.
-        read: int64 `[H]`, the pattern that every head reads.
-        requested: int64 `[H + T]`, of which the last T are the heads that further patterns are
-            asked for.
+        requested: int64 `[H + T]`, the pattern that every head reads, and the heads that further
+            patterns are asked for.
+        n_heads: H.
         delta: The distance.
         first: The first of these patterns.
         otherwise: The first of those that are read by the others, in the same order.
@@ -448,21 +410,20 @@ def sparse_heads(
     Raises:
         ConfigError: shapes, dtypes, devices or places do not belong together.
     """
-    places = (delta, first, otherwise, place)
-    call = ("sparse", facts(vertical), facts(read), facts(requested), places, impl)
+    places = (n_heads, delta, first, otherwise, place)
+    call = ("sparse", facts(vertical), facts(requested), places, impl)
     run = _calls.get(call)
     if run is None:
         check_tensor("vertical", vertical, torch.float32, ("S", "n_k"), vertical.device)
-        check_tensor("read", read, torch.int64, ("H",), vertical.device)
         check_tensor("requested", requested, torch.int64, ("H + T",), vertical.device)
-        if not len(read) <= place <= len(requested) - len(vertical):
+        if not 0 <= n_heads <= place <= len(requested) - len(vertical):
             raise ConfigError(
-                f"place must lie between {len(read)} heads and the last {len(vertical)} of "
+                f"place must lie between {n_heads} heads and the last {len(vertical)} of "
                 f"{len(requested)} entries, got {place}"
             )
-        tensors = (vertical, read, requested)
+        tensors = (vertical, requested)
         run = _calls.keep(call, _prepare("sparse_heads", impl, tensors, *places))
-    return run(vertical, read, requested)
+    return run(vertical, requested)
 
 
 def list_blocks(
@@ -475,6 +436,8 @@ def list_blocks(
     max_density: float | None = None,
     shared: torch.Tensor | None = None,
     source: torch.Tensor | None = None,
+    finite: torch.Tensor | None = None,
+    first: int = 0,
     impl: str = "auto",
 ) -> BlockLists:
     """Lists of the causal set entries of a bitmap, without waiting for the device.
@@ -497,6 +460,10 @@ def list_blocks(
         shared: bool `[N, n_q, n_k]`, contiguous: patterns of another bitmap; None for none.
         source: int64 `[S]`, numbers of those of them that come first, before the bitmap's: P is S
             more then. On CUDA the range is not checked.
+        finite: bool `[S, m]`, flags of the patterns `first .. first + S - 1`: the heads of one
+            whose flags are not all set read every causal block, as those of one with more blocks
+            than `max_density`, which it needs; None for none.
+        first: the first of these patterns.
         impl: as in `select_blocks`.
 
     Returns:
@@ -507,15 +474,37 @@ def list_blocks(
             for the bound in 32-bit offsets.
     """
     sizes, patterns = (n_query, n_key, block_size), (facts(bitmap), facts(shared), facts(source))
-    call = ("list", patterns, facts(head_to_list), sizes, max_density, impl)
+    call = ("list", patterns, *map(facts, (head_to_list, finite)), sizes, max_density, first, impl)
     run = _calls.get(call)
     if run is None:
         tensors = (bitmap, head_to_list, shared, source)
         max_blocks = _check_lists(*tensors, *sizes, max_density)
-        run = _calls.keep(call, _prepare("list_blocks", impl, tensors, *sizes, max_blocks))
+        _check_flags(finite, first, bitmap, source, max_blocks)
+        options = (*sizes, max_blocks, first)
+        run = _calls.keep(call, _prepare("list_blocks", impl, (*tensors, finite), *options))
     n_patterns = len(bitmap) + (0 if source is None else len(source))
     check_below("head_to_list", head_to_list, n_patterns + (max_density is not None))
-    return run(bitmap, head_to_list, shared, source)
+    return run(bitmap, head_to_list, shared, source, finite)
+
+
+def _check_flags(
+    finite: torch.Tensor | None,
+    first: int,
+    bitmap: torch.Tensor,
+    source: torch.Tensor | None,
+    max_blocks: int | None,
+) -> None:
+    """Refuse flags of patterns that are not there, or without a list for their heads."""
+    if finite is None:
+        return
+    check_tensor("finite", finite, torch.bool, ("S", "m"), bitmap.device)
+    n_patterns = len(bitmap) + (0 if source is None else len(source))
+    if not 0 <= first <= n_patterns - len(finite):
+        raise ConfigError(
+            f"finite is of {len(finite)} patterns from {first} on, there are {n_patterns}"
+        )
+    if max_blocks is None:
+        raise ConfigError("finite needs max_density, with which there is a list of every block")
 
 
 def _check_lists(

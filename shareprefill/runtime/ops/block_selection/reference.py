@@ -161,20 +161,10 @@ def check_heads(
     return torch.where(passed[check_of], on_pass, on_fail), mass, found
 
 
-def redirect_heads(
-    read: torch.Tensor, holds: torch.Tensor, otherwise: torch.Tensor, first: int
-) -> torch.Tensor:
-    """Arguments as in the operator of this name."""
-    numbers = torch.arange(first, first + len(holds), device=read.device)
-    is_away = (read[:, None] == numbers) & ~holds.view(*holds.shape, 1).flatten(1).all(1)
-    away = (is_away * otherwise.expand(len(holds))).sum(1)
-    return torch.where(is_away.any(1), away, read)
-
-
 def sparse_heads(
     vertical: torch.Tensor,
-    read: torch.Tensor,
     requested: torch.Tensor,
+    n_heads: int,
     delta: float,
     first: int,
     otherwise: int,
@@ -184,11 +174,11 @@ def sparse_heads(
     even = torch.full_like(vertical[:1, None], 1 / vertical.shape[1])
     of_all = torch.zeros(len(vertical), dtype=torch.int64, device=vertical.device)
     is_sparse = js_distances(vertical[:, None], even, of_all) > delta
-    decided = torch.cat([read, requested[len(read) :]])
-    asked = decided[place : place + len(vertical)]
-    asked.masked_fill_(is_sparse, -1)
-    own = torch.arange(otherwise, otherwise + len(vertical), device=read.device)
-    decided[: len(read)] = redirect_heads(read, is_sparse, own, first)
+    decided = requested.clone()
+    decided[place : place + len(vertical)].masked_fill_(is_sparse, -1)
+    numbers = torch.arange(first, first + len(vertical), device=requested.device)
+    is_away = ((requested[:n_heads, None] == numbers) & ~is_sparse).any(1)
+    decided[:n_heads] += (otherwise - first) * is_away
     return decided
 
 
@@ -197,10 +187,12 @@ def list_blocks(
     head_to_list: torch.Tensor,
     shared: torch.Tensor | None,
     source: torch.Tensor | None,
+    finite: torch.Tensor | None,
     n_query: int,
     n_key: int,
     block_size: int,
     max_blocks: int | None,
+    first: int,
 ) -> BlockLists:
     """Arguments as in the operator of this name; `max_blocks` is what `max_density` stands for."""
     if shared is not None and source is not None:
@@ -212,6 +204,8 @@ def list_blocks(
     bitmap = bitmap & causal & used[:, None, None]
     if max_blocks is not None:
         over = bitmap.sum((1, 2)) > max_blocks
+        if finite is not None:
+            over[first : first + len(finite)] |= ~finite.all(1)
         too_many = (over[:, None] & (numbers[:, None] == head_to_list[None, :])).any(0)
         head_to_list = torch.where(too_many, n_patterns, head_to_list)
         dense = causal & (head_to_list == n_patterns).any()

@@ -27,7 +27,6 @@ from shareprefill.runtime.ops.block_selection.kernels.head_threshold_large impor
 )
 from shareprefill.runtime.ops.block_selection.kernels.heads import (
     check_kernel,
-    redirect_kernel,
     sparse_heads_kernel,
 )
 from shareprefill.runtime.ops.block_selection.kernels.lists import (
@@ -94,7 +93,6 @@ STRIP_OPTIONS: dict[str, Any] = HEAD_OPTIONS | {
 SUM_OPTIONS: dict[str, Any] = {"ROWS": LINE_ROWS, "LINES": LINES, "num_warps": 4}
 SMOOTH_OPTIONS: dict[str, Any] = {"ROWS": SMOOTH_ROWS, "CHUNK": SMOOTH_CHUNK, "num_warps": 4}
 LIST_OPTIONS: dict[str, Any] = {"CHUNK": LIST_CHUNK, "num_warps": 1}
-HEADS_OPTIONS: dict[str, Any] = {"ENTRIES": 128, "num_warps": 1}
 SPARSE_OPTIONS: dict[str, Any] = {"ENTRIES": 128, "CHUNK": 512, "num_warps": 4}
 CHECK_OPTIONS: dict[str, Any] = {
     "ENTRIES": 128,
@@ -398,42 +396,24 @@ def check_heads(
     return run
 
 
-def redirect_heads(
-    read: Tensor, holds: Tensor, otherwise: Tensor, first: int
-) -> Callable[..., Tensor]:
-    """One launch; arguments as in the operator of this name."""
-    n_heads, n_patterns, device = len(read), len(holds), read.device
-    n_flags = holds[0].numel() if n_patterns else 0
-    numbers = (n_patterns, n_flags, first, int(len(otherwise) > 1))
-    redirect = Launch(redirect_kernel, device, (n_heads,), numbers, HEADS_OPTIONS)
-
-    def run(read: Tensor, holds: Tensor, otherwise: Tensor) -> Tensor:
-        found = torch.empty_like(read)
-        if n_heads:
-            redirect(read.contiguous(), holds.contiguous(), otherwise.contiguous(), found)
-        return found
-
-    return run
-
-
 def sparse_heads(
     vertical: Tensor,
-    read: Tensor,
     requested: Tensor,
+    n_heads: int,
     delta: float,
     first: int,
     otherwise: int,
     place: int,
 ) -> Callable[..., Tensor]:
     """One launch; arguments as in the operator of this name."""
-    (n_slots, n_k), n_heads, n_entries = vertical.shape, len(read), len(requested)
+    (n_slots, n_k), n_entries = vertical.shape, len(requested)
     numbers = (n_k, n_heads, n_entries, first, otherwise, place, float(delta))
     # One program more for what is none of these patterns'.
     decide = Launch(sparse_heads_kernel, vertical.device, (n_slots + 1,), numbers, SPARSE_OPTIONS)
 
-    def run(vertical: Tensor, read: Tensor, requested: Tensor) -> Tensor:
+    def run(vertical: Tensor, requested: Tensor) -> Tensor:
         decided = torch.empty_like(requested)
-        decide(vertical.contiguous(), read.contiguous(), requested.contiguous(), decided)
+        decide(vertical.contiguous(), requested.contiguous(), decided)
         return decided
 
     return run
@@ -444,10 +424,12 @@ def list_blocks(
     head_to_list: Tensor,
     shared: Tensor | None,
     source: Tensor | None,
+    finite: Tensor | None,
     n_query: int,
     n_key: int,
     block_size: int,
     max_blocks: int | None,
+    first: int,
 ) -> Callable[..., BlockLists]:
     """Two launches; `max_blocks` is what `max_density` of the operator stands for."""
     n_own, n_q, n_k = bitmap.shape
@@ -460,11 +442,12 @@ def list_blocks(
     heads = {"HEADS": triton.next_power_of_2(max(1, n_heads))}
     bound = {"HAS_BOUND": max_blocks is not None}
     geometry = (n_query, n_key - n_query, block_size)
+    flagged = (first, 0, 0, 0) if finite is None else (first, *finite.shape, max_blocks or 0)
     count = Launch(
         count_kernel,
         device,
         (n_patterns * n_q,),
-        (n_shared, n_q, n_k, n_heads, *geometry),
+        (n_shared, n_q, n_k, n_heads, *geometry, *flagged),
         LIST_OPTIONS | heads,
     )
     strip = LIST_TILE * (1 if n_q <= SHORT_LISTS else LIST_TILES)
@@ -478,7 +461,11 @@ def list_blocks(
     )
 
     def run(
-        bitmap: Tensor, head_to_list: Tensor, shared: Tensor | None, source: Tensor | None
+        bitmap: Tensor,
+        head_to_list: Tensor,
+        shared: Tensor | None,
+        source: Tensor | None,
+        finite: Tensor | None,
     ) -> BlockLists:
         offsets = torch.empty(n_lists * n_q + 1, **numbers)
         indices = torch.empty(max(1, capacity), **numbers)
@@ -493,7 +480,8 @@ def list_blocks(
             shared, source = bitmap, head_to_list
         patterns = (bitmap, shared.contiguous(), source.contiguous())
         if n_patterns:
-            count(*patterns, head_to_list, counts)
+            flags = bitmap if finite is None else finite.contiguous()
+            count(*patterns, flags, head_to_list, counts)
         write(*patterns, counts, head_to_list, offsets, indices, listed, totals)
         return BlockLists(offsets, indices, listed, n_q, n_k, block_size, totals)
 

@@ -50,40 +50,9 @@ def check_kernel(
         tl.store(p_decided + o_e, tl.where(passes, b_pass, b_fail), mask=m_e)
 
 
-@triton.jit(do_not_specialize=["n_patterns", "n_flags", "first", "stride_otherwise"])
-def redirect_kernel(
-    p_read,
-    p_holds,
-    p_otherwise,
-    p_found,
-    n_patterns,
-    n_flags,
-    first,
-    stride_otherwise,
-    ENTRIES: tl.constexpr,
-):
-    """One program: one head, which reads another pattern where a flag of its own is not set."""
-    i_head = tl.program_id(0)
-    i_read = tl.load(p_read + i_head)
-    i_place = i_read - first
-    if (i_place >= 0) & (i_place < n_patterns):
-        b_unset = tl.zeros([ENTRIES], dtype=tl.int32)
-        for i_flag in range(0, n_flags, ENTRIES):
-            o_f = i_flag + tl.arange(0, ENTRIES)
-            b_flag = tl.load(p_holds + i_place * n_flags + o_f, mask=o_f < n_flags, other=1)
-            b_unset += (b_flag == 0).to(tl.int32)
-        if tl.sum(b_unset, 0) > 0:
-            i_read = tl.load(p_otherwise + i_place * stride_otherwise)
-    tl.store(p_found + i_head, i_read)
-
-
-@triton.jit(
-    do_not_specialize=["n_k", "n_heads", "n_entries", "first", "otherwise", "place"],
-    do_not_specialize_on_alignment=["p_read"],
-)
+@triton.jit(do_not_specialize=["n_k", "n_heads", "n_entries", "first", "otherwise", "place"])
 def sparse_heads_kernel(
     p_vertical,
-    p_read,
     p_requested,
     p_decided,
     n_k,
@@ -116,12 +85,10 @@ def sparse_heads_kernel(
     for i_entry in range(0, n_entries, ENTRIES):
         o_e = i_entry + tl.arange(0, ENTRIES)
         is_head = o_e < n_heads
-        b_read = tl.load(p_read + o_e, mask=is_head, other=0)
-        b_entry = tl.load(p_requested + o_e, mask=(o_e < n_entries) & (o_e >= n_heads), other=0)
-        b_entry = tl.where(is_head, b_read, b_entry)
-        b_slot = tl.where(is_head, b_read - first, o_e - place)
+        b_entry = tl.load(p_requested + o_e, mask=o_e < n_entries, other=0)
+        b_slot = tl.where(is_head, b_entry - first, o_e - place)
         b_slot = tl.where((b_slot >= 0) & (b_slot < n_slots), b_slot, n_slots)
-        b_moved = tl.where(is_sparse, b_read, otherwise + b_slot)
+        b_moved = tl.where(is_sparse, b_entry, otherwise + b_slot)
         b_asked = tl.where(is_sparse, -1, b_entry)
         b_new = tl.where(is_head, b_moved, b_asked)
         b_new = tl.where(b_slot < n_slots, b_new, b_entry)

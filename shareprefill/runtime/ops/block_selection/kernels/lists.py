@@ -22,12 +22,16 @@ def _find_row(p_bitmap, p_shared, p_source, i_pattern, i_q, n_shared, n_q, n_k):
 
 
 @triton.jit(
-    do_not_specialize=["n_shared", "n_q", "n_k", "n_heads", "n_query", "offset", "block_size"]
+    do_not_specialize=[
+        *("n_shared", "n_q", "n_k", "n_heads", "n_query", "offset", "block_size"),
+        *("first", "n_flagged", "n_flags", "max_blocks"),
+    ]
 )
 def count_kernel(
     p_bitmap,
     p_shared,
     p_source,
+    p_flags,
     p_head_to_list,
     p_counts,
     n_shared,
@@ -37,10 +41,18 @@ def count_kernel(
     n_query,
     offset,
     block_size,
+    first,
+    n_flagged,
+    n_flags,
+    max_blocks,
     HEADS: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """One program: causal set entries of one row of one pattern; 0 where no head points at it."""
+    """One program: causal set entries of one row of one pattern; 0 where no head points at it.
+
+    The first row of a pattern that is not to be read counts more than a pattern may have: of the
+    patterns `first .. first + n_flagged - 1` those whose flags are not all set.
+    """
     i_row = tl.program_id(0).to(tl.int64)
     o_h = tl.arange(0, HEADS)
     b_pattern = tl.load(p_head_to_list + o_h, mask=o_h < n_heads, other=-1)
@@ -55,6 +67,14 @@ def count_kernel(
             b_set = tl.load(p_row + o_n, mask=o_n < n_seen, other=0)  # [chunk]
             b_count += (b_set > 0).to(tl.int32)
         n_listed = tl.sum(b_count, 0)
+        i_flagged = i_pattern - first
+        if (i_q == 0) & (i_flagged >= 0) & (i_flagged < n_flagged):
+            b_unset = tl.zeros([CHUNK], dtype=tl.int32)
+            for i_flag in range(0, n_flags, CHUNK):
+                o_f = i_flag + tl.arange(0, CHUNK)
+                b_flag = tl.load(p_flags + i_flagged * n_flags + o_f, mask=o_f < n_flags, other=1)
+                b_unset += (b_flag == 0).to(tl.int32)
+            n_listed = tl.where(tl.sum(b_unset, 0) > 0, max_blocks + 1, n_listed)
     tl.store(p_counts + i_row, n_listed)
 
 
