@@ -21,7 +21,7 @@ from triton.compiler import ASTSource, compile
 from shareprefill.runtime.ops.pooled_attention import triton_kernel as pooled, triton as pooling
 from shareprefill.runtime.ops.block_selection.kernels import cover, head_threshold, heads, lists
 from shareprefill.runtime.ops.block_selection.kernels import head_threshold_large, measures
-from shareprefill.runtime.ops.block_selection.kernels import smoothed_head, smoothing
+from shareprefill.runtime.ops.block_selection.kernels import smoothing
 from shareprefill.runtime.ops.block_selection import triton as selection
 from shareprefill.runtime.ops.vertical_slash import triton_kernel as profiles, triton as profiling
 from shareprefill.runtime.ops.vertical_slash import pattern_kernel
@@ -114,13 +114,11 @@ result["check"] = build(
 sparse = selection.SPARSE_OPTIONS
 result["sparse heads"] = build(heads.sparse_heads_kernel, constants_of(sparse), **launch(sparse))
 for indexed in (False, True):
-    options = selection.HEAD_OPTIONS | {"HAS_INDEX": indexed}
-    result[f"head {indexed}"] = build(
-        head_threshold.head_kernel, constants_of(options), bits, **launch(options)
-    )
-    result[f"smoothed head {indexed}"] = build(
-        smoothed_head.smoothed_head_kernel, constants_of(options), bits, **launch(options)
-    )
+    for smooths in (False, True):
+        options = selection.HEAD_OPTIONS | {"HAS_INDEX": indexed, "SMOOTHS": smooths}
+        result[f"head {indexed} {smooths}"] = build(
+            head_threshold.head_kernel, constants_of(options), bits, **launch(options)
+        )
     numbers = {**bits, **dict.fromkeys(["p_peaks", "p_before", "p_after"], "*i32")}
     for name, is_first in (("total", False), ("narrow", True), ("narrow", False), ("mark", False)):
         kernel = getattr(head_threshold_large, name + "_kernel")

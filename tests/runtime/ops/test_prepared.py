@@ -100,7 +100,6 @@ for place, names in (
     ("block_selection.kernels.cover", "select vertical_slash"),
     ("block_selection.kernels.head_threshold", "head"),
     ("block_selection.kernels.head_threshold_large", "mark"),
-    ("block_selection.kernels.smoothed_head", "smoothed_head"),
     ("pooled_attention.triton_kernel", "pooled mass means"),
     ("vertical_slash.triton_kernel", "sums profiles"),
 ):

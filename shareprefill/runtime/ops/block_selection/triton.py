@@ -34,7 +34,6 @@ from shareprefill.runtime.ops.block_selection.kernels.lists import (
     list_kernel,
 )
 from shareprefill.runtime.ops.block_selection.kernels.measures import covered_kernel, js_kernel
-from shareprefill.runtime.ops.block_selection.kernels.smoothed_head import smoothed_head_kernel
 from shareprefill.runtime.ops.block_selection.kernels.smoothing import lines_kernel, smooth_kernel
 from shareprefill.runtime.ops.block_selection.reference import ROUNDING, SHIFT, SPAN
 from shareprefill.runtime.ops.block_selection.weights import LineWeights
@@ -163,19 +162,14 @@ def head_blocks(
     sizes = (n_q, n_k, *_reach(n_query, n_key, block_size))
     always, has_index = (sink_blocks, local_blocks), index is not None
     smooth: Callable[..., Tensor] | None = None
-    search: Callable[..., None]
+    if weights is not None and n_q * n_k > SMALL_MAP:
+        smooth, weights = smooth_maps(maps, weights, n_query, n_key, block_size), None
     if n_q * n_k >= LARGE_MAP:
         search = _search_in_strips(device, n_patterns, sizes, always, has_index)
     else:
         if device.type == "cuda":  # the interpreter compiles nothing
-            _compile_strips(device, has_index)
-        options = HEAD_OPTIONS | {"HAS_INDEX": has_index}
-        search = Launch(head_kernel, device, (n_patterns,), (*sizes, *always), options)
-    if weights is not None:
-        if n_q * n_k <= SMALL_MAP:
-            search = _smooth_and_search(maps, n_patterns, sizes, always, weights, has_index)
-        else:
-            smooth = smooth_maps(maps, weights, n_query, n_key, block_size)
+            _compile_further(device, has_index)
+        search = _search_at_once(maps, n_patterns, sizes, always, weights, has_index)
 
     def run(
         maps: Tensor,
@@ -197,55 +191,49 @@ def head_blocks(
     return run
 
 
-def _smooth_and_search(
+def _search_at_once(
     maps: Tensor,
     n_patterns: int,
     sizes: tuple[int, int, int, int],
     always: tuple[int, int],
-    weights: LineWeights,
+    weights: LineWeights | None,
     has_index: bool,
 ) -> Callable[..., None]:
-    """What `smooth_maps` and `head_kernel` do, in one launch, or two with sums over lines."""
-    (n_maps, n_q, n_k), device = maps.shape, maps.device
-    if device.type == "cuda":
-        _compile_steps(device, has_index)
+    """A program for every pattern, which smooths its map where there are weights.
+
+    One launch, or two with sums over lines.
+    """
+    (n_maps, n_q, n_k), device, smooths = maps.shape, maps.device, weights is not None
+    weights = LineWeights(itself=1.0) if weights is None else weights
     sum_lines, n_diagonals = _sum_lines(n_maps, n_q, n_k, sizes[3], weights, device)
     numbers = (*sizes, *always, n_diagonals, *_factors(weights))
-    options = HEAD_OPTIONS | {"HAS_INDEX": has_index}
-    smooth = Launch(smoothed_head_kernel, device, (n_patterns,), numbers, options)
+    options = HEAD_OPTIONS | {"SMOOTHS": smooths, "HAS_INDEX": has_index}
+    launch = Launch(head_kernel, device, (n_patterns,), numbers, options)
 
     def search(maps: Tensor, gamma: Tensor, index: Tensor, chosen: Tensor, finite: Tensor) -> None:
-        smoothed = maps.new_empty((n_patterns, n_q, n_k))
-        smooth(maps, sum_lines(maps), gamma, index, smoothed, chosen, finite)
+        smoothed = maps.new_empty((n_patterns, n_q, n_k)) if smooths else maps
+        launch(maps, sum_lines(maps), gamma, index, smoothed, chosen, finite)
 
     return search
 
 
 @lru_cache(maxsize=64)
-def _compile_strips(device: torch.device, has_index: bool) -> None:
-    """Searches a map of one entry: the first long prompt then finds its kernels compiled."""
-    search = _search_in_strips(device, 1, (1, 1, 0, 0), (0, 0), has_index)
-    _search_one_entry(search, device, has_index)
-
-
-@lru_cache(maxsize=64)
-def _compile_steps(device: torch.device, has_index: bool) -> None:
-    """Smooths and searches a map of one entry in launches of their own, likewise."""
-    options = HEAD_OPTIONS | {"HAS_INDEX": has_index}
-    search = Launch(head_kernel, device, (1,), (1, 1, 0, 0, 0, 0), options)
-    _search_one_entry(search, device, has_index)
-    maps = torch.ones((1, 1, 1), dtype=torch.float32, device=device)
-    smooth_maps(maps, LineWeights(itself=1.0, column=1.0), 1, 1, 1)(maps)
-
-
-def _search_one_entry(search: Callable[..., None], device: torch.device, has_index: bool) -> None:
+def _compile_further(device: torch.device, has_index: bool) -> None:
+    """Smooths and searches a map of one entry in all ways: later ones find kernels compiled."""
+    sizes, always = (1, 1, 0, 0), (0, 0)
     maps = torch.ones((1, 1, 1), dtype=torch.float32, device=device)
     gamma = torch.ones(1, dtype=torch.float32, device=device)
     # Triton compiles kernels anew for another dtype: without an index, gamma stands in for it.
     index = torch.zeros(1, dtype=torch.int64, device=device) if has_index else gamma
     chosen = torch.empty((1, 1, 1), dtype=torch.bool, device=device)
     finite = torch.empty(1, dtype=torch.bool, device=device)
-    search(maps, gamma, index, chosen, finite)
+    weights = LineWeights(itself=1.0, column=1.0)
+    smooth_maps(maps, weights, 1, 1, 1)(maps)
+    for search in (
+        _search_at_once(maps, 1, sizes, always, None, has_index),
+        _search_in_strips(device, 1, sizes, always, has_index),
+    ):
+        search(maps, gamma, index, chosen, finite)
 
 
 def _search_in_strips(

@@ -1,4 +1,4 @@
-"""Triton kernel that chooses the blocks of a map at or above one threshold.
+"""Triton kernel that chooses the blocks of a map at or above one threshold, smoothed or not.
 
 Positive float32 numbers are ordered as their bits are. The threshold is a number of few mantissa
 bits, found by a search over its bits: each pass over the map sums the mass at or above three
@@ -11,11 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-
-@triton.jit
-def last_blocks(o_q, n_k, reach):
-    """The last causal key block of query blocks; `reach` is that of a whole first one."""
-    return tl.minimum(o_q + reach, n_k - 1)
+from shareprefill.runtime.ops.block_selection.kernels.smoothing import last_blocks, store_smoothed
 
 
 @triton.jit
@@ -130,18 +126,12 @@ def mark_rows(
 
 
 @triton.jit
-def choose_blocks(
+def _find_threshold(
     p_map,
-    p_out,
-    p_finite,
     gamma,
     n_read,
-    n_q,
     n_k,
-    first,
     reach,
-    n_sink,
-    n_local,
     ROUNDING: tl.constexpr,
     SHIFT: tl.constexpr,
     SPAN: tl.constexpr,
@@ -149,7 +139,7 @@ def choose_blocks(
     CHUNK: tl.constexpr,
     UNROLL: tl.constexpr,
 ):
-    """Write one pattern from a map of which `n_read` rows are read.
+    """The threshold of a map of `n_read` rows, and whether its sum is a number.
 
     Of a threshold's bits all but the lowest `SHIFT` are searched. The search starts `SPAN` steps of
     the threshold below the largest mass. Sums of the same order of terms fall with the threshold,
@@ -190,14 +180,94 @@ def choose_blocks(
             i_high = i_two - 1
         else:
             i_high = i_one - 1
+    return i_low, is_finite
 
-    i_least = least_bits(i_low, is_finite, SHIFT)
-    tl.store(p_finite, is_finite.to(tl.int8))
+
+@triton.jit(
+    do_not_specialize=["n_q", "n_k", "first", "reach", "n_sink", "n_local", "n_diagonals"],
+    do_not_specialize_on_alignment=["p_out", "p_finite"],
+)
+def head_kernel(
+    p_maps,
+    p_means,
+    p_gamma,
+    p_index,
+    p_smoothed,
+    p_out,
+    p_finite,
+    n_q,
+    n_k,
+    first,
+    reach,
+    n_sink,
+    n_local,
+    n_diagonals,
+    itself,
+    vertical1,
+    diagonal1,
+    vertical2,
+    diagonal2,
+    column,
+    diagonal,
+    SMOOTHS: tl.constexpr,
+    HAS_INDEX: tl.constexpr,
+    ROUNDING: tl.constexpr,
+    SHIFT: tl.constexpr,
+    SPAN: tl.constexpr,
+    ROWS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    UNROLL: tl.constexpr,
+):
+    """One program: one pattern. `SMOOTHS`: of a smoothed map in memory of the program's own.
+
+    `first` and `reach` are the key blocks of the first and of the last row of a whole first query
+    block; those of the next ones follow one by one.
+    """
+    i_pattern = tl.program_id(0).to(tl.int64)
+    i_map = i_pattern
+    if HAS_INDEX:
+        i_map = tl.load(p_index + i_pattern)
+    # Without a map no row is read.
+    n_read = tl.where(i_map >= 0, n_q, 0).to(tl.int32)
+    p_map = p_maps + i_map * n_q * n_k
+    if SMOOTHS:
+        p_own = p_smoothed + i_pattern * n_q * n_k
+        for i_row in range(0, n_read, ROWS):
+            i_last = last_blocks(tl.minimum(i_row + ROWS, n_q) - 1, n_k, reach)
+            for i_column in range(0, i_last + 1, CHUNK):
+                store_smoothed(
+                    p_map,
+                    p_means + i_map * (n_diagonals + n_k),
+                    p_own,
+                    i_row,
+                    i_column,
+                    n_q,
+                    n_k,
+                    reach,
+                    n_diagonals,
+                    itself,
+                    vertical1,
+                    diagonal1,
+                    vertical2,
+                    diagonal2,
+                    column,
+                    diagonal,
+                    ROWS,
+                    CHUNK,
+                )
+        # Threads read what others of the program have written.
+        tl.debug_barrier()
+        p_map = p_own
+    gamma = tl.load(p_gamma + i_pattern)
+    i_threshold, is_finite = _find_threshold(
+        p_map, gamma, n_read, n_k, reach, ROUNDING, SHIFT, SPAN, ROWS, CHUNK, UNROLL
+    )
+    tl.store(p_finite + i_pattern, is_finite.to(tl.int8))
     for i_row in range(0, n_q, ROWS):
         mark_rows(
             p_map,
-            p_out,
-            i_least,
+            p_out + i_pattern * n_q * n_k,
+            least_bits(i_threshold, is_finite, SHIFT),
             i_row,
             n_read,
             n_q,
@@ -209,59 +279,3 @@ def choose_blocks(
             ROWS,
             CHUNK,
         )
-
-
-@triton.jit(
-    do_not_specialize=["n_q", "n_k", "first", "reach", "n_sink", "n_local"],
-    do_not_specialize_on_alignment=["p_out", "p_finite"],
-)
-def head_kernel(
-    p_maps,
-    p_gamma,
-    p_index,
-    p_out,
-    p_finite,
-    n_q,
-    n_k,
-    first,
-    reach,
-    n_sink,
-    n_local,
-    HAS_INDEX: tl.constexpr,
-    ROUNDING: tl.constexpr,
-    SHIFT: tl.constexpr,
-    SPAN: tl.constexpr,
-    ROWS: tl.constexpr,
-    CHUNK: tl.constexpr,
-    UNROLL: tl.constexpr,
-):
-    """One program: one pattern.
-
-    `first` and `reach` are the key blocks of the first and of the last row of a whole first query
-    block; those of the next ones follow one by one.
-    """
-    i_pattern = tl.program_id(0).to(tl.int64)
-    i_map = i_pattern
-    if HAS_INDEX:
-        i_map = tl.load(p_index + i_pattern)
-    # Without a map no row is read.
-    n_read = tl.where(i_map >= 0, n_q, 0).to(tl.int32)
-    choose_blocks(
-        p_maps + i_map * n_q * n_k,
-        p_out + i_pattern * n_q * n_k,
-        p_finite + i_pattern,
-        tl.load(p_gamma + i_pattern),
-        n_read,
-        n_q,
-        n_k,
-        first,
-        reach,
-        n_sink,
-        n_local,
-        ROUNDING,
-        SHIFT,
-        SPAN,
-        ROWS,
-        CHUNK,
-        UNROLL,
-    )

@@ -1,7 +1,7 @@
 """Triton kernels that find the thresholds of large maps, several programs a map.
 
-What `threshold.py` does in one program takes it a pass over the map for every step of its search.
-Here a launch is a step: each program sums a strip of a map's rows at or above `CANDIDATES`
+What `head_threshold.py` does in one program takes it a pass over the map for every step of its
+search. Here a launch is a step: each program sums a strip of a map's rows at or above `CANDIDATES`
 thresholds, and the next launch's programs add the strips up, in one order, and go on between two of
 these.
 """
@@ -12,12 +12,12 @@ import triton
 import triton.language as tl
 
 from shareprefill.runtime.ops.block_selection.kernels.head_threshold import (
-    last_blocks,
     least_bits,
     load_masses,
     mark_rows,
     sum_rows,
 )
+from shareprefill.runtime.ops.block_selection.kernels.smoothing import last_blocks
 
 
 @triton.jit

@@ -8,7 +8,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from shareprefill.runtime.ops.block_selection.kernels.head_threshold import last_blocks
+
+@triton.jit
+def last_blocks(o_q, n_k, reach):
+    """The last causal key block of query blocks; `reach` is that of a whole first one."""
+    return tl.minimum(o_q + reach, n_k - 1)
 
 
 @triton.jit(do_not_specialize=["n_q", "n_k", "reach", "n_diagonals"])
@@ -82,11 +86,12 @@ def _mean_of_two(
 
 
 @triton.jit
-def smoothed_tile(
+def store_smoothed(
     p_map,
     p_means,
-    o_m,
-    o_n,
+    p_out,
+    i_row,
+    i_column,
     n_q,
     n_k,
     reach,
@@ -98,28 +103,34 @@ def smoothed_tile(
     diagonal2,
     column,
     diagonal,
+    ROWS: tl.constexpr,
+    CHUNK: tl.constexpr,
 ):
-    """A tile of one smoothed map, at rows `o_m` and columns `o_n`; zero where not causal."""
-    b_last = last_blocks(o_m, n_k, reach)
-    m_causal = (o_m < n_q)[:, None] & (o_n[None, :] <= b_last[:, None])
+    """Store a tile of one smoothed map, from a row and a column on; zero where not causal."""
+    o_m, o_n = i_row + tl.arange(0, ROWS), i_column + tl.arange(0, CHUNK)
     o_tile = (o_m.to(tl.int64) * n_k)[:, None] + o_n[None, :]
-    b_own = tl.load(p_map + o_tile, mask=m_causal, other=0.0)  # [rows, chunk]
-    b_total = itself * b_own
-    if vertical1 > 0.0:
-        b_total += vertical1 * _mean_of_two(p_map, b_own, o_m, o_n, n_q, n_k, reach, 1, 0)
-    if diagonal1 > 0.0:
-        b_total += diagonal1 * _mean_of_two(p_map, b_own, o_m, o_n, n_q, n_k, reach, 1, 1)
-    if vertical2 > 0.0:
-        b_total += vertical2 * _mean_of_two(p_map, b_own, o_m, o_n, n_q, n_k, reach, 2, 0)
-    if diagonal2 > 0.0:
-        b_total += diagonal2 * _mean_of_two(p_map, b_own, o_m, o_n, n_q, n_k, reach, 2, 2)
-    if column > 0.0:
-        b_column = tl.load(p_means + n_diagonals + o_n, mask=o_n < n_k, other=0.0)  # [chunk]
-        b_total += column * b_column[None, :]
-    if diagonal > 0.0:
-        o_line = o_n[None, :] - o_m[:, None] + (n_q - 1)
-        b_total += diagonal * tl.load(p_means + o_line, mask=m_causal, other=0.0)
-    return tl.where(m_causal, b_total, 0.0)
+    b_total = tl.zeros([ROWS, CHUNK], dtype=tl.float32)  # [rows, chunk]
+    if i_column <= last_blocks(tl.minimum(i_row + ROWS, n_q) - 1, n_k, reach):
+        b_last = last_blocks(o_m, n_k, reach)
+        m_causal = (o_m < n_q)[:, None] & (o_n[None, :] <= b_last[:, None])
+        b_own = tl.load(p_map + o_tile, mask=m_causal, other=0.0)
+        b_total = itself * b_own
+        if vertical1 > 0.0:
+            b_total += vertical1 * _mean_of_two(p_map, b_own, o_m, o_n, n_q, n_k, reach, 1, 0)
+        if diagonal1 > 0.0:
+            b_total += diagonal1 * _mean_of_two(p_map, b_own, o_m, o_n, n_q, n_k, reach, 1, 1)
+        if vertical2 > 0.0:
+            b_total += vertical2 * _mean_of_two(p_map, b_own, o_m, o_n, n_q, n_k, reach, 2, 0)
+        if diagonal2 > 0.0:
+            b_total += diagonal2 * _mean_of_two(p_map, b_own, o_m, o_n, n_q, n_k, reach, 2, 2)
+        if column > 0.0:
+            b_column = tl.load(p_means + n_diagonals + o_n, mask=o_n < n_k, other=0.0)  # [chunk]
+            b_total += column * b_column[None, :]
+        if diagonal > 0.0:
+            o_line = o_n[None, :] - o_m[:, None] + (n_q - 1)
+            b_total += diagonal * tl.load(p_means + o_line, mask=m_causal, other=0.0)
+        b_total = tl.where(m_causal, b_total, 0.0)
+    tl.store(p_out + o_tile, b_total, mask=(o_m < n_q)[:, None] & (o_n < n_k)[None, :])
 
 
 @triton.jit(do_not_specialize=["n_q", "n_k", "reach", "n_diagonals"])
@@ -144,28 +155,23 @@ def smooth_kernel(
     """One program: a tile of one map; entries that are not causal are zero."""
     i_map = tl.program_id(1).to(tl.int64)
     n_chunks = tl.cdiv(n_k, CHUNK)
-    i_row = tl.program_id(0) // n_chunks * ROWS
-    i_column = tl.program_id(0) % n_chunks * CHUNK
-    o_m, o_n = i_row + tl.arange(0, ROWS), i_column + tl.arange(0, CHUNK)
-    b_total = tl.zeros([ROWS, CHUNK], dtype=tl.float32)  # [rows, chunk]
-    if i_column <= last_blocks(tl.minimum(i_row + ROWS, n_q) - 1, n_k, reach):
-        b_total = smoothed_tile(
-            p_maps + i_map * n_q * n_k,
-            p_means + i_map * (n_diagonals + n_k),
-            o_m,
-            o_n,
-            n_q,
-            n_k,
-            reach,
-            n_diagonals,
-            itself,
-            vertical1,
-            diagonal1,
-            vertical2,
-            diagonal2,
-            column,
-            diagonal,
-        )
-    o_tile = (o_m.to(tl.int64) * n_k)[:, None] + o_n[None, :]
-    m_tile = (o_m < n_q)[:, None] & (o_n < n_k)[None, :]
-    tl.store(p_out + i_map * n_q * n_k + o_tile, b_total, mask=m_tile)
+    store_smoothed(
+        p_maps + i_map * n_q * n_k,
+        p_means + i_map * (n_diagonals + n_k),
+        p_out + i_map * n_q * n_k,
+        tl.program_id(0) // n_chunks * ROWS,
+        tl.program_id(0) % n_chunks * CHUNK,
+        n_q,
+        n_k,
+        reach,
+        n_diagonals,
+        itself,
+        vertical1,
+        diagonal1,
+        vertical2,
+        diagonal2,
+        column,
+        diagonal,
+        ROWS,
+        CHUNK,
+    )
