@@ -27,18 +27,12 @@ from shareprefill.runtime.ops.vertical_slash.triton_kernel import profiles_kerne
 # Key blocks of one program: few enough to keep all processors busy, enough for a pipeline.
 LEAST_BLOCKS, MOST_BLOCKS = 4, 64
 PROGRAMS = 2048
-# Entries of the profiles of one program of the second launch, and splits that it reads at a time.
+# Entries of the profiles that a program makes at a time, and splits that it reads at a time.
 PROFILE_BLOCKS, SPLITS = 16, 16
 PROFILE_OPTIONS: dict[str, Any] = {"num_warps": 4}
 # Up to so many key blocks, those of 16K tokens, one program makes a head's pattern.
 SHORT_BLOCKS = 128
-PATTERN_OPTIONS: dict[str, Any] = {
-    "ROUNDING": ROUNDING,
-    "BLOCK_J": 64,
-    "ROWS": 32,
-    "CHUNK": 128,
-    "num_warps": 8,
-}
+PATTERN_OPTIONS: dict[str, Any] = {"ROUNDING": ROUNDING, "ROWS": 32, "CHUNK": 128, "num_warps": 8}
 
 
 def kernel_constants(
@@ -73,7 +67,7 @@ def profile_constants(constants: dict[str, Any]) -> dict[str, Any]:
     """Compile-time arguments of `profiles_kernel`, from those of `sums_kernel`."""
     names = ("BLOCK_SIZE", "BLOCK_M", "PARTS", "HAS_HEADS")
     return {name: constants[name] for name in names} | {
-        "BLOCK_J": 64,
+        "BLOCK_J": PROFILE_BLOCKS,
         "BLOCK_S": SPLITS,
     }
 
