@@ -29,11 +29,12 @@ from shareprefill.runtime.geometry import Geometry
 from shareprefill.runtime.ops.block_selection import covered_mass, list_blocks
 from shareprefill.runtime.ops.block_sparse_attention import block_sparse_attention
 from shareprefill.runtime.ops.blocks import BlockLists
+from shareprefill.runtime.ops.devices import stream_of_tables
 from shareprefill.runtime.ops.dispatch import has_fast_kernel
 from shareprefill.runtime.ops.inputs import facts, lie_alike
 from shareprefill.runtime.ops.pages import PagedTokens, Tokens, gathered
 from shareprefill.runtime.ops.pooled_attention import pooled_attention
-from shareprefill.runtime.ops.prepared import are_kept, repeated_stream
+from shareprefill.runtime.ops.prepared import are_kept
 from shareprefill.runtime.plan import RuntimePlan
 from shareprefill.runtime.policies.base import LayerInputs
 from shareprefill.runtime.records import SKETCH_SIDE, LayerRecord, Sketch
@@ -195,7 +196,7 @@ class SparsePrefill:
         device = inputs.query.device
         if device not in self._are_kept:
             self._are_kept[device] = are_kept(device)
-        stream = repeated_stream(device) if self._are_kept[device] else None
+        stream = stream_of_tables(device) if self._are_kept[device] else None
         if stream is None:
             return None
         memory = self.rule.memory(self._layer(layer, device), state.pivots)

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from shareprefill.runtime.ops.devices import on_device
-from shareprefill.runtime.ops.prepared import Launch, Prepared, current_stream, noted_launches
+from shareprefill.runtime.ops.devices import current_stream, on_device
+from shareprefill.runtime.ops.prepared import Launch, Prepared, noted_launches
 from shareprefill.runtime.records import map_tensors
 
 R = TypeVar("R")

@@ -82,7 +82,7 @@ def test_a_repeated_layer_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     geometry = plan.geometry(20, 20, torch.device("cpu"))
     inputs = [tuple(torch.randn(heads, 20, 16) for heads in (3, 1, 1)) for _ in range(3)]
     with counted_launches(), patch.object(prefill, "choose", wraps=prefill.choose) as choose:
-        with patch.object(core, "repeated_stream", lambda _device: 0):
+        with patch.object(core, "stream_of_tables", lambda _device: 0):
             *_, found = [
                 prefill.attend(0, prefill.begin(geometry), *tensors, **options)
                 for tensors in inputs

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
 
-from shareprefill.runtime.ops.devices import on_device
+from shareprefill.runtime.ops.devices import current_stream, on_device
 
 V = TypeVar("V")
 
@@ -165,26 +165,6 @@ class _Bound:
 def are_kept(device: torch.device) -> bool:
     """Whether launches on a device keep the variant of a kernel that Triton took."""
     return device.type == "cuda" and (triton_version() or "").startswith(_TRIED)
-
-
-def repeated_stream(device: torch.device) -> int | None:
-    """The stream of a GPU that launches go to, where those of earlier calls may be repeated.
-
-    None where a CUDA graph is captured, which has tables and counters of its own.
-    """
-    return None if torch.cuda.is_current_stream_capturing() else current_stream(device)
-
-
-def current_stream(device: torch.device) -> int:
-    """The stream of a GPU that launches go to."""
-    return _find_stream()(device.index)
-
-
-@cache
-def _find_stream() -> Callable[[int], int]:
-    from triton.runtime.driver import driver
-
-    return cast(Any, driver.active).get_current_stream
 
 
 @cache

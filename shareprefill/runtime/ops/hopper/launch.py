@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from shareprefill.runtime.ops.devices import stream_of_tables
 from shareprefill.runtime.ops.pages import PagedTokens, Tokens
 from shareprefill.runtime.ops.prepared import triton_version
 from shareprefill.runtime.ops.triton_tiles import device_capability
@@ -146,10 +147,10 @@ def draw_counter(device: torch.device) -> torch.Tensor:
     Launches on one stream follow one another and share theirs. A CUDA graph gets one of its own,
     as any stream may replay it.
     """
-    if torch.cuda.is_current_stream_capturing():
+    stream = stream_of_tables(device)
+    if stream is None:
         return torch.zeros(1, dtype=torch.int32, device=device)
-    stream = torch.cuda.current_stream(device)
-    return _stream_counter(stream.device, stream.cuda_stream)
+    return _stream_counter(device, stream)
 
 
 @lru_cache(maxsize=1024)
