@@ -38,7 +38,7 @@ def plan_of(
     [
         ((P, S, S, S, S, M, M, D), M, True, 10),
         ((P, S, S, S, V, V, R, M), M, False, 13),
-        ((P, S, S, S, V, V, R, M), V, True, 14),
+        ((P, S, S, S, V, V, R, M), V, True, 13),
         ((M,) * 8, M, True, 6),
         ((R,) * 8, R, True, 6),
         ((V,) * 8, V, False, 5),

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from shareprefill.runtime.ops.block_selection import vertical_slash_blocks
+from shareprefill.runtime.ops.block_selection import SparseGuard, vertical_slash_blocks
 from shareprefill.runtime.ops.vertical_slash import (
     vertical_slash_patterns,
     vertical_slash_profile,
@@ -56,9 +56,15 @@ def profiles(inputs: LayerInputs, heads: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def write_patterns(
-    inputs: LayerInputs, heads: Tensor, gamma: Tensor, out: Tensor, finite: Tensor
-) -> Tensor:
-    """Writes patterns; and gives the last query block's mass by key block, float32 `[S, n_k]`.
+    inputs: LayerInputs,
+    heads: Tensor,
+    gamma: Tensor,
+    out: Tensor,
+    finite: Tensor,
+    requested: Tensor | None = None,
+    guard: SparseGuard | None = None,
+) -> Tensor | None:
+    """Writes patterns; and gives what a guard makes of what is requested, as in `sparse_heads`.
 
     Args:
         inputs: The layer's inputs.
@@ -66,6 +72,8 @@ def write_patterns(
         gamma: float32 `[S]`.
         out: Where patterns are written, bool `[S, n_q, n_k]`.
         finite: Where it is written whether they rest on numbers, bool `[S]`.
+        requested: What heads read, and what is asked for; None where nothing is to be decided.
+        guard: Leaves the patterns to highly sparse heads, with `requested`.
     """
     reads = inputs.geometry.reads
     return vertical_slash_patterns(
@@ -80,7 +88,9 @@ def write_patterns(
         scale=inputs.scale,
         heads=heads,
         softcap=inputs.softcap,
-    )
+        requested=requested,
+        guard=guard,
+    )[1]
 
 
 def profile_work(inputs: LayerInputs) -> float:

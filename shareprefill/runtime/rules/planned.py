@@ -26,9 +26,9 @@ from shareprefill.artifact import Policy
 from shareprefill.runtime.geometry import Geometry, SampledRows
 from shareprefill.runtime.ops.block_selection import (
     LineWeights,
+    SparseGuard,
     check_heads,
     head_blocks,
-    sparse_heads,
 )
 from shareprefill.runtime.ops.pages import Tokens
 from shareprefill.runtime.ops.pooled_attention import pooled_attention
@@ -421,19 +421,20 @@ class _Steps:
             `requested`, with what is read and asked for then, int64 `[H + T]`.
         """
         inputs, heads = self.inputs, requested[slash.requested]
-        finite = torch.empty_like(slash.gamma, dtype=torch.bool)
-        vertical = write_patterns(inputs, heads, slash.gamma, self.patterns[slash.rows], finite)
-        self.overhead.append(Overhead(heads, profile_work(inputs)))
-        # A distance that is not a number is above nothing: its head samples, and is found out then.
-        return sparse_heads(
-            vertical,
-            requested,
+        guard = SparseGuard(
             n_heads=self.layer.n_heads,
-            delta=self.rule.plan.delta,
+            delta=float(self.rule.plan.delta),
             first=slash.first,
             otherwise=sampled.first,
             place=sampled.requested.start,
         )
+        finite = torch.empty_like(slash.gamma, dtype=torch.bool)
+        out = self.patterns[slash.rows]
+        decided = write_patterns(inputs, heads, slash.gamma, out, finite, requested, guard)
+        self.overhead.append(Overhead(heads, profile_work(inputs)))
+        # A distance that is not a number is above nothing: its head samples, and is found out then.
+        assert decided is not None
+        return decided
 
     def choose_sampled(self, requested: Tensor) -> tuple[int, Tensor] | None:
         """Patterns from sampled rows, smoothed or not.

@@ -95,6 +95,7 @@ result["dot sums"] = build(profiles.sums_kernel, constants, **tiles.launch_optio
 constants = profiling.profile_constants(constants)
 result["profiles"] = build(profiles.profiles_kernel, constants, num_warps=4)
 constants |= {n: v for n, v in profiling.PATTERN_OPTIONS.items() if n.isupper()}
+constants["HAS_GUARD"] = True
 result["patterns"] = build(
     pattern_kernel.pattern_kernel, constants, {"p_out": "*u8"}, num_warps=8
 )

@@ -8,6 +8,7 @@ import torch
 from shareprefill.errors import ConfigError
 from shareprefill.runtime.ops.block_selection import (
     LineWeights,
+    SparseGuard,
     check_heads,
     covered_mass,
     head_blocks,
@@ -153,9 +154,9 @@ def test_sparse_heads_are_those_of_the_reference(n_k: int, device: str) -> None:
     # Patterns 3 to 7 are read by five heads, and of the entries asked for the five from 14 on.
     read = torch.tensor([5, 0, 3, 20, 7, -1, 4, 6, 2, 8, 9], device=device)
     requested = torch.cat([read, torch.randint(0, 11, (150,), device=device)])
-    options = {"n_heads": 11, "delta": 0.3, "first": 3, "otherwise": 40, "place": 14}
-    wanted = sparse_heads(vertical, requested, **options, impl="reference")
-    found = sparse_heads(vertical, requested, **options, impl="triton")
+    guard = SparseGuard(n_heads=11, delta=0.3, first=3, otherwise=40, place=14)
+    wanted = sparse_heads(vertical, requested, guard, impl="reference")
+    found = sparse_heads(vertical, requested, guard, impl="triton")
     assert torch.equal(found, wanted)
     moved, asked = wanted[:11], wanted[14:19]
     assert torch.equal(moved[4:5], torch.tensor([44], device=device))
@@ -255,6 +256,6 @@ def test_two_bitmaps_that_do_not_belong_together_are_refused() -> None:
         list_blocks(own, heads, **sizes, finite=flags, max_density=0.5)
     with pytest.raises(ConfigError, match="finite needs max_density"):
         list_blocks(own, heads, **sizes, finite=flags[:1])
-    places = {"n_heads": 1, "delta": 0.3, "first": 0, "otherwise": 1, "place": 3}
+    guard = SparseGuard(n_heads=1, delta=0.3, first=0, otherwise=1, place=3)
     with pytest.raises(ConfigError, match="place must lie between 1 heads and the last 2 of 4"):
-        sparse_heads(torch.ones(2, 2), torch.zeros(4, dtype=torch.int64), **places)
+        sparse_heads(torch.ones(2, 2), torch.zeros(4, dtype=torch.int64), guard)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from shareprefill.runtime.ops.block_selection import LineWeights
+from shareprefill.runtime.ops.block_selection import LineWeights, SparseGuard
 from shareprefill.runtime.ops.blocks import BlockLists, causal_blocks
 from shareprefill.runtime.ops.hopper import launch
 from shareprefill.runtime.ops.pages import PagedTokens, Tokens
@@ -80,7 +80,11 @@ def test_attention_and_its_maps(in_pages: bool, has_all: bool, started: set[str]
     profiles = launcher("vertical_slash.triton")
     profile = profiles.prepare(query, key, 128, 0.1, heads, cap)
     profile(query, key, heads)
-    profile(query, key, heads, torch.ones(3), bitmap, torch.ones(3, dtype=torch.bool))
+    places = (torch.ones(3), bitmap, torch.ones(3, dtype=torch.bool))
+    profile(query, key, heads, *places)
+    guard = SparseGuard(n_heads=3, delta=0.3, first=0, otherwise=3, place=3)
+    guarded = profiles.prepare(query, key, 128, 0.1, heads, cap, (1, 1), guard, 6)
+    guarded(query, key, heads, *places, heads, heads)
     assert started == {
         *("block_sparse_kernel", "block_sparse_hopper_kernel", "means_kernel", "mass_kernel"),
         *("pooled_kernel", "pooled_hopper_kernel", "mass_hopper_kernel"),

@@ -6,7 +6,11 @@ import pytest
 import torch
 
 from shareprefill.errors import ConfigError
-from shareprefill.runtime.ops.block_selection import vertical_slash_blocks
+from shareprefill.runtime.ops.block_selection import (
+    SparseGuard,
+    sparse_heads,
+    vertical_slash_blocks,
+)
 from shareprefill.runtime.ops.blocks import count_blocks
 from shareprefill.runtime.ops.vertical_slash import (
     vertical_slash_patterns,
@@ -24,8 +28,9 @@ LARGE = [(8192, 8192, 128), (1111, 3000, 128), (17_000, 17_000, 128)]
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("shape", [*SHAPES, *LARGE], ids=str)
+@pytest.mark.parametrize(("is_guarded", "delta"), [(False, 0.0), (True, 0.0), (True, 0.9)])
 def test_patterns_are_those_of_the_operators_alone(
-    shape: tuple[int, int, int], device: str
+    is_guarded: bool, delta: float, shape: tuple[int, int, int], device: str
 ) -> None:
     n_q, n_k, block = shape
     if device == "cpu" and shape in LARGE:
@@ -46,8 +51,12 @@ def test_patterns_are_those_of_the_operators_alone(
     finite = torch.ones(4, dtype=torch.bool, device=device)
     reads = {"block_size": block, "sink_blocks": 1, "local_blocks": 2}
     given: dict[str, object] = {"block_size": block, "scale": 0.3, "heads": heads}
-    vertical = vertical_slash_patterns(
-        query, key, gamma, **(given | reads), out=out, finite=finite, impl="triton"
+    # Heads that read the patterns 3 to 6, and what else is asked for; the last are other patterns'.
+    requested = torch.tensor([4, 3, 9, 6, *range(10, 160)], device=device)
+    guard = SparseGuard(n_heads=4, delta=delta, first=3, otherwise=20, place=150)
+    guarded = {"requested": requested, "guard": guard} if is_guarded else {}
+    vertical, decided = vertical_slash_patterns(
+        query, key, gamma, **(given | reads), out=out, finite=finite, **guarded, impl="triton"
     )
     masses = vertical_slash_profile(query, key, **given, impl="triton")
     known = torch.zeros_like(finite)
@@ -59,6 +68,11 @@ def test_patterns_are_those_of_the_operators_alone(
     assert torch.equal(finite, known)
     assert finite.tolist() == [True, True, True, False]
     assert (out != wanted).float().mean() <= (0 if device == "cpu" else 1e-3)
+    if is_guarded:
+        assert torch.equal(decided, sparse_heads(masses[0], requested, guard, impl="reference"))
+        assert (decided[1] == 3) == (delta == 0.0)
+    else:
+        assert decided is None
 
 
 def test_places_that_do_not_fit_are_refused() -> None:

@@ -1,6 +1,8 @@
 """Choice of blocks from block maps: smoothing, patterns, distances, coverage and block lists."""
 
 from shareprefill.runtime.ops.block_selection.api import (
+    SparseGuard,
+    check_guard,
     check_heads,
     covered_mass,
     head_blocks,
@@ -15,6 +17,8 @@ from shareprefill.runtime.ops.block_selection.weights import LineWeights
 
 __all__ = [
     "LineWeights",
+    "SparseGuard",
+    "check_guard",
     "check_heads",
     "covered_mass",
     "head_blocks",

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -20,6 +20,25 @@ from shareprefill.runtime.ops.blocks import BlockLists, count_blocks, count_caus
 from shareprefill.runtime.ops.dispatch import select_impl
 from shareprefill.runtime.ops.inputs import check_below, check_block_size, check_tensor, facts
 from shareprefill.runtime.ops.prepared import Prepared
+
+
+class SparseGuard(NamedTuple):
+    """What `sparse_heads` is told.
+
+    Attributes:
+        n_heads: Heads, H.
+        delta: The distance above which a head is highly sparse.
+        first: The first of the patterns that highly sparse heads read.
+        otherwise: The first of those that are read by the others, in the same order.
+        place: Where the heads of the latter begin in what is requested.
+    """
+
+    n_heads: int
+    delta: float
+    first: int
+    otherwise: int
+    place: int
+
 
 IMPLS = ("reference", "triton")
 MAX_ENTRIES = 2**31 - 1
@@ -378,12 +397,8 @@ def check_heads(
 def sparse_heads(
     vertical: torch.Tensor,
     requested: torch.Tensor,
+    guard: SparseGuard,
     *,
-    n_heads: int,
-    delta: float,
-    first: int,
-    otherwise: int,
-    place: int,
     impl: str = "auto",
 ) -> torch.Tensor:
     """Lets the heads of some patterns that are not highly sparse read others instead.
@@ -392,15 +407,11 @@ def sparse_heads(
     even one is above delta (FlexPrefill, arXiv 2502.20766, section 4.1).
 
     Args:
-        vertical: float32 `[S, n_k]`, attention by key block for the patterns
-            `first .. first + S - 1`, each of which one head reads.
+        vertical: float32 `[S, n_k]`, attention by key block for the guard's first S patterns, each
+            of which one head reads.
         requested: int64 `[H + T]`, the pattern that every head reads, and the heads that further
             patterns are asked for.
-        n_heads: H.
-        delta: The distance.
-        first: The first of these patterns.
-        otherwise: The first of those that are read by the others, in the same order.
-        place: Where the heads of the latter begin in `requested`.
+        guard: which patterns these are, and the distance.
         impl: as in `select_blocks`.
 
     Returns:
@@ -410,20 +421,29 @@ def sparse_heads(
     Raises:
         ConfigError: shapes, dtypes, devices or places do not belong together.
     """
-    places = (n_heads, delta, first, otherwise, place)
-    call = ("sparse", facts(vertical), facts(requested), places, impl)
+    call = ("sparse", facts(vertical), facts(requested), guard, impl)
     run = _calls.get(call)
     if run is None:
         check_tensor("vertical", vertical, torch.float32, ("S", "n_k"), vertical.device)
-        check_tensor("requested", requested, torch.int64, ("H + T",), vertical.device)
-        if not 0 <= n_heads <= place <= len(requested) - len(vertical):
-            raise ConfigError(
-                f"place must lie between {n_heads} heads and the last {len(vertical)} of "
-                f"{len(requested)} entries, got {place}"
-            )
-        tensors = (vertical, requested)
-        run = _calls.keep(call, _prepare("sparse_heads", impl, tensors, *places))
+        check_guard(guard, requested, len(vertical), vertical.device)
+        run = _calls.keep(call, _prepare("sparse_heads", impl, (vertical, requested), *guard))
     return run(vertical, requested)
+
+
+def check_guard(
+    guard: SparseGuard, requested: torch.Tensor, n_patterns: int, device: torch.device
+) -> None:
+    """Refuse entries that do not belong to the patterns of a guard.
+
+    Raises:
+        ConfigError: it says what was expected and what came.
+    """
+    check_tensor("requested", requested, torch.int64, ("H + T",), device)
+    if not 0 <= guard.n_heads <= guard.place <= len(requested) - n_patterns:
+        raise ConfigError(
+            f"place must lie between {guard.n_heads} heads and the last {n_patterns} of "
+            f"{len(requested)} entries, got {guard.place}"
+        )
 
 
 def list_blocks(

@@ -395,11 +395,12 @@ def sparse_heads(
 ) -> Callable[..., Tensor]:
     """One launch; arguments as in the operator of this name."""
     (n_slots, n_k), n_entries = vertical.shape, len(requested)
-    numbers = (n_k, n_heads, n_entries, first, otherwise, place, float(delta))
-    # One program more for what is none of these patterns'.
-    decide = Launch(sparse_heads_kernel, vertical.device, (n_slots + 1,), numbers, SPARSE_OPTIONS)
+    numbers = (n_k, n_heads, n_entries, first, otherwise, place, delta)
+    decide = Launch(sparse_heads_kernel, vertical.device, (n_slots,), numbers, SPARSE_OPTIONS)
 
     def run(vertical: Tensor, requested: Tensor) -> Tensor:
+        if not n_slots:
+            return requested
         decided = torch.empty_like(requested)
         decide(vertical.contiguous(), requested.contiguous(), decided)
         return decided

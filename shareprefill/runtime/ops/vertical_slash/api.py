@@ -9,7 +9,12 @@ from typing import Any
 import torch
 
 from shareprefill.errors import ConfigError
-from shareprefill.runtime.ops.block_selection import vertical_slash_blocks
+from shareprefill.runtime.ops.block_selection import (
+    SparseGuard,
+    check_guard,
+    sparse_heads,
+    vertical_slash_blocks,
+)
 from shareprefill.runtime.ops.blocks import count_blocks
 from shareprefill.runtime.ops.dispatch import on_gathered, select_impl, within_reach
 from shareprefill.runtime.ops.inputs import (
@@ -90,9 +95,11 @@ def vertical_slash_patterns(
     scale: float | None = None,
     heads: torch.Tensor | None = None,
     softcap: float | None = None,
+    requested: torch.Tensor | None = None,
+    guard: SparseGuard | None = None,
     impl: str = "auto",
-) -> torch.Tensor:
-    """The profiles, and what `vertical_slash_blocks` makes of them.
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The profiles, and what `vertical_slash_blocks` and `sparse_heads` make of them.
 
     Args:
         query: as in `vertical_slash_profile`, like the others that are not named here.
@@ -107,21 +114,24 @@ def vertical_slash_patterns(
         scale: factor of the logits.
         heads: int64 `[S]`.
         softcap: of the logits.
+        requested: as in `sparse_heads`; None where nothing is to be decided.
+        guard: likewise, with `requested`.
         impl: likewise.
 
     Returns:
-        The profile by key block, float32 `[S, n_k]`.
+        `(vertical, decided)`: the profile by key block, float32 `[S, n_k]`; and the result of
+        `sparse_heads`, None where it is not asked for.
 
     Raises:
         ConfigError: shapes, dtypes, devices or ranges do not belong together.
         UnsupportedError: the requested implementation cannot run here.
     """
-    sizes = (block_size, scale, softcap, impl, sink_blocks, local_blocks)
-    call = ("patterns", *map(facts, (query, key, heads, gamma, out, finite)), *sizes)
+    sizes = (block_size, scale, softcap, impl, sink_blocks, local_blocks, guard)
+    tensors = (query, key, heads, gamma, out, finite, requested)
+    call = ("patterns", *map(facts, tensors), *sizes)
     if call not in _calls:
-        tensors = (query, key, heads, gamma, out, finite)
         _calls.keep(call, _prepare_patterns(*tensors, *sizes))
-    return _calls[call](query, key, heads, gamma, out, finite)
+    return _calls[call](*tensors)
 
 
 def _prepare_patterns(
@@ -131,13 +141,15 @@ def _prepare_patterns(
     gamma: torch.Tensor,
     out: torch.Tensor,
     finite: torch.Tensor,
+    requested: torch.Tensor | None,
     block_size: int,
     scale: float | None,
     softcap: float | None,
     impl: str,
     sink_blocks: int,
     local_blocks: int,
-) -> Callable[..., torch.Tensor]:
+    guard: SparseGuard | None,
+) -> Callable[..., tuple[torch.Tensor, torch.Tensor | None]]:
     """What calls of patterns run that are like this one."""
     n_query, n_key = query.shape[1], key.shape[1]
     n_slots, n_k = (len(query) if heads is None else len(heads)), count_blocks(n_key, block_size)
@@ -147,6 +159,10 @@ def _prepare_patterns(
         check_tensor(name, place, torch.bool, sizes, query.device)
         if not place.is_contiguous():
             raise ConfigError(f"{name} must be contiguous, got strides {place.stride()}")
+    if (requested is None) != (guard is None):
+        raise ConfigError("give requested and guard, or neither")
+    if requested is not None and guard is not None:
+        check_guard(guard, requested, n_slots, query.device)
 
     def separate(
         query: torch.Tensor,
@@ -155,31 +171,44 @@ def _prepare_patterns(
         gamma: torch.Tensor,
         out: torch.Tensor,
         finite: torch.Tensor,
-    ) -> torch.Tensor:
+        requested: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         options: dict[str, Any] = {"block_size": block_size, "scale": scale, "softcap": softcap}
         masses = vertical_slash_profile(query, key, heads=heads, impl=impl, **options)
         reads: dict[str, Any] = {"n_query": n_query, "n_key": n_key, "block_size": block_size}
         reads |= {"sink_blocks": sink_blocks, "local_blocks": local_blocks}
         vertical_slash_blocks(*masses, gamma, out=out, finite=finite, **reads)
-        return masses[0]
+        if requested is None or guard is None:
+            return masses[0], None
+        return masses[0], sparse_heads(masses[0], requested, guard)
 
     chosen = select_impl(impl, IMPLS, query, "torch")
     if chosen == "triton" and gamma.is_contiguous():
         from shareprefill.runtime.ops.vertical_slash import triton
 
-        always = (sink_blocks, local_blocks)
-        compute = _prepare(query, key, heads, block_size, scale, softcap, impl, always)
+        n_entries = 0 if requested is None else len(requested)
+        options = (block_size, scale, softcap, impl, (sink_blocks, local_blocks), guard, n_entries)
+        compute = _prepare(query, key, heads, *options)
         if n_k <= triton.SHORT_BLOCKS:
             kind = (query.dtype, query.shape[2], len(query) // key.shape[0], page_tokens(key))
-            kind = ("long", query.device, *kind, block_size, heads is None, softcap is None)
+            flags = (heads is None, softcap is None, guard is None)
+            kind = ("long", query.device, *kind, block_size, *flags)
             if query.device.type == "cuda" and kind not in _calls:
                 # The first long prompt then finds its kernels compiled.
                 _calls.keep(kind, True)
                 places = (torch.empty_like(out), torch.empty_like(finite))
-                separate(query, key, heads, gamma, *places)
+                separate(query, key, heads, gamma, *places, requested)
 
-            def cut(query: torch.Tensor, key: Tokens, heads: Any, *places: Any) -> torch.Tensor:
-                return compute(unit_last_stride(query), unit_last_stride(key), heads, *places)[0]
+            def cut(
+                query: torch.Tensor, key: Tokens, heads: Any, *places: Any
+            ) -> tuple[torch.Tensor, torch.Tensor | None]:
+                *written, requested = places
+                decided = None
+                if requested is not None:
+                    requested = requested.contiguous()
+                    decided = torch.empty_like(requested)
+                read = unit_last_stride(query), unit_last_stride(key)
+                return compute(*read, heads, *written, requested, decided)[0], decided
 
             return cut
 
@@ -194,7 +223,7 @@ def _prepare(
     scale: float | None,
     softcap: float | None,
     impl: str,
-    always: tuple[int, int] = (0, 0),
+    *of_patterns: Any,
 ) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
     """Checks a call and chooses what it runs, and those that are alike with it."""
     scale = check_attention_inputs(query, key, scale=scale, softcap=softcap)
@@ -207,7 +236,7 @@ def _prepare(
     if impl == "triton":
         from shareprefill.runtime.ops.vertical_slash import triton
 
-        compute = triton.prepare(query, read, block_size, scale, heads, softcap, always)
+        compute = triton.prepare(query, read, block_size, scale, heads, softcap, *of_patterns)
     else:
         module = reference if impl == "reference" else profile
         options: dict[str, Any] = {"block_size": block_size, "scale": scale, "softcap": softcap}

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import triton
 
+from shareprefill.runtime.ops.block_selection import SparseGuard
 from shareprefill.runtime.ops.block_selection.reference import ROUNDING
 from shareprefill.runtime.ops.blocks import count_blocks
 from shareprefill.runtime.ops.pages import Tokens, memory, page_stride, page_table, page_tokens
@@ -32,7 +33,13 @@ PROFILE_BLOCKS, SPLITS = 16, 16
 PROFILE_OPTIONS: dict[str, Any] = {"num_warps": 4}
 # Up to so many key blocks, those of 16K tokens, one program makes a head's pattern.
 SHORT_BLOCKS = 128
-PATTERN_OPTIONS: dict[str, Any] = {"ROUNDING": ROUNDING, "ROWS": 32, "CHUNK": 128, "num_warps": 8}
+PATTERN_OPTIONS: dict[str, Any] = {
+    "ROUNDING": ROUNDING,
+    "ENTRIES": 128,
+    "ROWS": 32,
+    "CHUNK": 128,
+    "num_warps": 8,
+}
 
 
 def kernel_constants(
@@ -113,14 +120,18 @@ def prepare(
     heads: torch.Tensor | None,
     softcap: float | None,
     always: tuple[int, int] = (0, 0),
+    guard: SparseGuard | None = None,
+    n_entries: int = 0,
 ) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
     """Both profiles in two launches, and their patterns where these are asked for.
 
-    Arguments as in `vertical_slash_profile`; `always` are leading and trailing blocks.
+    Arguments as in `vertical_slash_profile`; `always` are leading and trailing blocks, `guard` and
+    the `n_entries` that it is given as in `vertical_slash_patterns`.
 
     Returns:
-        Takes query, key and heads of calls that are alike; and gamma, and where patterns and
-        whether they rest on numbers are written, for at most `SHORT_BLOCKS` key blocks.
+        Takes query, key and heads of calls that are alike; and gamma, where patterns and whether
+        they rest on numbers are written, what is requested and where what is decided of it is
+        written, for at most `SHORT_BLOCKS` key blocks.
 
     Raises:
         UnsupportedError: the block size is not a power of two of at least 16, or the head dim is
@@ -160,8 +171,11 @@ def prepare(
     grid = (triton.cdiv(n_k + 1, PROFILE_BLOCKS), n_slots)
     average = Launch(profiles_kernel, device, grid, sizes, means | PROFILE_OPTIONS)
     n_q = count_blocks(n_q_tokens, block_size)
-    options = means | PATTERN_OPTIONS
-    cut = Launch(pattern_kernel, device, (n_slots,), (*sizes, n_q, *always), options)
+    options = means | PATTERN_OPTIONS | {"HAS_GUARD": guard is not None}
+    decides = (0, 0, 0, 0, 0, 0.0)
+    if guard is not None:
+        decides = (guard.n_heads, n_entries, guard.first, guard.otherwise, guard.place, guard.delta)
+    cut = Launch(pattern_kernel, device, (n_slots,), (*sizes, n_q, *always, *decides), options)
 
     def run(
         query: torch.Tensor,
@@ -170,6 +184,8 @@ def prepare(
         gamma: torch.Tensor | None = None,
         out: torch.Tensor | None = None,
         finite: torch.Tensor | None = None,
+        requested: torch.Tensor | None = None,
+        decided: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         vertical = query.new_empty((n_slots, n_k), dtype=torch.float32)
         slash = query.new_empty((n_slots, n_k + 1), dtype=torch.float32)
@@ -184,8 +200,10 @@ def prepare(
             else:
                 columns = query.new_empty((n_slots, n_k), dtype=torch.uint8)
                 distances = query.new_empty((n_slots, n_k + 1), dtype=torch.uint8)
-                places = (columns, distances, out, finite)
-                cut(sums, peaks, gamma, heads, vertical, slash, *places)
+                if requested is None or decided is None:
+                    requested = decided = heads  # Without a guard it is not touched.
+                places = (columns, distances, out, finite, decided)
+                cut(sums, peaks, gamma, heads, requested, vertical, slash, *places)
         return vertical, slash
 
     return run

@@ -163,6 +163,43 @@ def cover_profiles_kernel(
         )
 
 
+@triton.jit
+def draw_lines(
+    p_columns,
+    p_distances,
+    p_out,
+    i_row,
+    is_finite,
+    n_q,
+    n_k,
+    n_query,
+    offset,
+    block_size,
+    n_sink,
+    n_local,
+    ROWS: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """Store `ROWS` rows of one head's pattern from `i_row` on, from its columns and distances."""
+    o_q = i_row + tl.arange(0, ROWS)
+    b_first = ((o_q * block_size + offset) // block_size)[:, None]
+    b_end = tl.minimum((o_q + 1) * block_size, n_query)
+    b_last = ((b_end - 1 + offset) // block_size)[:, None]
+    # Without numbers to choose by, a head reads every causal block.
+    n_sink = tl.where(is_finite, n_sink, n_k)
+    for i_column in range(0, n_k, CHUNK):
+        o_n = (i_column + tl.arange(0, CHUNK))[None, :]
+        m_n = (o_n <= b_last) & (o_q < n_q)[:, None]  # [rows, chunk]
+        b_taken = tl.load(p_distances + (b_last - o_n), mask=m_n, other=0)
+        b_taken |= tl.load(p_distances + (b_first - o_n), mask=m_n & (o_n <= b_first), other=0)
+        b_taken |= tl.load(p_columns + o_n, mask=o_n < n_k, other=0)
+        m_taken = (b_taken > 0) | (o_n < n_sink) | ((o_n > b_first - n_local) & (n_local > 0))
+        m_taken = m_taken & m_n
+        p_tile = p_out + (o_q * n_k)[:, None] + o_n
+        m_tile = (o_q < n_q)[:, None] & (o_n < n_k)
+        tl.store(p_tile, m_taken.to(p_out.dtype.element_ty), mask=m_tile)
+
+
 @triton.jit(
     do_not_specialize=["n_q", "n_k", "n_query", "offset", "block_size", "n_sink", "n_local"],
     do_not_specialize_on_alignment=["p_out"],
@@ -181,22 +218,21 @@ def vertical_slash_kernel(
     n_local,
     CHUNK: tl.constexpr,
 ):
-    """One program: one row of one head's pattern, from its chosen columns and distances."""
-    i_row = tl.program_id(0).to(tl.int64)
-    i_head = i_row // n_q
-    i_q = i_row % n_q
-    i_first = ((i_q * block_size + offset) // block_size).to(tl.int32)
-    i_last = (tl.minimum((i_q + 1) * block_size, n_query) - 1 + offset) // block_size
-    i_last = i_last.to(tl.int32)
-    p_distances += i_head * (n_k + 1)
-    # Without numbers to choose by, a head reads every causal block.
-    n_sink = tl.where(tl.load(p_finite + i_head) > 0, n_sink, n_k)
-    for i_column in range(0, n_k, CHUNK):
-        o_n = i_column + tl.arange(0, CHUNK)
-        m_n = o_n <= i_last
-        b_taken = tl.load(p_columns + i_head * n_k + o_n, mask=m_n, other=0)  # [chunk]
-        b_taken |= tl.load(p_distances + (i_last - o_n), mask=m_n, other=0)
-        b_taken |= tl.load(p_distances + (i_first - o_n), mask=o_n <= i_first, other=0)
-        m_taken = (b_taken > 0) | (o_n < n_sink) | ((o_n > i_first - n_local) & (n_local > 0))
-        m_taken = m_taken & m_n
-        tl.store(p_out + i_row * n_k + o_n, m_taken.to(p_out.dtype.element_ty), mask=o_n < n_k)
+    """One program: one row of one head's pattern."""
+    i_head = (tl.program_id(0) // n_q).to(tl.int64)
+    draw_lines(
+        p_columns + i_head * n_k,
+        p_distances + i_head * (n_k + 1),
+        p_out + i_head * n_q * n_k,
+        tl.program_id(0) % n_q,
+        tl.load(p_finite + i_head) > 0,
+        n_q,
+        n_k,
+        n_query,
+        offset,
+        block_size,
+        n_sink,
+        n_local,
+        1,
+        CHUNK,
+    )

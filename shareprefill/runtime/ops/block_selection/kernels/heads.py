@@ -50,11 +50,13 @@ def check_kernel(
         tl.store(p_decided + o_e, tl.where(passes, b_pass, b_fail), mask=m_e)
 
 
-@triton.jit(do_not_specialize=["n_k", "n_heads", "n_entries", "first", "otherwise", "place"])
-def sparse_heads_kernel(
+@triton.jit
+def decide_sparse(
     p_vertical,
     p_requested,
     p_decided,
+    i_slot,
+    n_slots,
     n_k,
     n_heads,
     n_entries,
@@ -65,18 +67,17 @@ def sparse_heads_kernel(
     ENTRIES: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """One program: one pattern: whether its head is highly sparse, and its entries.
+    """Store the entries of one pattern, by whether its head is highly sparse.
 
-    The last program copies the entries that are of none of these patterns.
+    `p_vertical` is its head's attention by key block. With the first pattern go the entries that
+    are of none.
     """
     HALF_LN2: tl.constexpr = 0.34657359027997264
-    i_slot = tl.program_id(0)
-    n_slots = tl.num_programs(0) - 1
     even = 1.0 / n_k
     b_sum = tl.zeros([CHUNK], dtype=tl.float32)
-    for i_column in range(0, tl.where(i_slot < n_slots, n_k, 0), CHUNK):
+    for i_column in range(0, n_k, CHUNK):
         o_n = i_column + tl.arange(0, CHUNK)
-        b_p = tl.load(p_vertical + i_slot.to(tl.int64) * n_k + o_n, mask=o_n < n_k, other=0.0)
+        b_p = tl.load(p_vertical + o_n, mask=o_n < n_k, other=0.0)
         b_q = tl.where(o_n < n_k, even, 0.0)
         b_sum += xlog2(b_p) + xlog2(b_q) - 2.0 * xlog2((b_p + b_q) * 0.5)
     divergence = tl.sum(b_sum, 0) * HALF_LN2
@@ -92,4 +93,40 @@ def sparse_heads_kernel(
         b_asked = tl.where(is_sparse, -1, b_entry)
         b_new = tl.where(is_head, b_moved, b_asked)
         b_new = tl.where(b_slot < n_slots, b_new, b_entry)
-        tl.store(p_decided + o_e, b_new, mask=(o_e < n_entries) & (b_slot == i_slot))
+        m_mine = tl.where(b_slot < n_slots, b_slot, 0) == i_slot
+        tl.store(p_decided + o_e, b_new, mask=(o_e < n_entries) & m_mine)
+
+
+@triton.jit(do_not_specialize=["n_k", "n_heads", "n_entries", "first", "otherwise", "place"])
+def sparse_heads_kernel(
+    p_vertical,
+    p_requested,
+    p_decided,
+    n_k,
+    n_heads,
+    n_entries,
+    first,
+    otherwise,
+    place,
+    delta,
+    ENTRIES: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """One program: one pattern."""
+    i_slot = tl.program_id(0)
+    decide_sparse(
+        p_vertical + i_slot.to(tl.int64) * n_k,
+        p_requested,
+        p_decided,
+        i_slot,
+        tl.num_programs(0),
+        n_k,
+        n_heads,
+        n_entries,
+        first,
+        otherwise,
+        place,
+        delta,
+        ENTRIES,
+        CHUNK,
+    )
