@@ -199,12 +199,13 @@ def store_profiles(
 
         p_place = p_sums + i_place * n_k * 4 * BLOCK_M
         i_block = o_j[:, None] + tl.zeros([BLOCK_J, BLOCK_M], dtype=tl.int32)
-        b_vertical += _sum_rows(p_place, i_block, b_own, b_lse, o_m, 0, BLOCK_M)
+        b_vertical += tl.sum(_masses(p_place, i_block, b_own, b_lse, o_m, 0, BLOCK_M), 1)
         # Which block a row's sums are of, if they count for offset o_j.
         i_block = b_own[None, :] - o_j[:, None]
-        b_slash += _sum_rows(p_place, i_block, b_own, b_lse, o_m, 1, BLOCK_M)
-        b_slash += _sum_rows(p_place, i_block + 1, b_own, b_lse, o_m, 2, BLOCK_M)
-        b_slash += _sum_rows(p_place, i_block - 1, b_own, b_lse, o_m, 3, BLOCK_M)
+        b_mass = _masses(p_place, i_block, b_own, b_lse, o_m, 1, BLOCK_M)  # [J, M]
+        b_mass += _masses(p_place, i_block + 1, b_own, b_lse, o_m, 2, BLOCK_M)
+        b_mass += _masses(p_place, i_block - 1, b_own, b_lse, o_m, 3, BLOCK_M)
+        b_slash += tl.sum(b_mass, 1)
     tl.store(p_vertical + i_slot.to(tl.int64) * n_k + o_j, b_vertical / n_rows, mask=o_j < n_k)
     tl.store(p_slash + i_slot.to(tl.int64) * (n_k + 1) + o_j, b_slash / n_rows, mask=o_j < n_k + 1)
 
@@ -255,8 +256,8 @@ def profiles_kernel(
 
 
 @triton.jit
-def _sum_rows(p_place, i_block, b_own, b_lse, o_m, KIND: tl.constexpr, BLOCK_M: tl.constexpr):
-    """Sum over rows of one kind of mass in the blocks `[J, M]` that they see.
+def _masses(p_place, i_block, b_own, b_lse, o_m, KIND: tl.constexpr, BLOCK_M: tl.constexpr):
+    """One kind of mass of rows in the blocks `[J, M]` that they see.
 
     Kind 0: all; 1: what stays at the block's own offset; 2 and 3: what goes to the next and to
     the previous one.
@@ -271,4 +272,4 @@ def _sum_rows(p_place, i_block, b_own, b_lse, o_m, KIND: tl.constexpr, BLOCK_M: 
             b_mass -= tl.load(p_tile + 3 * BLOCK_M, mask=m_tile, other=0.0)
     else:
         b_mass = tl.load(p_tile + KIND * BLOCK_M, mask=m_tile, other=0.0)
-    return tl.sum(b_mass * tl.exp2(b_max - b_lse[None, :]), 1)
+    return b_mass * tl.exp2(b_max - b_lse[None, :])
