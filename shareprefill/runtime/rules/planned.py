@@ -454,7 +454,8 @@ class _Steps:
             maps = (sampled_maps(inputs, heads, policies[0].rows),)
         for group, policy, mine in zip(groups, policies, maps, strict=True):
             finite = policy.cut(inputs, mine, group.gamma, self.patterns[group.rows])
-            self.overhead.append(Overhead(requested[group.requested], policy.work(inputs)))
+            work = sampling_work(inputs, policy.rows)
+            self.overhead.append(Overhead(requested[group.requested], work))
             if policy.fills_nonfinite:
                 self.is_finite.append((group.first, finite))
             else:
