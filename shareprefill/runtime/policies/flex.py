@@ -19,7 +19,7 @@ from shareprefill.runtime.policies.logits import (
     products,
     real_heads,
 )
-from shareprefill.runtime.policies.vertical_slash import profile_work, profiles
+from shareprefill.runtime.policies.vertical_slash import VerticalSlash, profiles
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Flex(MapEstimator[tuple[Tensor, Tensor, Tensor]]):
 
     def work(self, inputs: LayerInputs) -> float:
         """The last query block's logits, and one product a pair of blocks."""
-        return profile_work(inputs) + 1 / (2 * inputs.geometry.block_size**2)
+        return VerticalSlash().work(inputs) + 1 / (2 * inputs.geometry.block_size**2)
 
 
 def _mean_maps(inputs: LayerInputs, heads: Tensor) -> Tensor:

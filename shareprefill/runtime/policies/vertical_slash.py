@@ -39,8 +39,10 @@ class VerticalSlash(InPlacePolicy[tuple[Tensor, Tensor]]):
         return finite
 
     def work(self, inputs: LayerInputs) -> float:
-        """Logits of the last query block, which reads all keys."""
-        return profile_work(inputs)
+        """Logits of the last rows: they read all keys, about twice as many as a row of a prompt."""
+        n_query, n_key = inputs.query.shape[1], inputs.keys.shape[1]
+        pairs = n_query * (n_key - (n_query - 1) / 2)
+        return min(0.5, min(inputs.geometry.block_size, n_query) * n_key / pairs / 2)
 
 
 def profiles(inputs: LayerInputs, heads: Tensor) -> tuple[Tensor, Tensor]:
@@ -91,10 +93,3 @@ def write_patterns(
         requested=requested,
         guard=guard,
     )[1]
-
-
-def profile_work(inputs: LayerInputs) -> float:
-    """Logits of the last rows: they read all keys, about twice as many as a row of a prompt."""
-    n_query, n_key = inputs.query.shape[1], inputs.keys.shape[1]
-    pairs = n_query * (n_key - (n_query - 1) / 2)
-    return min(0.5, min(inputs.geometry.block_size, n_query) * n_key / pairs / 2)

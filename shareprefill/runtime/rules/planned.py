@@ -48,7 +48,6 @@ from shareprefill.runtime.policies.sampled import (
 from shareprefill.runtime.policies.smoothed import Smoothed, line_weights
 from shareprefill.runtime.policies.vertical_slash import (
     VerticalSlash,
-    profile_work,
     write_patterns,
 )
 from shareprefill.runtime.rules.base import (
@@ -431,7 +430,7 @@ class _Steps:
         finite = torch.empty_like(slash.gamma, dtype=torch.bool)
         out = self.patterns[slash.rows]
         decided = write_patterns(inputs, heads, slash.gamma, out, finite, requested, guard)
-        self.overhead.append(Overhead(heads, profile_work(inputs)))
+        self.overhead.append(Overhead(heads, VerticalSlash().work(inputs)))
         # A distance that is not a number is above nothing: its head samples, and is found out then.
         assert decided is not None
         return decided

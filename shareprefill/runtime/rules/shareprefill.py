@@ -17,7 +17,7 @@ from shareprefill.runtime.ops.block_selection import (
 from shareprefill.runtime.ops.pages import Tokens
 from shareprefill.runtime.ops.pooled_attention import pooled_attention
 from shareprefill.runtime.policies.base import LayerInputs
-from shareprefill.runtime.policies.vertical_slash import profile_work, profiles
+from shareprefill.runtime.policies.vertical_slash import VerticalSlash, profiles
 from shareprefill.runtime.rules.base import (
     Exchange,
     LayerPlan,
@@ -166,7 +166,7 @@ class SharePrefillRule(LayerRule[ClusteredLayer, ElectedPivots]):
             head_to_pattern=torch.where(is_pivot, -1, read),
             output=output,
             policy_taken=PolicyTaken(by_head, layer.by_pattern),
-            overhead=(Overhead(layer.heads, profile_work(inputs)),),
+            overhead=(Overhead(layer.heads, VerticalSlash().work(inputs)),),
             distances=torch.where(candidates, distances, torch.nan),
         )
 
