@@ -67,6 +67,29 @@ def softmax_step(b_logits, b_max, b_sum, MASKED: tl.constexpr):
 
 
 @triton.jit
+def sum_peaks(p_peaks, o_m, b_position, n_live, BLOCK_M: tl.constexpr, BLOCK_S: tl.constexpr):
+    """Log-sum-exps of rows `o_m` from their maxima and sums in `n_live` splits of the keys.
+
+    +inf for rows whose position is below 0.
+    """
+    o_s = tl.arange(0, BLOCK_S)
+    b_max = tl.zeros_like(b_position).to(tl.float32) + float("-inf")  # [rows]
+    b_sum = tl.zeros_like(b_position).to(tl.float32)
+    for i_split in range(0, n_live, BLOCK_S):
+        p_tile = p_peaks + (i_split + o_s)[:, None] * (2 * BLOCK_M) + o_m[None, :]
+        m_tile = (i_split + o_s < n_live)[:, None]
+        b_part_max = tl.load(p_tile, mask=m_tile, other=float("-inf"))  # [S, rows]
+        b_part_sum = tl.load(p_tile + BLOCK_M, mask=m_tile, other=0.0)
+        b_new = tl.maximum(b_max, tl.max(b_part_max, 0))
+        b_pivot = tl.where(b_new == float("-inf"), 0.0, b_new)
+        b_parts = b_part_sum * tl.exp2(b_part_max - b_pivot[None, :])  # [S, rows]
+        b_sum = b_sum * tl.exp2(b_max - b_pivot) + tl.sum(b_parts, 0)
+        b_max = b_new
+    m_seen = b_position >= 0
+    return tl.where(m_seen, b_max + tl.log2(tl.where(m_seen, b_sum, 1.0)), float("inf"))
+
+
+@triton.jit
 def cap_logits(b_logits, softcap_log2):
     """Soft-capped logits in units of log2.
 

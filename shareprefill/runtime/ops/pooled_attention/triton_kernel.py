@@ -12,7 +12,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from shareprefill.runtime.ops.triton_steps import cap_logits, find_tile, load_tile, rows_in_page
+from shareprefill.runtime.ops.triton_steps import (
+    cap_logits,
+    find_tile,
+    load_tile,
+    rows_in_page,
+    sum_peaks,
+)
 
 
 @triton.jit
@@ -536,26 +542,6 @@ def mass_kernel(
         tl.store(p_peaks + BLOCK_M + o_m, b_sum)
 
 
-@triton.jit
-def _sum_peaks(p_peaks, o_m, b_position, n_live, BLOCK_M: tl.constexpr, BLOCK_S: tl.constexpr):
-    """Log-sum-exps of rows `o_m` from their maxima and sums in `n_live` splits; +inf for none."""
-    o_s = tl.arange(0, BLOCK_S)
-    b_max = tl.zeros_like(b_position).to(tl.float32) + float("-inf")  # [rows]
-    b_sum = tl.zeros_like(b_position).to(tl.float32)
-    for i_split in range(0, n_live, BLOCK_S):
-        p_tile = p_peaks + (i_split + o_s)[:, None] * (2 * BLOCK_M) + o_m[None, :]
-        m_tile = (i_split + o_s < n_live)[:, None]
-        b_part_max = tl.load(p_tile, mask=m_tile, other=float("-inf"))  # [S, rows]
-        b_part_sum = tl.load(p_tile + BLOCK_M, mask=m_tile, other=0.0)
-        b_new = tl.maximum(b_max, tl.max(b_part_max, 0))
-        b_pivot = tl.where(b_new == float("-inf"), 0.0, b_new)
-        b_parts = b_part_sum * tl.exp2(b_part_max - b_pivot[None, :])  # [S, rows]
-        b_sum = b_sum * tl.exp2(b_max - b_pivot) + tl.sum(b_parts, 0)
-        b_max = b_new
-    m_seen = b_position >= 0
-    return tl.where(m_seen, b_max + tl.log2(tl.where(m_seen, b_sum, 1.0)), float("inf"))
-
-
 @triton.jit(
     do_not_specialize=[
         "n_members",
@@ -625,7 +611,7 @@ def means_kernel(
     i_place = tl.cast(i_place, tl.int64)
     p_peaks += i_place * n_splits * 2 * BLOCK_M + i_inner * TILE_ROWS
     n_live = (n_seen + split_units - 1) // split_units
-    b_lse = _sum_peaks(p_peaks, o_m, b_position, n_live, BLOCK_M, BLOCK_S)
+    b_lse = sum_peaks(p_peaks, o_m, b_position, n_live, BLOCK_M, BLOCK_S)
 
     i_segment = (i_tile // PARTS) * SEGMENTS + i_inner + tl.arange(0, 1)
     i_member = i_segment // PACKED
@@ -715,7 +701,7 @@ def table_means_kernel(
     n_live = (n_seen + split_units - 1) // split_units
     i_place = tl.cast(i_tile, tl.int64)
     p_peaks += i_place * n_splits * 2 * BLOCK_M
-    b_lse = _sum_peaks(p_peaks, o_m, b_position, n_live, BLOCK_M, BLOCK_S)
+    b_lse = sum_peaks(p_peaks, o_m, b_position, n_live, BLOCK_M, BLOCK_S)
     _store_means(
         p_mass + i_place * n_units * BLOCK_M,
         o_m,

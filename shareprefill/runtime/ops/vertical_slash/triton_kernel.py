@@ -12,7 +12,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from shareprefill.runtime.ops.triton_steps import cap_logits, find_tile, load_tile, rows_in_page
+from shareprefill.runtime.ops.triton_steps import (
+    cap_logits,
+    find_tile,
+    load_tile,
+    rows_in_page,
+    sum_peaks,
+)
 
 
 @triton.jit(
@@ -169,7 +175,6 @@ def store_profiles(
         i_head = tl.load(p_heads + i_slot).to(tl.int32)
     n_rows = tl.minimum(BLOCK_SIZE, n_q_tokens)
     o_m = tl.arange(0, BLOCK_M)
-    o_s = tl.arange(0, BLOCK_S)
     o_j = i_entry + tl.arange(0, BLOCK_J)
     b_vertical = tl.zeros([BLOCK_J], dtype=tl.float32)
     b_slash = tl.zeros([BLOCK_J], dtype=tl.float32)
@@ -179,24 +184,10 @@ def store_profiles(
         b_position = tl.where(o_row < tl.where(i_head >= 0, n_rows, 0), o_row, -n_k_tokens)
         b_position += n_k_tokens - n_rows
         b_own = tl.where(b_position >= 0, b_position // BLOCK_SIZE, -1)
-        m_m = b_own >= 0
         n_live = tl.max(b_own, 0) // split_blocks + 1
         i_place = (i_slot * PARTS + i_part).to(tl.int64)
         p_tile = p_peaks + i_place * n_splits * 2 * BLOCK_M
-        b_max = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
-        b_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
-        for i_split in range(0, n_live, BLOCK_S):
-            p_split = p_tile + (i_split + o_s)[:, None] * (2 * BLOCK_M) + o_m[None, :]
-            m_split = (i_split + o_s < n_live)[:, None] & m_m[None, :]
-            b_part_max = tl.load(p_split, mask=m_split, other=float("-inf"))  # [S, M]
-            b_part_sum = tl.load(p_split + BLOCK_M, mask=m_split, other=0.0)
-            b_new = tl.maximum(b_max, tl.max(b_part_max, 0))
-            b_pivot = tl.where(b_new == float("-inf"), 0.0, b_new)
-            b_parts = b_part_sum * tl.exp2(b_part_max - b_pivot[None, :])  # [S, M]
-            b_sum = b_sum * tl.exp2(b_max - b_pivot) + tl.sum(b_parts, 0)
-            b_max = b_new
-        b_lse = tl.where(m_m, b_max + tl.log2(tl.where(m_m, b_sum, 1.0)), float("inf"))
-
+        b_lse = sum_peaks(p_tile, o_m, b_own, n_live, BLOCK_M, BLOCK_S)
         p_place = p_sums + i_place * n_k * 4 * BLOCK_M
         i_block = o_j[:, None] + tl.zeros([BLOCK_J, BLOCK_M], dtype=tl.int32)
         b_vertical += tl.sum(_masses(p_place, i_block, b_own, b_lse, o_m, 0, BLOCK_M), 1)
