@@ -7,8 +7,8 @@ import triton.language as tl
 
 from shareprefill.runtime.ops.block_selection.kernels.cover import (
     draw_lines,
-    store_cover,
     store_finite,
+    store_short_cover,
 )
 from shareprefill.runtime.ops.block_selection.kernels.heads import decide_sparse
 from shareprefill.runtime.ops.vertical_slash.triton_kernel import store_profiles
@@ -57,6 +57,8 @@ def pattern_kernel(
     HAS_HEADS: tl.constexpr,
     HAS_GUARD: tl.constexpr,
     ENTRIES: tl.constexpr,
+    LENGTH: tl.constexpr,
+    STEP: tl.constexpr,
     ROWS: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
@@ -111,8 +113,8 @@ def pattern_kernel(
             CHUNK,
         )
     is_finite = store_finite(p_vertical, p_finite + i_slot, n_k, CHUNK)
-    store_cover(p_vertical, p_columns, n_k, n_k, limit, 0, n_k, CHUNK)
-    store_cover(p_slash, p_distances, n_k + 1, n_k + 1, limit, 0, n_k + 1, CHUNK)
+    store_short_cover(p_vertical, p_columns, n_k, limit, LENGTH, STEP)
+    store_short_cover(p_slash, p_distances, n_k + 1, limit, LENGTH, STEP)
     tl.debug_barrier()
     for i_row in range(0, n_q, ROWS):
         draw_lines(

@@ -36,6 +36,8 @@ SHORT_BLOCKS = 128
 PATTERN_OPTIONS: dict[str, Any] = {
     "ROUNDING": ROUNDING,
     "ENTRIES": 128,
+    "LENGTH": 256,  # of a profile, at least SHORT_BLOCKS + 1
+    "STEP": 16,
     "ROWS": 32,
     "CHUNK": 128,
     "num_warps": 8,

@@ -84,6 +84,25 @@ def store_cover(p_row, p_out, n_seen, n_columns, limit, n_sink, i_local, CHUNK: 
 
 
 @triton.jit
+def store_short_cover(p_row, p_out, n_columns, limit, LENGTH: tl.constexpr, STEP: tl.constexpr):
+    """Mark, in a row of at most `LENGTH` columns, what covers `limit` of it.
+
+    As `store_cover`, by comparing all pairs: of a short row it takes a program of several warps, in
+    which sums cross them, less than a search.
+    """
+    o_n = tl.arange(0, LENGTH)
+    b_own = tl.load(p_row + o_n, mask=o_n < n_columns, other=0.0)  # [length]
+    b_before = tl.zeros([LENGTH, STEP], dtype=tl.float32)
+    for i_column in range(0, n_columns, STEP):
+        o_c = i_column + tl.arange(0, STEP)
+        b_mass = tl.load(p_row + o_c, mask=o_c < n_columns, other=0.0)[None, :]  # [1, step]
+        m_equal = (b_mass == b_own[:, None]) & (o_c[None, :] < o_n[:, None])
+        b_before += tl.where((b_mass > b_own[:, None]) | m_equal, b_mass, 0.0)
+    m_taken = (tl.sum(b_before, 1) < limit) & (b_own > 0.0)
+    tl.store(p_out + o_n, m_taken.to(p_out.dtype.element_ty), mask=o_n < n_columns)
+
+
+@triton.jit
 def store_finite(p_row, p_finite, n_seen, CHUNK: tl.constexpr):
     """Store, and return, whether the sum of the first `n_seen` entries of a row is a number."""
     b_sum = tl.zeros([CHUNK], dtype=tl.float32)
