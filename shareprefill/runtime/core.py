@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -111,10 +111,9 @@ class SparsePrefill:
         self.heads = range(len(plan.layers[0])) if heads is None else heads
         rule = SharePrefillRule if plan.online else PlannedRule
         self.rule: LayerRule[Any, Any] = rule(plan, self.heads, exchange)
-        self._layers: dict[tuple[int, torch.device], LayerPlan] = {}
+        # A layer's plan on a device; and whether launches of a device are kept, to be repeated.
+        self._layer, self._are_kept = cache(self.rule.make_layer), cache(are_kept)
         self._repeats = Repeats[LayerRecord]()
-        # Whether launches of a device are kept, to be repeated.
-        self._are_kept: dict[torch.device, bool] = {}
 
     def begin(self, geometry: Geometry) -> SequenceState:
         """The state of a sequence before the first layer of a forward pass.
@@ -194,9 +193,7 @@ class SparsePrefill:
         None where they are not to be repeated.
         """
         device = inputs.query.device
-        if device not in self._are_kept:
-            self._are_kept[device] = are_kept(device)
-        stream = stream_of_tables(device) if self._are_kept[device] else None
+        stream = stream_of_tables(device) if self._are_kept(device) else None
         if stream is None:
             return None
         memory = self.rule.memory(self._layer(layer, device), state.pivots)
@@ -250,12 +247,6 @@ class SparsePrefill:
             totals=None if lists is None else lists.totals(),
         )
         return LayerChoice(plan, selection, lists, by_sdpa, record)
-
-    def _layer(self, layer: int, device: torch.device) -> LayerPlan:
-        plan = self._layers.get((layer, device))
-        if plan is None:
-            plan = self._layers[layer, device] = self.rule.make_layer(layer, device)
-        return plan
 
     def _heads_of_sdpa(
         self, plan: LayerPlan, lists: BlockLists, inputs: LayerInputs, value: Tokens
