@@ -308,7 +308,7 @@ class SparseDecoding:
         """
         found = self._weights.get(device)
         if found is None:
-            effect = torch.ones((1, heads), dtype=torch.float64)
+            effect = torch.ones((1, heads), dtype=torch.float64, device="cpu")
             if self.effect is not None:
                 mean = self.effect.double().mean().clamp(min=1e-30)
                 effect = (self.effect.double().cpu() / mean.cpu()).clamp(min=1e-3)
