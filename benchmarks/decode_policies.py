@@ -218,7 +218,8 @@ class Policy:
             at its last dense step.
         density: Reads of a unit and step that is not dense, where there is no other rule.
         pivots: The pivot of every unit of the model, its own number for a pivot.
-        every: Steps from one dense step of a pivot to the next.
+        every: Steps from one dense step of a pivot to the next, or from one choice by the sketch to
+            the next.
         oracle: Pivots know their attention without reading it: no policy, but a bound.
         sketch: Coordinates of a key, and bits of each.
         channels: The coordinates, where they are channels of the keys, int64 `[L * U, rank]`.
@@ -291,7 +292,13 @@ class Policy:
         else:
             counts = level_counts(self.density, always, visible).expand(score.shape[:2])
         dense = self.dense(units, score.shape[1], score.device)
-        return first(order, counts) | (dense[..., None] & visible)
+        keep = first(order, counts)
+        if self.order == "sketch":
+            # What was chosen last, and the newest; layers in turns, so that steps take alike.
+            numbers = torch.arange(keep.shape[1], device=keep.device)
+            last = (numbers - (numbers + layer) % self.every).clamp(min=0)
+            keep = keep[:, last] | always
+        return keep | (dense[..., None] & visible)
 
 
 def stale(mass: Tensor, every: int) -> Tensor:
@@ -464,6 +471,7 @@ def make_policy(spec: str, density: float, calibration: Calibration) -> Policy |
         spec: `oracle`, `last`, `vertical`, `quest`, `own/8` (refreshed every 8 steps),
             `pivots:.05/4` (a twentieth of the units are pivots, dense every 4 steps),
             `sketch:8x4` (8 coordinates of each key, 4 bits each, in a basis of the prompt),
+            `sketch:8x4/4` (blocks are chosen by it every 4 steps, which layers take in turns),
             `channels:8x4` (8 channels of each key, chosen offline). `+cuts` gives every unit a cut
             of its own, `+effect` one by what its lost attention does, `+adaptive` a new one at
             every step by that. `+means` lets blocks that are not read stand in by their mean value.
@@ -499,7 +507,7 @@ def make_policy(spec: str, density: float, calibration: Calibration) -> Policy |
     if name in ("sketch", "channels"):
         policy.order = "sketch"
         policy.sketch = int(found["rank"]), int(found["bits"])
-        policy.extra = policy.sketch[0] * policy.sketch[1] / 8 / (2 * dim * _BYTES)
+        policy.extra = policy.sketch[0] * policy.sketch[1] / 8 / (2 * dim * _BYTES) / every
         policy.extra += 1 / (2 * block) if policy.means else 0
     if name == "channels":
         policy.channels = choose_channels(calibration, policy.sketch[0])

@@ -4,9 +4,12 @@
 
 The model has the shape of a published one, fewer layers, and random weights; its cache is filled
 with random keys and values. How many blocks steps read is what the session was asked for, so that
-times are those of a real model; answers are nothing. `dense` is transformers' own attention (SDPA),
-`sparse` a session with `decode="sparse"`, each with a dynamic cache, which copies all keys at every
-step, and with a static one.
+times are those of a real model; answers are nothing. Keys of a block are alike, so that some blocks
+are worth more than others. Dense steps are FlashAttention over the keys that there are, KV heads not
+repeated, without a mask: transformers' own repeats them, and reads a static cache to its end; and
+cuDNN, which SDPA takes first, plans anew for every length, which takes 40 ms.
+Sparse ones are a session with `decode="sparse"`. Each has a dynamic cache, which copies all keys at
+every step, and a static one.
 """
 
 from __future__ import annotations
@@ -20,7 +23,10 @@ from typing import Any
 
 import torch
 from provenance import provenance
-from transformers import DynamicCache, StaticCache
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, StaticCache
 
 from shareprefill.bench.shapes import build_shape
 from shareprefill.config import RuntimeConfig
@@ -29,6 +35,33 @@ from shareprefill.runtime.session import share_prefill
 
 # Tokens that go through the model behind the filled keys, for a session to see queries of.
 _PROMPT = 256
+# Of keys that are alike; and how much what they have in common is, over what they have not.
+_ALIKE, _IN_COMMON = 32, 2.0
+_DENSE = "dense over the keys that there are"
+
+
+class DenseSteps:
+    """Attention of a model, by FlashAttention over the keys that there are.
+
+    Attributes:
+        tokens: So many.
+    """
+
+    def __init__(self) -> None:
+        self.tokens = 0
+        AttentionInterface.register(_DENSE, self)
+        AttentionMaskInterface.register(_DENSE, lambda *_args, **_options: None)
+
+    def __call__(
+        self, _module: Any, query: Tensor, key: Tensor, value: Tensor, *_args: Any, **options: Any
+    ) -> tuple[Tensor, None]:
+        keys = slice(0, self.tokens)
+        backend = SDPBackend.FLASH_ATTENTION if query.is_cuda else SDPBackend.MATH
+        with sdpa_kernel(backend):
+            out = scaled_dot_product_attention(
+                query, key[:, :, keys], value[:, :, keys], scale=options["scaling"], enable_gqa=True
+            )
+        return out.transpose(1, 2).contiguous(), None
 
 
 def filled_cache(model: Any, kind: str, batch: int, tokens: int, room: int) -> Any:
@@ -38,6 +71,8 @@ def filled_cache(model: Any, kind: str, batch: int, tokens: int, room: int) -> A
     sizes = batch, config.num_key_value_heads, tokens, config.head_dim
     for layer in range(config.num_hidden_layers):
         key, value = (torch.randn(sizes, dtype=model.dtype, device=model.device) for _ in range(2))
+        common = torch.randn_like(key[:, :, ::_ALIKE]) * _IN_COMMON
+        key += common.repeat_interleave(_ALIKE, 2)[:, :, :tokens]
         cache.update(key, value, layer)
     return cache
 
@@ -49,8 +84,11 @@ def case(
     """Milliseconds of a step; sparse ones where there is a density."""
     steps = options.warm_up + options.steps
     cache = filled_cache(model, kind, batch, tokens - _PROMPT, tokens + steps)
-    session = None
-    if density is not None:
+    session, dense = None, DenseSteps()
+    if density is None:
+        model.set_attn_implementation(_DENSE)
+    else:
+        model.set_attn_implementation("sdpa")
         config = RuntimeConfig(
             policy="streaming",
             min_tokens=0,
@@ -62,6 +100,7 @@ def case(
     start = 0.0
     ids = torch.randint(3, 500, (batch, _PROMPT), device=model.device)
     with session or nullcontext():
+        dense.tokens = tokens
         step = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
         for number in range(steps):
             if number == options.warm_up:
@@ -69,6 +108,7 @@ def case(
                     session.reset()
                 _wait(model)
                 start = time.perf_counter()
+            dense.tokens += 1
             token = step.logits[:, -1:].argmax(-1)
             step = model(input_ids=token, **cache_of(step), use_cache=True)
         _wait(model)

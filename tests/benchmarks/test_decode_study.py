@@ -64,6 +64,7 @@ def kept(policy: Any, calibration: Any) -> torch.Tensor:
             "pivots:.2+adaptive",
             "sketch:2x4",
             "sketch:2x8+adaptive",
+            "sketch:2x4/4",
             "sketch:2x4+cuts+means",
             "channels:2x4",
         ),
@@ -110,6 +111,20 @@ def test_units_read_what_their_pivot_saw_last(calibration: Any) -> None:
     assert not torch.equal(keep[0, 3], keep[0, 4])
     best = layers[0].mass[1, 4].masked_fill(layers[0].always()[4], 0).argmax()
     assert keep[0, 4:8, best].all()
+
+
+def test_lists_are_read_until_they_are_chosen_anew_in_layers_in_turns(calibration: Any) -> None:
+    from decode_policies import make_policy
+
+    every, some = (make_policy(spec, 0.5, calibration) for spec in ("sketch:2x4", "sketch:2x4/4"))
+    assert some.extra == every.extra / 4
+    for layer, steps in enumerate(calibration.prompts[0]):
+        some.density = every.density
+        fresh, found = (policy.keep(layer, steps) for policy in (every, some))
+        assert not torch.equal(fresh, found)
+        for step in range(STEPS):
+            last = max(0, step - (step + layer) % 4)
+            assert torch.equal(found[:, step], fresh[:, last] | steps.always()[step])
 
 
 def test_a_step_reads_what_is_worth_its_price() -> None:
