@@ -5,11 +5,10 @@
 The model has the shape of a published one, fewer layers, and random weights; its cache is filled
 with random keys and values. How many blocks steps read is what the session was asked for, so that
 times are those of a real model; answers are nothing. Keys of a block are alike, so that some blocks
-are worth more than others. Dense steps are FlashAttention over the keys that there are, KV heads not
-repeated, without a mask: transformers' own repeats them, and reads a static cache to its end; and
-cuDNN, which SDPA takes first, plans anew for every length, which takes 40 ms.
-Sparse ones are a session with `decode="sparse"`. Each has a dynamic cache, which copies all keys at
-every step, and a static one.
+are worth more than others. Dense steps are FlashAttention over the keys that there are, KV heads
+not repeated, without a mask: transformers' own repeats them, and reads a static cache to its end,
+and cuDNN, which SDPA takes first, plans anew for every length. Sparse ones are a session with
+`decode="sparse"`. Each has a dynamic cache, which copies all keys at every step, and a static one.
 """
 
 from __future__ import annotations
