@@ -34,6 +34,23 @@ _RECENT_ROWS = 64
 _WARM_BLOCKS = 16
 
 
+class _Others:
+    """The other processes of a tensor-parallel group.
+
+    Attributes:
+        are_met: Whether what they found is added. Else this process goes on by itself, and what
+            the others have is empty.
+    """
+
+    def __init__(self, exchange: Exchange) -> None:
+        self._exchange, self.are_met = exchange, True
+
+    def sum(self, tensor: Tensor) -> None:
+        """Adds the tensors of all processes, in place in each."""
+        if self.are_met:
+            self._exchange.sum(tensor)
+
+
 @dataclass(frozen=True)
 class RowRecord:
     """What was done for one row: a report's, which must not keep its patterns alive.
@@ -102,7 +119,8 @@ class ServingCore:
         count: Callable[[str, str, int], None] = lambda *_: None,
     ) -> None:
         self._make_plan, self.config = make_plan, config
-        self._heads, self._exchange, self._count = heads, exchange, count
+        self._heads, self._count = heads, count
+        self._others = None if exchange is None else _Others(exchange)
         self.device, self.max_rows, self.max_keys = device, max_rows, max_keys
         # Read here, so that a table that cannot be read stops the engine's start.
         self.crossover = crossover(device, backend)
@@ -115,6 +133,11 @@ class ServingCore:
         plan = self._prefill(None).plan
         self.n_layers, self.least_rows = len(plan.layers), plan.block_size
         self._recent: deque[RowRecord] = deque(maxlen=_RECENT_ROWS)
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether this process holds all heads."""
+        return self._others is None
 
     @property
     def min_tokens(self) -> int:
@@ -236,7 +259,11 @@ class ServingCore:
         _, n_heads, head_dim = query.shape
         size = self.worst_case_bytes(n_heads, n_groups, head_dim, query.element_size())
         torch.empty(size, dtype=torch.uint8, device=query.device)
+        # Loading a kernel may wait for the device. A collective that still ran there would wait for
+        # a process which may need this one's answer to go on: so none runs while kernels load.
+        torch.cuda.synchronize(query.device)
         self.warm(query, n_groups, page_size, scale=scale, softcap=softcap, sinks=sinks)
+        torch.cuda.synchronize(query.device)
 
     def warm(
         self,
@@ -249,6 +276,8 @@ class ServingCore:
         sinks: Tensor | None,
     ) -> None:
         """Runs every layer on random numbers, whole and as a chunk in pages; nothing is counted.
+
+        Every process does so by itself, and meets the others once, when all kernels are there.
 
         Args:
             query: `[T, H, D]`, whose sizes, dtype and device are taken.
@@ -265,6 +294,8 @@ class ServingCore:
         shape = (n_pages, 2, page_size, n_groups, head_dim)
         cache = torch.randn(shape, dtype=query.dtype, device=query.device)
         pages = split_pages(cache, table, n_key)
+        if self._others is not None:
+            self._others.are_met = False
         for n_query in (n_key, n_key // 2):
             # As an engine's tensors lie: heads inside tokens.
             rows = torch.randn(
@@ -277,6 +308,9 @@ class ServingCore:
                     layer, state.sequence, rows, keys, values,
                     scale=scale, softcap=softcap, sinks=sinks,
                 )  # fmt: skip
+        if self._others is not None:
+            self._others.are_met = True
+            self._others.sum(torch.zeros(1, dtype=torch.uint8, device=query.device))
 
     def report(self) -> dict[str, Any]:
         """What was done since the start; waits for the device.
@@ -323,7 +357,7 @@ class ServingCore:
     def _prefill(self, policy: str | None) -> SparsePrefill:
         if policy not in self._prefills:
             plan = self._make_plan(policy)
-            self._prefills[policy] = SparsePrefill(plan, self._heads, self._exchange)
+            self._prefills[policy] = SparsePrefill(plan, self._heads, self._others)
         return self._prefills[policy]
 
     def _reason(self, n_key: int, switch: str | None) -> str | None:

@@ -10,6 +10,7 @@ import torch
 
 from shareprefill.config import RuntimeConfig
 from shareprefill.runtime.plan import RuntimePlan
+from shareprefill.runtime.rules.base import Exchange
 from shareprefill.vllm.core import ServingCore
 
 IN_VLLM = [
@@ -22,14 +23,18 @@ IN_VLLM = [
 
 
 def serving_core(
-    plan_of: Callable[[str | None], RuntimePlan], config: RuntimeConfig
+    plan_of: Callable[[str | None], RuntimePlan],
+    config: RuntimeConfig,
+    *,
+    heads: range | None = None,
+    exchange: Exchange | None = None,
 ) -> ServingCore:
-    """The core of an engine in one process on a CPU."""
+    """The core of an engine on a CPU, in one process or in one of several."""
     return ServingCore(
         plan_of,
         config,
-        heads=None,
-        exchange=None,
+        heads=heads,
+        exchange=exchange,
         device=torch.device("cpu"),
         backend="CPU_ATTN",
         max_rows=1024,

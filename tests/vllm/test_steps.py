@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import pytest
 import torch
@@ -129,3 +130,32 @@ def test_a_head_whose_pivot_s_layer_did_not_run_here_does_without() -> None:
         out = core.attend(layer, state, query, key, value, scale=SCALE, softcap=None, sinks=None)
         dense = causal_attention(query, key, value, scale=SCALE)
         torch.testing.assert_close(out, dense, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("policy", ["auto", "shareprefill"])
+def test_processes_warm_up_by_themselves_and_then_meet_once(
+    policy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While one process compiles or loads a kernel, no other one waits for it in a collective."""
+    config = RuntimeConfig(policy=policy, min_tokens=0)
+    plan, events, attend = plan_of(config), [], SparsePrefill.attend
+
+    class Noted:
+        def sum(self, tensor: Tensor) -> None:
+            events.append("meets")
+
+    def noted(self: SparsePrefill, layer: int, *args: Any, **options: Any) -> Any:
+        events.append(layer)
+        return attend(self, layer, *args, **options)
+
+    monkeypatch.setattr(SparsePrefill, "attend", noted)
+    # The pivots of layers 0 and 1 are in the other process.
+    core = serving_core(lambda _: plan, config, heads=range(2, 4), exchange=Noted())
+    assert not core.is_alone
+    core.warm(torch.empty(5, 2, D), 1, PAGE, scale=SCALE, softcap=None, sinks=None)
+    assert events == [0, 1, 2, 0, 1, 2, "meets"]
+    assert core.report()["latest"] == []
+    state = core.begin(Prefill(0, slice(0, 200), 200), None, core.device)
+    query, keys = torch.randn(2, 200, D), torch.randn(1, 200, D)
+    core.attend(0, state, query, keys, keys, scale=SCALE, softcap=None, sinks=None)
+    assert "meets" in events[7:]
