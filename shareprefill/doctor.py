@@ -157,7 +157,7 @@ def _implementations() -> list[Check]:
     import torch
 
     from shareprefill.runtime.crossover import crossover, tuned
-    from shareprefill.runtime.ops.dispatch import describe, unavailable
+    from shareprefill.runtime.ops.dispatch import describe, page_in_place, unavailable
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     checks = [_compare("blockwise", "cpu")]
@@ -172,7 +172,8 @@ def _implementations() -> list[Check]:
     choices = describe(device)
     checks += [Check(c.operator, c.implementation, c.reason) for c in choices]
     (attention,) = (c for c in choices if c.operator == "block_sparse_attention")
-    checks += [_pages(attention.implementation, size) for size in (16, 128)]
+    chosen = page_in_place(torch.device(device))
+    checks += [_pages(attention.implementation, size, size == chosen) for size in (16, 128)]
     checks += _crossover(crossover(torch.device(device)))
     for backend, found in tuned(torch.device(device)).items():
         detail = f"shorter prompts run dense in vLLM; measured on {found.source}"
@@ -180,7 +181,7 @@ def _implementations() -> list[Check]:
     return checks
 
 
-def _pages(implementation: str, size: int) -> Check:
+def _pages(implementation: str, size: int, is_chosen: bool = False) -> Check:
     """Whether attention reads keys and values in an engine's pages of so many tokens."""
     import torch
 
@@ -192,7 +193,9 @@ def _pages(implementation: str, size: int) -> Check:
     refusal = page_refusal(implementation, PagedTokens(pool, table, 2 * size))
     name = f"pages of {size} tokens"
     if refusal is None:
-        return Check(name, "in place", f"{implementation} reads a vLLM cache of these where it is")
+        chosen = ", and an engine takes these by itself" * is_chosen
+        detail = f"{implementation} reads a vLLM cache of these where it is{chosen}"
+        return Check(name, "in place", detail)
     return Check(name, "gathered", f"copied first out of a vLLM cache: {implementation} {refusal}")
 
 

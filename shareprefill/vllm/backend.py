@@ -10,6 +10,7 @@ plain prefills; a layer computes those with `ServingCore`, and hands the others 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -22,6 +23,7 @@ from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.attention.backend import AttentionCGSupport, AttentionType, CommonAttentionMetadata
 
 from shareprefill.errors import UnsupportedError
+from shareprefill.runtime.ops.dispatch import page_in_place
 from shareprefill.runtime.ops.pages import Tokens
 from shareprefill.vllm.core import RowState, ServingCore
 from shareprefill.vllm.engine import core_of, current_core
@@ -57,6 +59,23 @@ class StepWork:
 
     prefills: tuple[tuple[Prefill, str | None], ...]
     runs: tuple[tuple[Run, Any], ...]
+
+
+class SharePrefillBackend:
+    """Mix-in of backends with plain pages, which our kernels read where they are."""
+
+    @classmethod
+    def get_preferred_block_size(cls, default_block_size: int) -> int:
+        """Tokens of a page where the user names none: of pages that our kernels read in place.
+
+        Where heads are divided over processes the inner backend's size stays: with pages of 128
+        some such engines stood still at their start, and nobody knows why (docs/vllm.md).
+        """
+        core = current_core()
+        inner = super().get_preferred_block_size(default_block_size)
+        if core is None or not core.is_alone:
+            return inner
+        return math.lcm(inner, page_in_place(core.device))
 
 
 class SharePrefillBuilder:

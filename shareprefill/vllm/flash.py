@@ -11,7 +11,11 @@ from vllm.v1.attention.backends.flash_attn import (
     FlashAttentionMetadataBuilder,
 )
 
-from shareprefill.vllm.backend import SharePrefillBuilder, SharePrefillImpl
+from shareprefill.vllm.backend import (
+    SharePrefillBackend,
+    SharePrefillBuilder,
+    SharePrefillImpl,
+)
 
 
 class FlashBuilder(SharePrefillBuilder, FlashAttentionMetadataBuilder):
@@ -22,7 +26,7 @@ class FlashImpl(SharePrefillImpl, FlashAttentionImpl):
     """Computes sparse rows; else vLLM's implementation."""
 
 
-class SharePrefillFlashBackend(FlashAttentionBackend):
+class SharePrefillFlashBackend(SharePrefillBackend, FlashAttentionBackend):
     """vLLM's backend, with long prefills taken out of it; its name stays the inner one's."""
 
     is_of_shareprefill = True

@@ -11,7 +11,11 @@ from vllm.v1.attention.backends.triton_attn import (
     TritonAttentionMetadataBuilder,
 )
 
-from shareprefill.vllm.backend import SharePrefillBuilder, SharePrefillImpl
+from shareprefill.vllm.backend import (
+    SharePrefillBackend,
+    SharePrefillBuilder,
+    SharePrefillImpl,
+)
 
 
 class TritonBuilder(SharePrefillBuilder, TritonAttentionMetadataBuilder):
@@ -22,7 +26,7 @@ class TritonImpl(SharePrefillImpl, TritonAttentionImpl):
     """Computes sparse rows; else vLLM's implementation."""
 
 
-class SharePrefillTritonBackend(TritonAttentionBackend):
+class SharePrefillTritonBackend(SharePrefillBackend, TritonAttentionBackend):
     """vLLM's backend, with long prefills taken out of it; its name stays the inner one's."""
 
     is_of_shareprefill = True

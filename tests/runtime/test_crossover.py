@@ -82,3 +82,6 @@ def test_doctor_says_how_pages_are_read(
     assert (found.name, found.state) == (f"pages of {size} tokens", state)
     assert why in found.detail
     assert not found.broken
+    assert "an engine takes these" not in found.detail
+    chosen = _pages(implementation, size, True).detail
+    assert ("an engine takes these by itself" in chosen) == (state == "in place")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +14,8 @@ pytest.importorskip("vllm", reason="vLLM is not installed: make test-vllm")
 from vllm.v1.attention.backend import CommonAttentionMetadata  # pyright: ignore
 
 from shareprefill.errors import UnsupportedError
-from shareprefill.vllm.backend import _why_dense, rows_of
+from shareprefill.vllm import backend
+from shareprefill.vllm.backend import SharePrefillBackend, _why_dense, rows_of
 from shareprefill.vllm.rows import Run
 
 
@@ -62,3 +64,34 @@ def test_a_run_has_the_metadata_of_its_rows():
 def test_metadata_that_nobody_here_knows_is_refused():
     with pytest.raises(UnsupportedError, match="'encoder_seq_lens', which this version"):
         rows_of(step(encoder_seq_lens=torch.ones(3)), Run(slice(0, 1), slice(0, 1)))
+
+
+class Inner:
+    """A backend with pages of a multiple of so many tokens."""
+
+    multiple = 1
+
+    @classmethod
+    def get_preferred_block_size(cls, default_block_size: int) -> int:
+        return max(cls.multiple, default_block_size)
+
+
+@pytest.mark.parametrize(
+    ("in_place", "multiple", "wanted"), [(128, 1, 128), (128, 256, 256), (128, 48, 384), (1, 1, 16)]
+)
+def test_pages_are_such_that_kernels_read_them_in_place(
+    monkeypatch: pytest.MonkeyPatch, in_place: int, multiple: int, wanted: int
+):
+    class Backend(SharePrefillBackend, Inner):
+        pass
+
+    monkeypatch.setattr(Inner, "multiple", multiple)
+    monkeypatch.setattr(backend, "page_in_place", lambda device: in_place)
+    core = SimpleNamespace(device="cuda", is_alone=True)
+    monkeypatch.setattr(backend, "current_core", lambda: core)
+    assert Backend.get_preferred_block_size(16) == wanted
+    # Where heads are over several processes, and in an engine that runs without us.
+    core.is_alone = False
+    assert Backend.get_preferred_block_size(16) == max(16, multiple)
+    monkeypatch.setattr(backend, "current_core", lambda: None)
+    assert Backend.get_preferred_block_size(16) == max(16, multiple)

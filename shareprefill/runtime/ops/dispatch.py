@@ -120,6 +120,17 @@ def page_refusal(impl: str, tokens: PagedTokens) -> str | None:
     return None
 
 
+def page_in_place(device: torch.device) -> int:
+    """Tokens of which a page has a multiple where a device's fastest kernel reads it in place.
+
+    1 where the Triton kernel is the fastest: it reads all usual sizes.
+    """
+    from shareprefill.runtime.ops.hopper import launch
+
+    is_hopper = "hopper" in _faster(device) and unavailable("hopper", device) is None
+    return launch.BLOCK if is_hopper else 1
+
+
 def within_reach(impl: str, *tokens: Tokens) -> tuple[Tokens, ...]:
     """Keys and values as an implementation reads them: gathered, if it does not read their pages.
 

@@ -12,7 +12,12 @@ from shareprefill.errors import UnsupportedError
 from shareprefill.runtime.ops import dispatch
 from shareprefill.runtime.ops.block_sparse_attention import block_sparse_attention
 from shareprefill.runtime.ops.blocks import BlockLists, causal_blocks
-from shareprefill.runtime.ops.dispatch import describe, has_fast_kernel, select_attention
+from shareprefill.runtime.ops.dispatch import (
+    describe,
+    has_fast_kernel,
+    page_in_place,
+    select_attention,
+)
 from shareprefill.runtime.ops.prepared import Prepared
 
 CUDA = torch.device("cuda")
@@ -54,6 +59,17 @@ def test_what_is_as_fast_as_dense_attention(monkeypatch: pytest.MonkeyPatch) -> 
         assert has_fast_kernel(ON_A_GPU, ON_A_GPU, ON_A_GPU, 128) is fast
     key = torch.zeros(2, 8192, 64)
     assert not has_fast_kernel(key, key, key, 128)
+
+
+def test_pages_that_the_fastest_kernel_reads_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    for generation, refusals, tokens in (
+        (9, {"hopper": None}, 128),
+        (9, {"hopper": "not here"}, 1),
+        (8, {"hopper": None}, 1),
+    ):
+        use(monkeypatch, generation, refusals)
+        assert page_in_place(CUDA) == tokens
+    assert page_in_place(torch.device("cpu")) == 1
 
 
 def test_explicit_requests_are_refused_with_the_reason() -> None:
