@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 
@@ -175,8 +176,7 @@ class Structured:
             What was found.
         """
         if self.tokens > LONGEST_TUNED:
-            shorter = Structured(LONGEST_TUNED, self.query.device.type)
-            found = shorter.tune(density, recall, policies)
+            found = _tuned_shorter(self.query.device.type, density, recall, policies)
             found = replace(found, hot=found.hot * self.tokens // LONGEST_TUNED)
             self.place(found.hot)
             return found
@@ -224,6 +224,14 @@ class Structured:
         prefill = SparsePrefill(plan)
         geometry = plan.geometry(self.tokens, self.tokens, self.query.device)
         return lambda: LayerCall(prefill, prefill.begin(geometry), self.query, self.key, self.value)
+
+
+@lru_cache(maxsize=8)
+def _tuned_shorter(
+    device: str, density: float, recall: float, policies: tuple[Policy, ...]
+) -> Tuning:
+    """What the longest tuned inputs need."""
+    return Structured(LONGEST_TUNED, device).tune(density, recall, policies)
 
 
 @dataclass(frozen=True)
