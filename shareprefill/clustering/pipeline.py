@@ -71,12 +71,13 @@ def cluster(folder: Path, config: ClusterConfig) -> tuple[Artifact, list[Cluster
     """Clusters a calibration's heads and chooses every head's policy.
 
     Consensus maps, distances and clusters come from the prompts that are not held out; the policy
-    of every head, and the number of clusters where it is not given, from those that are. That
-    number is, of all whose predicted cost is at most 1 % more than the least, the one of the
-    largest silhouette: cost hardly depends on it, as the choice of pivots finds who is alike in a
-    large cluster too. With a budget or a bound, harm counts as well, at one price for all numbers
-    of clusters: plans that each meet the budget by themselves spend unlike parts of it, and differ
-    in harm by more than clusters do. What is taken then spends the budget.
+    of every head, and the number of clusters where it is not given, from those that are, and from a
+    prompt of every data set that none of these is of. That number is, of all whose predicted cost
+    is at most 1 % more than the least, the one of the largest silhouette: cost hardly depends on
+    it, as the choice of pivots finds who is alike in a large cluster too. With a budget or a bound,
+    harm counts as well, at one price for all numbers of clusters: plans that each meet the budget
+    by themselves spend unlike parts of it, and differ in harm by more than clusters do. What is
+    taken then spends the budget.
     The rows that pivots sample are those that are best for the fewest clusters.
 
     Args:
@@ -110,9 +111,8 @@ def cluster(folder: Path, config: ClusterConfig) -> tuple[Artifact, list[Cluster
     effect = head_effects(store, known)
 
     first_rows, *further_rows = _pivot_rows(store, config)
-    measured = HeldOutMeasurements(
-        store, training.split.held_out, first_rows, estimator=estimator, effect=effect
-    )
+    prompts = [*training.split.held_out, *_further_prompts(store, training)]
+    measured = HeldOutMeasurements(store, prompts, first_rows, estimator=estimator, effect=effect)
     fewest, first_scored = counts[0], dict[Goal, Scored]()
     _, first_goal = choose(labels[fewest], layers, measured, config, first_scored)
 
@@ -174,6 +174,17 @@ def _best(plans: dict[int, _Plan]) -> int:
     if defined:
         return max(defined, key=lambda k: (plans[k].silhouette, -k))
     return min(close, key=lambda k: (plans[k].objective, k))
+
+
+def _further_prompts(store: MapStore, training: Training) -> list[int]:
+    """The last prompt of every data set that no held-out prompt is of.
+
+    Where data sets are many for the prompts, some have none held out. What heads do on them would
+    then be known to no policy: a pattern that serves all others may fail there.
+    """
+    seen = {store.prompts[number].source for number in training.split.held_out}
+    last = {prompt.source: number for number, prompt in enumerate(store.prompts)}
+    return sorted(number for source, number in last.items() if source not in seen)
 
 
 def _pivot_rows(store: MapStore, config: ClusterConfig) -> tuple[int, ...]:
@@ -275,4 +286,5 @@ def _summary(
         "recall_worst_5_percent": round(sum(worst) / len(worst), 6),
         "held_out_prompts": [store.prompts[n].source for n in training.split.held_out],
         "held_out_tokens": [store.prompts[n].tokens for n in training.split.held_out],
+        "further_prompts": [store.prompts[n].source for n in _further_prompts(store, training)],
     }

@@ -79,11 +79,17 @@ def judge_artifact(artifact: Artifact, path: Path) -> Verdict:
         sentences[-1] += f", those of the worst 5% of heads {worst:.1%}"
     tokens = [n for n in summary.get("held_out_tokens", ()) if type(n) is int]
     if tokens:
-        sources = [str(source) for source in summary.get("held_out_prompts", ())]
+        held_out, further = (
+            [str(source) for source in summary.get(name, ())]
+            for name in ("held_out_prompts", "further_prompts")
+        )
         sentences[-1] += (
             f", measured on {prompt_count(len(tokens))} held out, {_range(tokens)} tokens long "
-            f"({_listed(sources)})."
+            f"({_listed(held_out)})"
         )
+        if further:
+            sentences[-1] += f", and {prompt_count(len(further))} that are not ({_listed(further)})"
+        sentences[-1] += "."
         warnings += [*_thin(tokens), *_narrow(calibration.get("data", ()))]
     else:
         sentences[-1] += "; on which prompts, the artifact does not say."

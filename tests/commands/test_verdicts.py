@@ -48,6 +48,9 @@ def test_an_artifact_is_judged_by_gain_worst_heads_and_what_it_rests_on() -> Non
         "retr_kv, text",
     ):
         assert part in text
+    assert "that are not" not in text
+    more = judge_artifact(made(further_prompts=["needle", "math_find"]), PATH)
+    assert "(retr_kv, text), and 2 prompts that are not (needle, math_find)." in more.sentences[-1]
     assert found.warnings == ()
     assert found.next.startswith("sp run PROMPT.txt --artifact 'my clusters.st' --compare-dense")
 
