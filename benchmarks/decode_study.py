@@ -391,8 +391,7 @@ class Study:
             states = self.steps(sample, handler)
             found = torch.zeros((), device=self.device)
             for draw in range(DRAWS):
-                generator = torch.Generator(self.device).manual_seed(draw)
-                score = sampled_score(self.model, states, generator)
+                score = sampled_score(self.model, states, draw)
                 grads = torch.autograd.grad(states, handler.outputs, score, retain_graph=True)
                 change = [(g[0] * c).sum(-1) for g, c in zip(grads, handler.change, strict=True)]
                 # Half of the mean square: the KL divergence of all steps, to second order.

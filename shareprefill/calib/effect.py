@@ -185,9 +185,7 @@ def _gradients(
     model: torch.nn.Module, final: Tensor, outputs: list[Tensor], seed: int
 ) -> tuple[Tensor, ...]:
     """Gradients of the log likelihood of drawn labels, by layer: `[1, H, N, Dv]`."""
-    head = cast(Any, model).get_output_embeddings().weight.device
-    generator = torch.Generator(head).manual_seed(seed)
-    score = sampled_score(model, final.detach(), generator).to(final.device)
+    score = sampled_score(model, final.detach(), seed).to(final.device)
     return torch.autograd.grad(final, outputs, score.to(final.dtype))
 
 

@@ -13,11 +13,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from shareprefill.errors import ModelError, UnsupportedError
 
 # Logits that are made at once: 128 MiB in float32, 256 positions of a vocabulary of 128K.
 _LOGITS = 2**25
+# Tokens whose probabilities are added up at a time, where one is drawn.
+_RUN = 256
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,28 +144,56 @@ def token_losses(model: Any, states: Tensor, input_ids: Tensor) -> Tensor:
     return torch.cat(losses).double()
 
 
-def sampled_score(model: Any, states: Tensor, generator: torch.Generator) -> Tensor:
+def sampled_score(model: Any, states: Tensor, seed: int) -> Tensor:
     """Gradient of the log likelihood of next tokens that are drawn from the model's predictions.
 
-    Over draws its mean is zero, and its outer product's mean is the Fisher information of the
-    predictions: half of it is their KL divergence for a small change of the states.
+    On every device the same tokens are drawn, but where roundings decide. Over draws the gradient's
+    mean is zero, and its outer product's mean is the Fisher information of the predictions: half of
+    it is their KL divergence for a small change of the states.
 
     Args:
         model: The decoder that made the states.
         states: Final states of a prompt, `[N, hidden_size]`, on any device.
-        generator: Draws the tokens; on the output layer's device.
+        seed: Of the draw.
 
     Returns:
         By the states, of their shape and dtype, on the output layer's device.
     """
-    scores = []
+    generator = torch.Generator("cpu").manual_seed(seed)
+    reached = torch.rand(len(states), 1, generator=generator, dtype=torch.float64, device="cpu")
+    scores, first = [], 0
     for piece in _pieces(model, states):
         with torch.enable_grad():
             leaf = piece.detach().requires_grad_()
             losses = _logits(model, leaf).float().log_softmax(-1)  # [piece, vocabulary]
-            drawn = torch.multinomial(losses.detach().exp(), 1, generator=generator)
+            drawn = _draw(losses.detach(), reached[first : first + len(piece)])
             scores.append(torch.autograd.grad(losses.gather(1, drawn).sum(), leaf)[0])
+        first += len(piece)
     return torch.cat(scores)
+
+
+def _draw(losses: Tensor, reached: Tensor) -> Tensor:
+    """The token of each row at which the cumulative probability reaches a share of the whole.
+
+    Sums of runs of tokens are added up on the CPU: GPUs add up in another order every time.
+
+    Args:
+        losses: Logarithms of probabilities, `[n, vocabulary]`.
+        reached: The shares, float64 `[n, 1]`, on the CPU.
+
+    Returns:
+        int64 `[n, 1]`, on the device of the losses.
+    """
+    rows, vocabulary = losses.shape
+    runs = pad(losses.exp(), (0, -vocabulary % _RUN)).view(rows, -1, _RUN)
+    sums = runs.sum(-1, dtype=torch.float64).cpu().cumsum(-1)
+    wanted = reached * sums[:, -1:]
+    run = torch.searchsorted(sums, wanted, right=True).clamp_(max=sums.shape[1] - 1)
+    every = torch.arange(rows, device=losses.device)
+    inside = runs[every, run[:, 0].to(losses.device)].cpu().double().cumsum(-1)
+    rest = wanted - (sums.gather(1, run) - inside[:, -1:])
+    token = run * _RUN + torch.searchsorted(inside, rest, right=True).clamp_(max=_RUN - 1)
+    return token.clamp_(max=vocabulary - 1).to(losses.device)
 
 
 def _pieces(model: Any, states: Tensor) -> Iterator[Tensor]:

@@ -117,3 +117,29 @@ def test_logits_of_an_unknown_kind_are_refused(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(model, "forward", scaled)
     with pytest.raises(UnsupportedError, match="leave out the task perplexity"):
         states_of(model, token_ids(40))
+
+
+def check_draws(device: str) -> None:
+    """As often as their probability, whatever the runs that they are added up in."""
+    losses = torch.full((20_000, 700), -torch.inf)
+    tokens, shares = [0, 255, 256, 600, 699], torch.tensor([0.4, 0.1, 0.3, 0.15, 0.05])
+    losses[:, tokens] = shares.log()
+    reached = torch.rand(20_000, 1, dtype=torch.float64)
+    drawn = fidelity._draw(losses.to(device), reached)
+    assert drawn.device.type == device
+    counts = torch.bincount(drawn[:, 0].cpu(), minlength=700) / 20_000
+    torch.testing.assert_close(counts[tokens], shares, atol=0.02, rtol=0)
+    assert counts.sum() == counts[tokens].sum() == 1
+    # In the tokens' order.
+    wanted = torch.tensor(tokens)[torch.searchsorted(shares.double().cumsum(0), reached[:, 0])]
+    near = (shares.double().cumsum(0) - reached).abs().amin(1) < 1e-6
+    assert torch.equal(drawn[:, 0].cpu()[~near], wanted[~near])
+
+
+def test_tokens_are_drawn_by_their_probability() -> None:
+    check_draws("cpu")
+
+
+@pytest.mark.gpu
+def test_a_gpu_draws_what_a_cpu_draws() -> None:
+    check_draws("cuda")
