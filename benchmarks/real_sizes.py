@@ -24,7 +24,7 @@ from shareprefill.autoencoder.pipeline import train
 from shareprefill.bench.shapes import SHAPES, build_shape, layers_of
 from shareprefill.calib.capture import FULL, LINES, SLASH, VERTICAL, PromptMaps, rows_key
 from shareprefill.calib.capture import capture as capture_maps
-from shareprefill.calib.effect import CHANGE, DIVERGENCE, LOST
+from shareprefill.calib.effect import CHANGE, DIVERGENCE, LOST, STEP_CHANGE, STEP_LOST
 from shareprefill.calib.pipeline import capture_prompts
 from shareprefill.calib.prompts import Prompt
 from shareprefill.calib.store import MapStore
@@ -151,6 +151,8 @@ def made_up_maps(store: MapStore, kinds: torch.Tensor, number: int) -> PromptMap
         LINES: torch.eye(8, dtype=torch.float64).expand(len(config.rows), 8, 8).contiguous(),
         CHANGE: torch.rand(shape, generator=generator) * 1e-4,
         LOST: torch.full(shape, 0.01),
+        STEP_CHANGE: torch.rand(shape, generator=generator) * 1e-4,
+        STEP_LOST: torch.full(shape, 0.01),
         DIVERGENCE: torch.tensor([0.01]),
     }
     return PromptMaps(tuple(range(sizes.layers)), tensors)

@@ -87,6 +87,7 @@ _TENSORS = {
     "effect": _Kind(torch.float32, lowest=0, optional=True),
     "price": _Kind(torch.float32, lowest=0, highest=1, optional=True),
     "fallback_price": _Kind(torch.float32, lowest=0, highest=1, optional=True),
+    "step_effect": _Kind(torch.float32, lowest=0, optional=True),
     "code": _Kind(torch.float32, ("L", "H", "Z")),
 }
 _ABOVE_ZERO = {"gamma", "fallback_gamma"}
@@ -185,6 +186,8 @@ class Artifact:
             SMOOTHED), which gamma does not cut then; 0 for the others. None where gamma cuts all
             patterns.
         fallback_price: `[L, H]` float32, the same for the fallback's pattern; None with `price`.
+        step_effect: `[L, H]` float32, the same of decode steps that read few blocks, which tells
+            heads from each other alone; None where it was not measured.
         estimator: For counts of sampled rows a block, what the lines through a block count in the
             estimate of its mass: weights in the order of `LineWeights`, fitted to the model; None
             where none were.
@@ -211,6 +214,7 @@ class Artifact:
     effect: Tensor | None = None
     price: Tensor | None = None
     fallback_price: Tensor | None = None
+    step_effect: Tensor | None = None
     estimator: dict[str, Any] | None = None
 
     def __repr__(self) -> str:

@@ -21,6 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from shareprefill.errors import UnsupportedError
+from shareprefill.runtime.decoding import BLOCK as DECODE_BLOCK
+from shareprefill.runtime.decoding import LOCAL
 from shareprefill.runtime.dense import sdpa
 from shareprefill.runtime.fidelity import compare_predictions, final_states, sampled_score
 from shareprefill.runtime.geometry import Geometry
@@ -34,11 +36,16 @@ from shareprefill.runtime.ops.block_selection import head_blocks, list_blocks
 from shareprefill.runtime.ops.block_sparse_attention import block_sparse_attention
 
 CHANGE, LOST, DIVERGENCE = "effect_change", "effect_lost", "effect_divergence"
+# The same of rows that each read few blocks, as decode steps do.
+STEP_CHANGE, STEP_LOST = "step_change", "step_lost"
 
 # Attention mass that the patterns cover whose lost blocks are measured.
 _COVERED = 0.9
 # Probabilities that are made at once: a few MiB, and hardly any behind the diagonal.
 _STRIP = 2**21
+# The last rows of a prompt that stand for decode steps, at most, and the share of the key blocks
+# that each of them reads.
+_STEPS, _STEP_READS = 256, 0.1
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,7 +134,9 @@ def measure_effect(
     Returns:
         `effect_change` float32 `[L, H]`, the KL divergence in nats a position that the head's lost
         mass causes alone; `effect_lost` float32 `[L, H]`, the mean square of that mass over query
-        blocks; `effect_divergence` float32 `[1]`, the measured KL divergence of all heads.
+        blocks; `effect_divergence` float32 `[1]`, the measured KL divergence of all heads;
+        `step_change` and `step_lost`, the first two of the last rows, where each of them reads a
+        tenth of the blocks that decode steps read or do not, those with most of its attention.
 
     Raises:
         UnsupportedError: the model has no gradients.
@@ -151,6 +160,10 @@ def measure_effect(
         n: _cut(tracer.calls[n], tracer.outputs[n].detach(), gradient, block_size)
         for n, gradient in zip(layers, gradients, strict=True)
     }
+    steps = [
+        _lost_steps(tracer.calls[n], tracer.outputs[n].detach(), gradient)
+        for n, gradient in zip(layers, gradients, strict=True)
+    ]
     dense = final.detach()
     geometry = _geometry(len(input_ids), block_size, device)
     sparse = _Sparse({n: cut.pattern for n, cut in cuts.items()}, geometry)
@@ -165,6 +178,8 @@ def measure_effect(
     return {
         CHANGE: torch.stack([t.cpu() for t in change]).float(),
         LOST: torch.stack([t.cpu() for t in lost]).float(),
+        STEP_CHANGE: torch.stack([t.square().mean(-1).cpu() / 2 for t, _ in steps]).float(),
+        STEP_LOST: torch.stack([t.square().mean(-1).cpu() for _, t in steps]).float(),
         DIVERGENCE: torch.tensor([divergence], dtype=torch.float32, device="cpu"),
     }
 
@@ -218,6 +233,45 @@ def _cut(call: AttentionCall, output: Tensor, gradient: Tensor, block_size: int)
     # Those that are left are scaled up by the softmax.
     change = (change.double() * ~pattern).sum(-1) / (1 - lost)
     return _Cut(pattern, change, lost)
+
+
+@torch.no_grad()
+def _lost_steps(call: AttentionCall, output: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
+    """What heads of a layer lose whose last rows each read few blocks.
+
+    Returns:
+        First-order change of the log likelihood of the drawn labels, and attention that is not
+        read, by head and row, float64 `[H, T]`.
+    """
+    query, key, value = call.query[0].detach(), call.key[0].detach(), call.value[0].detach()
+    heads, n_tokens = query.shape[:2]
+    repeats = heads // len(key)
+    keys, values = (t.float().repeat_interleave(repeats, 0) for t in (key, value))
+    way = gradient[0].float()
+    starts = torch.arange(0, n_tokens, DECODE_BLOCK, device=query.device)
+    most, missing = int(_STEP_READS * len(starts)), -n_tokens % DECODE_BLOCK
+    strip = max(1, _STRIP // (heads * n_tokens))
+    changes, losses = [], []
+    for start in range(n_tokens - min(_STEPS, n_tokens // 4), n_tokens, strip):
+        rows = slice(start, min(start + strip, n_tokens))
+        weights = _weights(call, query[:, rows].float(), keys, start)  # [H, rows, N]
+        offset = (way[:, rows] * output[0, :, rows].float()).sum(-1, keepdim=True)
+        gain = (way[:, rows] @ values.transpose(1, 2) - offset) * weights
+        mass, gain = (
+            F.pad(t, (0, missing)).unflatten(2, (-1, DECODE_BLOCK)).sum(-1).double()
+            for t in (weights, gain)
+        )
+        newest = torch.arange(rows.start, rows.stop, device=query.device)[:, None] - LOCAL + 1
+        always = (starts == 0) | (starts + DECODE_BLOCK > newest)  # [rows, n]
+        order = mass.masked_fill(always, torch.inf).argsort(-1, descending=True)
+        counts = always.sum(-1, keepdim=True).clamp(min=most)
+        is_lost = torch.zeros_like(mass, dtype=torch.bool).scatter(
+            -1, order, (torch.arange(len(starts), device=query.device) >= counts).expand_as(order)
+        )
+        lost = (mass * is_lost).sum(-1)
+        losses.append(lost)
+        changes.append((gain * is_lost).sum(-1) / (1 - lost))
+    return torch.cat(changes, 1), torch.cat(losses, 1)
 
 
 def _weights(call: AttentionCall, query: Tensor, key: Tensor, start: int) -> Tensor:

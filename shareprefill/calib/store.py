@@ -179,7 +179,7 @@ class MapStore:
         # Two bytes an entry: the causal half of the maps, and the last query block's two profiles.
         maps = 2 * heads * ((1 + kinds) * n * (n + 1) // 2 + n + n + 1)
         lines = 8 * 8 * 8 * kinds
-        return maps + lines + (4 * (2 * heads + 1) if self.config.effect_tokens else 0)
+        return maps + lines + (4 * (4 * heads + 1) if self.config.effect_tokens else 0)
 
     def add(self, source: str, input_ids: Tensor, digest: str, maps: PromptMaps) -> None:
         """Writes the next prompt's maps, then names them in the index."""
@@ -194,6 +194,21 @@ class MapStore:
             PromptRecord(file, sha256, source, tokens, digest, maps.layers, self.map_block(tokens))
         )
         self._write_index()
+
+    def holds(self, number: int, name: str) -> bool:
+        """Whether there is a tensor of this name of a prompt: earlier versions kept fewer.
+
+        Raises:
+            DataError: the shard is missing or damaged.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        path = self.folder / self.prompts[number].file
+        try:
+            with safe_open(path, framework="pt") as shard:
+                return name in shard.keys()  # noqa: SIM118 - no mapping
+        except (OSError, SafetensorError) as error:
+            raise DataError(f"{path} cannot be read ({error}); run sp calibrate --fresh") from error
 
     def load(self, number: int, *names: str) -> dict[str, Tensor]:
         """Tensors of one prompt, by name; all of them where none is named.

@@ -19,7 +19,7 @@ _FIGURES = ("density", "recall", "cost")
 # Per-head tensors other than policy, pivot and cluster.
 _VALUES = (
     *("fallback", "gamma", "fallback_gamma", "price", "fallback_price", "slack"),
-    *("recall", "density", "instability", "effect", "code"),
+    *("recall", "density", "instability", "effect", "step_effect", "code"),
 )
 
 

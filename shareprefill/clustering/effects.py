@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from shareprefill.calib.effect import CHANGE, DIVERGENCE, LOST
+from shareprefill.calib.effect import CHANGE, DIVERGENCE, LOST, STEP_CHANGE, STEP_LOST
 from shareprefill.calib.store import MapStore
 
 # Prompts' worth of its layer's mean that a head's own figure is mixed with, in shares of the
@@ -38,15 +38,35 @@ def head_effects(store: MapStore, prompts: Sequence[int]) -> Tensor | None:
     return effects_of(change, lost, divergence)
 
 
+def step_effects(store: MapStore, prompts: Sequence[int]) -> Tensor | None:
+    """The same of decode steps, which each read blocks of their own; relative to each other alone.
+
+    Returns:
+        float64 `[K]`; None where none were measured, or prompts were so short that nothing is lost.
+    """
+    if not store.config.effect_tokens or not all(store.holds(n, STEP_CHANGE) for n in prompts):
+        return None
+    change, lost = (
+        torch.stack([store.load(number, name)[name].double() for number in prompts])
+        for name in (STEP_CHANGE, STEP_LOST)
+    )
+    return _relative(change.sum(0), lost.sum(0)).flatten() if lost.any() else None
+
+
 def effects_of(change: Tensor, lost: Tensor, divergence: Tensor) -> Tensor:
     """The same from the tensors of prompts: float64 `[P, L, H]`, `[P, L, H]` and `[P, 1]`."""
     caused, mass = change.sum(0), lost.sum(0)  # [L, H]
-    prior = _OF_LAYER * mass.mean(1, keepdim=True)
-    of_layer = caused.sum(1, keepdim=True) / mass.sum(1, keepdim=True).clamp_min(_TINY)
-    effect = (caused + prior * of_layer) / (mass + prior).clamp_min(_TINY)
+    effect = _relative(caused, mass)
     predicted = (effect * mass).sum()
     scale = divergence.sum() / predicted.clamp_min(_TINY)
     return (effect * scale).flatten()
+
+
+def _relative(caused: Tensor, mass: Tensor) -> Tensor:
+    """What each head's lost mass causes, mixed with its layer's, `[L, H]`."""
+    prior = _OF_LAYER * mass.mean(1, keepdim=True)
+    of_layer = caused.sum(1, keepdim=True) / mass.sum(1, keepdim=True).clamp_min(_TINY)
+    return (caused + prior * of_layer) / (mass + prior).clamp_min(_TINY)
 
 
 _TINY = torch.finfo(torch.float64).tiny

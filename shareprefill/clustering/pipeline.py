@@ -29,7 +29,7 @@ from shareprefill.clustering.assignment import (
     total_harm,
 )
 from shareprefill.clustering.distances import code_distances, gamma_patterns, jaccard_distances
-from shareprefill.clustering.effects import head_effects
+from shareprefill.clustering.effects import head_effects, step_effects
 from shareprefill.clustering.estimator import fit_estimator
 from shareprefill.clustering.hierarchy import build_linkage, candidate_counts, cut, silhouette
 from shareprefill.clustering.measurements import PRICES, HeldOutMeasurements
@@ -144,7 +144,8 @@ def cluster(folder: Path, config: ClusterConfig) -> tuple[Artifact, list[Cluster
     taken = _best(plans)
     choices, _ = choose(labels[taken], layers, evidence, config, scored)
     plans[taken] = replace(plans[taken], choices=choices)
-    artifact = _artifact(store, training, config, evidence, choices, labels[taken], means)
+    steps = step_effects(store, known)
+    artifact = _artifact(store, training, config, evidence, choices, labels[taken], means, steps)
     return artifact, [plans[k].summary(k, is_best=k == taken) for k in counts]
 
 
@@ -229,6 +230,7 @@ def _artifact(
     choices: list[Choice],
     labels: Tensor,
     means: Consensus,
+    steps: Tensor | None,
 ) -> Artifact:
     geometry = store.fingerprint.geometry
     layers, heads = geometry.layers, geometry.heads
@@ -269,6 +271,7 @@ def _artifact(
         instability=spread(means.instability, torch.float32, 0.0),
         code=spread(means.code, torch.float32, 0.0),
         effect=None if evidence.effect is None else spread(evidence.effect, torch.float32, 0.0),
+        step_effect=None if steps is None else spread(steps, torch.float32, 0.0),
         block_size=store.config.block_size,
         thresholds=Thresholds(gamma=config.gamma, tau=config.tau, delta=config.delta),
         rows=Rows(

@@ -288,7 +288,9 @@ def _steps_of(
     # Not at the top: importing it imports torch's compiler, which takes long.
     from shareprefill.runtime.steps import DecodeSteps
 
-    effect = None if artifact is None else artifact.effect
+    effect = None
+    if artifact is not None:
+        effect = artifact.effect if artifact.step_effect is None else artifact.step_effect
     if effect is not None:
         effect = effect[:, session.prefill.heads.start : session.prefill.heads.stop]
     density = DECODE_DENSITY if config.decode_density is None else config.decode_density

@@ -11,7 +11,7 @@ import torch
 from shareprefill.artifact import Artifact, Policy, Rows, Thresholds
 from shareprefill.autoencoder.pipeline import train
 from shareprefill.calib.capture import FULL, LINES, SLASH, VERTICAL, PromptMaps, rows_key
-from shareprefill.calib.effect import CHANGE, DIVERGENCE, LOST
+from shareprefill.calib.effect import CHANGE, DIVERGENCE, LOST, STEP_CHANGE, STEP_LOST
 from shareprefill.calib.lines import line_products
 from shareprefill.calib.store import MapStore
 from shareprefill.clustering.pipeline import cluster
@@ -98,6 +98,7 @@ def made_up_calibration(
         products = line_products(exact, exact, _BLOCKS * BLOCK, BLOCK)
         tensors[LINES] = torch.stack([products] * len(config.rows))
         tensors |= {CHANGE: torch.ones(layers, heads), LOST: torch.ones(layers, heads)}
+        tensors |= {STEP_CHANGE: torch.ones(layers, heads), STEP_LOST: torch.ones(layers, heads)}
         tensors[DIVERGENCE] = torch.ones(1)
         ids = torch.zeros(_BLOCKS * BLOCK - 3, dtype=torch.int64)
         digest = hashlib.sha256(bytes([number])).hexdigest()

@@ -110,3 +110,45 @@ def test_long_prompts_are_cut_in_the_middle_and_equal_seeds_give_equal_bytes(mod
     cut = torch.cat([prompt()[:48], prompt()[-48:]])
     own = measure_effect(model, cut, (0, 1, 2), block_size=BLOCK, tokens=96, seed=1)
     assert all(torch.equal(short[name], own[name]) for name in short)
+
+
+def test_last_rows_lose_what_few_blocks_of_32_do_not_hold(model: Any) -> None:
+    from shareprefill.calib import effect
+
+    given: list[tuple[AttentionCall, torch.Tensor, torch.Tensor]] = []
+    made, lost = effect._lost_steps, []
+
+    def noted(*call: Any) -> Any:
+        given.append(call)
+        lost.append(made(*call))
+        return lost[-1]
+
+    ids = token_ids(1100)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(effect, "_lost_steps", noted)
+        patch.setattr(effect, "_STRIP", 8 * 1100)
+        found = measure_effect(model, ids, (0, 1, 2), block_size=16, tokens=2048, seed=0)
+    call, output, gradient = given[1]
+    change, missed = lost[1]
+    heads, group = call.query.shape[1], call.query.shape[1] // call.key.shape[1]
+    rows = torch.arange(1100 - 256, 1100)
+    assert missed.shape == change.shape == (heads, 256)
+    for head in (0, heads - 1):
+        key, value = call.key[0, head // group], call.value[0, head // group]
+        logits = call.query[0, head, rows] @ key.T * call.scale
+        logits = logits.masked_fill(torch.arange(1100) > rows[:, None], -torch.inf)
+        weights = logits.softmax(-1)
+        mass = torch.nn.functional.pad(weights, (0, 20)).unflatten(1, (-1, 32)).sum(-1)
+        for row in (0, 100, 255):
+            newest = int(rows[row]) - 63
+            always = [0, *range(newest // 32, 35)]
+            others = [n for n in mass[row].argsort(descending=True).tolist() if n not in always]
+            read = sorted(set(always) | set(others[: max(0, 3 - len(set(always)))]))
+            # A tenth of 35 blocks are as many as are always read.
+            keep = torch.isin(torch.arange(1100) // 32, torch.tensor(read))
+            assert missed[head, row] == pytest.approx(1 - weights[row, keep].sum().item(), abs=1e-5)
+            few = (weights[row] * keep) @ value / (weights[row] * keep).sum()
+            moved = (output[0, head, rows[row]] - few) @ gradient[0, head, rows[row]]
+            assert change[head, row] == pytest.approx(moved.item(), rel=5e-3, abs=1e-4)
+    torch.testing.assert_close(found["step_lost"][1].double(), missed.square().mean(1))
+    torch.testing.assert_close(found["step_change"][1].double(), change.square().mean(1) / 2)

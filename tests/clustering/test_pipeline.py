@@ -252,7 +252,24 @@ def test_an_artifact_carries_what_was_fitted_to_the_model(calibration: Path) -> 
         sum(weights) == pytest.approx(1, abs=1e-5) for weights in artifact.estimator.values()
     )
     assert (artifact.effect > 0).all()
+    assert artifact.step_effect is not None
+    assert (artifact.step_effect > 0).all()
     assert artifact.summary["kl"] > 0
+
+
+def test_calibrations_of_earlier_versions_have_no_effects_of_steps(
+    calibration: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = MapStore.open(calibration)
+    assert store.holds(0, "step_change")
+    assert not store.holds(0, "step")
+    own = MapStore.holds
+    monkeypatch.setattr(
+        MapStore, "holds", lambda *given: own(*given) and not given[2].startswith("step")
+    )
+    artifact, _ = cluster(calibration, ClusterConfig(target_recall=0.8))
+    assert artifact.effect is not None
+    assert artifact.step_effect is None
 
 
 def test_a_bound_of_the_divergence_is_kept_by_the_artifact(calibration: Path) -> None:

@@ -44,6 +44,21 @@ def session_of(model: Any, config: RuntimeConfig) -> Session:
     return share_prefill(model, tiny_artifact(model), config)
 
 
+def test_steps_go_by_their_own_effects_where_they_are_known() -> None:
+    model = tiny_llama()
+    artifact = tiny_artifact(model)
+    shape = artifact.policy.shape
+    for of_steps in (None, torch.rand(shape)):
+        effects: dict[str, Any] = {"effect": torch.rand(shape), "step_effect": of_steps}
+        session = share_prefill(model, replace(artifact, **effects), FEW)
+        with session:
+            assert session.steps is not None
+            expected = effects["effect"] if of_steps is None else of_steps
+            found = session.steps.decoding.effect
+            assert found is not None
+            assert torch.equal(found, expected)
+
+
 # Options of generate(), and the sparse steps and the dense ones, by the reason, after 150 tokens.
 WAYS: dict[str, tuple[dict[str, Any], int, dict[str, int]]] = {
     "greedy": ({}, 5, {}),
