@@ -369,7 +369,7 @@ class Study:
         """Effects of heads and KV heads, and the steps that policies are chosen on."""
         prompts = [self.prefill(sample) for sample in samples]
         pairs = list(zip(samples, prompts, strict=True))
-        effect = self._effect(pairs).view_as(self.share)
+        effect = self.head_effects(pairs).view_as(self.share)
         self.share = effect / effect.sum(-1, keepdim=True)
         found = []
         for sample, prompt in pairs:
@@ -379,7 +379,7 @@ class Study:
             found.append(handler.steps)
         return Calibration(found, effect.sum(-1).flatten())
 
-    def _effect(self, pairs: Sequence[tuple[Sample, Prompt]]) -> Tensor:
+    def head_effects(self, pairs: Sequence[tuple[Sample, Prompt]]) -> Tensor:
         """KL divergence for every head's mean squared lost attention, `[L, H]`, over the prompts.
 
         As `sp calibrate` measures it of prefills: tokens are drawn from the model's predictions,

@@ -271,6 +271,35 @@ def test_a_run_makes_what_show_prints(
     assert Path(paths[2]).stat().st_size > 1000
 
 
+def test_effects_and_choices_of_several_kinds_are_compared(
+    study: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import decode_effects
+    import decode_study
+
+    monkeypatch.setattr(decode_effects, "Study", lambda _: study)
+    draw = torch.Generator().manual_seed(1)
+    samples = []
+    for calibrates in (True, False):
+        ids = torch.randint(0, 64, (374,), generator=draw).tolist()
+        samples.append(decode_study.Sample("needle", calibrates, ids[:350], ids[350:], [(0, 24)]))
+    paths = [tmp_path / name for name in ("chosen.json", "measured.json", "found.json")]
+    for path, sample in zip(paths, samples, strict=False):
+        decode_study.save_samples(path, [sample], 24)
+    for density in (1.0, 0.6):
+        arguments = ["--model", "tiny", "--calibrate", paths[0], "--prompts", paths[1]]
+        arguments += ["--device", "cpu", "--every", 1, 4, "--density", density, "--json", paths[2]]
+        monkeypatch.setattr("sys.argv", ["", *map(str, arguments)])
+        decode_effects.main()
+        rows = json.loads(paths[2].read_text())["rows"]
+        kinds = [("steps", 1), ("steps", 4), ("rows", 1), ("alike", 1)]
+        assert [(row["effects"], row["every"]) for row in rows] == kinds
+        for row in rows:
+            assert row["blocks"] == pytest.approx(density, abs=0.1)
+            assert (row["kl"] < 1e-6) == (density == 1)
+    assert "rows, every 1 steps: blocks 0." in capsys.readouterr().out
+
+
 def test_sessions_decode_prompts_of_several_lengths_together(
     study: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
