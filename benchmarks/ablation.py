@@ -5,11 +5,9 @@ half        the estimate weighs a block's own rows and its neighbours' alike, wh
 other       they are those of another model's artifact (--other)
 pivots-cut  a sharing head cuts its pivot's order where the pivot does
 recall      blocks are spent by recall: no effects
-gammas      patterns are cut where gamma of a map is covered, not at a price of blocks
 unchecked   every sharing head shares, whatever its check says
 
 python benchmarks/ablation.py CALIBRATION --budget .25 --other sp-ref.st --out FOLDER
-With --parts, those alone; several processes may write to one folder.
 """
 
 from __future__ import annotations
@@ -27,7 +25,7 @@ import torch
 from shareprefill.artifact import Artifact, load_artifact, save_artifact
 from shareprefill.clustering import assignment, pipeline
 from shareprefill.clustering.assignment import Goal
-from shareprefill.clustering.measurements import HeldOutMeasurements
+from shareprefill.clustering.measurements import GAMMAS, HeldOutMeasurements
 from shareprefill.config import ClusterConfig
 from shareprefill.runtime.policies.smoothed import UNFITTED
 
@@ -38,29 +36,24 @@ def main() -> None:
     parser.add_argument("--budget", type=float)
     parser.add_argument("--k", type=int, help="of clusters; auto by default")
     parser.add_argument("--other", type=Path, help="artifact whose estimator `other` has")
-    parser.add_argument("--parts", nargs="+", help="names of the first column; all by default")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     config = ClusterConfig(budget=args.budget, k=args.k)
-    parts: dict[str, tuple[Any, str, Callable[..., Any]] | None] = {
-        "whole": None,
+    artifacts = {"whole": plan(args.calibration, config)}
+    artifacts["unchecked"] = replace(
+        artifacts["whole"], slack=torch.ones_like(artifacts["whole"].slack)
+    )
+    parts: dict[str, tuple[Any, str, Callable[..., Any]]] = {
         "half": (pipeline, "fit_estimator", lambda store, _: unfitted(store.config.rows)),
         "pivots-cut": (assignment, "_share_scores", scores_at_pivots_cut),
         "recall": (pipeline, "head_effects", lambda *_: None),
-        "gammas": (pipeline, "HeldOutMeasurements", by_gammas),
     }
     if args.other is not None:
         estimator = load_artifact(args.other).estimator
         parts["other"] = (pipeline, "fit_estimator", lambda *_: estimator)
-    artifacts = {
-        name: plan(args.calibration, config, part)
-        for name, part in parts.items()
-        if args.parts is None or name in args.parts
-    }
-    if "whole" in artifacts:
-        passes = torch.ones_like(artifacts["whole"].slack)
-        artifacts["unchecked"] = replace(artifacts["whole"], slack=passes)
+    for name, part in parts.items():
+        artifacts[name] = plan(args.calibration, config, part)
     for name, artifact in artifacts.items():
         save_artifact(artifact, args.out / f"{name}.st")
         counts = ", ".join(f"{n} {policy}" for policy, n in artifact.policy_counts().items() if n)
@@ -84,18 +77,12 @@ def unfitted(rows: tuple[int, ...]) -> dict[str, list[float]]:
     return {str(count): list(astuple(UNFITTED)) for count in rows}
 
 
-def by_gammas(*args: Any, **options: Any) -> HeldOutMeasurements:
-    """Measurements of gammas, whatever the goal."""
-    return HeldOutMeasurements(*args, **options | {"by_price": False})
-
-
 def scores_at_pivots_cut(
     evidence: HeldOutMeasurements, goal: Goal
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`assignment._share_scores` for heads that cut where their pivots do."""
     pivots = assignment._pivot_choices(evidence, ClusterConfig(), goal)
-    known = evidence.cuts
-    cuts = [known.index(choice.cut) if choice.cut in known else None for choice in pivots]
+    cuts = [GAMMAS.index(choice.gamma) if choice.gamma in GAMMAS else None for choice in pivots]
     scores = torch.full_like(evidence.pairs[0], torch.inf)
     numbers = torch.zeros(scores.shape, dtype=torch.int64)
     for p, g in enumerate(cuts):

@@ -2,8 +2,8 @@
 
 head      one threshold a head, as policy `smoothed` has it: most mass for the blocks
 row       gamma of every query block
-price     blocks that are worth a price to their query block, as plans by a budget have it: least
-          mean square of lost mass, which effects count, for the blocks
+row-loss  a block is read while its mass times what its query block still lacks is above a price:
+          least mean square of lost mass, which effects count, for the blocks
 
 Every head has the gamma, or the price, that is best by its effect on the first two thirds of the
 prompts; it is judged on the others, beside the oracle: gamma of every query block of exact maps,
@@ -30,17 +30,14 @@ from shareprefill.calib.capture import FULL, rows_key
 from shareprefill.calib.store import MapStore
 from shareprefill.clustering.effects import head_effects
 from shareprefill.clustering.estimator import fit_estimator
-from shareprefill.clustering.measurements import GAMMAS, PRICES
+from shareprefill.clustering.measurements import GAMMAS
 from shareprefill.config import RuntimeConfig
 from shareprefill.runtime.geometry import Geometry
-from shareprefill.runtime.ops.block_selection import (
-    head_blocks,
-    priced_blocks,
-    select_blocks,
-    smooth_maps,
-)
+from shareprefill.runtime.ops.block_selection import head_blocks, select_blocks, smooth_maps
+from shareprefill.runtime.ops.blocks import always_blocks
 from shareprefill.runtime.policies.smoothed import line_weights
 
+PRICES = tuple(10 ** (-1 - 5 * step / 23) for step in range(24))
 # Halvings of the decimal logarithm of a price of harm, between these.
 STEPS, CHEAP, DEAR = 40, -4.0, 6.0
 Curve = tuple[Tensor, Tensor, Tensor]
@@ -56,7 +53,7 @@ def main() -> None:
     print(summary(provenance("cpu")), flush=True)
     study = Study(MapStore.open(args.calibration))
     for rows in args.rows:
-        for cut in ("head", "row", "price"):
+        for cut in ("head", "row", "row-loss"):
             for line in study.judge(cut, rows, args.budget):
                 print(line, flush=True)
 
@@ -94,15 +91,14 @@ class Study:
         )
         if rows:
             maps = smooth_maps(maps, line_weights(self.estimator, rows), **geometry.sizes)
+        always = always_blocks(record.tokens, 0, size, **reads)
         cuts: dict[str, Callable[[float], Tensor]] = {
             "head": lambda x: head_blocks(maps, torch.full((len(maps),), x), **geometry.reads)[0],
             "row": lambda x: select_blocks(maps, torch.full((len(maps),), x), **geometry.reads),
-            "price": lambda x: priced_blocks(maps, torch.full((len(maps),), x), **geometry.reads)[
-                0
-            ],
+            "row-loss": lambda x: blocks_by_loss(maps * geometry.causal, always, x),
         }
         found = []
-        for value in PRICES if cut == "price" else GAMMAS:
+        for value in PRICES if cut == "row-loss" else GAMMAS:
             pattern = cuts[cut](value) & geometry.causal
             lost = (full * ~pattern).sum(-1).double()
             density = pattern.sum((1, 2)).double() / geometry.causal_count
@@ -141,6 +137,25 @@ class Study:
             if d1 <= density <= d2:
                 return math.exp(h1 + (h2 - h1) * (density - d1) / (d2 - d1))
         return math.nan
+
+
+def blocks_by_loss(maps: Tensor, always: Tensor, price: float) -> Tensor:
+    """The cut `row-loss`.
+
+    Args:
+        maps: float32 `[K, n_q, n_k]`, zero where nothing may be read.
+        always: bool `[n_q, n_k]`, read anyway.
+        price: Of a block: mass times mass, in shares of a query block's.
+
+    Returns:
+        bool `[K, n_q, n_k]`.
+    """
+    maps = maps / maps.sum(-1, keepdim=True).clamp_min(torch.finfo(maps.dtype).tiny)
+    mass, order = maps.masked_fill(always, 0).sort(-1, descending=True)
+    held = (maps * always).sum(-1, keepdim=True)
+    lacking = 1 - held - (mass.cumsum(-1) - mass)
+    taken = mass * lacking > price
+    return torch.zeros_like(taken).scatter_(-1, order, taken) | always
 
 
 def best_cuts(density: Tensor, harm: Tensor, budget: float) -> Tensor:

@@ -261,7 +261,6 @@ class Pooled:
         self.worst_pairs = torch.stack([m.evidence.worst_pairs for m in parts]).min(0).values
         # Its plans reach targets and budgets of recall.
         self.pair_harm = None
-        self.cuts = GAMMAS
         if allowed is not None:
             self.worst_pairs = torch.where(allowed, self.worst_pairs, 0.0)
 

@@ -85,8 +85,6 @@ _TENSORS = {
     "density": _Kind(torch.float32, lowest=0, highest=1),
     "instability": _Kind(torch.float32, lowest=0),
     "effect": _Kind(torch.float32, lowest=0, optional=True),
-    "price": _Kind(torch.float32, lowest=0, highest=1, optional=True),
-    "fallback_price": _Kind(torch.float32, lowest=0, highest=1, optional=True),
     "step_effect": _Kind(torch.float32, lowest=0, optional=True),
     "code": _Kind(torch.float32, ("L", "H", "Z")),
 }
@@ -181,11 +179,6 @@ class Artifact:
         effect: `[L, H]` float32, KL divergence of the predictions from those of dense attention, in
             nats a position, for a mean square of 1, over query blocks, of the attention mass that
             the head loses; None where it was not measured.
-        price: `[L, H]` float32, what a block must be worth to be in the head's pattern
-            (`priced_blocks`), in (0, 1] for the policies that estimate a map (PIVOT, SHARE and
-            SMOOTHED), which gamma does not cut then; 0 for the others. None where gamma cuts all
-            patterns.
-        fallback_price: `[L, H]` float32, the same for the fallback's pattern; None with `price`.
         step_effect: `[L, H]` float32, the same of decode steps that read few blocks, which tells
             heads from each other alone; None where it was not measured.
         estimator: For counts of sampled rows a block, what the lines through a block count in the
@@ -212,8 +205,6 @@ class Artifact:
     configuration: dict[str, Any]
     summary: dict[str, Any]
     effect: Tensor | None = None
-    price: Tensor | None = None
-    fallback_price: Tensor | None = None
     step_effect: Tensor | None = None
     estimator: dict[str, Any] | None = None
 
@@ -492,7 +483,6 @@ def _check(artifact: Artifact) -> None:
     _check_estimator(artifact.estimator or {}, artifact.block_size)
     _check_tensors(artifact)
     _check_graph(artifact)
-    _check_prices(artifact)
 
 
 def _check_estimator(estimator: dict[str, Any], block_size: int) -> None:
@@ -598,22 +588,6 @@ def _check_graph(artifact: Artifact) -> None:
     is_own = (fallback >= 0) & (fallback < len(Policy)) & ~needs_another
     _forbid(shares & ~is_own, heads, "shares, but its fallback is not a policy of its own")
     _forbid(~shares & (fallback != policy), heads, "does not share, but has another fallback")
-
-
-def _check_prices(artifact: Artifact) -> None:
-    price, fallback_price = artifact.price, artifact.fallback_price
-    if (price is None) != (fallback_price is None):
-        raise RefusedError("one of price and fallback_price is missing")
-    if price is None or fallback_price is None:
-        return
-    heads = artifact.fingerprint.geometry.heads
-    of_maps = torch.tensor((Policy.PIVOT, Policy.SHARE, Policy.SMOOTHED), device=price.device)
-    for prices, policy, name in (
-        (price, artifact.policy, "price"),
-        (fallback_price, artifact.fallback, "fallback_price"),
-    ):
-        broken = (prices > 0) != torch.isin(policy.long(), of_maps)
-        _forbid(broken.flatten(), heads, f"has a {name} that does not belong to its policy")
 
 
 def _forbid(broken: Tensor, heads: int, what: str) -> None:

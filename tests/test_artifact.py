@@ -54,8 +54,6 @@ def example(**changes: Any) -> Artifact:
         density=torch.rand(shape),
         instability=torch.rand(shape) * 5,
         effect=torch.rand(shape) * 3,
-        price=torch.tensor([[0.0, 1e-3, 1e-5, 0.0], [1e-3, 0.0, 1.0, 0.5]]),
-        fallback_price=torch.tensor([[0.0, 1e-3, 0.0, 0.0], [1e-4, 0.0, 1.0, 0.0]]),
         step_effect=torch.rand(shape),
         code=torch.randn(*shape, 7),
         block_size=64,
@@ -221,10 +219,6 @@ def test_artifacts_that_break_a_rule_are_not_saved(
         ("density", 0, 0, -0.1, "density holds -0.1"),
         ("instability", 0, 0, -0.1, "instability holds -0.1"),
         ("effect", 0, 0, -0.1, "effect holds -0.1"),
-        ("price", 0, 1, 1.5, "price holds .* to 1.5, expected between 0 and 1"),
-        ("price", 0, 3, 0.1, "head 3 of layer 0 has a price that does not belong to its policy"),
-        ("price", 1, 3, 0.0, "head 3 of layer 1 has a price that does not belong to its policy"),
-        ("fallback_price", 1, 0, 0.0, "head 0 of layer 1 has a fallback_price that does not"),
         ("step_effect", 0, 0, -0.1, "step_effect holds -0.1"),
         ("instability", 0, 0, float("inf"), "instability holds values that are not finite"),
         ("code", 1, 3, float("nan"), "code holds values that are not finite"),
@@ -521,11 +515,3 @@ def test_a_hub_id_in_a_file_is_loaded_but_runs_no_code(
     (tmp_path / "organisation" / "model-1.5").mkdir(parents=True)
     with pytest.raises(ArtifactError, match="is not loaded by itself"):
         model_to_load(named, None)
-
-
-def test_prices_come_in_pairs_or_not_at_all(tmp_path: Path) -> None:
-    save_artifact(example(price=None, fallback_price=None), tmp_path / "a.st")
-    found = load_artifact(tmp_path / "a.st")
-    assert found.price is found.fallback_price is None
-    with pytest.raises(ArtifactError, match="one of price and fallback_price is missing"):
-        artifact_bytes(example(price=None))

@@ -63,10 +63,6 @@ def sample_artifact(
     def fraction() -> torch.Tensor:
         return torch.rand(shape, generator=generator).clamp(min=0.01)
 
-    def prices(policies: torch.Tensor) -> torch.Tensor:
-        of_maps = torch.tensor([Policy.PIVOT, Policy.SHARE, Policy.SMOOTHED])
-        return torch.where(torch.isin(policies, of_maps).reshape(shape), fraction(), 0.0)
-
     cluster = torch.randint(0, max(1, total // 4), (total,), generator=generator)
     policy = torch.randint(0, len(Policy), (total,), generator=generator)
     pivot = torch.full((total,), -1)
@@ -98,8 +94,6 @@ def sample_artifact(
         density=fraction(),
         instability=fraction() * 3,
         effect=fraction() * 9,
-        price=prices(policy),
-        fallback_price=prices(fallback),
         code=torch.randn((*shape, code_size), generator=generator),
         block_size=64,
         thresholds=Thresholds(gamma=0.9, tau=0.2, delta=0.3),

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from shareprefill.artifact import Policy
 from shareprefill.clustering.measurements import (
-    PRICES,
+    GAMMAS,
     HeldOutMeasurements,
     PolicyCurve,
     predicted_cost,
@@ -31,7 +31,7 @@ NO_HEAD = -1
 # all that counts", be it lost mass, of about .1, or a head's share of a KL divergence. So close
 # that a budget is spent to half a percent.
 _PRICES = tuple(10 ** (-2 + 5 * step / 252) for step in range(605))
-# Cuts of a pivot's order that its heads may have.
+# Gammas that the heads of one pivot may cut its order at.
 _LEVELS = 4
 # Candidates for a pivot whose gains are made anew at a time.
 _ANEW = 8
@@ -55,8 +55,6 @@ class Choice:
         pivot: Head whose pattern it shares; its own number for a pivot.
         fallback: For a sharing head, what it does where its check fails.
         fallback_gamma: Attention mass that the fallback's pattern covers.
-        price: What a block of its pattern must be worth; 0 where gamma cuts it.
-        fallback_price: The same of the fallback's pattern.
     """
 
     policy: Policy
@@ -69,13 +67,6 @@ class Choice:
     pivot: int = NO_HEAD
     fallback: Policy | None = None
     fallback_gamma: float = 1.0
-    price: float = 0.0
-    fallback_price: float = 0.0
-
-    @property
-    def cut(self) -> float:
-        """What its pattern is cut by."""
-        return self.price or self.gamma
 
 
 @dataclass(frozen=True)
@@ -191,21 +182,21 @@ class Scored:
     Attributes:
         singles: What every head would do alone.
         pivots: What it would do as a pivot.
-        scores: What head h costs under pivot p's pattern at its best cut, float64 `[K, K]`.
-        cuts: The numbers of those cuts, int64 `[K, K]`.
+        scores: What head h costs under pivot p's pattern at its best gamma, float64 `[K, K]`.
+        gammas: The numbers of those gammas, int64 `[K, K]`.
     """
 
     singles: list[Choice]
     pivots: list[Choice]
     scores: Tensor
-    cuts: Tensor
+    gammas: Tensor
 
 
 def _score(
     singles: list[Choice], evidence: HeldOutMeasurements, config: ClusterConfig, goal: Goal
 ) -> Scored:
-    scores, cuts = _share_scores(evidence, goal)
-    return Scored(singles, _pivot_choices(evidence, config, goal), scores, cuts)
+    scores, gammas = _share_scores(evidence, goal)
+    return Scored(singles, _pivot_choices(evidence, config, goal), scores, gammas)
 
 
 @dataclass(frozen=True)
@@ -311,7 +302,7 @@ def share(
     """
     goal = goal or Goal(target=config.target_recall)
     scored = scored or _score(singles, evidence, config, goal)
-    choices, pivots, cuts = list(singles), scored.pivots, scored.cuts
+    choices, pivots, gammas = list(singles), scored.pivots, scored.gammas
     own = torch.tensor([goal.of(c) for c in singles], dtype=torch.float64, device="cpu")
     giving = torch.tensor([goal.of(c) for c in pivots], dtype=torch.float64, device="cpu")
     scores = torch.where(layers[:, None] >= layers[None, :], scored.scores, torch.inf)
@@ -328,7 +319,7 @@ def share(
             if h == p:
                 choices[h] = pivots[h]
             else:
-                choices[h] = _sharer(h, p, int(cuts[h, p]), singles[h], evidence)
+                choices[h] = _sharer(h, p, int(gammas[h, p]), singles[h], evidence)
     return _with_few_levels(choices, singles, evidence, goal)
 
 
@@ -343,7 +334,7 @@ def slacks(
     found = [0.0] * len(choices)
     for h, choice in enumerate(choices):
         if choice.policy is Policy.SHARE:
-            least = evidence.least_covered(h, choice.pivot, choice.cut)
+            least = evidence.least_covered(h, choice.pivot, choice.gamma)
             found[h] = min(max(choice.gamma - least + config.slack, -1.0), 1.0)
     return found
 
@@ -369,7 +360,7 @@ def mean_recall(choices: list[Choice]) -> float:
 
 
 def _best(policy: Policy, measured: PolicyCurve, goal: Goal) -> list[Choice]:
-    """The best cut of every head; dense where none is allowed."""
+    """The best gamma of every head; dense where none is allowed."""
     scores = goal.score(
         measured.recall, measured.worst_recall, measured.density, measured.work, measured.harm
     )
@@ -381,18 +372,9 @@ def _best(policy: Policy, measured: PolicyCurve, goal: Goal) -> list[Choice]:
     cost, allowed = predicted_cost(density, measured.work), scores.min(0).values < torch.inf
     columns = (t.tolist() for t in (allowed, best, recall, density, cost, harm))
     return [
-        _cut_at(measured.cuts, g, Choice(policy, 1.0, r, d, c, measured.work, lost))
-        if is_allowed
-        else _DENSE
+        Choice(policy, GAMMAS[g], r, d, c, measured.work, lost) if is_allowed else _DENSE
         for is_allowed, g, r, d, c, lost in zip(*columns, strict=True)
     ]
-
-
-def _cut_at(cuts: tuple[float, ...], number: int, choice: Choice) -> Choice:
-    """The choice with its cut; where that is a price, gamma tells what was covered."""
-    if cuts is PRICES:
-        return replace(choice, gamma=choice.recall, price=cuts[number])
-    return replace(choice, gamma=cuts[number])
 
 
 def _pivot_choices(
@@ -400,23 +382,23 @@ def _pivot_choices(
 ) -> list[Choice]:
     if evidence.pivot_rows == 0:
         # All rows are computed anyway: a pivot is dense, and its pattern is for the others.
-        dense = Choice(Policy.PIVOT, config.gamma, 1.0, 1.0, 1.0)
-        if evidence.cuts is PRICES:
-            dense = replace(dense, price=PRICES[0])
-        return [replace(dense, pivot=h) for h in range(evidence.heads)]
+        return [
+            Choice(Policy.PIVOT, config.gamma, 1.0, 1.0, 1.0, pivot=h)
+            for h in range(evidence.heads)
+        ]
     found = _best(Policy.PIVOT, evidence.pivots, goal)
     return [replace(c, policy=Policy.PIVOT, pivot=h) for h, c in enumerate(found)]
 
 
 def _share_scores(evidence: HeldOutMeasurements, goal: Goal) -> tuple[Tensor, Tensor]:
-    """Score of head h under pivot p's pattern at its best cut, and that cut's number.
+    """Score of head h under pivot p's pattern at its best gamma, and that gamma's number.
 
     Returns:
         float64 and int64 `[K, K]`.
     """
     best = torch.full_like(evidence.pairs[0], torch.inf)
     number = torch.zeros(best.shape, dtype=torch.int64, device="cpu")
-    for g in range(len(evidence.cuts)):
+    for g in range(len(GAMMAS)):
         score = _share_score(evidence, goal, g, slice(None), slice(None))
         better = score < best
         best, number = torch.where(better, score, best), torch.where(better, g, number)
@@ -430,7 +412,7 @@ def _share_score(
     heads: slice | list[int],
     pivots: slice | int,
 ) -> Tensor:
-    """Score of heads under pivots' patterns at one cut, float64 `[heads, pivots]`."""
+    """Score of heads under pivots' patterns at one gamma, float64 `[heads, pivots]`."""
     pairs, harm = evidence.pairs[g][heads, pivots], evidence.pair_harm
     return goal.score(
         pairs,
@@ -505,9 +487,9 @@ def _locate_pivots(own: Tensor, giving: Tensor, scores: Tensor, min_size: int) -
 def _with_few_levels(
     choices: list[Choice], singles: list[Choice], evidence: HeldOutMeasurements, goal: Goal
 ) -> list[Choice]:
-    """Lets the heads of a pivot cut its order at a few places alone: lists take memory.
+    """Lets the heads of a pivot cut its order at a few gammas alone: lists take memory.
 
-    Greedy again: the cut comes first at which all of them cost least, then those that save most.
+    Greedy again: the gamma comes first at which all of them cost least, then those that save most.
     """
     sharers: dict[int, list[int]] = {}
     for h, choice in enumerate(choices):
@@ -515,7 +497,7 @@ def _with_few_levels(
             sharers.setdefault(choice.pivot, []).append(h)
     choices = list(choices)
     for pivot, heads in sharers.items():
-        wanted = sorted({evidence.cuts.index(choices[h].cut) for h in heads})
+        wanted = sorted({GAMMAS.index(choices[h].gamma) for h in heads})
         if len(wanted) <= _LEVELS:
             continue
         columns = [_share_score(evidence, goal, g, heads, pivot) for g in wanted]
@@ -540,9 +522,9 @@ def _sharer(
     density = evidence.pivots.density[g, pivot].item()
     recall = evidence.pairs[g, head, pivot].item()
     harm = evidence.pair_harm
-    choice = Choice(
+    return Choice(
         policy=Policy.SHARE,
-        gamma=1.0,
+        gamma=GAMMAS[g],
         recall=recall,
         harm=1 - recall if harm is None else harm[g, head, pivot].item(),
         density=density,
@@ -551,6 +533,4 @@ def _sharer(
         pivot=pivot,
         fallback=fallback.policy,
         fallback_gamma=fallback.gamma,
-        fallback_price=fallback.price,
     )
-    return _cut_at(evidence.cuts, g, choice)

@@ -18,7 +18,7 @@ ABSENT = object()
 _FIGURES = ("density", "recall", "cost")
 # Per-head tensors other than policy, pivot and cluster.
 _VALUES = (
-    *("fallback", "gamma", "fallback_gamma", "price", "fallback_price", "slack"),
+    *("fallback", "gamma", "fallback_gamma", "slack"),
     *("recall", "density", "instability", "effect", "step_effect", "code"),
 )
 

@@ -21,7 +21,6 @@ from shareprefill.calib.store import MapStore
 from shareprefill.config import RuntimeConfig
 from shareprefill.runtime.geometry import Geometry, checked_blocks
 from shareprefill.runtime.ops.block_selection import (
-    block_worths,
     covered_mass,
     head_blocks,
     js_distances,
@@ -37,10 +36,6 @@ GAMMAS = (
     *(0.3, 0.5, 0.6, 0.7, 0.75, 0.8, 0.84, 0.87, 0.9),
     *(0.92, 0.935, 0.95, 0.96, 0.97, 0.98, 0.99),
 )
-
-# What a block may be asked to be worth, where harm is what counts. At the first nothing is read but
-# what always is; below the last, blocks of long prompts are not told apart.
-PRICES = (1.0, *(10 ** (-1.5 - step / 4) for step in range(21)))
 
 # Query blocks of all pairs of heads that are in memory at once.
 _PAIR_ROWS = 8
@@ -69,16 +64,15 @@ def time_in_blocks(density: D, work: float) -> D:
 
 @dataclass(frozen=True)
 class PolicyCurve:
-    """One selector on the held-out prompts, at every cut: means over prompts.
+    """One selector on the held-out prompts, at every gamma: means over prompts.
 
     Attributes:
-        recall: float64 `[cuts, K]`.
-        worst_recall: The recall on the prompt where a head's is lowest, float64 `[cuts, K]`.
-        density: float64 `[cuts, K]`, blocks computed over causal blocks.
+        recall: float64 `[gammas, K]`.
+        worst_recall: The recall on the prompt where a head's is lowest, float64 `[gammas, K]`.
+        density: float64 `[gammas, K]`, blocks computed over causal blocks.
         work: Selection work.
-        harm: What the lost mass does to the predictions, float64 `[cuts, K]`; None where no
+        harm: What the lost mass does to the predictions, float64 `[gammas, K]`; None where no
             effects are known.
-        cuts: What patterns are cut by, `GAMMAS` or `PRICES`.
     """
 
     recall: Tensor
@@ -86,11 +80,10 @@ class PolicyCurve:
     density: Tensor
     work: float
     harm: Tensor | None = None
-    cuts: tuple[float, ...] = GAMMAS
 
     @property
     def cost(self) -> Tensor:
-        """Predicted cost, float64 `[cuts, K]`."""
+        """Predicted cost, float64 `[gammas, K]`."""
         return predicted_cost(self.density, self.work)
 
 
@@ -103,15 +96,13 @@ class HeldOutMeasurements:
         pivot_rows: Query rows a block of a pivot's map; 0 for all of them.
         estimator: Weights of estimates by sampled rows, as an artifact has them.
         effect: Of every head, float64 `[K]` (see `effects`); None where it is not known.
-        by_price: Whether estimated maps and pivots' are cut by prices, not by gammas.
 
     Attributes:
-        cuts: What they are cut by, `GAMMAS` or `PRICES`.
         alone: What a head may do alone, with whatever the runtime supports and the capture holds.
-        pairs: Recall of head h under the pattern of pivot p, float64 `[cuts, K, K]`, the mean.
+        pairs: Recall of head h under the pattern of pivot p, float64 `[gammas, K, K]`, the mean.
         worst_pairs: The same on the prompt where it is lowest.
         pair_harm: Predicted KL divergence, in nats a position, that head h's lost mass causes under
-            the pattern of pivot p, float64 `[cuts, K, K]`; None where no effects are known.
+            the pattern of pivot p, float64 `[gammas, K, K]`; None where no effects are known.
         pivots: Every head under its own pattern as a pivot.
         check_work: Selection work of a sharing head.
         distance_to_uniform: Of the last block's distribution, the least over prompts `[K]`: the
@@ -126,15 +117,12 @@ class HeldOutMeasurements:
         *,
         estimator: Mapping[str, Sequence[float]],
         effect: Tensor | None = None,
-        by_price: bool = False,
     ) -> None:
         self.estimator, self.effect = estimator, effect
-        self.cuts = PRICES if by_price else GAMMAS
         self.check_rows, *_, self.sample_rows = store.config.rows
         self._store, self._numbers = store, list(prompts)
         self._prompts: list[_Prompt] = []
         curves: dict[Policy, list[_Curve]] = {}
-        cuts: dict[Policy, tuple[float, ...]] = {}
         distances = []
         block_size = store.config.block_size
         for number in prompts:
@@ -142,14 +130,11 @@ class HeldOutMeasurements:
             maps = {n: t.float().flatten(0, 1) for n, t in store.load(number, *names).items()}
             prompt = self._prompt(maps, record.tokens, record.map_block)
             self._prompts.append(prompt)
-            policies = self._policies(maps, prompt, block_size)
+            policies = self._policies(maps, prompt.geometry, block_size)
             for policy, (choose, work) in policies.items():
-                cuts[policy] = self.cuts if policy is Policy.SMOOTHED else GAMMAS
-                curves.setdefault(policy, []).append(prompt.measure(choose, work, cuts[policy]))
+                curves.setdefault(policy, []).append(prompt.measure(choose, work))
             distances.append(_distance_to_uniform(maps[VERTICAL], prompt.geometry))
-        self.alone = {
-            policy: _over_prompts(found, effect, cuts[policy]) for policy, found in curves.items()
-        }
+        self.alone = {policy: _over_prompts(found, effect) for policy, found in curves.items()}
         self.distance_to_uniform = torch.stack(distances).min(0).values
         self.check_work = self._check_work(
             [store.prompts[number].tokens for number in prompts], block_size
@@ -167,11 +152,10 @@ class HeldOutMeasurements:
                 pivot = self._smoothed(maps, prompt.geometry, rows)
             else:
                 pivot = prompt.full
-            prompts.append(replace(prompt, pivot=prompt.ranked(pivot)))
-            work = rows / (2 * self._store.config.block_size)
-            pairs.append(prompts[-1].measure_pairs(work, self.cuts))
+            prompts.append(replace(prompt, pivot=pivot))
+            pairs.append(prompts[-1].measure_pairs(rows / (2 * self._store.config.block_size)))
         self._prompts = prompts
-        recalls = _over_prompts(pairs, self.effect, self.cuts)
+        recalls = _over_prompts(pairs, self.effect)
         self.pairs, self.worst_pairs = recalls.recall, recalls.worst_recall
         self.pair_harm = recalls.harm
         self.pivots = replace(
@@ -192,12 +176,12 @@ class HeldOutMeasurements:
         other._measure_pivots(rows)
         return other
 
-    def least_covered(self, head: int, pivot: int, cut: float) -> float:
+    def least_covered(self, head: int, pivot: int, gamma: float) -> float:
         """Mass of a head's check inside a pivot's pattern, on the prompt where it is least."""
         first = torch.zeros(1, dtype=torch.int64, device="cpu")
         masses = []
         for prompt in self._prompts:
-            pattern = prompt.patterns(prompt.pivot[pivot, None], cut)
+            pattern = prompt.patterns(prompt.pivot[pivot, None], gamma)
             # The rows that the check looks at, here and in a prefill.
             rows = prompt.geometry.checked
             masses.append(covered_mass(prompt.check[head, None, rows], pattern[:, rows], first))
@@ -221,37 +205,34 @@ class HeldOutMeasurements:
             sink_blocks=runtime.sink_blocks,
             local_blocks=runtime.local_blocks,
         )
-        full, check = maps[FULL], maps[rows_key(self.check_rows)]
-        # Of a larger block each of the model's own blocks has a share.
-        scale = block_size / self._store.config.block_size if self.cuts is PRICES else None
-        return _Prompt(geometry, full, full, check, scale)
+        full = maps[FULL]
+        return _Prompt(geometry, full, full, maps[rows_key(self.check_rows)])
 
     def _policies(
-        self, maps: dict[str, Tensor], prompt: _Prompt, block_size: int
+        self, maps: dict[str, Tensor], geometry: Geometry, block_size: int
     ) -> dict[Policy, tuple[_Choose, float]]:
-        """For each policy of a head alone its pattern at a cut, and its selection work."""
-        geometry = prompt.geometry
+        """For each policy of a head alone its pattern at a gamma, and its selection work."""
         half, reads = 2 * block_size, geometry.reads
         sample, vertical, slash = maps[rows_key(self.sample_rows)], maps[VERTICAL], maps[SLASH]
         # The last rows read all keys, twice as many as a row does on average.
         lines = min(block_size, geometry.n_query) / geometry.n_query
         found: dict[Policy, tuple[_Choose, float]] = {
             Policy.SAMPLED: (
-                lambda gamma: select_blocks(sample, _of_all(gamma, sample), **reads),
+                lambda gamma: select_blocks(sample, gamma, **reads),
                 self.sample_rows / half,
             ),
             Policy.VERTICAL_SLASH: (
-                lambda gamma: vertical_slash_blocks(
-                    vertical, slash, _of_all(gamma, vertical), **reads
-                ),
+                lambda gamma: vertical_slash_blocks(vertical, slash, gamma, **reads),
                 lines,
             ),
         }
         rows = Smoothed.rows
         if rows_key(rows) in maps:
             estimate = self._smoothed(maps, geometry, rows)
-            ranked = prompt.ranked(estimate)
-            found[Policy.SMOOTHED] = (lambda cut: prompt.patterns(ranked, cut), rows / half)
+            found[Policy.SMOOTHED] = (
+                lambda gamma: head_blocks(estimate, gamma, **reads)[0],
+                rows / half,
+            )
         return found
 
     def _smoothed(self, maps: dict[str, Tensor], geometry: Geometry, rows: int) -> Tensor:
@@ -260,20 +241,15 @@ class HeldOutMeasurements:
         return smooth_maps(maps[rows_key(rows)], weights, **geometry.sizes)
 
 
-# Patterns `[K, n_q, n_k]` of all heads at one cut.
-_Choose = Callable[[float], Tensor]
-
-
-def _of_all(cut: float, maps: Tensor) -> Tensor:
-    """One cut for all heads."""
-    return torch.full((len(maps),), cut, dtype=torch.float32, device="cpu")
+# Patterns `[K, n_q, n_k]` of all heads at gammas float32 `[K]`.
+_Choose = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class _Curve:
     """Recall, density, and the mean square over query blocks of what is lost, of one prompt.
 
-    All are float64 `[cuts, ...]`; and selection work.
+    All are float64 `[gammas, ...]`; and selection work.
     """
 
     recall: Tensor
@@ -284,55 +260,40 @@ class _Curve:
 
 @dataclass(frozen=True)
 class _Prompt:
-    """The maps of one prompt, float32 `[K, n_q, n_k]`.
-
-    Attributes:
-        geometry: Blocks of the maps.
-        full: Exact ones.
-        pivot: What pivots' patterns are cut from: `ranked` maps.
-        check: Of the check's rows.
-        scale: Where cuts are prices, how many of the model's own key blocks a block stands for.
-    """
+    """The maps of one prompt, float32 `[K, n_q, n_k]`: exact, of pivots, and of the check."""
 
     geometry: Geometry
     full: Tensor
     pivot: Tensor
     check: Tensor
-    scale: float | None
 
-    def ranked(self, maps: Tensor) -> Tensor:
-        """What patterns of maps are cut from: where cuts are prices, what blocks are worth."""
-        if self.scale is None:
-            return maps
-        geometry = self.geometry
-        return block_worths(maps * geometry.causal, geometry.always) / self.scale
+    def patterns(self, maps: Tensor, gamma: float) -> Tensor:
+        """What pivots of these maps give other heads at a gamma, bool `[S, n_q, n_k]`."""
+        return head_blocks(
+            maps,
+            torch.full((len(maps),), gamma, dtype=torch.float32, device="cpu"),
+            **self.geometry.reads,
+        )[0]
 
-    def patterns(self, ranked: Tensor, cut: float) -> Tensor:
-        """The patterns of these at a cut, bool `[S, n_q, n_k]`."""
-        geometry = self.geometry
-        if self.scale is None:
-            return head_blocks(ranked, _of_all(cut, ranked), **geometry.reads)[0]
-        return (ranked > cut).logical_or_(geometry.always).logical_and_(geometry.causal)
-
-    def measure(self, choose: _Choose, work: float, cuts: Sequence[float]) -> _Curve:
+    def measure(self, choose: _Choose, work: float) -> _Curve:
         """Every head under a pattern of its own."""
         every = torch.arange(len(self.full), device="cpu")
         recalls, densities, losses = [], [], []
-        for cut in cuts:
-            pattern = choose(cut)
+        for gamma in GAMMAS:
+            pattern = choose(torch.full((len(every),), gamma, dtype=torch.float32, device="cpu"))
             recalls.append(covered_mass(self.full, pattern, every).double())
             densities.append(self._density(pattern))
             losses.append((self.full * ~pattern).sum(-1).square().mean(-1).double())
         return _Curve(torch.stack(recalls), torch.stack(densities), torch.stack(losses), work)
 
-    def measure_pairs(self, work: float, cuts: Sequence[float]) -> _Curve:
-        """Every head under every head's pattern as a pivot: recall `[cuts, K, K]`."""
+    def measure_pairs(self, work: float) -> _Curve:
+        """Every head under every head's pattern as a pivot: recall `[gammas, K, K]`."""
         n_q = self.geometry.shape[0]
         by_row = self.full.transpose(0, 1).contiguous()  # [n_q, K, n_k]
         held = by_row.sum(-1, keepdim=True)  # [n_q, K, 1]
         recalls, densities, losses = [], [], []
-        for cut in cuts:
-            pattern = self.patterns(self.pivot, cut)
+        for gamma in GAMMAS:
+            pattern = self.patterns(self.pivot, gamma)
             covered = torch.zeros(len(pattern), len(pattern), dtype=torch.float64, device="cpu")
             lost = torch.zeros_like(covered)
             # `covered_mass` of all pairs, as products, row by row.
@@ -358,9 +319,7 @@ def _distance_to_uniform(vertical: Tensor, geometry: Geometry) -> Tensor:
     return js_distances(vertical[:, None], geometry.uniform, first)
 
 
-def _over_prompts(
-    curves: Sequence[_Curve], effect: Tensor | None, cuts: tuple[float, ...]
-) -> PolicyCurve:
+def _over_prompts(curves: Sequence[_Curve], effect: Tensor | None) -> PolicyCurve:
     recall = torch.stack([curve.recall for curve in curves])
     harm = None
     if effect is not None:
@@ -368,7 +327,6 @@ def _over_prompts(
         harm = lost * effect.view(-1, *[1] * (lost.ndim - 2))
     return PolicyCurve(
         harm=harm,
-        cuts=cuts,
         recall=recall.mean(0),
         worst_recall=recall.min(0).values,
         density=torch.stack([curve.density for curve in curves]).mean(0),

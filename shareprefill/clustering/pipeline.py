@@ -32,7 +32,7 @@ from shareprefill.clustering.distances import code_distances, gamma_patterns, ja
 from shareprefill.clustering.effects import head_effects, step_effects
 from shareprefill.clustering.estimator import fit_estimator
 from shareprefill.clustering.hierarchy import build_linkage, candidate_counts, cut, silhouette
-from shareprefill.clustering.measurements import PRICES, HeldOutMeasurements
+from shareprefill.clustering.measurements import HeldOutMeasurements
 from shareprefill.config import ClusterConfig
 from shareprefill.errors import ConfigError
 
@@ -112,15 +112,7 @@ def cluster(folder: Path, config: ClusterConfig) -> tuple[Artifact, list[Cluster
 
     first_rows, *further_rows = _pivot_rows(store, config)
     prompts = [*training.split.held_out, *_further_prompts(store, training)]
-    measured = HeldOutMeasurements(
-        store,
-        prompts,
-        first_rows,
-        estimator=estimator,
-        effect=effect,
-        # A target is mass that a pattern covers: gamma bounds it on every prompt, a price does not.
-        by_price=effect is not None and (config.budget, config.max_kl) != (None, None),
-    )
+    measured = HeldOutMeasurements(store, prompts, first_rows, estimator=estimator, effect=effect)
     fewest, first_scored = counts[0], dict[Goal, Scored]()
     _, first_goal = choose(labels[fewest], layers, measured, config, first_scored)
 
@@ -247,11 +239,6 @@ def _artifact(
         return number if number < 0 else int(captured[number // heads]) * heads + number % heads
 
     fallbacks = [c.policy if c.fallback is None else c.fallback for c in choices]
-    prices: dict[str, Tensor] = {}
-    if evidence.cuts is PRICES:
-        own = [c.price if c.fallback is None else c.fallback_price for c in choices]
-        prices["price"] = spread([c.price for c in choices], torch.float32, 0.0)
-        prices["fallback_price"] = spread(own, torch.float32, 0.0)
     return Artifact(
         model=store.config.model,
         fingerprint=store.fingerprint,
@@ -278,7 +265,6 @@ def _artifact(
             pivot=evidence.pivot_rows, sample=evidence.sample_rows, check=evidence.check_rows
         ),
         estimator=dict(evidence.estimator),
-        **prices,
         configuration={
             "calibrate": store.config.to_dict(),
             "train": training.config.to_dict(),

@@ -39,8 +39,6 @@ class HeadPlan:
         fallback: What it does when its check before sharing fails; otherwise its policy.
         gamma: Attention mass its pattern covers.
         fallback_gamma: Attention mass the fallback's pattern covers.
-        price: What a block of its pattern must be worth, above 0; 0 where gamma cuts the pattern.
-        fallback_price: The same for the fallback's pattern.
         coverage_slack: How much less than gamma of its sampled rows' attention may lie in its
             pivot's pattern for it to share.
         cluster: Cluster id; -1 for none.
@@ -54,18 +52,6 @@ class HeadPlan:
     fallback_gamma: float
     coverage_slack: float
     cluster: int
-    price: float = 0.0
-    fallback_price: float = 0.0
-
-    @property
-    def cut(self) -> float:
-        """What its pattern is cut by: its price, where it has one, or gamma."""
-        return self.price or self.gamma
-
-    @property
-    def fallback_cut(self) -> float:
-        """The same for the fallback's pattern."""
-        return self.fallback_price or self.fallback_gamma
 
     @property
     def min_coverage(self) -> float:
@@ -95,7 +81,6 @@ class RuntimePlan:
         local_blocks: Trailing causal key blocks always read.
         max_density: Density above which a head is computed densely; None: the device's crossover.
         refuse_nonfinite: Whether NaN or Inf in a layer's inputs is an error.
-        by_price: Whether estimated maps and pivots' are cut by prices.
     """
 
     layers: tuple[tuple[HeadPlan, ...], ...]
@@ -114,7 +99,6 @@ class RuntimePlan:
     local_blocks: int
     max_density: float | None
     refuse_nonfinite: bool
-    by_price: bool = False
 
     def geometry(self, n_query: int, n_key: int, device: torch.device) -> Geometry:
         """The blocks of `n_query` queries at the end of `n_key` keys, as this plan cuts them."""
@@ -141,8 +125,7 @@ class RuntimePlan:
         def alone(head: HeadPlan) -> HeadPlan:
             if head.policy != Policy.SHARE or head.pivot in here:
                 return head
-            cuts = {"gamma": head.fallback_gamma, "price": head.fallback_price}
-            return replace(head, policy=head.fallback, pivot=-1, **cuts)
+            return replace(head, policy=head.fallback, gamma=head.fallback_gamma, pivot=-1)
 
         return replace(self, layers=tuple(tuple(map(alone, layer)) for layer in self.layers))
 
@@ -159,15 +142,9 @@ def make_plan(artifact: Artifact, config: RuntimeConfig) -> RuntimePlan:
     """
     forced, labels, selectors = _policy_of_all(config.policy, artifact.estimator)
     layers, heads = artifact.policy.shape
-    # A gamma for all heads goes before their prices.
-    by_price = artifact.price is not None and config.policy == "auto" and config.gamma is None
     columns = {
         name: getattr(artifact, name).reshape(-1).tolist()
         for name in ("policy", "pivot", "fallback", "gamma", "fallback_gamma", "slack", "cluster")
-    }
-    prices = {
-        name: getattr(artifact, name).reshape(-1).tolist() if by_price else [0.0] * layers * heads
-        for name in ("price", "fallback_price")
     }
 
     def head_plan(head: int) -> HeadPlan:
@@ -185,8 +162,6 @@ def make_plan(artifact: Artifact, config: RuntimeConfig) -> RuntimePlan:
             fallback_gamma=_chosen(config.gamma, fallback_gamma),
             coverage_slack=_chosen(config.slack, columns["slack"][head]),
             cluster=columns["cluster"][head],
-            price=prices["price"][head],
-            fallback_price=prices["fallback_price"][head],
         )
 
     return _plan(
@@ -201,7 +176,6 @@ def make_plan(artifact: Artifact, config: RuntimeConfig) -> RuntimePlan:
         block_size=artifact.block_size,
         thresholds=artifact.thresholds,
         rows=artifact.rows,
-        by_price=by_price,
     )
 
 
@@ -286,7 +260,6 @@ def _plan(
     block_size: int,
     thresholds: Thresholds,
     rows: Rows,
-    by_price: bool = False,
 ) -> RuntimePlan:
     online = config.policy == "shareprefill"
     return RuntimePlan(
@@ -307,7 +280,6 @@ def _plan(
         local_blocks=config.local_blocks,
         max_density=config.max_density,
         refuse_nonfinite=config.nonfinite == "error",
-        by_price=by_price,
     )
 
 

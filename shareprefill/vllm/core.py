@@ -226,7 +226,7 @@ class ServingCore:
         blocks = count_blocks(self.max_rows, block) * count_blocks(self.max_keys, block)
         # float32 maps of two estimates, a bitmap, and int32 lists.
         of_layer = blocks * n_heads * (2 * 4 + 1 + 4)
-        of_pivots = blocks * len({(h.pivot, h.cut) for layer in plan.layers for h in layer})
+        of_pivots = blocks * len({(h.pivot, h.gamma) for layer in plan.layers for h in layer})
         copies = 2 * n_groups * self.max_keys * head_dim + n_heads * self.max_rows * head_dim
         return of_layer + of_pivots + copies * itemsize
 

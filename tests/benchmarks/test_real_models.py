@@ -40,7 +40,7 @@ def test_an_ablation_leaves_out_one_part_each(benchmark: Any, tmp_path: Path) ->
     train(tmp_path / "maps", TrainConfig(epochs=1, hidden=16, resolution=16, code_size=8))
     benchmark("ablation", tmp_path / "maps", "--budget", 0.6, "--k", 1, "--out", tmp_path / "out")
     made = {path.stem: load_artifact(path) for path in (tmp_path / "out").iterdir()}
-    assert set(made) == {"whole", "half", "pivots-cut", "recall", "gammas", "unchecked"}
+    assert set(made) == {"whole", "half", "pivots-cut", "recall", "unchecked"}
     assert (made["unchecked"].slack == 1).all()
     assert not (made["whole"].slack == 1).all()
     assert set(map(tuple, made["half"].estimator.values())) == {astuple(UNFITTED)}
@@ -49,8 +49,7 @@ def test_an_ablation_leaves_out_one_part_each(benchmark: Any, tmp_path: Path) ->
     for name, alike in (("whole", False), ("pivots-cut", True)):
         shares = made[name].policy == int(Policy.SHARE)
         pivots = made[name].pivot[shares].long()
-        assert torch.equal(made[name].price[shares], made[name].price.flatten()[pivots]) == alike
-    assert made["gammas"].price is None
+        assert torch.equal(made[name].gamma[shares], made[name].gamma.flatten()[pivots]) == alike
 
 
 def test_cuts_of_the_same_estimates(
@@ -60,10 +59,18 @@ def test_cuts_of_the_same_estimates(
     capture_maps(CalibrateConfig(**small_calibration(checkpoint, samples=3)), tmp_path / "maps")
     benchmark("cuts", tmp_path / "maps", "--rows", 2, 0, "--budget", 0.8)
     lines = [line for line in capsys.readouterr().out.splitlines() if "harm / oracle" in line]
-    cuts = ("head", "row", "price")
+    cuts = ("head", "row", "row-loss")
     assert [line.split(",")[:2] for line in lines] == [
         [f"{rows} rows", f" {cut}"] for rows in (2, 0) for cut in cuts
     ]
+    by_loss = sys.modules["cuts"].blocks_by_loss
+    maps = torch.tensor([[[4.0, 0, 0, 0], [1, 3, 0, 0], [0.3, 0.5, 0.2, 0], [1, 10, 6, 3]]])
+    # The last row: .5 lacks 1, .3 lacks .5, .15 lacks .2, .05 lacks .05.
+    always = torch.zeros(4, 4, dtype=torch.bool)
+    assert by_loss(maps, always, 0.05)[0, 3].tolist() == [False, True, True, False]
+    always[3, 1] = True
+    assert by_loss(maps, always, 0.029)[0, 3].tolist() == [False, True, True, True]
+    assert by_loss(maps, always, 0.05)[0, 3].tolist() == [False, True, True, False]
 
 
 def test_fidelity_measures_each_prompt_and_policy_once(benchmark: Any, tmp_path: Path) -> None:

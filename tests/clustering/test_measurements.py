@@ -6,12 +6,10 @@ import pytest
 import torch
 
 from shareprefill.artifact import Policy
-from shareprefill.calib.capture import map_names
 from shareprefill.calib.pipeline import capture_maps
 from shareprefill.calib.store import MapStore
-from shareprefill.clustering.measurements import GAMMAS, PRICES, HeldOutMeasurements
+from shareprefill.clustering.measurements import GAMMAS, HeldOutMeasurements
 from shareprefill.config import CalibrateConfig
-from shareprefill.runtime.ops.block_selection import priced_blocks
 from shareprefill.runtime.ops.blocks import always_blocks, causal_blocks
 from tests.support.checkpoint import save_checkpoint, small_calibration
 from tests.support.maps import head_pattern, recall, smooth
@@ -79,50 +77,6 @@ def test_a_sampled_pivot_gives_what_it_would_read_itself(store: MapStore, rows: 
         alone = evidence.alone[Policy.SMOOTHED]
         torch.testing.assert_close(evidence.pivots.recall, alone.recall, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(evidence.pivots.density, alone.density)
-
-
-@pytest.mark.parametrize(("rows", "policy"), [(2, Policy.SMOOTHED), (0, Policy.PIVOT)])
-def test_prices_cut_maps_as_prefills_do(store: MapStore, rows: int, policy: Policy) -> None:
-    """Recall, density and what is lost, of the operator's patterns on the exact maps."""
-    effect = torch.rand(12, dtype=torch.float64)
-    options: dict[str, Any] = {"estimator": {}, "effect": effect, "by_price": True}
-    evidence = HeldOutMeasurements(store, [0, 2], rows, **options)
-    assert evidence.cuts is PRICES
-    curve = evidence.pivots if policy is Policy.PIVOT else evidence.alone[policy]
-    assert curve.cuts is PRICES
-    assert evidence.alone[Policy.SAMPLED].cuts is GAMMAS
-    for g in (0, 6, 11):
-        recalls, harms, densities = [], [], []
-        for number in (0, 2):
-            maps, causal, _ = _of_prompt(store, number)
-            ranked = smooth(maps["rows2"]) if rows else maps["full"]
-            price = torch.full((12,), PRICES[g])
-            sizes = {"n_query": store.prompts[number].tokens, "block_size": 32}
-            reads = {"sink_blocks": 1, "local_blocks": 2, "n_key": sizes["n_query"]}
-            pattern, _ = priced_blocks(ranked, price, **sizes, **reads)
-            recalls.append(recall(maps["full"], pattern).double())
-            densities.append(pattern.sum((1, 2)).double() / causal.sum())
-            lost = (maps["full"] * ~pattern).sum(-1).double()
-            harms.append(lost.square().mean(-1) * effect)
-        near: dict[str, float] = {"rtol": 1e-5, "atol": 1e-5}
-        torch.testing.assert_close(curve.recall[g], torch.stack(recalls).mean(0), **near)
-        torch.testing.assert_close(curve.density[g], torch.stack(densities).mean(0), **near)
-        assert curve.harm is not None
-        torch.testing.assert_close(curve.harm[g], torch.stack(harms).mean(0), **near)
-
-
-def test_a_larger_block_of_a_map_has_the_price_of_the_model_s_own(store: MapStore) -> None:
-    """A block of two key blocks is worth as much as each of them: half of what it would be."""
-    maps, _, _ = _of_prompt(store, 0)
-    tokens = store.prompts[0].tokens
-    options: dict[str, Any] = {"estimator": {}, "effect": torch.ones(12).double()}
-    evidence = HeldOutMeasurements(store, [0], 2, **options, by_price=True)
-    names = (*map_names(store.config), "full")
-    named = {name: tensor for name, tensor in maps.items() if name in names}
-    own, larger = (evidence._prompt(named, tokens * n, 32 * n) for n in (1, 2))
-    ranked = own.ranked(maps["full"])
-    torch.testing.assert_close(larger.ranked(maps["full"]), ranked / 2)
-    assert (ranked > 0).any()
 
 
 @pytest.mark.parametrize("rows", [0, 4])

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from shareprefill.artifact import Artifact, Policy, artifact_bytes
+from shareprefill.artifact import Policy, artifact_bytes
 from shareprefill.autoencoder.pipeline import load_training, train
 from shareprefill.calib.pipeline import capture_maps
 from shareprefill.calib.store import MapStore
@@ -277,22 +277,3 @@ def test_a_bound_of_the_divergence_is_kept_by_the_artifact(calibration: Path) ->
     tight = cluster(calibration, ClusterConfig(max_kl=0.01, k=1))[0].summary
     assert tight["kl"] <= 0.01 < loose["kl"] <= 0.5
     assert tight["density"] > loose["density"]
-
-
-def test_harm_is_bought_by_prices_and_recall_by_gammas(
-    calibration: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def planned(**options: Any) -> Artifact:
-        return cluster(calibration, ClusterConfig(k=1, **options))[0]
-
-    for found in (planned(budget=0.7), planned(max_kl=0.05)):
-        assert found.price is not None
-        chosen = (found.policy == Policy.SHARE) | (found.policy == Policy.SMOOTHED)
-        assert chosen.any()
-        assert (found.price[chosen] > 0).all()
-        # Gamma tells what was covered.
-        assert torch.equal(found.gamma[chosen], found.recall[chosen])
-    assert planned(target_recall=0.8).price is None
-    # Without effects, lost mass is all that counts: most mass for the blocks.
-    monkeypatch.setattr(pipeline, "head_effects", lambda *_: None)
-    assert planned(budget=0.7).price is None

@@ -15,14 +15,8 @@ BLOCK = 16
 
 
 def plan_of(
-    policies: tuple[Policy, ...],
-    *,
-    fallback: Policy,
-    guarded: bool,
-    block_size: int = BLOCK,
-    by_price: bool = False,
+    policies: tuple[Policy, ...], *, fallback: Policy, guarded: bool, block_size: int = BLOCK
 ) -> RuntimePlan:
-    price = 1e-3 if by_price else 0.0
     heads = tuple(
         HeadPlan(
             head=head,
@@ -33,36 +27,31 @@ def plan_of(
             fallback_gamma=0.7,
             coverage_slack=0.05,
             cluster=0,
-            price=price,
-            fallback_price=price,
         )
         for head, policy in enumerate(policies)
     )
-    return layer_plan(heads, block_size, slash_needs_sparsity=guarded, by_price=by_price)
+    return layer_plan(heads, block_size, slash_needs_sparsity=guarded)
 
 
 @pytest.mark.parametrize(
-    ("policies", "fallback", "guarded", "by_price", "most"),
+    ("policies", "fallback", "guarded", "most"),
     [
-        ((P, S, S, S, S, M, M, D), M, True, False, 10),
-        # Maps are smoothed before prices cut them.
-        ((P, S, S, S, S, M, M, D), M, True, True, 12),
-        ((P, S, S, S, V, V, R, M), M, False, False, 13),
-        ((P, S, S, S, V, V, R, M), V, True, False, 13),
-        ((M,) * 8, M, True, False, 6),
-        ((R,) * 8, R, True, False, 6),
-        ((V,) * 8, V, False, False, 5),
+        ((P, S, S, S, S, M, M, D), M, True, 10),
+        ((P, S, S, S, V, V, R, M), M, False, 13),
+        ((P, S, S, S, V, V, R, M), V, True, 13),
+        ((M,) * 8, M, True, 6),
+        ((R,) * 8, R, True, 6),
+        ((V,) * 8, V, False, 5),
     ],
 )
 def test_a_planned_layer_takes_few_launches(
     policies: tuple[Policy, ...],
     fallback: Policy,
     guarded: bool,
-    by_price: bool,
     most: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    plan = plan_of(policies, fallback=fallback, guarded=guarded, by_price=by_price)
+    plan = plan_of(policies, fallback=fallback, guarded=guarded)
     prefill = SparsePrefill(plan)
     # As in a long prompt, the check looks at some of the query blocks.
     monkeypatch.setattr("shareprefill.runtime.geometry.CHECKED_BLOCKS", 3)

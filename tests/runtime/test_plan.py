@@ -50,16 +50,3 @@ def test_a_pipeline_rank_s_heads_do_alone_what_another_rank_s_pivot_would_tell_t
             else:
                 assert after == before
     assert any(h.policy != S for h in last.layers[1]), "a head of layer 1 shared with layer 0"
-
-
-def test_prices_follow_heads_that_do_alone_what_another_rank_would_tell_them():
-    price = torch.tensor([[0.1, 0.2, 0.0, 0.0], [0.3, 0.4, 0.0, 0.0], [0.0] * 4])
-    rows = [[P, S, D, D], [S, S, D, D], [D] * 4]
-    prices = {"price": price, "fallback_price": price / 2}
-    plan = make_plan(tiny_artifact(tiny_llama(), rows, **prices), RuntimeConfig())
-    assert plan.by_price
-    for head, wanted in zip(plan.on_layers(range(1, 3)).layers[1], price[1], strict=True):
-        assert head.cut == pytest.approx(wanted.item() / 2 or 0.9)
-    unpriced = make_plan(tiny_artifact(tiny_llama(), rows), RuntimeConfig())
-    assert not unpriced.by_price
-    assert all(head.cut == head.gamma for layer in unpriced.layers for head in layer)

@@ -13,7 +13,7 @@ from shareprefill.config import RuntimeConfig
 from shareprefill.errors import DataError
 from shareprefill.runtime import core
 from shareprefill.runtime.core import LayerChoice, SequenceState, SparsePrefill
-from shareprefill.runtime.ops.block_selection import priced_blocks, select_blocks
+from shareprefill.runtime.ops.block_selection import select_blocks
 from shareprefill.runtime.ops.block_sparse_attention import block_sparse_attention
 from shareprefill.runtime.ops.blocks import BlockLists, always_blocks, causal_blocks
 from shareprefill.runtime.ops.pooled_attention import pooled_attention, sample_rows
@@ -174,49 +174,6 @@ def test_a_sampled_pivot_gives_the_smoothed_pattern(model: Any, rows: int) -> No
     assert torch.equal(kept(choice, 1), expected)
     work = torch.tensor([rows, 1, 2, 0]) / BLOCK / 2
     torch.testing.assert_close(record.work, work)
-
-
-def test_prices_cut_what_is_estimated_and_pivots_maps(model: Any) -> None:
-    """A pivot, a head of another price that shares it, a smoothed head, and one that has gamma."""
-    inputs, zeros = tensors(208, 208), torch.zeros(2, 4)
-    price = torch.cat([torch.tensor([[1e-3, 1e-2, 3e-4, 0.0]]), zeros])
-    fallback_price = torch.cat([torch.tensor([[1e-3, 1e-4, 3e-4, 0.0]]), zeros])
-    policies = [[P, S, M, R], [D] * 4, [D] * 4]
-
-    def patterns(config: RuntimeConfig, **changes: Any) -> list[torch.Tensor]:
-        prices = {"price": price, "fallback_price": fallback_price}
-        _, record, choice = run(model, policies, inputs, config, **{**prices, **changes})
-        assert record.policies[1] == (S if config.slack == 1.0 else M)
-        return [kept(choice, head) for head in range(4)]
-
-    def expected(head: int, rows: int, price: float) -> torch.Tensor:
-        _, maps = pooled_attention(
-            inputs["query"],
-            inputs["key"],
-            rows=sample_rows(208, BLOCK, rows),
-            block_size=BLOCK,
-            scale=0.25,
-            impl="reference",
-        )
-        sizes = {"n_query": 208, "n_key": 208, "block_size": BLOCK}
-        reads = {"sink_blocks": 1, "local_blocks": 2}
-        maps = smooth(maps)[head, None]
-        return priced_blocks(maps, torch.tensor([price]), **sizes, **reads)[0][0]
-
-    shares = RuntimeConfig(slack=1.0)
-    found = patterns(shares)
-    by_gamma = patterns(shares, price=None, fallback_price=None)
-    assert torch.equal(found[0], expected(0, 4, 1e-3))
-    assert torch.equal(found[1], expected(0, 4, 1e-2))
-    assert torch.equal(found[2], expected(2, 2, 3e-4))
-    assert torch.equal(found[3], by_gamma[3])
-    for head in range(3):
-        assert not torch.equal(found[head], by_gamma[head])
-    alone = patterns(RuntimeConfig(slack=-1.0))
-    assert torch.equal(alone[1], expected(1, 2, 1e-4))
-    # A gamma for all heads goes before prices.
-    for one, other in zip(patterns(replace(shares, gamma=0.9)), by_gamma, strict=True):
-        assert torch.equal(one, other)
 
 
 def test_a_pivot_of_two_rows_does_as_a_smoothed_head(model: Any) -> None:

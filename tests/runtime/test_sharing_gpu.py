@@ -28,17 +28,10 @@ PLANS = {
     "smoothed": (M,) * HEADS,
     "vertical-slash": (V,) * HEADS,
     "shareprefill": (D,) * HEADS,
-    "priced": (P, S, S, S, R, V, M, D),
-    "priced pivot of all rows": (P, S, S, S, S, S, M, V),
 }
 
 
 def plan_of(name: str) -> RuntimePlan:
-    by_price = name.startswith("priced")
-
-    def price(policy: Policy) -> float:
-        return 0.02 if by_price and policy in (P, S, M) else 0.0
-
     heads = tuple(
         HeadPlan(
             head=head,
@@ -50,14 +43,11 @@ def plan_of(name: str) -> RuntimePlan:
             # Far from what is covered, on either side of it: every other head's check fails.
             coverage_slack=0.5 if head % 2 else -0.5,
             cluster=head % 3 - 1,
-            price=price(policy),
-            fallback_price=price((V, R, M)[head % 3] if policy is S else policy),
         )
         for head, policy in enumerate(PLANS[name])
     )
     rows = 0 if "all rows" in name else 4
-    online = name == "shareprefill"
-    return layer_plan(heads, BLOCK, online=online, pivot_rows=rows, by_price=by_price)
+    return layer_plan(heads, BLOCK, online=name == "shareprefill", pivot_rows=rows)
 
 
 def tensors(n_query: int, n_key: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:

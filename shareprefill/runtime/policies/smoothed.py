@@ -7,12 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from shareprefill.runtime.ops.block_selection import (
-    LineWeights,
-    head_blocks,
-    priced_blocks,
-    smooth_maps,
-)
+from shareprefill.runtime.ops.block_selection import LineWeights, head_blocks, smooth_maps
 from shareprefill.runtime.policies.base import InPlacePolicy, LayerInputs, MapEstimator
 from shareprefill.runtime.policies.sampled import sampled_maps, sampling_work
 
@@ -50,12 +45,8 @@ class Smoothed(FewRows, InPlacePolicy[Tensor]):
     Attention follows key blocks (verticals) and distances (diagonals), so the samples of other
     query blocks on the same lines tell about a block, at no cost. The blocks above one threshold a
     head are kept: the threshold at which the always-read blocks and the kept ones cover gamma.
-
-    Attributes:
-        by_price: Whether `cut` is given prices in place of gammas (`priced_blocks`).
     """
 
-    by_price: bool = False
     fills_nonfinite = True
 
     def choose(self, inputs: LayerInputs, estimate: Tensor, gamma: Tensor) -> Tensor:
@@ -66,10 +57,10 @@ class Smoothed(FewRows, InPlacePolicy[Tensor]):
         """The same blocks, and those that are always read."""
         return self.cut(inputs, sampled_maps(inputs, heads, self.rows), gamma, out)
 
-    def cut(self, inputs: LayerInputs, maps: Tensor, cut: Tensor, out: Tensor) -> Tensor:
-        """`write`, from the maps of the sampled rows, by gammas or prices."""
-        reads, choose = inputs.geometry.reads, priced_blocks if self.by_price else head_blocks
-        return choose(maps, cut, weights=self.weights, out=out, **reads)[1]
+    def cut(self, inputs: LayerInputs, maps: Tensor, gamma: Tensor, out: Tensor) -> Tensor:
+        """`write`, from the maps of the sampled rows."""
+        reads = inputs.geometry.reads
+        return head_blocks(maps, gamma, weights=self.weights, out=out, **reads)[1]
 
 
 def line_weights(estimator: Mapping[str, Sequence[float]] | None, rows: int) -> LineWeights:

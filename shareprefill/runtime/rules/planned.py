@@ -29,7 +29,6 @@ from shareprefill.runtime.ops.block_selection import (
     SparseGuard,
     check_heads,
     head_blocks,
-    priced_blocks,
 )
 from shareprefill.runtime.ops.pages import Tokens
 from shareprefill.runtime.ops.pooled_attention import pooled_attention
@@ -68,23 +67,22 @@ from shareprefill.runtime.rules.base import (
 class PivotHeads:
     """The pivots of a layer, and the patterns that they give.
 
-    A pattern is a pivot's map cut at one gamma, or price: heads of unlike cuts read unlike patterns
-    of one pivot. Its number is that in the whole forward pass (`PlannedRule.pivot_patterns`).
+    A pattern is a pivot's map cut at one gamma: heads of unlike gammas read unlike patterns of one
+    pivot. Its number is that in the whole forward pass (`PlannedRule.pivot_patterns`).
 
     Attributes:
         heads: The pivots that this process holds, int64 `[S]`.
         given: Numbers of the patterns that they give.
         giver: For each of these the position of its pivot in `heads`, int64; None where they are
             the same.
-        cut: For each of these the share of the pivot's mass that it covers, or the price that its
-            blocks are worth, float32.
+        gamma: For each of these the share of the pivot's mass that it covers, float32.
         given_by_all: Numbers of the patterns that pivots of the layer give in any process.
     """
 
     heads: Tensor
     given: slice
     giver: Tensor | None
-    cut: Tensor
+    gamma: Tensor
     given_by_all: slice
 
 
@@ -111,7 +109,7 @@ class OwnPatterns:
 
     Attributes:
         heads: int64 `[S]`.
-        cut: Attention mass that the pattern of each covers, or price of its blocks, float32 `[S]`.
+        gamma: Attention mass that the pattern of each covers, float32 `[S]`.
         policy: Number of the policy.
         rows: Where their patterns lie in the layer's bitmap.
         first: The number of the first of these patterns.
@@ -119,7 +117,7 @@ class OwnPatterns:
     """
 
     heads: Tensor
-    cut: Tensor
+    gamma: Tensor
     policy: int
     rows: slice
     first: int
@@ -190,30 +188,20 @@ class PivotPatterns:
         moved.patterns, moved.is_finite = self.patterns.to(device), self.is_finite.to(device)
         return moved
 
-    def keep(
-        self,
-        pivots: PivotHeads,
-        maps: Tensor,
-        weights: LineWeights | None = None,
-        *,
-        by_price: bool = False,
-    ) -> None:
+    def keep(self, pivots: PivotHeads, maps: Tensor, weights: LineWeights | None = None) -> None:
         """Cuts and keeps the patterns that this process's pivots of a layer give.
 
-        Each covers gamma of its pivot's whole mass, or has the blocks that are worth a price; and
-        it has those that are always read.
+        Each covers gamma of its pivot's whole mass, and has the blocks that are always read.
 
         Args:
             pivots: Of the layer.
             maps: Their maps, in any scale, float32 `[S, n_q, n_k]`.
             weights: By which these are smoothed first; None for exact ones.
-            by_price: Whether the cuts of patterns are prices.
         """
-        if len(pivots.cut):
+        if len(pivots.gamma):
             patterns, finite = self.patterns[pivots.given], self.is_finite[pivots.given]
             options = {"weights": weights, "out": patterns, "finite": finite}
-            cut = priced_blocks if by_price else head_blocks
-            cut(maps, pivots.cut, pivots.giver, **options, **self.geometry.reads)
+            head_blocks(maps, pivots.gamma, pivots.giver, **options, **self.geometry.reads)
 
     def fill_in(self, pivots: PivotHeads, exchange: Exchange) -> None:
         """Fills in the patterns that other processes' pivots of a layer give."""
@@ -250,12 +238,11 @@ class PlannedRule(LayerRule[PlannedLayer, PivotPatterns]):
         return self._smoothed(self.plan.pivot_rows)
 
     def _smoothed(self, rows: int) -> Smoothed:
-        weights = line_weights(self.plan.estimator, rows)
-        return Smoothed(rows, weights, by_price=self.plan.by_price)
+        return Smoothed(rows, line_weights(self.plan.estimator, rows))
 
     @cached_property
     def pivot_patterns(self) -> dict[tuple[int, float], int]:
-        """(Pivot, cut) of every pattern that a head of any process reads -> its number.
+        """(Pivot, gamma) of every pattern that a head of any process reads -> its number.
 
         By pivot, so that those of a layer, and of a process's heads in it, follow each other.
         """
@@ -264,11 +251,11 @@ class PlannedRule(LayerRule[PlannedLayer, PivotPatterns]):
         return {key: number for number, key in enumerate(sorted(found))}
 
     def pivot_pattern(self, plan: HeadPlan) -> tuple[int, float] | None:
-        """The pivot and cut of the pattern that a head reads, where it is a pivot's."""
+        """The pivot and gamma of the pattern that a head reads, where it is a pivot's."""
         if plan.policy == Policy.SHARE:
-            return plan.pivot, plan.cut
+            return plan.pivot, plan.gamma
         if plan.policy == Policy.PIVOT and self.plan.pivot_rows > 0:
-            return plan.head, plan.cut
+            return plan.head, plan.gamma
         return None
 
     def make_layer(self, index: int, device: torch.device) -> PlannedLayer:
@@ -358,9 +345,9 @@ class _Steps:
     def choose_pivots(self, value: Tokens, output: Tensor, maps: Tensor | None) -> None:
         """Pivots' patterns: from sampled rows, or from all of them with the dense output."""
         layer, inputs, rows = self.layer, self.inputs, self.rule.plan.pivot_rows
-        heads, by_price = layer.pivots.heads, self.rule.plan.by_price
+        heads = layer.pivots.heads
         if maps is not None:
-            self.pivots.keep(layer.pivots, maps, self.rule.estimator.weights, by_price=by_price)
+            self.pivots.keep(layer.pivots, maps, self.rule.estimator.weights)
             self.overhead.append(Overhead(heads, sampling_work(inputs, rows)))
         elif len(heads):
             dense, maps = pooled_attention(
@@ -375,7 +362,7 @@ class _Steps:
             )
             assert dense is not None
             output.index_copy_(0, heads, dense)
-            self.pivots.keep(layer.pivots, maps, by_price=by_price)
+            self.pivots.keep(layer.pivots, maps)
         if self.rule.exchange is not None:
             self.pivots.fill_in(layer.pivots, self.rule.exchange)
 
@@ -413,10 +400,10 @@ class _Steps:
         heads, out = requested[group.requested], self.patterns[group.rows]
         policy = self.rule.selectors[group.policy]
         if isinstance(policy, InPlacePolicy):
-            is_finite = policy.write(inputs, heads, group.cut, out)
+            is_finite = policy.write(inputs, heads, group.gamma, out)
             self.overhead.append(Overhead(heads, policy.work(inputs)))
         else:
-            chosen = policy.select(inputs, heads, group.cut)
+            chosen = policy.select(inputs, heads, group.gamma)
             check_pattern(policy, chosen.pattern, tuple(out.shape), out.device)
             torch.logical_or(chosen.pattern, geometry.always, out=out)
             self.overhead.append(Overhead(heads, chosen.work))
@@ -440,9 +427,9 @@ class _Steps:
             otherwise=sampled.first,
             place=sampled.requested.start,
         )
-        finite = torch.empty_like(slash.cut, dtype=torch.bool)
+        finite = torch.empty_like(slash.gamma, dtype=torch.bool)
         out = self.patterns[slash.rows]
-        decided = write_patterns(inputs, heads, slash.cut, out, finite, requested, guard)
+        decided = write_patterns(inputs, heads, slash.gamma, out, finite, requested, guard)
         self.overhead.append(Overhead(heads, VerticalSlash().work(inputs)))
         # A distance that is not a number is above nothing: its head samples, and is found out then.
         assert decided is not None
@@ -465,7 +452,7 @@ class _Steps:
         else:
             maps = (sampled_maps(inputs, heads, policies[0].rows),)
         for group, policy, mine in zip(groups, policies, maps, strict=True):
-            finite = policy.cut(inputs, mine, group.cut, self.patterns[group.rows])
+            finite = policy.cut(inputs, mine, group.gamma, self.patterns[group.rows])
             work = sampling_work(inputs, policy.rows)
             self.overhead.append(Overhead(requested[group.requested], work))
             if policy.fills_nonfinite:
@@ -562,10 +549,10 @@ class _LayerMaker:
         self.by_pattern += [int(code)] * len(chosen)
         self.requested += chosen
         plans = [self.heads[h] for h in chosen]
-        cuts = (p.fallback_cut if p.policy == Policy.SHARE else p.cut for p in plans)
+        gamma = (p.fallback_gamma if p.policy == Policy.SHARE else p.gamma for p in plans)
         return OwnPatterns(
             heads=self._integers(chosen),
-            cut=numbers(cuts, self.device),
+            gamma=numbers(gamma, self.device),
             policy=int(code),
             rows=slice(row, row + len(chosen)),
             first=first,
@@ -583,7 +570,7 @@ class _LayerMaker:
             heads=self._integers(mine),
             given=_run(places[key] for key in given),
             giver=None if giver == [*range(len(mine))] else self._integers(giver),
-            cut=numbers((cut for _, cut in given), self.device),
+            gamma=numbers((gamma for _, gamma in given), self.device),
             given_by_all=_run(place for key, place in places.items() if key[0] in of_layer),
         )
 

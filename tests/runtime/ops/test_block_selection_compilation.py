@@ -21,7 +21,7 @@ from triton.compiler import ASTSource, compile
 from shareprefill.runtime.ops.pooled_attention import triton_kernel as pooled, triton as pooling
 from shareprefill.runtime.ops.block_selection.kernels import cover, head_threshold, heads, lists
 from shareprefill.runtime.ops.block_selection.kernels import head_threshold_large, measures
-from shareprefill.runtime.ops.block_selection.kernels import prices, smoothing
+from shareprefill.runtime.ops.block_selection.kernels import smoothing
 from shareprefill.runtime.ops.block_selection import triton as selection
 from shareprefill.runtime.ops.vertical_slash import triton_kernel as profiles, triton as profiling
 from shareprefill.runtime.ops.vertical_slash import pattern_kernel
@@ -127,13 +127,6 @@ for indexed in (False, True):
         taken = {n: v for n, v in options.items() if n in kernel.arg_names}
         built = build(kernel, taken, numbers, num_warps=options["num_warps"])
         result[f"{name} {indexed} {is_first}"] = built
-    for large in (False, True):
-        options = selection.PRICED_STRIP_OPTIONS if large else selection.PRICED_OPTIONS
-        options = options | {"HAS_INDEX": indexed, "HAS_TOTALS": large}
-        pointers = bits | {"p_totals": "*fp32"}
-        result[f"priced {indexed} {large}"] = build(
-            prices.priced_kernel, constants_of(options), pointers, **launch(options)
-        )
 fp32 = {"p_out": "*fp32"}
 for name, kernel, options in (
     ("lines", smoothing.lines_kernel, selection.SUM_OPTIONS),

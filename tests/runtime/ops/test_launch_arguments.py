@@ -101,13 +101,10 @@ def test_selection(started: set[str], monkeypatch: pytest.MonkeyPatch) -> None:
     selection.head_blocks(maps, gamma, None, None, *sizes, 0, 0)(maps, gamma, None, *places)
     smoothed = selection.head_blocks(maps, gamma, index, weights, *sizes, 0, 0)
     smoothed(maps, gamma, index, *places)
-    selection.priced_blocks(maps, gamma, None, None, *sizes, 0, 0)(maps, gamma, None, *places)
     monkeypatch.setattr(selection, "LARGE_MAP", 1)
     monkeypatch.setattr(selection, "SMALL_MAP", 0)
     large = selection.head_blocks(maps, gamma, index, weights, *sizes, 0, 0)
     large(maps, gamma, index, *places)
-    priced = selection.priced_blocks(maps, gamma, index, weights, *sizes, 0, 0)
-    priced(maps, gamma, index, *places)
     lines = (maps[0], torch.zeros(3, 4), gamma)
     selection.vertical_slash_blocks(*lines, *sizes, 0, 0)(*lines, *places)
     selection.js_distances(maps, maps, index)(maps, maps, index)
@@ -117,4 +114,4 @@ def test_selection(started: set[str], monkeypatch: pytest.MonkeyPatch) -> None:
     selection.sparse_heads(maps[0], index, 3, 0.3, 0, 0, 0)(maps[0], index)
     lists = (patterns, index, patterns, index, gamma[:, None] > 0)
     selection.list_blocks(*lists, *sizes, 4, 0)(*lists)
-    assert len(started) == 16
+    assert len(started) == 15

@@ -8,26 +8,22 @@ from shareprefill.runtime.ops.block_selection.api import (
     head_blocks,
     js_distances,
     list_blocks,
-    priced_blocks,
     select_blocks,
     smooth_maps,
     sparse_heads,
     vertical_slash_blocks,
 )
-from shareprefill.runtime.ops.block_selection.reference import block_worths
 from shareprefill.runtime.ops.block_selection.weights import LineWeights
 
 __all__ = [
     "LineWeights",
     "SparseGuard",
-    "block_worths",
     "check_guard",
     "check_heads",
     "covered_mass",
     "head_blocks",
     "js_distances",
     "list_blocks",
-    "priced_blocks",
     "select_blocks",
     "smooth_maps",
     "sparse_heads",

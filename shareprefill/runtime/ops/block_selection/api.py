@@ -154,85 +154,25 @@ def head_blocks(
     tensor([[[ True, False],
              [ True, False]]])
     """
-    return _cut_maps(
-        "head_blocks",
-        "gamma",
-        maps,
-        gamma,
-        index,
-        weights,
-        out,
-        finite,
-        (n_query, n_key, block_size, sink_blocks, local_blocks),
-        impl,
-    )
-
-
-def priced_blocks(
-    maps: torch.Tensor,
-    price: torch.Tensor,
-    index: torch.Tensor | None = None,
-    *,
-    weights: LineWeights | None = None,
-    n_query: int,
-    n_key: int,
-    block_size: int,
-    sink_blocks: int = 0,
-    local_blocks: int = 0,
-    out: torch.Tensor | None = None,
-    finite: torch.Tensor | None = None,
-    impl: str = "auto",
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The blocks that are worth a price to their query block, and the blocks always read.
-
-    The harm that lost attention does grows with the square of what a query block loses. So a block
-    is worth its mass times what its query block lacks as long as it and all smaller ones are not
-    read, in shares of the query block's mass. A query block whose attention lies in few blocks
-    reads few, and one whose attention is even reads many, at the same gain for the last of them.
-
-    Masses are compared by 14 bits after the point (steps of 6e-5 of them, at most), rounded down;
-    blocks of equal mass are taken or left together. Blocks without mass are not taken for their
-    mass. Mass on blocks that are not causal is left out of account. Where a map's sum is NaN or
-    Inf, every causal block is taken.
-
-    Args:
-        maps: float32 `[S, n_q, n_k]`, block maps in any scale, none negative.
-        price: float32 `[P]`, what a block of each pattern must be worth more than, at least 0.
-        index: int64 `[P]`, as in `head_blocks`.
-        weights: as in `head_blocks`.
-        n_query: query rows, in tokens; query row i is at position `n_key - n_query + i`.
-        n_key: keys, in tokens.
-        block_size: tokens in a block.
-        sink_blocks: as in `select_blocks`.
-        local_blocks: as in `select_blocks`.
-        out: bool `[P, n_q, n_k]`, as in `select_blocks`.
-        finite: bool `[P]`, contiguous: where `is_finite` is written; None: a new tensor.
-        impl: as in `select_blocks`.
-
-    Returns:
-        `(patterns, is_finite)`: bool `[P, n_q, n_k]`, causal; and bool `[P]`, False where the sum
-        of the pattern's map, before it is smoothed, is NaN or Inf.
-
-    Raises:
-        ConfigError: shapes, dtypes, devices or ranges do not belong together.
-
-    >>> maps = torch.tensor([[[1.0, 0.0], [0.6, 0.4]]])
-    >>> priced_blocks(maps, torch.tensor([0.2]), n_query=8, n_key=8, block_size=4)[0]
-    tensor([[[ True, False],
-             [ True, False]]])
-    """
-    return _cut_maps(
-        "priced_blocks",
-        "price",
-        maps,
-        price,
-        index,
-        weights,
-        out,
-        finite,
-        (n_query, n_key, block_size, sink_blocks, local_blocks),
-        impl,
-    )
+    sizes = (n_query, n_key, block_size, sink_blocks, local_blocks)
+    places = (facts(index), facts(out), facts(finite))
+    call = ("head", facts(maps), facts(gamma), places, weights, sizes, impl)
+    run = _calls.get(call)
+    if run is None:
+        n_q, n_k = _check_sizes(*sizes)
+        check_tensor("maps", maps, torch.float32, ("S", n_q, n_k), maps.device)
+        if index is not None:
+            check_tensor("index", index, torch.int64, ("P",), maps.device)
+        n_patterns = len(maps) if index is None else len(index)
+        check_tensor("gamma", gamma, torch.float32, (n_patterns,), maps.device)
+        _check_out("out", out, (n_patterns, n_q, n_k), maps.device)
+        _check_out("finite", finite, (n_patterns,), maps.device)
+        run = _calls.keep(
+            call, _prepare("head_blocks", impl, (maps, gamma, index), weights, *sizes)
+        )
+    if index is not None:
+        check_below("index", index, len(maps))
+    return run(maps, gamma, index, out=out, finite=finite)
 
 
 def smooth_maps(
@@ -635,37 +575,6 @@ def _check_lists(
             f"offsets hold {MAX_ENTRIES}; lower max_density or list fewer patterns at once"
         )
     return max_blocks
-
-
-def _cut_maps(
-    operator: str,
-    limit_name: str,
-    maps: torch.Tensor,
-    limit: torch.Tensor,
-    index: torch.Tensor | None,
-    weights: LineWeights | None,
-    out: torch.Tensor | None,
-    finite: torch.Tensor | None,
-    sizes: tuple[int, int, int, int, int],
-    impl: str,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Checks and runs `head_blocks`, or `priced_blocks`, whose limit has another name."""
-    places = (facts(index), facts(out), facts(finite))
-    call = (operator, facts(maps), facts(limit), places, weights, sizes, impl)
-    run = _calls.get(call)
-    if run is None:
-        n_q, n_k = _check_sizes(*sizes)
-        check_tensor("maps", maps, torch.float32, ("S", n_q, n_k), maps.device)
-        if index is not None:
-            check_tensor("index", index, torch.int64, ("P",), maps.device)
-        n_patterns = len(maps) if index is None else len(index)
-        check_tensor(limit_name, limit, torch.float32, (n_patterns,), maps.device)
-        _check_out("out", out, (n_patterns, n_q, n_k), maps.device)
-        _check_out("finite", finite, (n_patterns,), maps.device)
-        run = _calls.keep(call, _prepare(operator, impl, (maps, limit, index), weights, *sizes))
-    if index is not None:
-        check_below("index", index, len(maps))
-    return run(maps, limit, index, out=out, finite=finite)
 
 
 @lru_cache(maxsize=64)

@@ -94,66 +94,6 @@ def blocks_above_threshold(maps: torch.Tensor, gamma: torch.Tensor) -> torch.Ten
     return bits >= least[:, None, None]
 
 
-def priced_blocks(
-    maps: torch.Tensor,
-    price: torch.Tensor,
-    index: torch.Tensor | None,
-    weights: LineWeights | None,
-    n_query: int,
-    n_key: int,
-    block_size: int,
-    sink_blocks: int,
-    local_blocks: int,
-    out: torch.Tensor | None,
-    finite: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Arguments as in the operator of this name."""
-    offset = n_key - n_query
-    causal = causal_blocks(n_query, offset, block_size, device=maps.device)
-    is_finite = maps.masked_fill(~causal, 0.0).sum((1, 2)).isfinite()
-    if weights is not None:
-        maps = smooth_along_lines(maps, weights, causal)
-    maps = maps.masked_fill(~causal, 0.0)
-    if index is not None:
-        # One map of zeros stands for none.
-        maps = torch.cat([maps, torch.zeros_like(causal, dtype=maps.dtype)[None]])[index]
-        is_finite = torch.cat([is_finite, is_finite.new_ones(1)])[index]
-    always = always_blocks(
-        n_query,
-        offset,
-        block_size,
-        sink_blocks=sink_blocks,
-        local_blocks=local_blocks,
-        device=maps.device,
-    )
-    chosen = block_worths(maps, always) > price[:, None, None]
-    chosen.logical_or_(~is_finite[:, None, None])
-    pattern = _written(chosen, n_query, n_key, block_size, sink_blocks, local_blocks, out)
-    return pattern, is_finite if finite is None else finite.copy_(is_finite)
-
-
-def block_worths(maps: torch.Tensor, always: torch.Tensor) -> torch.Tensor:
-    """What every block is worth to its query block, as `priced_blocks` defines it.
-
-    Args:
-        maps: float32 `[S, n_q, n_k]`, zero where nothing may be read.
-        always: bool `[n_q, n_k]`, the blocks that are read anyway.
-
-    Returns:
-        float32 `[S, n_q, n_k]`, 0 for blocks without mass and those that are read anyway; of a map
-        that holds NaN or Inf anything.
-    """
-    total = maps.sum(-1, keepdim=True)
-    shares = torch.where(total > 0, total, 1.0)
-    steps, order = (maps.masked_fill(always, 0.0).view(torch.int32) >> SHIFT).sort(-1)
-    mass = maps.masked_fill(always, 0.0).gather(-1, order).cumsum(-1)
-    # Blocks of equal steps are no larger than each other.
-    last = torch.searchsorted(steps, steps, right=True) - 1
-    least = (steps << SHIFT).view(torch.float32)
-    worth = (least / shares) * (mass.gather(-1, last) / shares)
-    return torch.zeros_like(maps).scatter_(-1, order, worth)
-
-
 def vertical_slash_blocks(
     vertical: torch.Tensor,
     slash: torch.Tensor,
@@ -344,7 +284,7 @@ def _diagonal_sums(maps: torch.Tensor) -> torch.Tensor:
     n_maps, n_q, n_k = maps.shape
     # Each row of the padded map, read at one column less, starts one further to the right.
     padded = pad(maps.flip(1), (0, n_q)).flatten(1)
-    return padded[:, : n_q * (n_q + n_k - 1)].view(n_maps, n_q, n_q + n_k - 1).sum(1)
+    return padded[:, : n_q * (n_q + n_k - 1)].view(n_maps, n_q, -1).sum(1)
 
 
 def _written(

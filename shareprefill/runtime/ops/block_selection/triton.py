@@ -34,7 +34,6 @@ from shareprefill.runtime.ops.block_selection.kernels.lists import (
     list_kernel,
 )
 from shareprefill.runtime.ops.block_selection.kernels.measures import covered_kernel, js_kernel
-from shareprefill.runtime.ops.block_selection.kernels.prices import priced_kernel
 from shareprefill.runtime.ops.block_selection.kernels.smoothing import lines_kernel, smooth_kernel
 from shareprefill.runtime.ops.block_selection.reference import ROUNDING, SHIFT, SPAN
 from shareprefill.runtime.ops.block_selection.weights import LineWeights
@@ -62,9 +61,6 @@ LARGE_MAP = 2**18
 SMALL_MAP = 2**14
 STRIP_ROWS, STRIP_CHUNK = 16, 256
 CANDIDATES, STRIPS = 8, 128
-# Columns of a tile of the search for what is worth a price, of a whole map or a strip: what three
-# candidates take together, wider tiles spill.
-PRICED_CHUNK, PRICED_STRIP_CHUNK = 32, 128
 # Tiles of the sums over lines and of the smoothed maps.
 LINE_ROWS, LINES = 32, 64
 SMOOTH_ROWS, SMOOTH_CHUNK = 8, 128
@@ -92,18 +88,6 @@ STRIP_OPTIONS: dict[str, Any] = HEAD_OPTIONS | {
     "CHUNK": STRIP_CHUNK,
     "CANDIDATES": CANDIDATES,
     "STRIPS": STRIPS,
-}
-PRICED_OPTIONS: dict[str, Any] = {
-    "SHIFT": SHIFT,
-    "ROWS": HEAD_ROWS,
-    "CHUNK": PRICED_CHUNK,
-    "UNROLL": HEAD_UNROLL,
-    "STRIPS": STRIPS,
-    "num_warps": 16,
-}
-PRICED_STRIP_OPTIONS: dict[str, Any] = PRICED_OPTIONS | {
-    "ROWS": STRIP_ROWS,
-    "CHUNK": PRICED_STRIP_CHUNK,
 }
 SUM_OPTIONS: dict[str, Any] = {"ROWS": LINE_ROWS, "LINES": LINES, "num_warps": 4}
 SMOOTH_OPTIONS: dict[str, Any] = {"ROWS": SMOOTH_ROWS, "CHUNK": SMOOTH_CHUNK, "num_warps": 4}
@@ -299,95 +283,6 @@ def _taken(kernel: triton.JITFunction, options: dict[str, Any]) -> dict[str, Any
     """The options that a kernel takes."""
     known = {*kernel.arg_names, "num_warps"}
     return {name: value for name, value in options.items() if name in known}
-
-
-def priced_blocks(
-    maps: Tensor,
-    price: Tensor,
-    index: Tensor | None,
-    weights: LineWeights | None,
-    n_query: int,
-    n_key: int,
-    block_size: int,
-    sink_blocks: int,
-    local_blocks: int,
-) -> Callable[..., tuple[Tensor, Tensor]]:
-    """One launch, or for large maps two; arguments as in the operator of this name.
-
-    With weights it is one more, with those of whole lines two.
-    """
-    n_patterns, (n_q, n_k), device = len(price), maps.shape[1:], maps.device
-    sizes = (n_q, n_k, *_reach(n_query, n_key, block_size))
-    always, has_index = (sink_blocks, local_blocks), index is not None
-    is_large = n_q * n_k > SMALL_MAP
-    if device.type == "cuda":  # the interpreter compiles nothing
-        _compile_priced(device, has_index, not is_large)
-    smooth: Callable[..., Tensor] | None = None
-    if weights is not None:
-        smooth = smooth_maps(maps, weights, n_query, n_key, block_size)
-    choose = _choose_priced(device, n_patterns, sizes, always, has_index, is_large)
-
-    def run(
-        maps: Tensor,
-        price: Tensor,
-        index: Tensor | None,
-        out: Tensor | None,
-        finite: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
-        chosen = _room((n_patterns, n_q, n_k), torch.bool, device, out)
-        finite = _room((n_patterns,), torch.bool, device, finite)
-        if n_patterns:
-            maps = maps.contiguous() if smooth is None else smooth(maps)
-            price = price.contiguous()
-            # Without an index the kernels do not touch it.
-            index = price if index is None else index.contiguous()
-            choose(maps, price, index, chosen, finite)
-        return chosen, finite
-
-    return run
-
-
-def _choose_priced(
-    device: torch.device,
-    n_patterns: int,
-    sizes: tuple[int, int, int, int],
-    always: tuple[int, int],
-    has_index: bool,
-    is_large: bool,
-) -> Callable[..., None]:
-    """The choice by a program for every map, or by one for every strip of rows after their sums."""
-    n_q, n_k, _, reach = sizes
-    n_strips = triton.cdiv(n_q, STRIP_ROWS) if is_large else 1
-    indexed = {"HAS_INDEX": has_index}
-    options = PRICED_STRIP_OPTIONS if is_large else PRICED_OPTIONS
-    grid, rows = (n_strips, n_patterns), STRIP_ROWS if is_large else n_q
-    numbers = (*sizes, *always, rows, n_strips)
-    choose = Launch(
-        priced_kernel, device, grid, numbers, options | indexed | {"HAS_TOTALS": is_large}
-    )
-    sums = _taken(total_kernel, STRIP_OPTIONS | indexed)
-    total = Launch(total_kernel, device, grid, (n_q, n_k, reach, n_strips), sums)
-
-    def run(maps: Tensor, price: Tensor, index: Tensor, chosen: Tensor, finite: Tensor) -> None:
-        totals = maps  # It is not touched where the kernel adds up by itself.
-        if is_large:
-            totals = maps.new_empty((n_patterns, n_strips))
-            total(maps, index, totals, torch.empty_like(totals, dtype=torch.int32))
-        choose(maps, price, index, totals, chosen, finite)
-
-    return run
-
-
-@lru_cache(maxsize=64)
-def _compile_priced(device: torch.device, has_index: bool, is_large: bool) -> None:
-    """Chooses from a map of one entry: the first prompt of another size finds kernels compiled."""
-    choose = _choose_priced(device, 1, (1, 1, 0, 0), (0, 0), has_index, is_large)
-    maps = torch.ones((1, 1, 1), dtype=torch.float32, device=device)
-    price = torch.ones(1, dtype=torch.float32, device=device)
-    # Triton compiles kernels anew for another dtype: without an index, the price stands in for it.
-    index = torch.zeros(1, dtype=torch.int64, device=device) if has_index else price
-    chosen = torch.empty((1, 1, 1), dtype=torch.bool, device=device)
-    choose(maps, price, index, chosen, torch.empty(1, dtype=torch.bool, device=device))
 
 
 def vertical_slash_blocks(
