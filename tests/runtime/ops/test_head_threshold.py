@@ -197,6 +197,11 @@ def test_smoothed_masses_entry_by_entry(shape: Shape, impl: str) -> None:
                 assert abs(float(found[number, i, j]) - wanted) < 1e-5
 
 
+def test_no_maps_are_smoothed_to_none() -> None:
+    maps, sizes = torch.zeros(0, 4, 8), {"n_query": 50, "n_key": 113, "block_size": 16}
+    assert smooth_maps(maps, WEIGHTS, **sizes, impl="reference").shape == (0, 4, 8)
+
+
 @pytest.mark.interpreter
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize(

@@ -284,7 +284,7 @@ def _diagonal_sums(maps: torch.Tensor) -> torch.Tensor:
     n_maps, n_q, n_k = maps.shape
     # Each row of the padded map, read at one column less, starts one further to the right.
     padded = pad(maps.flip(1), (0, n_q)).flatten(1)
-    return padded[:, : n_q * (n_q + n_k - 1)].view(n_maps, n_q, -1).sum(1)
+    return padded[:, : n_q * (n_q + n_k - 1)].view(n_maps, n_q, n_q + n_k - 1).sum(1)
 
 
 def _written(
