@@ -31,11 +31,7 @@ def head_effects(store: MapStore, prompts: Sequence[int]) -> Tensor | None:
     """
     if not store.config.effect_tokens:
         return None
-    change, lost, divergence = (
-        torch.stack([store.load(number, name)[name].double() for number in prompts])
-        for name in (CHANGE, LOST, DIVERGENCE)
-    )
-    return effects_of(change, lost, divergence)
+    return effects_of(*_of_prompts(store, prompts, CHANGE, LOST, DIVERGENCE))
 
 
 def step_effects(store: MapStore, prompts: Sequence[int]) -> Tensor | None:
@@ -46,10 +42,7 @@ def step_effects(store: MapStore, prompts: Sequence[int]) -> Tensor | None:
     """
     if not store.config.effect_tokens or not all(store.holds(n, STEP_CHANGE) for n in prompts):
         return None
-    change, lost = (
-        torch.stack([store.load(number, name)[name].double() for number in prompts])
-        for name in (STEP_CHANGE, STEP_LOST)
-    )
+    change, lost = _of_prompts(store, prompts, STEP_CHANGE, STEP_LOST)
     return _relative(change.sum(0), lost.sum(0)).flatten() if lost.any() else None
 
 
@@ -60,6 +53,12 @@ def effects_of(change: Tensor, lost: Tensor, divergence: Tensor) -> Tensor:
     predicted = (effect * mass).sum()
     scale = divergence.sum() / predicted.clamp_min(_TINY)
     return (effect * scale).flatten()
+
+
+def _of_prompts(store: MapStore, prompts: Sequence[int], *names: str) -> list[Tensor]:
+    """Tensors of prompts by name, each float64 `[P, ...]`."""
+    loaded = [store.load(number, *names) for number in prompts]
+    return [torch.stack([tensors[name].double() for tensors in loaded]) for name in names]
 
 
 def _relative(caused: Tensor, mass: Tensor) -> Tensor:
