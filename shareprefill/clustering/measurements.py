@@ -98,6 +98,7 @@ class HeldOutMeasurements:
         effect: Of every head, float64 `[K]` (see `effects`); None where it is not known.
 
     Attributes:
+        numbers: Of the prompts.
         alone: What a head may do alone, with whatever the runtime supports and the capture holds.
         pairs: Recall of head h under the pattern of pivot p, float64 `[gammas, K, K]`, the mean.
         worst_pairs: The same on the prompt where it is lowest.
@@ -120,7 +121,7 @@ class HeldOutMeasurements:
     ) -> None:
         self.estimator, self.effect = estimator, effect
         self.check_rows, *_, self.sample_rows = store.config.rows
-        self._store, self._numbers = store, list(prompts)
+        self._store, self.numbers = store, list(prompts)
         self._prompts: list[_Prompt] = []
         curves: dict[Policy, list[_Curve]] = {}
         distances = []
@@ -145,7 +146,7 @@ class HeldOutMeasurements:
         """Measures every head under every head's pattern as a pivot of so many rows a block."""
         self.pivot_rows = rows
         pairs, prompts = [], []
-        for number, prompt in zip(self._numbers, self._prompts, strict=True):
+        for number, prompt in zip(self.numbers, self._prompts, strict=True):
             if rows:
                 name = rows_key(rows)
                 maps = {name: self._store.load(number, name)[name].float().flatten(0, 1)}

@@ -270,13 +270,18 @@ def _artifact(
             "train": training.config.to_dict(),
             "cluster": config.to_dict(),
         },
-        summary=_summary(store, training, choices, labels),
+        summary=_summary(store, training, evidence.numbers, choices, labels),
     )
 
 
 def _summary(
-    store: MapStore, training: Training, choices: list[Choice], labels: Tensor
+    store: MapStore,
+    training: Training,
+    judged: list[int],
+    choices: list[Choice],
+    labels: Tensor,
 ) -> dict[str, Any]:
+    held_out = training.split.held_out
     recalls = sorted(c.recall for c in choices)
     worst = recalls[: max(1, len(recalls) // 20)]
     return {
@@ -287,7 +292,7 @@ def _summary(
         "recall": round(sum(recalls) / len(recalls), 6),
         **({"kl": round(total_harm(choices), 9)} if store.config.effect_tokens else {}),
         "recall_worst_5_percent": round(sum(worst) / len(worst), 6),
-        "held_out_prompts": [store.prompts[n].source for n in training.split.held_out],
-        "held_out_tokens": [store.prompts[n].tokens for n in training.split.held_out],
-        "further_prompts": [store.prompts[n].source for n in _further_prompts(store, training)],
+        "held_out_prompts": [store.prompts[n].source for n in held_out],
+        "held_out_tokens": [store.prompts[n].tokens for n in held_out],
+        "further_prompts": [store.prompts[n].source for n in judged if n not in held_out],
     }
