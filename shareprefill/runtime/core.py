@@ -172,9 +172,8 @@ class SparsePrefill:
             _refuse_nonfinite(layer, tensors)
         if measure_recall:
             choice = self.choose(layer, state, inputs, value)
-            output = _compute(choice, inputs, value)
             measured = _measured(inputs, choice, keep_maps=keep_maps)
-            return output, replace(choice.record, **measured)
+            return _output(choice, inputs, value), replace(choice.record, **measured)
         call = self._call(layer, state, inputs, value)
         compute = partial(self._compute, layer, state, inputs, value)
         return compute() if call is None else self._repeats.run(*call, compute)
@@ -183,7 +182,7 @@ class SparsePrefill:
         self, layer: int, state: SequenceState, inputs: LayerInputs, value: Tokens
     ) -> tuple[Tensor, LayerRecord]:
         choice = self.choose(layer, state, inputs, value)
-        return _compute(choice, inputs, value), choice.record
+        return _output(choice, inputs, value), choice.record
 
     def _call(
         self, layer: int, state: SequenceState, inputs: LayerInputs, value: Tokens
@@ -265,7 +264,7 @@ def _parts(tokens: Tokens) -> tuple[Tensor, ...]:
     return (tokens.pool, tokens.table) if isinstance(tokens, PagedTokens) else (tokens,)
 
 
-def _compute(choice: LayerChoice, inputs: LayerInputs, value: Tokens) -> Tensor:
+def _output(choice: LayerChoice, inputs: LayerInputs, value: Tokens) -> Tensor:
     """The output of a layer, with that of the heads that have none yet."""
     plan, output, lists = choice.plan, choice.selection.output, choice.lists
     if lists is None:

@@ -170,10 +170,15 @@ def check_tensor(
         check_below(name, tensor, below)
 
 
-def check_below(name: str, numbers: torch.Tensor, end: int) -> None:
-    """Refuse numbers from `end` on; only on a CPU, as a GPU would be waited for."""
-    if numbers.device.type == "cpu" and len(numbers) and int(numbers.max()) >= end:
-        raise ConfigError(f"{name} must lie below {end}, got {int(numbers.max())}")
+def check_below(name: str, numbers: torch.Tensor, end: int, *, start: int | None = None) -> None:
+    """Refuse numbers from `end` on, or below `start`; on a CPU alone: a GPU would be waited for."""
+    if numbers.device.type != "cpu" or not numbers.numel():
+        return
+    low, high = int(numbers.min()), int(numbers.max())
+    if start is not None and not start <= low <= high < end:
+        raise ConfigError(f"{name} must lie in {start}..{end - 1}, got {low}..{high}")
+    if high >= end:
+        raise ConfigError(f"{name} must lie below {end}, got {high}")
 
 
 def check_block_size(block_size: int) -> None:

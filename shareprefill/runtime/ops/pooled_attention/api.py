@@ -85,7 +85,7 @@ def pooled_attention(
     if pool is None:
         pool = _calls.keep(call, _prepare(*inputs, block_size, scale, softcap, impl))
     if rows is not None:
-        _check_values(rows, query)
+        check_below("rows", rows, query.shape[1], start=0)
     if heads is not None:
         check_below("heads", heads, len(query))
     query, key = unit_last_stride(query), unit_last_stride(key)
@@ -278,11 +278,3 @@ def _check_rows(rows: torch.Tensor, query: torch.Tensor, value: Tokens | None) -
     check_tensor("rows", rows, torch.int64, ("n_g", "r"), query.device)
     if rows.numel() == 0:
         raise ConfigError(f"rows must not be empty, got shape {tuple(rows.shape)}")
-
-
-def _check_values(rows: torch.Tensor, query: torch.Tensor) -> None:
-    """Refuse rows that are none of the queries; only on a CPU, as a GPU would be waited for."""
-    if rows.device.type == "cpu":
-        low, high = int(rows.min()), int(rows.max())
-        if low < 0 or high >= query.shape[1]:
-            raise ConfigError(f"rows must lie in 0..{query.shape[1] - 1}, got {low}..{high}")
