@@ -27,8 +27,8 @@ GROUPS: dict[str, tuple[str, ...]] = {
     ),
     "Answer": ("chat", "system", "max_new_tokens", "prefill_chunk"),
     "Measurement": (
-        *("compare_dense", "recall", "measure", "bins", "block_size", "map_blocks"),
-        *("effect_tokens", "chunk", "dense", "repeats", "engine"),
+        *("compare_dense", "recall", "measure", "times", "bins", "block_size"),
+        *("map_blocks", "effect_tokens", "chunk", "dense", "repeats", "engine"),
     ),
     "Device": ("device", "dtype", "workers", "trust_remote_code"),
     "Selection": ("only", "shard", "listed", "file", "revision", "private"),

@@ -43,6 +43,7 @@ class EvalConfig(Stage):
         dtype: `auto`, `float32`, `bfloat16` or `float16`.
         measure: Also measure recall and the attention's output errors. It takes a second prefill
             of every prompt, so that the times do not include it.
+        times: Measure times to the first token. Without them every prompt is prefilled once.
         max_density: Heads whose pattern is denser are computed densely; None: the device's
             crossover, 0.6 on a CPU and 0.7 on a GPU.
         bins: Ranges of position that perplexity is told for.
@@ -65,6 +66,7 @@ class EvalConfig(Stage):
     device: str = "auto"
     dtype: str = "auto"
     measure: bool = True
+    times: bool = True
     max_density: float | None = None
     bins: int = 8
     cut_middle: bool = False
@@ -98,7 +100,9 @@ class EvalConfig(Stage):
 
     @property
     def repeats(self) -> int:
-        """Timed prefills of each prompt and policy, so that a cell has at least three."""
+        """Timed prefills of each prompt and policy, so that a cell has at least three; or none."""
+        if not self.times:
+            return 0
         return max(1, -(-_LEAST_TIMES // self.samples))
 
     @property

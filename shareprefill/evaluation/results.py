@@ -20,6 +20,7 @@ from shareprefill.evaluation.statistics import (
     Array,
     Estimate,
     bootstrap,
+    mean,
     median,
     paired_difference,
     wilson,
@@ -72,9 +73,9 @@ class Cell:
         hidden_error: Relative error of the last hidden state of the prompt's last token.
         layer_errors: By layer, relative error of the attention output against dense attention on
             the same inputs; empty unless measured.
-        ttft_s: Median seconds to the first token.
+        ttft_s: Median seconds to the first token; None unless measured.
         speedup: Median of dense attention's time to first token over ours, prompt by prompt and in
-            turns with it; None where nothing was sparse.
+            turns with it; None where nothing was sparse, or nothing was timed.
         heads: Heads by the policy they took, over all prompts.
         kl: KL divergence of the predictions from dense attention's, in nats a position, over all
             positions of the prompts; None unless measured.
@@ -98,7 +99,7 @@ class Cell:
     selection_work: Estimate
     hidden_error: Estimate | None
     layer_errors: tuple[Estimate, ...]
-    ttft_s: Estimate
+    ttft_s: Estimate | None
     speedup: Estimate | None
     heads: dict[str, int]
     kl: Estimate | None = None
@@ -203,11 +204,11 @@ def make_cell(
         layer_errors=tuple(
             bootstrap(errors) for errors in zip(*(o.layer_errors for o in outcomes), strict=True)
         ),
-        ttft_s=bootstrap([o.ttft_s for o in outcomes], median),
+        ttft_s=_of_all([o.ttft_s for o in outcomes], median),
         speedup=None if is_dense else _speedup(outcomes),
         heads=_heads(outcomes),
-        kl=_mean_of([o.kl for o in outcomes]),
-        top1_agreement=_mean_of([o.top1_agreement for o in outcomes]),
+        kl=_of_all([o.kl for o in outcomes]),
+        top1_agreement=_of_all([o.top1_agreement for o in outcomes]),
         bins=_bins(length, outcomes, dense, is_dense=is_dense),
     )
 
@@ -250,16 +251,19 @@ def _agreement(outcomes: Sequence[Outcome], dense: Sequence[Outcome]) -> Estimat
     return wilson(same, len(outcomes))
 
 
-def _mean_of(values: Sequence[float | None]) -> Estimate | None:
-    """Mean over prompts; None unless it was measured of all of them."""
+def _of_all(
+    values: Sequence[float | None], statistic: Callable[[Array], Array] = mean
+) -> Estimate | None:
+    """A statistic over prompts; None unless all of them have a value."""
     measured = [value for value in values if value is not None]
-    return bootstrap(measured) if len(measured) == len(values) else None
+    return bootstrap(measured, statistic) if len(measured) == len(values) else None
 
 
 def _speedup(outcomes: Sequence[Outcome]) -> Estimate | None:
     if all(o.density == 1 for o in outcomes):
         return None
-    return bootstrap([o.dense_ttft_s / o.ttft_s for o in outcomes], median)
+    times = [(o.dense_ttft_s, o.ttft_s) for o in outcomes]
+    return _of_all([None if d is None or s is None else d / s for d, s in times], median)
 
 
 def _heads(outcomes: Sequence[Outcome]) -> dict[str, int]:
@@ -302,8 +306,8 @@ class Summary:
         selection_work: Share of dense attention's work.
         hidden_error: Relative error of the last hidden state.
         attention_error: Relative error of the attention output, mean over layers.
-        ttft_s: Seconds to the first token.
-        speedup: Dense attention's time over ours; None where nothing was sparse.
+        ttft_s: Seconds to the first token; None unless measured.
+        speedup: Dense attention's time over ours; None where nothing was sparse or timed.
     """
 
     policy: str
@@ -317,7 +321,7 @@ class Summary:
     selection_work: float
     hidden_error: float | None
     attention_error: float | None
-    ttft_s: float
+    ttft_s: float | None
     speedup: float | None
     kl: float | None = None
     top1_agreement: float | None = None
@@ -484,7 +488,6 @@ def _summary(cells: list[Cell]) -> Summary:
     )
     assert density is not None
     assert work is not None
-    assert ttft is not None
     return Summary(
         policy=cells[0].policy,
         settings=cells[0].settings,

@@ -38,7 +38,7 @@ class Outcome:
         score: The benchmark's score; for perplexity the mean negative log likelihood, in nats.
         text: The completion; empty for perplexity.
         tokens: Tokens of the prompt.
-        ttft_s: Seconds to the first token, median of its repetitions.
+        ttft_s: Seconds to the first token, median of its repetitions; None unless measured.
         dense_ttft_s: The same of dense attention, in turns with it.
         density: Computed blocks over causal blocks.
         selection_work: Share of dense attention's work.
@@ -55,8 +55,8 @@ class Outcome:
     score: float
     text: str
     tokens: int
-    ttft_s: float
-    dense_ttft_s: float
+    ttft_s: float | None
+    dense_ttft_s: float | None
     density: float = 1.0
     selection_work: float = 0.0
     heads: dict[str, int] | None = None
@@ -130,7 +130,8 @@ class PromptMeasurement:
         bins: Ranges of position that perplexity is told for.
         measure: Whether recall, the attention's errors and the distance of the predictions from
             dense attention's are measured; the former two take a prefill of their own.
-        repeats: Timed prefills of each variant, each beside one of dense attention.
+        repeats: Timed prefills of each variant, each beside one of dense attention; 0 for no times:
+            one prefill then measures all.
         warm_up: Run dense attention once more before it is timed: kernels may be new at this
             length.
     """
@@ -156,30 +157,33 @@ class PromptMeasurement:
         """The outcome of one variant."""
         dense, tokens = self._dense_answer(), len(self.question.input_ids)
         if variant.runtime is None:
-            seconds = [dense.seconds, *(self._prefill() for _ in range(self.repeats - 1))]
-            median = statistics.median(seconds)
+            median = None
+            if self.repeats:
+                more = (self._prefill() for _ in range(self.repeats - 1))
+                median = statistics.median([dense.seconds, *more])
             return Outcome(dense.score, dense.text, tokens, median, median, bins=dense.bins)
-        # First the prefill that measures: it warms up the ones that are timed.
-        recalls, errors = self._measured(variant.artifact, variant.runtime)
-        # Dense attention and ours take turns, so that whatever else the device does slows both, and
-        # no variant's speed-up rests on another one's dense time.
-        session = Session(self.model, variant.artifact, variant.runtime)
-        dense_seconds = [self._prefill()]
-        with session:
-            answer = self._answer()
-        report = session.report()
-        seconds = [answer.seconds]
-        for _ in range(self.repeats - 1):
-            dense_seconds.append(self._prefill())
-            with session:
-                seconds.append(self._prefill())
+        measuring = self._measuring(variant.artifact, variant.runtime)
+        seconds = dense_seconds = None
+        if self.repeats:
+            # First the prefill that measures: it warms up the ones that are timed.
+            with measuring:
+                self._prefill()
+            session = Session(self.model, variant.artifact, variant.runtime)
+            answer, report, seconds, dense_seconds = self._timed(session)
+        else:
+            with measuring:
+                answer = self._answer()
+            report = measuring.report()
+        recalls, errors = (), ()
+        if isinstance(measuring, _ComparingSession):
+            recalls, errors = _recalls(measuring.report()), measuring.layer_errors()
         kl, agreement = self._fidelity(dense, answer)
         return Outcome(
             score=answer.score,
             text=answer.text,
             tokens=tokens,
-            ttft_s=statistics.median(seconds),
-            dense_ttft_s=statistics.median(dense_seconds),
+            ttft_s=seconds,
+            dense_ttft_s=dense_seconds,
             density=report.density,
             selection_work=report.selection_work,
             heads=dict(report.policies),
@@ -193,7 +197,7 @@ class PromptMeasurement:
 
     def _dense_answer(self) -> _Answer:
         if self._dense is None:
-            if self.warm_up:
+            if self.warm_up and self.repeats:
                 self._prefill()
             self._dense = self._answer()
         return self._dense
@@ -236,18 +240,27 @@ class PromptMeasurement:
         found = compare_predictions(self.model, dense.states, answer.states)
         return found.mean_kl, found.top1_agreement
 
-    def _measured(
-        self, artifact: Artifact | None, runtime: RuntimeConfig
-    ) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """Recall of every head, and the attention's error of every layer."""
+    def _measuring(self, artifact: Artifact | None, runtime: RuntimeConfig) -> Session:
+        """A session that measures recall and the attention's errors, where they are asked for."""
         if not self.measure:
-            with Session(self.model, artifact, runtime):
-                self._prefill()
-            return (), ()
-        session = _ComparingSession(self.model, artifact, runtime, measure_recall=True)
+            return Session(self.model, artifact, runtime)
+        return _ComparingSession(self.model, artifact, runtime, measure_recall=True)
+
+    def _timed(self, session: Session) -> tuple[_Answer, SessionReport, float, float]:
+        """An answer, its report, and the median seconds of a session and of dense attention.
+
+        They take turns, so that whatever else the device does slows both, and no variant's speed-up
+        rests on another one's dense time.
+        """
+        dense_seconds = [self._prefill()]
         with session:
-            self._prefill()
-        return _recalls(session.report()), session.layer_errors()
+            answer = self._answer()
+        report, seconds = session.report(), [answer.seconds]
+        for _ in range(self.repeats - 1):
+            dense_seconds.append(self._prefill())
+            with session:
+                seconds.append(self._prefill())
+        return answer, report, statistics.median(seconds), statistics.median(dense_seconds)
 
     def _prefill(self) -> float:
         """Seconds of a prefill, to the prompt's next token."""
@@ -266,6 +279,9 @@ class _ComparingSession(Session):
 
     def _attend(self, call: AttentionCall) -> Tensor:
         out = super()._attend(call)
+        if call.query.shape[2] == 1:
+            # A decode step, which is dense.
+            return out
         dense = dense_attention(call)
         difference = torch.linalg.vector_norm(out - dense, dtype=torch.float32)
         self._errors[call.layer].append(

@@ -16,6 +16,7 @@ from shareprefill.evaluation.questions import make_questions
 from shareprefill.evaluation.results import Evaluation
 from shareprefill.evaluation.runner import DENSE_VARIANT, PromptMeasurement, variants_of
 from shareprefill.evaluation.suite import evaluate
+from shareprefill.evaluation.tables import markdown
 from shareprefill.files import locked_folder
 from shareprefill.models import load_model, load_tokenizer
 from shareprefill.runtime.generation import generate, relative_error
@@ -76,6 +77,7 @@ def test_a_cell_for_every_task_policy_and_gamma(evaluation: Evaluation) -> None:
     for cell in evaluation.cells:
         assert cell.prompts == 2
         assert LENGTH * 0.9 < cell.tokens <= LENGTH
+        assert cell.ttft_s is not None
         assert cell.ttft_s.value > 0
         assert len(cell.bins) == (3 if cell.task == "perplexity" else 0)
     assert evaluation.context["device"] == "CPU"
@@ -238,6 +240,26 @@ def test_dense_and_sparse_prefills_take_turns(
     assert outcome.kl is None
     assert measurement.run(DENSE_VARIANT).ttft_s == 2.0
     assert [replace(asked, samples=n).repeats for n in (1, 2, 3, 20)] == [3, 2, 1, 1]
+
+
+def test_without_times_one_prefill_measures_the_same(
+    folder: Path, evaluation: Evaluation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prefills: list[str] = []
+    attend = PromptMeasurement._prefill
+    monkeypatch.setattr(
+        PromptMeasurement, "_prefill", lambda self: prefills.append("") or attend(self)
+    )
+    asked = replace(evaluation.config, times=False, gammas=(0.6,))
+    found = evaluate(asked)
+    # Dense attention, sampled and auto, of the two texts; those that ask are answered apart.
+    assert len(prefills) == 3 * 2
+    for cell in found.cells:
+        timed = evaluation.cell(cell.task, LENGTH, cell.policy, **cell.settings)
+        assert timed.ttft_s is not None
+        assert cell == replace(timed, ttft_s=None, speedup=None)
+    assert Evaluation.from_dict(json.loads(found.to_json())) == found
+    assert " | - | - |" in markdown(found)
 
 
 def test_finished_outcomes_are_used_again(
