@@ -79,7 +79,7 @@ def choosing(
     batch, groups, tokens, dim = key.shape
     axes = torch.randn(batch, groups, options.rank, dim, device="cuda") / dim
     basis = Basis(axes[:, :, 0].contiguous(), axes, axes)
-    sizes = batch, groups, tokens, options.rank // 8
+    sizes = batch, groups, options.rank // 8, tokens
     words = torch.randint(-(2**31), 2**31 - 1, sizes, dtype=torch.int32, device="cuda")
     share = torch.full((options.heads,), options.kv_heads / options.heads, device="cuda")
     worth = torch.full((batch, options.kv_heads), 0.1, device="cuda")

@@ -69,7 +69,7 @@ class _KeySketch:
         query: Some of the prompt's last queries, `[B, H, rows, D]`, one in `PROMPT_EVERY`; None
             once the coordinates are chosen.
         basis: Coordinates, once a step has needed them.
-        words: Codes, int32 `[B, G, room, r / 8]`.
+        words: Codes, int32 `[B, G, r / 8, room]`.
         done: Tokens of each piece of `DecodeState.pieces` that are sketched.
     """
 
@@ -91,13 +91,15 @@ class _KeySketch:
             self.basis, self.query = _basis_of(self.query, key, pieces), None
             self.done = [0] * len(pieces)
         rank = self.basis.key.shape[2]
-        if self.words is None or self.words.shape[2] < tokens:
+        if self.words is None or self.words.shape[3] < tokens:
             room = tokens + max(_ROOM, tokens // _ROOM_SHARE)
+            # Rows of whole blocks begin where wide loads may.
+            room = count_blocks(room, BLOCK) * BLOCK
             words = torch.empty(
-                (batch, groups, room, rank // 8), dtype=torch.int32, device=key.device
+                (batch, groups, rank // 8, room), dtype=torch.int32, device=key.device
             )
             if self.words is not None:
-                words[:, :, : self.words.shape[2]] = self.words
+                words[..., : self.words.shape[3]] = self.words
             self.words = words
         for piece, (rows, start) in enumerate(pieces):
             older = (tokens - start - LOCAL) // BLOCK * BLOCK
@@ -106,7 +108,7 @@ class _KeySketch:
                 first = self.done[piece]
                 last = min(first + _PIECE, older)
                 codes = sketch_keys(key[rows, :, start + first : start + last], basis)
-                self.words[rows, :, first:last] = codes
+                self.words[rows, ..., first:last] = codes
                 self.done[piece] = last
         return self.basis, self.words
 

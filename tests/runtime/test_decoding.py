@@ -106,7 +106,7 @@ def test_a_sketch_that_grew_is_the_one_of_all_keys() -> None:
     for row, start in enumerate(STARTS):
         older = (PROMPT + 100 - start - LOCAL) // BLOCK * BLOCK
         assert grown.done[row] == other.done[row] == older
-        assert torch.equal(words[row, :, :older], expected[row, :, :older])
+        assert torch.equal(words[row, ..., :older], expected[row, ..., :older])
 
 
 def test_a_read_prompt_begins_anew() -> None:

@@ -7,6 +7,17 @@ import triton.language as tl
 
 
 @triton.jit
+def wait_for_last(OVERLAPS: tl.constexpr):
+    """Wait for the launch before this one, which it may overlap, and let the next overlap this one.
+
+    To be called before anything is read or written that another launch writes or reads.
+    """
+    if OVERLAPS:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
 def load_tile(p_tile, m_rows, m_dims, MASK_ROWS: tl.constexpr, MASK_DIMS: tl.constexpr):
     """Load `[rows, dims]`, zeros where a needed mask is off."""
     if MASK_ROWS and MASK_DIMS:

@@ -117,6 +117,12 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+@lru_cache(maxsize=64)
+def overlaps(device: torch.device) -> bool:
+    """Whether a launch may begin while the one before it ends (`triton_steps.wait_for_last`)."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
 def check_tile_block_size(block_size: int) -> None:
     """Refuse block sizes that tiles cannot fill.
 

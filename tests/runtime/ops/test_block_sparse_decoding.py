@@ -178,3 +178,22 @@ def test_a_graph_of_a_step_follows_lists_and_lengths() -> None:
         graph.replay()
         expected = block_sparse_decoding(*tensors, **options, impl="reference")
         torch.testing.assert_close(out, expected, rtol=0, atol=TOLERANCE[torch.bfloat16])
+
+
+@pytest.mark.gpu
+def test_steps_that_grow_repeat_their_launches() -> None:
+    tensors, options = inputs((2, 8, 2, 3000, 64, 64, 32), torch.bfloat16, "cuda")
+    query, key, value, _, counts = tensors
+    key.nan_to_num_()
+    value.nan_to_num_()
+    # Of the shortest.
+    blocks = torch.rand(2, 2, 84, device="cuda").argsort(-1).int()
+    counts.clamp_(max=84)
+    options |= {"lengths": None, "starts": None}
+    for tokens in (2700, 2701, 2702, 2999, 3000):
+        there = (key[:, :, :tokens], value[:, :, :tokens])
+        given = (query, *there, blocks, counts)
+        out = torch.full((2, 8, 64), torch.nan, dtype=torch.bfloat16, device="cuda")
+        block_sparse_decoding(*given, **options, out=out)
+        expected = block_sparse_decoding(*given, **options, impl="reference")
+        torch.testing.assert_close(out, expected, rtol=0, atol=TOLERANCE[torch.bfloat16])

@@ -10,7 +10,7 @@ import torch
 
 from shareprefill.errors import ConfigError, UnsupportedError
 from shareprefill.runtime.ops.sketched_selection import make_basis, select_blocks, sketch_keys
-from shareprefill.runtime.ops.sketched_selection.reference import block_mass
+from shareprefill.runtime.ops.sketched_selection.reference import block_mass, last_place, places_of
 from shareprefill.runtime.ops.sketched_selection.sketch import coordinates
 
 IMPLS = ["reference", pytest.param("triton", marks=pytest.mark.interpreter)]
@@ -38,9 +38,9 @@ def inputs(
     starts[0] = 0
     basis = make_basis(rows, key, rank)
     # The first of a sequence's codes is of its first key.
-    words = torch.full((batch, groups, tokens + 5, rank // 8), -1, dtype=torch.int32, device=device)
+    words = torch.full((batch, groups, rank // 8, tokens + 5), -1, dtype=torch.int32, device=device)
     for row, start in enumerate(starts.tolist()):
-        words[row, :, : tokens - start] = sketch_keys(key, basis)[row, :, start:]
+        words[row, ..., : tokens - start] = sketch_keys(key, basis)[row, ..., start:]
     share = torch.rand(groups, heads // groups, device=device)
     share = (share / share.sum(1, keepdim=True)).flatten()
     worth = torch.rand(batch, groups, device=device) * 0.1
@@ -64,7 +64,7 @@ def test_a_whole_sketch_of_many_levels_gives_the_logits() -> None:
     for rank in (8, 16):
         basis = make_basis(query, key, rank)
         words = sketch_keys(key, basis)
-        assert words.shape == (2, 400, rank // 8)
+        assert words.shape == (2, rank // 8, 400)
         guessed = query @ basis.query.mT @ coordinates(words).mT + query @ basis.mean[..., None]
         errors.append((guessed - query @ key.mT).std() / (query @ key.mT).std())
     assert errors[1] < errors[0] < 0.4
@@ -101,19 +101,48 @@ def test_triton_equals_the_reference(shape: tuple[int, ...], dtype: torch.dtype)
     assert listed(*found) == listed(*expected)
 
 
+@pytest.mark.interpreter
+def test_chunks_of_a_list_are_put_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    from shareprefill.runtime.ops.sketched_selection import triton
+
+    monkeypatch.setattr(triton, "_LEAST_CHUNK", 4)
+    tensors, options = inputs((1, 4, 2, 535, 8, 8, 16, 20), torch.float32)
+    tensors[5] /= 20
+    expected = select_blocks(*tensors, **options, impl="reference")
+    assert all(len(row) > 10 for row in listed(*expected)[0])
+    assert listed(*select_blocks(*tensors, **options, impl="triton")) == listed(*expected)
+
+
+def test_blocks_pay_by_the_threshold_that_they_reach() -> None:
+    # One block in [1/2, 1), two in [1/8, 1/4) and ten of 2 ** -10, beside two that are known.
+    mass = torch.tensor([0.5, 0.2, 0.15, *[2.0**-10] * 10])
+    places = torch.cat((torch.zeros(2, dtype=torch.int32), places_of(mass)))
+    assert places.tolist() == [0, 0, 2, 5, 6, *[20] * 10]
+    # What is lost before and after, by the geometric mean of each threshold and the one before.
+    sizes = {n: 2 ** (0.25 - n / 2) for n in (2, 5, 6, 20)}
+    small = 10 * sizes[20]
+    for place, half in ((20, small / 2), (6, small + sizes[6] / 2)):
+        worth = half * 2 ** (-place / 2)
+        assert last_place(places, torch.tensor(worth * 0.999)) >= place
+        assert last_place(places, torch.tensor(worth * 1.001)) < place
+    assert last_place(places, torch.tensor(1.0)) == 0
+    assert last_place(places, torch.tensor(0.0)) == 63
+    assert places_of(torch.tensor([1.0, 0.0, 2.0**-32])).tolist() == [1, 64, 64]
+
+
 def test_the_newest_and_the_first_block_count_by_their_keys() -> None:
     (query, key, words, basis, share, _), options = inputs(SHAPES[1], torch.float32)
     place = -1, -1
     start = int(options["starts"][-1])
-    key, words = key[:, :, start:], words[:, :, : key.shape[2] - start]
+    key, words = key[:, :, start:], words[..., : key.shape[2] - start]
     own = share.view(2, 3)[1]
     given = (query[-1, 3:], key[place], words[place], basis.mean[place], basis.query[place], own)
     mass = block_mass(*given, 16, 20, 0.25)
     assert mass.sum() == pytest.approx(1)
     # Codes of blocks that are always read say nothing.
     changed = words[place].clone()
-    changed[:16] = 0
-    changed[-20:] = -1
+    changed[:, :16] = 0
+    changed[:, -20:] = -1
     again = block_mass(*given[:2], changed, *given[3:], 16, 20, 0.25)
     torch.testing.assert_close(again, mass)
 
@@ -132,7 +161,7 @@ def test_user_errors_say_what_came() -> None:
     refused("that 2 KV heads divide", query[:, :3])
     refused("key must be float32", query, key.half())
     refused("words must be int32", query, key, words.long())
-    refused("words must be of at least 50 keys, got 49", query, key, words[:, :, :49])
+    refused("words must be of at least 50 keys, got 49", query, key, words[..., :49])
     refused("basis.query must be", query, key, words, replace(basis, query=basis.query[:, :, 1:]))
     refused(
         "basis.mean must be contig",
@@ -166,7 +195,10 @@ def test_more_blocks_than_a_program_holds_are_refused(monkeypatch: pytest.Monkey
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
     "shape",
-    [*SHAPES, (2, 32, 8, 9133, 128, 8, 32, 64), (1, 9, 3, 40777, 64, 16, 32, 64)],
+    [
+        *(*SHAPES, (2, 32, 8, 9133, 128, 8, 32, 64), (1, 9, 3, 40777, 64, 16, 32, 64)),
+        *((1, 5, 1, 300001, 32, 24, 16, 64), (1, 8, 8, 70000, 256, 128, 128, 200)),
+    ],
     ids=str,
 )
 def test_cuda_equals_the_reference(shape: tuple[int, ...], dtype: torch.dtype) -> None:
@@ -197,3 +229,15 @@ def test_a_graph_of_a_choice_follows_lengths() -> None:
         graph.replay()
         expected = select_blocks(*tensors, **options, impl="reference")
         assert listed(*found) == listed(*expected)
+
+
+@pytest.mark.gpu
+def test_steps_that_grow_repeat_their_launches() -> None:
+    tensors, options = inputs((2, 8, 2, 3000, 64, 24, 32, 64), torch.bfloat16, "cuda")
+    query, key, *rest = tensors
+    key.nan_to_num_()
+    options |= {"lengths": None, "starts": None}
+    for tokens in (1800, 1801, 1802, 2050, 3000):
+        given = (query, key[:, :, :tokens], *rest)
+        found = select_blocks(*given, **options)
+        assert listed(*found) == listed(*select_blocks(*given, **options, impl="reference"))

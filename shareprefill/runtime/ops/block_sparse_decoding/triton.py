@@ -1,8 +1,5 @@
 """Launches of the Triton kernels of a decode step's attention over listed key blocks."""
 
-# The checker does not know what a launch of a kernel takes.
-# pyright: reportCallIssue=false
-
 from __future__ import annotations
 
 from functools import lru_cache
@@ -11,21 +8,23 @@ from typing import Any
 import torch
 
 from shareprefill.runtime.ops.block_sparse_decoding.triton_kernel import merge_kernel, split_kernel
-from shareprefill.runtime.ops.devices import device_of
+from shareprefill.runtime.ops.prepared import Launch, Prepared
 from shareprefill.runtime.ops.triton_tiles import (
     check_tile_block_size,
     logit_factors,
     multiprocessors,
+    overlaps,
     padded_dim,
 )
 
 # Keys of a step: enough bytes on their way at once, few enough that short lists split evenly.
 _KEYS = 64
-# Programs for each multiprocessor: so many hide each other's latency.
+# Programs for each multiprocessor: as many as it holds at once.
 _PROGRAMS = 4
 _MOST_SPLITS = 128
 SPLIT_OPTIONS: dict[str, Any] = {"num_warps": 4, "num_stages": 3}
 MERGE_OPTIONS: dict[str, Any] = {"num_warps": 4}
+_prepared = Prepared[tuple[Launch, Launch]]()
 
 
 def split_constants(
@@ -33,11 +32,11 @@ def split_constants(
     value_dim: int,
     shared: int,
     block_size: int,
-    splits: int,
     dtype: torch.dtype,
     *,
     has_lengths: bool,
     has_starts: bool,
+    overlaps: bool,
 ) -> dict[str, Any]:
     """Compile-time arguments of `split_kernel`."""
     return {
@@ -49,27 +48,28 @@ def split_constants(
         "BLOCK_DV": padded_dim(value_dim),
         "BLOCK_SIZE": block_size,
         "BLOCK_N": _KEYS,
-        "SPLITS": splits,
         "HAS_LENGTHS": has_lengths,
         "HAS_STARTS": has_starts,
         "PRECISION": "ieee" if dtype == torch.float32 else "tf32",
+        "OVERLAPS": overlaps,
     }
 
 
-def merge_constants(constants: dict[str, Any]) -> dict[str, Any]:
+def merge_constants(constants: dict[str, Any], splits: int) -> dict[str, Any]:
     """Compile-time arguments of `merge_kernel`, from those of `split_kernel`."""
-    return {name: constants[name] for name in ("SHARED", "VALUE_DIM", "BLOCK_DV", "SPLITS")}
+    names = ("SHARED", "VALUE_DIM", "BLOCK_DV", "OVERLAPS")
+    return {name: constants[name] for name in names} | {"BLOCK_S": 1 << (splits - 1).bit_length()}
 
 
 @lru_cache(maxsize=64)
 def choose_splits(lists: int, entries: int, block_size: int, processors: int) -> int:
-    """Parts that a list is split into: as many programs as keep the GPU busy, a power of two.
+    """Parts that a list is split into: as many programs as the GPU holds at once.
 
     It goes by what lists may hold, not by what they do, which the host does not know.
     """
     wanted = max(1, _PROGRAMS * processors // lists)
     steps = max(1, entries * block_size // _KEYS)
-    return min(1 << (min(wanted, steps) - 1).bit_length(), _MOST_SPLITS)
+    return min(wanted, steps, _MOST_SPLITS)
 
 
 def decode(
@@ -95,22 +95,57 @@ def decode(
     shared, value_dim, entries = heads // groups, value.shape[3], blocks.shape[2]
     lists = batch * groups
     splits = choose_splits(lists, entries, block_size, multiprocessors(query.device))
-    constants = split_constants(
-        *(head_dim, value_dim, shared, block_size, splits, query.dtype),
-        has_lengths=lengths is not None,
-        has_starts=starts is not None,
-    )
     rows = lists * splits * shared
     parts = torch.empty(rows, value_dim, dtype=torch.float32, device=query.device)
     lse = torch.empty(rows, dtype=torch.float32, device=query.device)
-    with device_of(query):
-        split_kernel[(splits, lists)](
-            *(query, key, value, blocks, counts, lengths, starts, parts, lse),
-            *(*query.stride()[:2], *key.stride()[:3], *value.stride()[:3]),
-            *(groups, entries, tokens, logit_factors(scale, None)[0]),
-            **constants,
-            **SPLIT_OPTIONS,
+    sizes = (batch, heads, groups, head_dim, value_dim, block_size, splits)
+    strides = (*query.stride()[:2], *key.stride()[:3], *value.stride()[:3])
+    rules = (lengths is not None, starts is not None, scale)
+    split, merge = _launches(query.device, query.dtype, sizes, strides, rules)
+    split(query, key, value, blocks, counts, lengths, starts, parts, lse, entries, tokens, splits)
+    merge(parts, lse, out, splits)
+
+
+def _launches(
+    device: torch.device,
+    dtype: torch.dtype,
+    sizes: tuple[int, ...],
+    strides: tuple[int, ...],
+    rules: tuple[bool, bool, float],
+) -> tuple[Launch, Launch]:
+    """Launches of both kernels, made once for all steps that differ in few tokens.
+
+    Args:
+        device: Of the tensors.
+        dtype: Of all of them.
+        sizes: Sequences, query and KV heads, their dims and those of values, block size, splits.
+        strides: Of queries, keys and values.
+        rules: Whether there are lengths and starts, factor of the logits.
+    """
+    kind = (device, dtype, *sizes, *strides, *rules)
+    found = _prepared.get(kind)
+    if found is None:
+        batch, heads, groups, head_dim, value_dim, block_size, splits = sizes
+        has_lengths, has_starts, scale = rules
+        constants = split_constants(
+            *(head_dim, value_dim, heads // groups, block_size, dtype),
+            has_lengths=has_lengths,
+            has_starts=has_starts,
+            overlaps=overlaps(device),
         )
-        merge_kernel[(batch * heads,)](
-            parts, lse, out, **merge_constants(constants), **MERGE_OPTIONS
+        together = {"launch_pdl": constants["OVERLAPS"]}
+        numbers = (*strides, groups, logit_factors(scale, None)[0])
+        found = _prepared.keep(
+            kind,
+            (
+                Launch(
+                    *(split_kernel, device, (splits, batch * groups), numbers),
+                    constants | SPLIT_OPTIONS | together,
+                ),
+                Launch(
+                    *(merge_kernel, device, (batch * heads,), ()),
+                    merge_constants(constants, splits) | MERGE_OPTIONS | together,
+                ),
+            ),
         )
+    return found

@@ -5,10 +5,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from shareprefill.runtime.ops.triton_steps import softmax_step
+from shareprefill.runtime.ops.triton_steps import softmax_step, wait_for_last
 
 
-@triton.jit(do_not_specialize=["n_entries", "n_tokens"])
+@triton.jit(do_not_specialize=["n_entries", "n_tokens", "n_splits"])
 def split_kernel(
     p_q,
     p_k,
@@ -19,6 +19,9 @@ def split_kernel(
     p_starts,
     p_parts,
     p_lse,
+    n_entries,
+    n_tokens,
+    n_splits,
     stride_qb,
     stride_qh,
     stride_kb,
@@ -28,8 +31,6 @@ def split_kernel(
     stride_vg,
     stride_vn,
     n_groups,
-    n_entries,
-    n_tokens,
     scale_log2,
     SHARED: tl.constexpr,
     ROWS: tl.constexpr,
@@ -39,16 +40,17 @@ def split_kernel(
     BLOCK_DV: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    SPLITS: tl.constexpr,
     HAS_LENGTHS: tl.constexpr,
     HAS_STARTS: tl.constexpr,
     PRECISION: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
-    """One program: all query heads of one KV head against one of `SPLITS` parts of its list.
+    """One program: all query heads of one KV head against one of `n_splits` parts of its list.
 
     Stores their output over this part `[SHARED, Dv]` and their log-sum-exp in base 2, which is
     -inf, with an output that is not stored, where the part has no key.
     """
+    wait_for_last(OVERLAPS)
     i_split = tl.program_id(0)
     i_list = tl.program_id(1).to(tl.int64)
     i_batch = i_list // n_groups
@@ -65,7 +67,7 @@ def split_kernel(
     STEP: tl.constexpr = BLOCK_N // BLOCK_SIZE if BLOCK_N > BLOCK_SIZE else 1
     PARTS: tl.constexpr = BLOCK_SIZE // BLOCK_N if BLOCK_SIZE > BLOCK_N else 1
     n_steps = tl.cdiv(n_blocks, STEP) * PARTS
-    n_mine = tl.cdiv(n_steps, SPLITS)
+    n_mine = tl.cdiv(n_steps, n_splits)
     start = i_split * n_mine
     stop = tl.minimum(start + n_mine, n_steps)
 
@@ -100,7 +102,7 @@ def split_kernel(
         b_out += tl.dot(b_weights.to(b_v.dtype), b_v, input_precision=PRECISION)
 
     m_any = b_sum > 0
-    o_row = (i_list * SPLITS + i_split) * SHARED + o_r
+    o_row = (i_list * n_splits + i_split) * SHARED + o_r
     b_lse = tl.where(m_any, b_max + tl.log2(tl.where(m_any, b_sum, 1.0)), float("-inf"))
     tl.store(p_lse + o_row, b_lse, mask=m_r)
     b_out = b_out / tl.where(m_any, b_sum, 1.0)[:, None]
@@ -108,22 +110,25 @@ def split_kernel(
     tl.store(p_parts + o_row[:, None] * VALUE_DIM + o_dv[None, :], b_out, mask=m_out)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_splits"])
 def merge_kernel(
     p_parts,
     p_lse,
     p_out,
+    n_splits,
     SHARED: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     BLOCK_DV: tl.constexpr,
-    SPLITS: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
     """One program: the parts of one query head, put together."""
+    wait_for_last(OVERLAPS)
     i_head = tl.program_id(0).to(tl.int64)
-    o_s, o_dv = tl.arange(0, SPLITS), tl.arange(0, BLOCK_DV)
+    o_s, o_dv = tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_DV)
     m_dv = o_dv < VALUE_DIM
-    o_row = ((i_head // SHARED) * SPLITS + o_s) * SHARED + i_head % SHARED
-    b_lse = tl.load(p_lse + o_row)
+    o_row = ((i_head // SHARED) * n_splits + o_s) * SHARED + i_head % SHARED
+    b_lse = tl.load(p_lse + o_row, mask=o_s < n_splits, other=float("-inf"))
     b_top = tl.max(b_lse, 0)
     b_weights = tl.exp2(b_lse - tl.where(b_top == float("-inf"), 0.0, b_top))  # [S]
     m_part = (b_lse > float("-inf"))[:, None] & m_dv[None, :]

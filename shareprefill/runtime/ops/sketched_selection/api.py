@@ -43,13 +43,14 @@ def select_blocks(
     tokens, which are always read, have their keys' own. A KV head's harm is its effect times the
     square of the attention that it loses, so that a block more takes away 2 * effect * lost * m. It
     is read where this is at least the price of a block: `lost * m >= worth / n`, with `worth` the
-    price of all n blocks over twice the effect. The reader's threshold on m is a power of
-    1 / sqrt(2), so that a few passes find it. Nothing waits for the device.
+    price of all n blocks over twice the effect. The threshold on m is a power of 1 / sqrt(2), and
+    blocks between two powers count alike, so that their numbers tell it. Nothing waits for the
+    device.
 
     Args:
         query: `[B, H, D]`.
         key: `[B, G, N, D]`, of the same dtype, G divides H.
-        words: Codes of each sequence's keys (`sketch_keys`), int32 `[B, G, M, r / 8]`, contiguous,
+        words: Codes of each sequence's keys (`sketch_keys`), int32 `[B, G, r / 8, M]`, contiguous,
             M at least N. Those of blocks that are always read may be anything.
         basis: Of the codes, its tensors `[B, G, ...]`, contiguous.
         share: float32 `[H]`: weights of query heads in their KV head, of sum 1 over it.
@@ -84,8 +85,8 @@ def select_blocks(
         )
     check_block_size(block_size)
     check_tensor("key", key, query.dtype, (batch, groups, "N", dim), query.device)
-    check_tensor("words", words, torch.int32, (batch, groups, "M", "r / 8"), query.device)
-    axes = (batch, groups, CODES * words.shape[3], dim)
+    check_tensor("words", words, torch.int32, (batch, groups, "r / 8", "M"), query.device)
+    axes = (batch, groups, CODES * words.shape[2], dim)
     check_tensor("basis.mean", basis.mean, torch.float32, (batch, groups, dim), query.device)
     check_tensor("basis.query", basis.query, torch.float32, axes, query.device)
     check_tensor("share", share, torch.float32, (heads,), query.device)
@@ -95,8 +96,8 @@ def select_blocks(
             check_tensor(name, places, torch.int32, (batch,), query.device)
     if local < 1 or tokens < 1:
         raise ConfigError(f"local and the keys must be at least 1 token, got {local} and {tokens}")
-    if words.shape[2] < tokens:
-        raise ConfigError(f"words must be of at least {tokens} keys, got {words.shape[2]}")
+    if words.shape[3] < tokens:
+        raise ConfigError(f"words must be of at least {tokens} keys, got {words.shape[3]}")
     if scale is not None and not 0.0 < scale < math.inf:
         raise ConfigError(f"scale must be a positive number, got {scale}")
     scale = 1.0 / math.sqrt(dim) if scale is None else float(scale)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from shareprefill.runtime.ops.sketched_selection.sketch import Basis, coordinates
+from shareprefill.runtime.ops.sketched_selection.sketch import Basis, coordinates, query_coordinates
 
-# Thresholds on a block's share of the attention: powers of 1 / sqrt(2), from 1 downwards.
-THRESHOLDS = 64
+# Thresholds on a block's share of the attention are powers of 1 / sqrt(2), the first to so many.
+THRESHOLDS = 63
 # Blocks of a list that one program of the kernels holds.
 MOST_BLOCKS = 32768
 
@@ -39,14 +39,13 @@ def select(
             place = batch, group
             mass = block_mass(
                 query[batch].unflatten(0, (groups, -1))[group],
-                *(key[place][start:stop], words[place][:length]),
+                *(key[place][start:stop], words[place][:, :length]),
                 *(basis.mean[place], basis.query[place], share.view(groups, -1)[group]),
                 *(block_size, local, scale),
             )
             always = always_read(length, block_size, local, key.device)
-            read = (
-                mass >= threshold(mass.masked_fill(always, 0), worth[place] / max(n, 1))
-            ) | always
+            places = places_of(mass).masked_fill(always, 0)
+            read = places <= last_place(places, worth[place] / max(n, 1))
             listed = read.nonzero()[:, 0]
             counts[place] = len(listed)
             blocks[place][: len(listed)] = listed
@@ -74,7 +73,8 @@ def block_mass(
     Keys of blocks that are always read are known; of others, their codes.
     """
     query, key = query.float(), key.float()
-    guessed = query @ mean[:, None] + query @ of_query.T @ coordinates(words).T  # [R, N]
+    parts = query_coordinates(query, of_query)
+    guessed = query @ mean[:, None] + parts @ coordinates(words).T  # [R, N]
     always = always_read(len(key), block_size, local, key.device)
     known = always.repeat_interleave(block_size)[: len(key)]
     logits = torch.where(known, query @ key.T, guessed) * scale
@@ -83,23 +83,24 @@ def block_mass(
     return torch.nn.functional.pad(weights, (0, missing)).unflatten(0, (-1, block_size)).sum(1)
 
 
-def threshold(mass: Tensor, worth: Tensor) -> Tensor:
-    """The smallest threshold whose last blocks are still worth reading.
+def places_of(mass: Tensor) -> Tensor:
+    """The first threshold that each block's share reaches, from 1 on; `THRESHOLDS` + 1: none."""
+    return (-2 * mass.log2()).ceil().clamp(1, THRESHOLDS + 1).int()
 
-    Those from threshold t up to the one before take away as much as their number times t times the
-    mean of what is lost before and after.
+
+def last_place(places: Tensor, worth: Tensor) -> Tensor:
+    """The last threshold whose blocks are still worth reading; 0 where none is.
+
+    Those that reach it, and none before, take away as much as their number times the threshold
+    times the mean of what is lost before and after. A block counts with the geometric mean of its
+    threshold and the one before.
 
     Args:
-        mass: Attention of the blocks that may be read, `[n]`.
+        places: Of all blocks, 0 for those that are always read, int32 `[n]`.
         worth: Least product of lost attention and a block's own that pays for reading it.
-
-    Returns:
-        A scalar; infinite where no block is worth its price.
     """
-    places = torch.arange(THRESHOLDS, device=mass.device)
-    thresholds = torch.exp2(-places.float() / 2)
-    before, after = (
-        (mass * (mass < factor * thresholds[:, None])).sum(-1) for factor in (2**0.5, 1.0)
-    )
-    pays = (before + after) / 2 * thresholds >= worth
-    return torch.where(pays, thresholds, torch.inf).amin()
+    numbers = torch.arange(1, THRESHOLDS + 1, device=places.device)
+    counts = (places == numbers[:, None]).sum(1)
+    mass = counts * torch.exp2(0.25 - numbers.float() / 2)
+    lost = mass.flip(0).cumsum(0).flip(0) - mass / 2
+    return (lost * torch.exp2(-numbers.float() / 2) >= worth).sum()

@@ -91,7 +91,7 @@ def _ridged(matrix: Tensor, share: float) -> Tensor:
 
 
 def sketch_keys(key: Tensor, basis: Basis) -> Tensor:
-    """Codes of keys, eight in an int32, `[..., N, r / 8]`; lower bits are earlier coordinates.
+    """Codes of keys, eight in an int32, `[..., r / 8, N]`; lower bits are earlier coordinates.
 
     Args:
         key: `[..., N, D]`.
@@ -102,10 +102,25 @@ def sketch_keys(key: Tensor, basis: Basis) -> Tensor:
     words = codes[..., 0]
     for place in range(1, CODES):
         words = words | (codes[..., place] << (4 * place))
-    return words.contiguous()
+    return words.mT.contiguous()
 
 
 def coordinates(words: Tensor) -> Tensor:
-    """What the codes stand for, in steps, float32 `[..., N, r]`."""
+    """What the codes `[..., r / 8, N]` stand for, in steps, float32 `[..., N, r]`."""
     places = torch.arange(0, 4 * CODES, 4, device=words.device, dtype=torch.int32)
-    return (((words[..., None] >> places) & 15).float() - 7.5).flatten(-2)
+    return (((words.mT[..., None] >> places) & 15).float() - 7.5).flatten(-2)
+
+
+def query_coordinates(query: Tensor, basis: Tensor) -> Tensor:
+    """Coordinates of queries, rounded to signed bytes of a factor of each, float32 `[..., R, r]`.
+
+    Their errors are a tenth of those of the keys' codes.
+
+    Args:
+        query: `[..., R, D]`.
+        basis: `Basis.query`, `[..., r, D]`.
+    """
+    parts = query.float() @ basis.mT
+    top = parts.abs().amax(-1, keepdim=True)
+    rounded = (parts * torch.where(top > 0, 127 / top, 0) + 0.5).floor()
+    return rounded * (top / 127)

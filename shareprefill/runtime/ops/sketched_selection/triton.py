@@ -1,92 +1,95 @@
 """Launches of the Triton kernels that choose a decode step's blocks by a sketch of the keys."""
 
-# The checker does not know what a launch of a kernel takes.
-# pyright: reportCallIssue=false
-
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from shareprefill.errors import UnsupportedError
-from shareprefill.runtime.ops.devices import device_of
-from shareprefill.runtime.ops.sketched_selection.reference import MOST_BLOCKS, THRESHOLDS
+from shareprefill.runtime.ops.prepared import Launch, Prepared
+from shareprefill.runtime.ops.sketched_selection.reference import MOST_BLOCKS
 from shareprefill.runtime.ops.sketched_selection.sketch import CODES, Basis
 from shareprefill.runtime.ops.sketched_selection.triton_kernel import (
+    list_kernel,
+    place_kernel,
     query_kernel,
     score_kernel,
-    select_kernel,
 )
 from shareprefill.runtime.ops.triton_tiles import (
     check_tile_block_size,
     logit_factors,
-    multiprocessors,
+    overlaps,
     padded_dim,
 )
 
-# Keys of one step of the scores, and steps of a program: as many as leave so many programs for each
-# multiprocessor.
-_KEYS, _MOST_TILES, _PROGRAMS = 128, 8, 8
+# Keys of one program of the scores: eight of a thread, which are two loads of each word.
+_KEYS = 1024
+# Chunks of blocks that a KV head's list is made of, at most, and blocks of one at least: each of
+# their programs reads the whole head's scores.
+_CHUNKS, _LEAST_CHUNK = 8, 128
+QUERY_OPTIONS: dict[str, Any] = {"num_warps": 4}
 SCORE_OPTIONS: dict[str, Any] = {"num_warps": 4}
+_prepared = Prepared[tuple[Launch, ...]]()
 
 
 def score_constants(
     head_dim: int,
     shared: int,
     rank: int,
-    tiles: int,
     block_size: int,
     local: int,
     *,
     has_lengths: bool,
     has_starts: bool,
+    packed: bool,
+    overlaps: bool,
 ) -> dict[str, Any]:
     """Compile-time arguments of `score_kernel`."""
     return {
         "SHARED": shared,
-        # Twice as many fill a matrix unit.
-        "ROWS": max(8, 1 << (shared - 1).bit_length()),
         "HEAD_DIM": head_dim,
         "BLOCK_D": padded_dim(head_dim),
         "RANK": rank,
-        "BLOCK_R": max(16, 1 << (rank - 1).bit_length()),
         "BLOCK_SIZE": block_size,
         "BLOCKS": max(1, _KEYS // block_size),
-        "TILES": tiles,
         "LOCAL": local,
         "HAS_LENGTHS": has_lengths,
         "HAS_STARTS": has_starts,
+        "PACKED": packed,
+        "OVERLAPS": overlaps,
     }
 
 
-def select_constants(constants: dict[str, Any], n: int) -> dict[str, Any]:
-    """Compile-time arguments of `select_kernel`, from those of `score_kernel`."""
-    shared = ("SHARED", "BLOCK_SIZE", "LOCAL", "HAS_LENGTHS", "HAS_STARTS")
-    return {name: constants[name] for name in shared} | {
-        "BLOCK_N": 1 << max(4, (n - 1).bit_length()),
-        "HALVINGS": THRESHOLDS.bit_length() - 1,
+def place_constants(constants: dict[str, Any], n: int) -> dict[str, Any]:
+    """Compile-time arguments of `place_kernel`, from those of `score_kernel`."""
+    names = ("SHARED", "BLOCK_SIZE", "LOCAL", "HAS_LENGTHS", "HAS_STARTS", "PACKED", "OVERLAPS")
+    return {name: constants[name] for name in names} | {
+        "ROWS": 1 << (constants["SHARED"] - 1).bit_length(),
+        "CHUNK": max(_LEAST_CHUNK, (1 << (n - 1).bit_length()) // _CHUNKS),
     }
 
 
-def select_options(constants: dict[str, Any]) -> dict[str, Any]:
-    """Warps of `select_kernel`: so many that a thread holds 32 blocks at most."""
-    return {"num_warps": min(32, max(4, constants["BLOCK_N"] // 1024))}
+def list_constants(constants: dict[str, Any]) -> dict[str, Any]:
+    """Compile-time arguments of `list_kernel`, from those of `place_kernel`."""
+    names = ("BLOCK_SIZE", "CHUNK", "HAS_LENGTHS", "HAS_STARTS", "OVERLAPS")
+    return {name: constants[name] for name in names} | {"CHUNKS": _CHUNKS}
 
 
-@lru_cache(maxsize=64)
-def choose_tiles(lists: int, tokens: int, processors: int) -> int:
-    """Steps of one program of the scores, a power of two."""
-    most = lists * tokens // (_KEYS * _PROGRAMS * processors)
-    return max(1, min(1 << max(0, most.bit_length() - 1), _MOST_TILES))
+def chunk_options(constants: dict[str, Any]) -> dict[str, Any]:
+    """Warps of programs for a chunk: so many that a thread holds 8 blocks, if there can be."""
+    return {"num_warps": min(16, max(4, constants["CHUNK"] // 256))}
 
 
 def query_constants(constants: dict[str, Any]) -> dict[str, Any]:
     """Compile-time arguments of `query_kernel`, from those of `score_kernel`."""
-    names = ("SHARED", "ROWS", "HEAD_DIM", "BLOCK_D", "RANK", "BLOCK_R")
-    return {name: constants[name] for name in names}
+    names = ("SHARED", "HEAD_DIM", "BLOCK_D", "RANK", "OVERLAPS")
+    rank = constants["RANK"]
+    return {name: constants[name] for name in names} | {
+        "BLOCK_R": max(8, 1 << (rank - 1).bit_length())
+    }
 
 
 def select(
@@ -118,39 +121,83 @@ def select(
             f"the Triton kernels choose among at most {MOST_BLOCKS} blocks, got {n}: "
             "take larger blocks, or impl='reference'"
         )
-    shared, lists = heads // groups, batch * groups
-    tiles = choose_tiles(lists, tokens, multiprocessors(query.device))
+    sizes = (batch, heads, groups, dim, words.shape[2] * CODES, words.shape[3], tokens, n)
+    strides = (*query.stride()[:2], *key.stride()[:3])
+    rules = (block_size, local, lengths is not None, starts is not None, scale)
+    of_query, score, place, write = _launches(query.device, query.dtype, sizes, strides, rules)
+    lists, shared, rank = batch * groups, heads // groups, sizes[4]
+    make = partial(torch.empty, device=query.device)
+    lse = make((lists, shared, n), dtype=torch.float32)
+    # Of each query, eight bytes for every word of codes.
+    parts = make((batch * heads, rank // 4), dtype=torch.int32)
+    factors = make((batch * heads, 2), dtype=torch.float32)
+    of_query(query, basis.mean, basis.query, parts, factors)
+    score(query, key, words, parts, factors, lengths, starts, lse, tokens, n)
+    places = make((lists, n), dtype=torch.int8)
+    of_chunks = make((lists, place.grid[0], 64), dtype=torch.int32)
+    place(lse, share, lengths, starts, places, of_chunks, tokens, n)
+    write(places, of_chunks, worth, lengths, starts, blocks, counts, tokens, n)
+
+
+def _launches(
+    device: torch.device,
+    dtype: torch.dtype,
+    sizes: tuple[int, ...],
+    strides: tuple[int, ...],
+    rules: tuple[int, int, bool, bool, float],
+) -> tuple[Launch, ...]:
+    """Launches of the four kernels, made once for all steps that differ in few tokens.
+
+    Args:
+        device: Of the tensors.
+        dtype: Of queries and keys.
+        sizes: Sequences, query and KV heads, their dims, coordinates, room of the codes, tokens,
+            and blocks.
+        strides: Of queries and keys.
+        rules: Block size, newest tokens, whether there are lengths and starts, the logits' factor.
+    """
+    batch, heads, groups, dim, rank, room, _, n = sizes
+    block_size, local, has_lengths, has_starts, scale = rules
     constants = score_constants(
-        *(dim, shared, words.shape[3] * CODES, tiles, block_size, local),
-        has_lengths=lengths is not None,
-        has_starts=starts is not None,
+        *(dim, heads // groups, rank, block_size, local),
+        has_lengths=has_lengths,
+        has_starts=has_starts,
+        packed=device.type == "cuda",
+        overlaps=overlaps(device),
     )
-    of_select = select_constants(constants, n)
-    lse = torch.empty((lists, shared, n), dtype=torch.float32, device=query.device)
+    of_place = place_constants(constants, n)
+    chunks = -(-n // of_place["CHUNK"])
     exact = (local + block_size - 2) // block_size + 2
-    programs = exact + -(-n // (constants["BLOCKS"] * tiles))
-    rows = constants["ROWS"]
-    parts = torch.empty(
-        (lists, 2, rows, constants["BLOCK_R"]), dtype=torch.float16, device=query.device
-    )
-    const = torch.empty((lists, rows), dtype=torch.float32, device=query.device)
-    scale_log2 = logit_factors(scale, None)[0]
-    with device_of(query):
-        query_kernel[(lists,)](
-            *(query, basis.mean, basis.query, parts, const, *query.stride()[:2], groups),
-            scale_log2,
-            **query_constants(constants),
-            **SCORE_OPTIONS,
+    programs = exact + -(-n // constants["BLOCKS"])
+    kind = (device, dtype, *sizes[:6], programs, of_place["CHUNK"], chunks, *strides, *rules)
+    found = _prepared.get(kind)
+    if found is None:
+        lists, scale_log2 = batch * groups, logit_factors(scale, None)[0]
+        together = {"launch_pdl": constants["OVERLAPS"]}
+        found = _prepared.keep(
+            kind,
+            (
+                Launch(
+                    *(query_kernel, device, (batch * heads,), (*strides[:2], heads, scale_log2)),
+                    query_constants(constants) | QUERY_OPTIONS | together,
+                ),
+                Launch(
+                    *(
+                        score_kernel,
+                        device,
+                        (programs, lists),
+                        (*strides, groups, room, scale_log2),
+                    ),
+                    constants | SCORE_OPTIONS | together,
+                ),
+                Launch(
+                    *(place_kernel, device, (chunks, lists), (groups,)),
+                    of_place | chunk_options(of_place) | together,
+                ),
+                Launch(
+                    *(list_kernel, device, (chunks, lists), (groups,)),
+                    list_constants(of_place) | chunk_options(of_place) | together,
+                ),
+            ),
         )
-        score_kernel[(programs, lists)](
-            *(query, key, words, parts, const, lengths, starts, lse),
-            *(*query.stride()[:2], *key.stride()[:3], groups, tokens, words.shape[2], n),
-            scale_log2,
-            **constants,
-            **SCORE_OPTIONS,
-        )
-        select_kernel[(lists,)](
-            *(lse, share, worth, lengths, starts, blocks, counts, groups, tokens, n),
-            **of_select,
-            **select_options(of_select),
-        )
+    return found
