@@ -3,12 +3,15 @@
     python benchmarks/decode_speed.py --layers 8 --batch 1 8 --tokens 131072
 
 The model has the shape of a published one, fewer layers, and random weights; its cache is filled
-with random keys and values. How many blocks steps read is what the session was asked for, so that
-times are those of a real model; answers are nothing. Keys of a block are alike, so that some blocks
-are worth more than others. Dense steps are FlashAttention over the keys that there are, KV heads
-not repeated, without a mask: transformers' own repeats them, and reads a static cache to its end,
-and cuDNN, which SDPA takes first, plans anew for every length. Sparse ones are a session with
-`decode="sparse"`. Each has a dynamic cache, which copies all keys at every step, and a static one.
+with random keys and values. How many blocks steps read is what was asked for, so that times are
+those of a real model; answers are nothing. Keys of a block are alike, so that some blocks are worth
+more than others. Dense steps are FlashAttention over the keys that there are, KV heads not
+repeated, without a mask: transformers' own repeats them, and reads a static cache to its end, and
+cuDNN, which SDPA takes first, plans anew for every length.
+
+With a `dynamic` cache, which copies all keys at every step, and a `static` one, sparse steps are a
+session with `decode="sparse"`, and the host starts all kernels one by one. `graph`: a CUDA graph of
+one step, as servers have it, by the session's core, without what comes once in 32 steps.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -29,6 +33,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, DynamicCach
 
 from shareprefill.bench.shapes import build_shape
 from shareprefill.config import RuntimeConfig
+from shareprefill.runtime.decoding import DecodeRecord, SparseDecoding
 from shareprefill.runtime.generation import cache_of
 from shareprefill.runtime.session import share_prefill
 
@@ -36,11 +41,11 @@ from shareprefill.runtime.session import share_prefill
 _PROMPT = 256
 # Of keys that are alike; and how much what they have in common is, over what they have not.
 _ALIKE, _IN_COMMON = 32, 2.0
-_DENSE = "dense over the keys that there are"
+_STEPS = "over the keys that there are"
 
 
-class DenseSteps:
-    """Attention of a model, by FlashAttention over the keys that there are.
+class Steps:
+    """Attention of a model, over the keys that there are.
 
     Attributes:
         tokens: So many.
@@ -48,8 +53,8 @@ class DenseSteps:
 
     def __init__(self) -> None:
         self.tokens = 0
-        AttentionInterface.register(_DENSE, self)
-        AttentionMaskInterface.register(_DENSE, lambda *_args, **_options: None)
+        AttentionInterface.register(_STEPS, self)
+        AttentionMaskInterface.register(_STEPS, lambda *_args, **_options: None)
 
     def __call__(
         self, _module: Any, query: Tensor, key: Tensor, value: Tensor, *_args: Any, **options: Any
@@ -61,6 +66,38 @@ class DenseSteps:
                 query, key[:, :, keys], value[:, :, keys], scale=options["scaling"], enable_gqa=True
             )
         return out.transpose(1, 2).contiguous(), None
+
+
+class SparseSteps(Steps):
+    """The same, but single tokens read few blocks.
+
+    Attributes:
+        records: What they read, in order.
+    """
+
+    def __init__(self, density: float, batch: int) -> None:
+        super().__init__()
+        self.decoding = SparseDecoding(density=density)
+        self.state = self.decoding.begin([0] * batch)
+        self.records: list[DecodeRecord] = []
+
+    def __call__(
+        self, module: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **options: Any
+    ) -> tuple[Tensor, None]:
+        if query.shape[2] > 1:
+            self.decoding.read_prompt(module.layer_idx, self.state, query)
+            return super().__call__(module, query, key, value, *args, **options)
+        there = (t[:, :, : self.tokens] for t in (key, value))
+        out, record = self.decoding.attend(
+            *(module.layer_idx, self.state, query[:, :, 0], *there), scale=options["scaling"]
+        )
+        self.records.append(record)
+        return out[:, None], None
+
+    def density(self, layers: int) -> float:
+        """What the last step read."""
+        last = self.records[-layers:]
+        return sum(int(r.counts.sum()) for r in last) / sum(r.blocks for r in last)
 
 
 def filled_cache(model: Any, kind: str, batch: int, tokens: int, room: int) -> Any:
@@ -83,9 +120,9 @@ def case(
     """Milliseconds of a step; sparse ones where there is a density."""
     steps = options.warm_up + options.steps
     cache = filled_cache(model, kind, batch, tokens - _PROMPT, tokens + steps)
-    session, dense = None, DenseSteps()
+    session, dense = None, Steps()
     if density is None:
-        model.set_attn_implementation(_DENSE)
+        model.set_attn_implementation(_STEPS)
     else:
         model.set_attn_implementation("sdpa")
         config = RuntimeConfig(
@@ -122,6 +159,66 @@ def case(
     return row
 
 
+@torch.no_grad()
+def fixed_step(
+    model: Any, batch: int, tokens: int, density: float | None, warm_up: int, repeats: int
+) -> tuple[Callable[[], Tensor], Steps]:
+    """A step whose launches are always the same, and its attention, after steps that warm it up.
+
+    Args:
+        model: Of a shape.
+        batch: Sequences.
+        tokens: Before the first step.
+        density: Of sparse steps; None: dense ones.
+        warm_up: Steps before.
+        repeats: How often it will be called at most.
+    """
+    steps = Steps() if density is None else SparseSteps(density, batch)
+    model.set_attn_implementation(_STEPS)
+    cache = filled_cache(model, "static", batch, tokens - _PROMPT, tokens + warm_up + repeats)
+    steps.tokens = tokens
+    ids = torch.randint(3, 500, (batch, _PROMPT), device=model.device)
+    model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    token = ids[:, :1].clone()
+
+    def step() -> Tensor:
+        return model(input_ids=token, past_key_values=cache, use_cache=True).logits
+
+    for _ in range(warm_up):
+        steps.tokens += 1
+        step()
+    return step, steps
+
+
+@torch.no_grad()
+def graph_case(
+    model: Any, batch: int, tokens: int, density: float | None, options: Any
+) -> dict[str, Any]:
+    """Milliseconds of a step in a CUDA graph."""
+    # Two more before the graph is made, and one replay before times are taken.
+    step, attention = fixed_step(model, batch, tokens, density, options.warm_up, options.steps + 4)
+    row: dict[str, Any] = {"batch": batch, "tokens": tokens, "cache": "graph"}
+    row |= {"density": 1.0, "asked": density}
+    if isinstance(attention, SparseSteps):
+        row["density"] = attention.density(model.config.num_hidden_layers)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    graph.replay()
+    _wait(model)
+    start = time.perf_counter()
+    for _ in range(options.steps):
+        graph.replay()
+    _wait(model)
+    seconds = (time.perf_counter() - start) / options.steps
+    return row | {"ms": seconds * 1e3, "tokens/s": batch / seconds}
+
+
 def _wait(model: Any) -> None:
     if model.device.type == "cuda":
         torch.cuda.synchronize()
@@ -134,7 +231,9 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--batch", type=int, nargs="*", default=[1, 8])
     parser.add_argument("--tokens", type=int, nargs="*", default=[131072])
-    parser.add_argument("--cache", nargs="*", default=["dynamic", "static"])
+    parser.add_argument(
+        "--cache", nargs="*", default=["static", "graph"], choices=["dynamic", "static", "graph"]
+    )
     parser.add_argument("--density", type=float, nargs="*", default=[0.1, 0.2])
     parser.add_argument("--warm-up", type=int, default=24, help="steps, until the price is found")
     parser.add_argument("--steps", type=int, default=24)
@@ -153,7 +252,10 @@ def main() -> None:
         for tokens in options.tokens:
             for kind in options.cache:
                 for density in (None, *options.density):
-                    rows.append(case(model, kind, batch, tokens, density, options))
+                    if kind == "graph":
+                        rows.append(graph_case(model, batch, tokens, density, options))
+                    else:
+                        rows.append(case(model, kind, batch, tokens, density, options))
                     row = rows[-1]
                     print(
                         f"batch {batch}, {tokens} tokens, {kind} cache, "
