@@ -193,6 +193,8 @@ class FactMask(torch.Tensor):
     """
 
     facts: MaskFacts
+    # As `shape`, which takes longer to ask for: every layer of a prefill does.
+    sizes: tuple[int, ...]
     _real: Tensor | None
     _exposed: bool
 
@@ -206,7 +208,7 @@ class FactMask(torch.Tensor):
         """A mask `[B, 1, Lq, Lk]`: bool (True may be read), or a dtype to be added to logits."""
         make = torch.Tensor._make_wrapper_subclass  # pyright: ignore[reportAttributeAccessIssue]
         mask = make(FactMask, shape, dtype=dtype, device=torch.device(device))
-        mask.facts, mask._real, mask._exposed = facts, None, False
+        mask.facts, mask.sizes, mask._real, mask._exposed = facts, (*shape,), None, False
         return mask
 
     def materialised(self) -> Tensor:
@@ -232,15 +234,15 @@ class FactMask(torch.Tensor):
         Raises:
             ConfigError: it is of other numbers of rows or keys.
         """
-        facts, width = self.facts, self.shape[3]
+        facts, (masks, _, height, width) = self.facts, self.sizes
         fits = width == keys or self._starts_with(rows, keys) or self._ends_with(keys)
-        if self.shape[2] != rows or not fits:
+        if height != rows or not fits:
             raise ConfigError(
-                f"the attention mask is of {self.shape[2]} query rows and {width} keys, the "
+                f"the attention mask is of {height} query rows and {width} keys, the "
                 f"attention call of {rows} and {keys}: give an attention_mask as long as the "
                 "tokens in the cache and the new ones together, or none"
             )
-        if self.is_changed or (self.shape[0] != batch and facts.differ_by_row):
+        if self.is_changed or (masks != batch and facts.differ_by_row):
             return self.materialised()
         if rows > 1:
             return self
