@@ -9,6 +9,9 @@ place of each layer's own, of the same sizes and strides: density and recall are
 is what it would be. Dense attention takes as long on either. Density falls from .30 at 8K to .11 at
 32K, and to .10 above, as the goals of bench_layer.py have it. Where few layers are run, the time of
 all is what the model takes without layers, and as many times what one layer takes.
+
+The least that a session could take is the time of the model whose attention gives back its queries,
+and of its attention on the device alone: what is above that is its host's, and waits.
 """
 
 from __future__ import annotations
@@ -25,9 +28,10 @@ from typing import Any
 
 import torch
 from kernel_cases import FlashAttention4, failures, missing_baseline
-from layer_cases import PLANS, Structured, chosen_density, facts_of, uniform_plan
+from layer_cases import DIM, PLANS, Structured, chosen_density, facts_of, uniform_plan
 from measure_crossover import density_for
 from provenance import provenance, summary
+from timing import measure
 from torch import Tensor
 
 from shareprefill.bench.shapes import build_shape
@@ -39,7 +43,7 @@ from shareprefill.runtime.records import LayerRecord
 from shareprefill.runtime.session import Session
 
 SHAPE = "llama-3.1-8b"
-SDPA, SHARED = "SDPA", "session"
+SDPA, SHARED, NONE = "SDPA", "session", "no attention"
 LENGTHS = tuple(1024 << power for power in range(2, 11))
 LEAST_DENSITY = 0.10
 LAYERS = (32, 32, 32, 32, 16, 16, 2, 1, 1)
@@ -56,6 +60,7 @@ class Row:
         layers: That were run.
         seconds: To the first token of a model with all layers, of each turn, by kind of attention.
         without: Seconds without layers.
+        attention: Seconds that the session's attention takes the device, of all layers.
         density: Computed blocks over causal blocks of the session.
         recall: Attention mass inside its patterns; None where it was not measured.
         missing: Why other kinds could not be timed.
@@ -65,6 +70,7 @@ class Row:
     layers: int
     seconds: dict[str, list[float]]
     without: float
+    attention: float
     density: float
     recall: float | None
     missing: dict[str, str]
@@ -73,6 +79,14 @@ class Row:
         """Median of a kind's turns; None if it could not be timed."""
         found = self.seconds.get(kind)
         return statistics.median(found) if found else None
+
+    @property
+    def overhead(self) -> float:
+        """The session's time over that of a model without attention and of its attention."""
+        bare, ours = self.median(NONE), self.median(SHARED)
+        assert bare is not None
+        assert ours is not None
+        return ours / (bare + self.attention)
 
 
 class Given(SparsePrefill):
@@ -95,7 +109,7 @@ class Lengths:
         self.device: torch.device = model.device
         self.all_layers = len(model.model.layers)
         self.artifact = synthetic_artifact(model, 0.1)
-        _register_flash_attention_4()
+        _register_attention()
 
     def measure(self, tokens: int, layers: int) -> Row:
         """Times one length; those to come cannot have more layers."""
@@ -109,6 +123,7 @@ class Lengths:
             SDPA: lambda: self._dense("sdpa", prompt),
             FlashAttention4.name: lambda: self._dense("fa4", prompt),
             SHARED: lambda: self._shared(session, prompt),
+            NONE: lambda: self._dense("none", prompt),
         }
         missing: dict[str, str] = {}
         reason = missing_baseline("fa4", given.tensors[0], given.tensors[1])
@@ -128,7 +143,8 @@ class Lengths:
             kind: [without + (one - without) * self.all_layers / layers for one in found]
             for kind, found in seconds.items()
         }
-        return Row(tokens, layers, scaled, without, density, recall, missing)
+        attention = self._attention_seconds(given, tokens) * self.all_layers
+        return Row(tokens, layers, scaled, without, attention, density, recall, missing)
 
     def _turn(
         self,
@@ -167,6 +183,16 @@ class Lengths:
         )
         given.tensors = (query, key, value)
         return given, reached, recall
+
+    def _attention_seconds(self, given: Given, tokens: int) -> float:
+        """What one layer's attention takes the device; on a CPU all of it."""
+        geometry = given.plan.geometry(tokens, tokens, self.device)
+
+        def layer() -> object:
+            return given.attend(0, given.begin(geometry), *given.tensors, scale=DIM**-0.5)
+
+        found = measure(layer, self.device.type)
+        return (found.median if found.device is None else found.device) / 1e3
 
     def _shared(self, session: Session, prompt: Tensor) -> float:
         with session:
@@ -209,8 +235,8 @@ def _layers(model: Any, count: int) -> Iterator[None]:
         model.model.layers = every
 
 
-def _register_flash_attention_4() -> None:
-    """FlashAttention-4's dense call as an implementation of transformers' models."""
+def _register_attention() -> None:
+    """FlashAttention-4's dense call, and none at all, as attention of transformers' models."""
     from transformers import AttentionInterface, AttentionMaskInterface
 
     def attend(
@@ -222,15 +248,20 @@ def _register_flash_attention_4() -> None:
         out = flash_attn_func(*tensors, softmax_scale=options["scaling"], causal=True)
         return out[0], None
 
-    AttentionInterface.register("fa4", attend)
-    AttentionMaskInterface.register("fa4", lambda *_args, **_options: None)
+    def give_back(_module: Any, query: Tensor, *_args: Any, **_options: Any) -> tuple[Tensor, None]:
+        return query.transpose(1, 2), None
+
+    for name, function in (("fa4", attend), ("none", give_back)):
+        AttentionInterface.register(name, function)
+        AttentionMaskInterface.register(name, lambda *_args, **_options: None)
 
 
 def table(rows: list[Row]) -> list[str]:
     """Lines of Markdown."""
     kinds = (SDPA, FlashAttention4.name, SHARED)
     heads = ["tokens", "layers run", *(f"{kind}, s" for kind in kinds)]
-    heads += [f"{kind} ÷ session" for kind in kinds[:2]] + ["density", "recall"]
+    heads += [f"{kind} ÷ session" for kind in kinds[:2]]
+    heads += [f"{NONE}, s", "attention on the device, s", "session ÷ both", "density", "recall"]
     lines = [f"| {' | '.join(heads)} |", "| --- " * len(heads) + "|"]
     for row in rows:
         medians = [row.median(kind) for kind in kinds]
@@ -238,6 +269,7 @@ def table(rows: list[Row]) -> list[str]:
         cells = ["missing" if found is None else f"{found:.3f}" for found in medians]
         for found in medians[:2]:
             cells.append("–" if found is None or ours is None else f"{found / ours:.2f}")
+        cells += [f"{row.median(NONE):.3f}", f"{row.attention:.3f}", f"{row.overhead:.3f}"]
         cells += [f"{row.density:.3f}", "–" if row.recall is None else f"{row.recall:.3f}"]
         lines.append(f"| {row.tokens} | {row.layers} | {' | '.join(cells)} |")
     return lines

@@ -40,6 +40,7 @@ def test_times_a_model_and_scales_what_few_layers_take(
 ) -> None:
     import bench_ttft
     import layer_cases
+    from timing import Timing
 
     def tuned(self: Any, density: float, recall: float, policies: tuple[Any, ...]) -> Any:
         self.place(1)
@@ -59,18 +60,23 @@ def test_times_a_model_and_scales_what_few_layers_take(
         return 0.5 + len(model.model.layers)
 
     monkeypatch.setattr(bench_ttft.Lengths, "_seconds", one_second_a_layer)
+    monkeypatch.setattr(bench_ttft, "measure", lambda call, _device: call() and Timing(0.0, 500.0))
     rows = bench_ttft.run(model, bench_ttft.parse(choices))
     for row in rows:
         assert set(row.missing) == {"FlashAttention-4"}
-        assert row.seconds == {"SDPA": [2.5], "session": [2.5]}
+        assert row.seconds == {"SDPA": [2.5], "session": [2.5], "no attention": [2.5]}
+        # Half a second a layer.
+        assert row.attention == 1.0
         assert 0.0 < row.density <= 1.0
     assert rows[0].recall is None
     assert rows[1].recall > 0.5
     assert [row.layers for row in rows] == [2, 1]
-    assert ("sdpa", 384) in seen
-    assert any(name != "sdpa" for name, _ in seen)
+    assert {("sdpa", 384), ("none", 384)} <= set(seen)
+    assert any(name not in ("sdpa", "none") for name, _ in seen)
     line = capsys.readouterr().out.splitlines()[-1]
-    assert line.startswith("| 256 | 1 | 2.500 | missing | 2.500 | 1.00 | – |")
+    assert line.startswith(
+        "| 256 | 1 | 2.500 | missing | 2.500 | 1.00 | – | 2.500 | 1.000 | 0.714 |"
+    )
 
 
 @torch.inference_mode()
