@@ -7,7 +7,7 @@ each times how much longer it takes than the same products in a dense kernel.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
 from typing import TypeVar
@@ -17,16 +17,19 @@ from torch import Tensor
 
 from shareprefill.artifact import Policy
 from shareprefill.calib.capture import FULL, SLASH, VERTICAL, map_names, rows_key
-from shareprefill.calib.store import MapStore
+from shareprefill.calib.store import MapStore, PromptRecord
+from shareprefill.clustering.nesting import (
+    nested_head_blocks,
+    nested_lines,
+    nested_row_blocks,
+)
 from shareprefill.config import RuntimeConfig
 from shareprefill.runtime.geometry import Geometry, checked_blocks
 from shareprefill.runtime.ops.block_selection import (
+    LineWeights,
     covered_mass,
-    head_blocks,
     js_distances,
-    select_blocks,
     smooth_maps,
-    vertical_slash_blocks,
 )
 from shareprefill.runtime.ops.blocks import count_blocks
 from shareprefill.runtime.policies.smoothed import Smoothed, line_weights
@@ -37,8 +40,10 @@ GAMMAS = (
     *(0.92, 0.935, 0.95, 0.96, 0.97, 0.98, 0.99),
 )
 
-# Query blocks of all pairs of heads that are in memory at once.
-_PAIR_ROWS = 8
+# Heads whose maps are chosen from at a time: few enough for a processor's cache.
+_HEADS = 64
+# Pivots, and query blocks, of whose pairs with all heads the products are in memory at a time.
+_PIVOTS, _PAIR_ROWS = 128, 8
 
 # Time of a block in a block-sparse kernel over its time in a dense one: 1.2 to 1.3 for
 # FlashAttention-4 on an H100 at 32K tokens, 1.5 for the blockwise implementation on a CPU.
@@ -88,7 +93,7 @@ class PolicyCurve:
 
 
 class HeldOutMeasurements:
-    """Measures the policies on held-out prompts, with the operators that prefills use.
+    """Measures the policies on held-out prompts, with the choices of blocks that prefills make.
 
     Args:
         store: A complete calibration.
@@ -101,9 +106,11 @@ class HeldOutMeasurements:
         numbers: Of the prompts.
         alone: What a head may do alone, with whatever the runtime supports and the capture holds.
         pairs: Recall of head h under the pattern of pivot p, float64 `[gammas, K, K]`, the mean.
+            Heads of layers before the pivot's cannot share it: of these 0 may stand here.
         worst_pairs: The same on the prompt where it is lowest.
         pair_harm: Predicted KL divergence, in nats a position, that head h's lost mass causes under
-            the pattern of pivot p, float64 `[gammas, K, K]`; None where no effects are known.
+            the pattern of pivot p, float64 `[gammas, K, K]`, infinite where 0 stands in `pairs`;
+            None where no effects are known.
         pivots: Every head under its own pattern as a pivot.
         check_work: Selection work of a sharing head.
         distance_to_uniform: Of the last block's distribution, the least over prompts `[K]`: the
@@ -122,48 +129,55 @@ class HeldOutMeasurements:
         self.estimator, self.effect = estimator, effect
         self.check_rows, *_, self.sample_rows = store.config.rows
         self._store, self.numbers = store, list(prompts)
-        self._prompts: list[_Prompt] = []
         curves: dict[Policy, list[_Curve]] = {}
-        distances = []
-        block_size = store.config.block_size
+        distances, self._prompts = [], list[_Prompt]()
         for number in prompts:
-            record, names = store.prompts[number], map_names(store.config)
-            maps = {n: t.float().flatten(0, 1) for n, t in store.load(number, *names).items()}
-            prompt = self._prompt(maps, record.tokens, record.map_block)
+            maps = store.load(number, *map_names(store.config))
+            maps = {name: tensor.flatten(0, 1) for name, tensor in maps.items()}
+            prompt = self._prompt(store.prompts[number], maps)
             self._prompts.append(prompt)
-            policies = self._policies(maps, prompt.geometry, block_size)
-            for policy, (choose, work) in policies.items():
+            for policy, (choose, work) in self._policies(maps, prompt.geometry).items():
                 curves.setdefault(policy, []).append(prompt.measure(choose, work))
-            distances.append(_distance_to_uniform(maps[VERTICAL], prompt.geometry))
+            distances.append(_distance_to_uniform(maps[VERTICAL].float(), prompt.geometry))
         self.alone = {policy: _over_prompts(found, effect) for policy, found in curves.items()}
         self.distance_to_uniform = torch.stack(distances).min(0).values
         self.check_work = self._check_work(
-            [store.prompts[number].tokens for number in prompts], block_size
+            [store.prompts[number].tokens for number in prompts], store.config.block_size
         )
         self._measure_pivots(pivot_rows)
 
     def _measure_pivots(self, rows: int) -> None:
         """Measures every head under every head's pattern as a pivot of so many rows a block."""
         self.pivot_rows = rows
-        pairs, prompts = [], []
+        with_losses = self.effect is not None
+        sums = _PairSums(self.heads, with_losses=with_losses)
+        densities, prompts = list[Tensor](), list[_Prompt]()
         for number, prompt in zip(self.numbers, self._prompts, strict=True):
             if rows:
                 name = rows_key(rows)
-                maps = {name: self._store.load(number, name)[name].float().flatten(0, 1)}
-                pivot = self._smoothed(maps, prompt.geometry, rows)
+                maps = self._store.load(number, name)[name].flatten(0, 1)
+                choose = self._smoothed(maps, prompt.geometry, rows)
             else:
-                pivot = prompt.full
-            prompts.append(replace(prompt, pivot=pivot))
-            pairs.append(prompts[-1].measure_pairs(rows / (2 * self._store.config.block_size)))
+                choose = _by_threshold(prompt.full.transpose(0, 1), prompt.geometry)
+            since = torch.cat([choose(heads) for heads in _parts(self.heads, _HEADS)])
+            densities.append(_densities(since, prompt.geometry))
+            layer_heads = self._store.fingerprint.geometry.heads
+            for pairs in prompt.pairs(since, layer_heads, with_losses=with_losses):
+                sums.add(*pairs, is_first=not prompts)
+            prompts.append(replace(prompt, pivots=since[:, prompt.geometry.checked]))
         self._prompts = prompts
-        recalls = _over_prompts(pairs, self.effect)
-        self.pairs, self.worst_pairs = recalls.recall, recalls.worst_recall
-        self.pair_harm = recalls.harm
-        self.pivots = replace(
-            recalls,
+        self.pairs, self.worst_pairs = sums.recall.div_(len(prompts)), sums.worst
+        harm = None
+        if self.effect is not None:
+            assert sums.lost is not None
+            harm = sums.lost.div_(len(prompts)).mul_(self.effect[:, None])
+        self.pair_harm = harm
+        self.pivots = PolicyCurve(
             recall=self.pairs.diagonal(dim1=1, dim2=2),
             worst_recall=self.worst_pairs.diagonal(dim1=1, dim2=2),
-            harm=None if recalls.harm is None else recalls.harm.diagonal(dim1=1, dim2=2),
+            density=torch.stack(densities).mean(0),
+            work=rows / (2 * self._store.config.block_size),
+            harm=None if harm is None else harm.diagonal(dim1=1, dim2=2),
         )
 
     @property
@@ -178,14 +192,19 @@ class HeldOutMeasurements:
         return other
 
     def least_covered(self, head: int, pivot: int, gamma: float) -> float:
-        """Mass of a head's check inside a pivot's pattern, on the prompt where it is least."""
+        """Mass of a head's check inside a pivot's pattern, on the prompt where it is least.
+
+        Args:
+            head: Whose check it is.
+            pivot: Whose pattern.
+            gamma: One of `GAMMAS`.
+        """
         first = torch.zeros(1, dtype=torch.int64, device="cpu")
-        masses = []
-        for prompt in self._prompts:
-            pattern = prompt.patterns(prompt.pivot[pivot, None], gamma)
-            # The rows that the check looks at, here and in a prefill.
-            rows = prompt.geometry.checked
-            masses.append(covered_mass(prompt.check[head, None, rows], pattern[:, rows], first))
+        number = GAMMAS.index(gamma)
+        masses = [
+            covered_mass(prompt.check[head, None], prompt.pivots[pivot, None] <= number, first)
+            for prompt in self._prompts
+        ]
         return min(masses).item()
 
     def _check_work(self, tokens: Sequence[int], block_size: int) -> float:
@@ -196,61 +215,90 @@ class HeldOutMeasurements:
             shares.append(self.check_rows * blocks / (2 * n))
         return sum(shares) / len(shares)
 
-    def _prompt(self, maps: dict[str, Tensor], tokens: int, block_size: int) -> _Prompt:
+    def _prompt(self, record: PromptRecord, maps: dict[str, Tensor]) -> _Prompt:
         runtime = RuntimeConfig()
         geometry = Geometry(
-            tokens,
-            tokens,
+            record.tokens,
+            record.tokens,
             torch.device("cpu"),
-            block_size=block_size,
+            block_size=record.map_block,
             sink_blocks=runtime.sink_blocks,
             local_blocks=runtime.local_blocks,
         )
-        full = maps[FULL]
-        return _Prompt(geometry, full, full, maps[rows_key(self.check_rows)])
+        # The rows that the check looks at, here and in a prefill.
+        check = maps[rows_key(self.check_rows)][:, geometry.checked].float()
+        full = maps[FULL].transpose(0, 1).contiguous()
+        nothing = torch.empty(0, dtype=torch.uint8, device="cpu")
+        return _Prompt(geometry, full, check, pivots=nothing)
 
     def _policies(
-        self, maps: dict[str, Tensor], geometry: Geometry, block_size: int
+        self, maps: dict[str, Tensor], geometry: Geometry
     ) -> dict[Policy, tuple[_Choose, float]]:
-        """For each policy of a head alone its pattern at a gamma, and its selection work."""
-        half, reads = 2 * block_size, geometry.reads
+        """For each policy of a head alone its patterns, and its selection work."""
+        half = 2 * self._store.config.block_size
         sample, vertical, slash = maps[rows_key(self.sample_rows)], maps[VERTICAL], maps[SLASH]
         # The last rows read all keys, twice as many as a row does on average.
-        lines = min(block_size, geometry.n_query) / geometry.n_query
+        lines = min(self._store.config.block_size, geometry.n_query) / geometry.n_query
         found: dict[Policy, tuple[_Choose, float]] = {
             Policy.SAMPLED: (
-                lambda gamma: select_blocks(sample, gamma, **reads),
+                lambda heads: nested_row_blocks(sample[heads].float(), GAMMAS, geometry),
                 self.sample_rows / half,
             ),
             Policy.VERTICAL_SLASH: (
-                lambda gamma: vertical_slash_blocks(vertical, slash, gamma, **reads),
+                lambda heads: nested_lines(
+                    vertical[heads].float(), slash[heads].float(), GAMMAS, geometry
+                ),
                 lines,
             ),
         }
         rows = Smoothed.rows
         if rows_key(rows) in maps:
-            estimate = self._smoothed(maps, geometry, rows)
-            found[Policy.SMOOTHED] = (
-                lambda gamma: head_blocks(estimate, gamma, **reads)[0],
-                rows / half,
-            )
+            estimate = self._smoothed(maps[rows_key(rows)], geometry, rows)
+            found[Policy.SMOOTHED] = (estimate, rows / half)
         return found
 
-    def _smoothed(self, maps: dict[str, Tensor], geometry: Geometry, rows: int) -> Tensor:
-        """What a head that samples `rows` rows a block chooses from, `[K, n_q, n_k]`."""
+    def _smoothed(self, maps: Tensor, geometry: Geometry, rows: int) -> _Choose:
+        """The patterns of heads that sample `rows` rows a block, from maps `[K, n_q, n_k]`."""
         weights = line_weights(self.estimator, rows)
-        return smooth_maps(maps[rows_key(rows)], weights, **geometry.sizes)
+        return _by_threshold(maps, geometry, weights)
 
 
-# Patterns `[K, n_q, n_k]` of all heads at gammas float32 `[K]`.
-_Choose = Callable[[Tensor], Tensor]
+# Patterns of some heads at all gammas, as `nesting` gives them.
+_Choose = Callable[[slice], Tensor]
+# Number of a gamma, heads, pivots.
+_Place = tuple[int, slice, slice]
+
+
+def _by_threshold(maps: Tensor, geometry: Geometry, weights: LineWeights | None = None) -> _Choose:
+    """The blocks above one threshold a map, of maps `[K, n_q, n_k]` that are smoothed first."""
+
+    def choose(heads: slice) -> Tensor:
+        seen = maps[heads].float()
+        if weights is not None:
+            seen = smooth_maps(seen, weights, **geometry.sizes)
+        return nested_head_blocks(seen, GAMMAS, geometry)
+
+    return choose
+
+
+def _parts(count: int, size: int) -> list[slice]:
+    return [slice(start, min(start + size, count)) for start in range(0, count, size)]
+
+
+def _densities(since: Tensor, geometry: Geometry) -> Tensor:
+    """Blocks of patterns over causal blocks, float64 `[gammas, S]`."""
+    kinds = len(GAMMAS) + 1
+    place = torch.arange(len(since), device="cpu")[:, None, None] * kinds + since
+    counts = torch.bincount(place.flatten(), minlength=len(since) * kinds)
+    read = counts.view(len(since), kinds)[:, :-1].cumsum(1).T
+    return (read / geometry.causal_count).double()
 
 
 @dataclass(frozen=True)
 class _Curve:
     """Recall, density, and the mean square over query blocks of what is lost, of one prompt.
 
-    All are float64 `[gammas, ...]`; and selection work.
+    All are float64 `[gammas, K]`; and selection work.
     """
 
     recall: Tensor
@@ -259,60 +307,110 @@ class _Curve:
     work: float
 
 
+class _PairSums:
+    """Of every head under every pivot's pattern, over prompts, float64 `[gammas, K, K]`.
+
+    Args:
+        heads: K.
+        with_losses: Whether anybody asks for `lost`.
+
+    Attributes:
+        recall: The sum; 0 for pairs that nothing is added to.
+        worst: The least; likewise.
+        lost: Sum of the mean square over query blocks of what is lost; infinite for such pairs.
+    """
+
+    def __init__(self, heads: int, *, with_losses: bool) -> None:
+        self.recall = torch.zeros(len(GAMMAS), heads, heads, dtype=torch.float64, device="cpu")
+        self.worst = torch.zeros_like(self.recall)
+        self.lost = torch.full_like(self.recall, torch.inf) if with_losses else None
+
+    def add(self, place: _Place, recall: Tensor, lost: Tensor | None, *, is_first: bool) -> None:
+        """Adds some heads under some pivots' patterns at one gamma, of one prompt.
+
+        Args:
+            place: Number of the gamma, the heads, the pivots.
+            recall: Of these, float64 `[heads, pivots]`.
+            lost: Likewise.
+            is_first: Whether these pairs were not added to before.
+        """
+        if is_first:
+            self.recall[place] = self.worst[place] = recall
+        else:
+            self.recall[place] += recall
+            self.worst[place] = torch.minimum(self.worst[place], recall)
+        if self.lost is not None:
+            assert lost is not None
+            self.lost[place] = lost if is_first else self.lost[place] + lost
+
+
 @dataclass(frozen=True)
 class _Prompt:
-    """The maps of one prompt, float32 `[K, n_q, n_k]`: exact, of pivots, and of the check."""
+    """One prompt.
+
+    Attributes:
+        geometry: Of its maps.
+        full: Exact maps by query block, float16 `[n_q, K, n_k]`.
+        check: Maps of the check's rows, float32 `[K, m, n_k]`, m query blocks.
+        pivots: The pivots' patterns there, as `nesting` has them.
+    """
 
     geometry: Geometry
     full: Tensor
-    pivot: Tensor
     check: Tensor
-
-    def patterns(self, maps: Tensor, gamma: float) -> Tensor:
-        """What pivots of these maps give other heads at a gamma, bool `[S, n_q, n_k]`."""
-        return head_blocks(
-            maps,
-            torch.full((len(maps),), gamma, dtype=torch.float32, device="cpu"),
-            **self.geometry.reads,
-        )[0]
+    pivots: Tensor
 
     def measure(self, choose: _Choose, work: float) -> _Curve:
-        """Every head under a pattern of its own."""
-        every = torch.arange(len(self.full), device="cpu")
+        """Every head under patterns of its own."""
         recalls, densities, losses = [], [], []
-        for gamma in GAMMAS:
-            pattern = choose(torch.full((len(every),), gamma, dtype=torch.float32, device="cpu"))
-            recalls.append(covered_mass(self.full, pattern, every).double())
-            densities.append(self._density(pattern))
-            losses.append((self.full * ~pattern).sum(-1).square().mean(-1).double())
-        return _Curve(torch.stack(recalls), torch.stack(densities), torch.stack(losses), work)
+        for heads in _parts(self.full.shape[1], _HEADS):
+            since = choose(heads)
+            full = self.full[:, heads].transpose(0, 1).double()
+            by_gamma = full.new_zeros((*since.shape[:2], len(GAMMAS) + 1))
+            by_gamma.scatter_add_(2, since.long(), full)
+            # What the gammas add, from the last: all that lower ones lose.
+            lost = by_gamma.flip(2).cumsum(2).flip(2)[..., 1:]  # [S, n_q, gammas]
+            covered = full.sum(2, keepdim=True) - lost
+            recalls.append(covered.mean(1).clamp_(max=1).T)
+            losses.append(lost.square().mean(1).T)
+            densities.append(_densities(since, self.geometry))
+        return _Curve(torch.cat(recalls, 1), torch.cat(densities, 1), torch.cat(losses, 1), work)
 
-    def measure_pairs(self, work: float) -> _Curve:
-        """Every head under every head's pattern as a pivot: recall `[gammas, K, K]`."""
-        n_q = self.geometry.shape[0]
-        by_row = self.full.transpose(0, 1).contiguous()  # [n_q, K, n_k]
-        held = by_row.sum(-1, keepdim=True)  # [n_q, K, 1]
-        recalls, densities, losses = [], [], []
-        for gamma in GAMMAS:
-            pattern = self.patterns(self.pivot, gamma)
-            covered = torch.zeros(len(pattern), len(pattern), dtype=torch.float64, device="cpu")
-            lost = torch.zeros_like(covered)
-            # `covered_mass` of all pairs, as products, row by row.
-            for start in range(0, n_q, _PAIR_ROWS):
-                rows = slice(start, min(start + _PAIR_ROWS, n_q))
-                # Behind the diagonal there is nothing.
-                seen = slice(0, rows.stop)
-                read = pattern[:, rows, seen].permute(1, 2, 0).float()
-                inside = by_row[rows, :, seen] @ read  # [rows, K, K]: head, pivot
-                covered += inside.sum(0)
-                lost += (held[rows] - inside).clamp_(min=0).square_().sum(0)
-            recalls.append(covered.div_(n_q).clamp_(max=1))
-            losses.append(lost.div_(n_q))
-            densities.append(self._density(pattern))
-        return _Curve(torch.stack(recalls), torch.stack(densities), torch.stack(losses), work)
+    def pairs(
+        self, since: Tensor, layer_heads: int, *, with_losses: bool
+    ) -> Iterator[tuple[_Place, Tensor, Tensor | None]]:
+        """Every head under every pivot's pattern, but for heads of layers before the pivot's.
 
-    def _density(self, pattern: Tensor) -> Tensor:
-        return (pattern.sum((1, 2)) / self.geometry.causal_count).double()
+        Args:
+            since: The pivots' patterns, as `nesting` has them.
+            layer_heads: Heads of a layer.
+            with_losses: Whether losses are measured.
+
+        Yields:
+            What `_PairSums.add` takes, of every pair of heads and every gamma once.
+        """
+        n_q, heads, _ = self.full.shape
+        full = self.full.float()
+        held = full.sum(2).double().sum(0)[:, None]  # [K, 1]
+        since = since.permute(1, 2, 0).contiguous()  # [n_q, n_k, K]
+        for pivots in _parts(heads, _PIVOTS):
+            later = slice(pivots.start // layer_heads * layer_heads, heads)
+            shape = (_PAIR_ROWS, heads - later.start, pivots.stop - pivots.start)
+            products = torch.empty(shape, dtype=torch.float32, device="cpu")
+            for number in range(len(GAMMAS)):
+                lost = torch.zeros(shape[1:], dtype=torch.float64, device="cpu")
+                squares = torch.zeros_like(lost) if with_losses else None
+                for rows in _parts(n_q, _PAIR_ROWS):
+                    # Behind the diagonal there is nothing.
+                    seen = slice(0, rows.stop)
+                    unread = (since[rows, seen, pivots] > number).float()
+                    outside = products[: rows.stop - rows.start]
+                    torch.bmm(full[rows, later, seen], unread, out=outside)
+                    lost += outside.sum(0)
+                    if squares is not None:
+                        squares += outside.square_().sum(0)
+                recall = (held[later] - lost).div_(n_q).clamp_(max=1)
+                yield (number, later, pivots), recall, None if squares is None else squares / n_q
 
 
 def _distance_to_uniform(vertical: Tensor, geometry: Geometry) -> Tensor:

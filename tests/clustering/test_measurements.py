@@ -8,6 +8,7 @@ import torch
 from shareprefill.artifact import Policy
 from shareprefill.calib.pipeline import capture_maps
 from shareprefill.calib.store import MapStore
+from shareprefill.clustering import measurements
 from shareprefill.clustering.measurements import GAMMAS, HeldOutMeasurements
 from shareprefill.config import CalibrateConfig
 from shareprefill.runtime.ops.blocks import always_blocks, causal_blocks
@@ -125,6 +126,52 @@ def test_stores_of_other_rows_are_read(tmp_path_factory: pytest.TempPathFactory)
     assert (evidence.check_rows, evidence.sample_rows, evidence.pivot_rows) == (1, 32, 32)
     # Two rows were not captured.
     assert set(evidence.alone) == {Policy.SAMPLED, Policy.VERTICAL_SLASH}
+
+
+def test_pairs_in_parts(store: MapStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in one, but that later layers' patterns need not be measured on earlier layers' heads."""
+    heads = store.fingerprint.geometry.heads
+    effect = torch.rand(len(store.layers) * heads, dtype=torch.float64)
+
+    def measured() -> HeldOutMeasurements:
+        return HeldOutMeasurements(store, [0, 2], 2, estimator={}, effect=effect)
+
+    whole = measured()
+    monkeypatch.setattr(measurements, "_HEADS", 5)
+    monkeypatch.setattr(measurements, "_PIVOTS", 3)
+    monkeypatch.setattr(measurements, "_PAIR_ROWS", 5)
+    parts = measured()
+    layer = torch.arange(len(effect)) // heads
+    of_block = torch.arange(len(effect)) // 3 * 3 // heads  # the first layer of a part's pivots
+    is_later = layer[:, None] >= of_block
+    assert whole.pair_harm is not None
+    assert parts.pair_harm is not None
+    assert not is_later.all()
+    for name, missing in (("pairs", 0.0), ("worst_pairs", 0.0), ("pair_harm", torch.inf)):
+        expected = getattr(whole, name).masked_fill(~is_later, missing)
+        torch.testing.assert_close(getattr(parts, name), expected, rtol=1e-5, atol=1e-6)
+    for name in ("recall", "worst_recall", "density", "harm"):
+        for own, all_at_once in (
+            (parts.pivots, whole.pivots),
+            *zip(parts.alone.values(), whole.alone.values(), strict=True),
+        ):
+            torch.testing.assert_close(getattr(own, name), getattr(all_at_once, name))
+
+
+def test_harm_is_the_mean_square_of_what_is_lost(store: MapStore) -> None:
+    effect = torch.rand(len(store.layers) * store.fingerprint.geometry.heads, dtype=torch.float64)
+    evidence = HeldOutMeasurements(store, [0, 2], 0, estimator={}, effect=effect)
+    g, lost = GAMMAS.index(0.8), []
+    for number in (0, 2):
+        maps, causal, always = _of_prompt(store, number)
+        pattern = (head_pattern(maps["full"], 0.8) | always) & causal
+        outside = (maps["full"][:, None] * ~pattern[None]).sum(-1)  # [head, pivot, n_q]
+        lost.append(outside.square().mean(-1).double())
+    expected = torch.stack(lost).mean(0) * effect[:, None]
+    assert evidence.pair_harm is not None
+    assert evidence.pivots.harm is not None
+    torch.testing.assert_close(evidence.pair_harm[g], expected, rtol=1e-5, atol=1e-8)
+    torch.testing.assert_close(evidence.pivots.harm[g], expected.diagonal(), rtol=1e-5, atol=1e-8)
 
 
 def _of_prompt(store: MapStore, number: int) -> tuple[dict[str, Any], torch.Tensor, torch.Tensor]:
