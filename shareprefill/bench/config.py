@@ -108,7 +108,7 @@ class ServeBenchConfig:
         rates: Requests a second.
         prompts: Requests of each kind at each length and rate.
         output_tokens: Tokens that every request generates.
-        seed: Of the prompts; another one makes prompts that the server has not seen.
+        seed: Of the prompts and of the times at which they come.
     """
 
     model: str

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from uuid import uuid4
 
 from shareprefill.bench.config import ServeBenchConfig
 from shareprefill.errors import DataError, UnsupportedError
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 DENSE, SHARED = KINDS = ("dense", "shared")
-_OFF = json.dumps({"vllm_xargs": {"shareprefill": "off"}})
+_SWITCHES: dict[str, Any] = {DENSE: {"vllm_xargs": {"shareprefill": "off"}}, SHARED: {}}
 # Of vLLM's results, by ours.
 _FIGURES = {
     "first_token_ms": "median_ttft_ms",
@@ -72,7 +73,7 @@ class ServeRow:
 
 
 def run_serve_bench(config: ServeBenchConfig, run: RunVllm | None = None) -> Iterator[ServeRow]:
-    """Runs every load, dense and shared one after the other.
+    """Runs every load, dense and shared one after the other, with the same prompts at equal times.
 
     Args:
         config: The server and the loads.
@@ -90,9 +91,8 @@ def run_serve_bench(config: ServeBenchConfig, run: RunVllm | None = None) -> Ite
     for tokens in config.lengths:
         for rate in config.rates:
             for attention in KINDS:
-                # No prompt comes again: it would be found in the prefix cache.
-                seed += 1
                 yield _row(config, tokens, rate, attention, seed, run)
+            seed += 1
 
 
 def _row(
@@ -108,13 +108,13 @@ def _row(
             "--request-rate": rate,
             "--num-prompts": config.prompts,
             "--seed": seed,
+            # Nothing of another run's prompts is to be found in the prefix cache.
+            "--extra-body": json.dumps({"cache_salt": uuid4().hex} | _SWITCHES[attention]),
             "--result-dir": folder,
             "--result-filename": "result.json",
         }
         if config.served_name is not None:
             options["--served-model-name"] = config.served_name
-        if attention == DENSE:
-            options["--extra-body"] = _OFF
         pairs = [word for pair in options.items() for word in map(str, pair)]
         run(["--ignore-eos", "--save-result", "--disable-tqdm", *pairs])
         found = json.loads((Path(folder) / "result.json").read_text(encoding="utf-8"))

@@ -32,7 +32,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, str]]:
     def run(arguments: list[str]) -> None:
         options = dict(zip(arguments[3::2], arguments[4::2], strict=True))
         found.append(options)
-        slower = 2 if "--extra-body" in options else 1
+        slower = 2 if "vllm_xargs" in options["--extra-body"] else 1
         result: dict[str, Any] = {"completed": int(options["--num-prompts"])}
         result |= {"median_ttft_ms": 1000 * slower, "p99_ttft_ms": 3000, "median_itl_ms": 20}
         result |= {"p99_itl_ms": 50, "request_throughput": 1.5, "output_throughput": 96 / slower}
@@ -49,18 +49,24 @@ def test_every_load_is_sent_dense_and_shared(calls: list[dict[str, str]], tmp_pa
     assert result.exit_code == 0, result.output
     loads = [(call["--random-input-len"], call["--request-rate"]) for call in calls]
     assert loads == [(n, r) for n in ("1024", "2048") for r in ("0.5", "2.0") for _ in (0, 1)]
+    bodies = [json.loads(call["--extra-body"]) for call in calls]
+    # Nothing is found in the prefix cache, not by a second call either.
+    salts = [body.pop("cache_salt") for body in bodies]
+    assert len(set(salts)) == len(calls)
+    assert bodies == [{"vllm_xargs": {"shareprefill": "off"}}, {}] * 4
     for dense, shared in zip(calls[::2], calls[1::2], strict=True):
-        assert json.loads(dense["--extra-body"]) == {"vllm_xargs": {"shareprefill": "off"}}
-        assert "--extra-body" not in shared
+        # The same prompts at the same times.
+        assert dense["--seed"] == shared["--seed"]
         assert shared["--served-model-name"] == "n"
         assert (shared["--model"], shared["--base-url"]) == ("m", "http://there:1")
-    assert len({call["--seed"] for call in calls}) == len(calls)
+    assert len({call["--seed"] for call in calls}) == 4
     rows = [line.split() for line in result.stdout.splitlines() if "dense" in line]
     assert [row[3] for row in rows] == ["2.000"] * 4
     assert "<svg" in picture.read_text()
     for label in ("1024 tokens, dense", "2048 tokens, shared", "requests a second"):
         assert label in picture.read_text()
     values = json.loads(bench_serve(*SMALL, "--json").stdout)
+    assert json.loads(calls[8]["--extra-body"])["cache_salt"] not in salts
     assert [v["first_token_ms"] for v in values] == [2000, 1000] * 4
 
 
