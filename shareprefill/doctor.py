@@ -202,13 +202,14 @@ def _pages(implementation: str, size: int, is_chosen: bool = False) -> Check:
 def _crossover(found: Crossover) -> list[Check]:
     """From where on prefills, and up to which density heads, are sparse, and who says so."""
     measured = f"; measured on {found.source}"
+    smaller = "" if found.width is None else ", longer ones too of smaller layers"
     if not found.is_measured:
         measured += ", not on this kind of device"
     return [
         Check(
             "crossover",
             f"{found.tokens} tokens",
-            f"shorter prompts run dense by themselves{measured}",
+            f"shorter prompts run dense by themselves{smaller}{measured}",
         ),
         Check(
             "crossover",

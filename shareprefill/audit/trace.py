@@ -121,8 +121,9 @@ def trace_page(
     )
     heads = trace_heads(artifact, config, report, device)
     if not heads:
-        least = config.min_tokens
-        least = crossover(torch.device(device)).tokens if least is None else least
+        least, sizes = config.min_tokens, artifact.fingerprint.geometry
+        if least is None:
+            least = crossover(torch.device(device)).tokens_of(sizes.heads, sizes.head_dim)
         page.verdict(
             f"Everything ran dense: no prefill had {least:,} tokens, from which on sharing pays on "
             "this device. sp run --min-tokens 0 shares from the first block on.",

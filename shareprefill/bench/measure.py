@@ -17,7 +17,7 @@ from shareprefill.bench.shapes import build_shape, layers_of
 from shareprefill.bench.synthetic import synthetic_artifact
 from shareprefill.config import RuntimeConfig
 from shareprefill.errors import ConfigError
-from shareprefill.models import fingerprint, load_model, load_tokenizer, resolve_device
+from shareprefill.models import fingerprint, geometry, load_model, load_tokenizer, resolve_device
 from shareprefill.runtime.crossover import crossover
 from shareprefill.runtime.generation import chunk_tokens, encode_prompt, prefill
 from shareprefill.runtime.session import Session
@@ -209,7 +209,8 @@ class _Bench:
 
     def notes(self, rows: list[BenchRow]) -> tuple[str, ...]:
         """What the rows do not say of themselves."""
-        least = crossover(self.device).tokens
+        sizes = geometry(self.model)
+        least = crossover(self.device).tokens_of(sizes.heads, sizes.head_dim)
         found = [
             f"times: medians of {self.repeats} prefills, dense and shared in turns",
             "dense: the model's own attention (torch SDPA)",

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from shareprefill.autoencoder.pipeline import Training
     from shareprefill.calib.store import MapStore
     from shareprefill.config import RuntimeConfig
+    from shareprefill.models import ModelGeometry
     from shareprefill.runtime.answering import Answer
     from shareprefill.runtime.report import SessionReport
 
@@ -90,7 +91,8 @@ def judge_artifact(artifact: Artifact, path: Path) -> Verdict:
         if further:
             sentences[-1] += f", and {prompt_count(len(further))} that are not ({_listed(further)})"
         sentences[-1] += "."
-        warnings += [*_thin(tokens), *_narrow(calibration.get("data", ()))]
+        thin = _thin(tokens, artifact.fingerprint.geometry)
+        warnings += [*thin, *_narrow(calibration.get("data", ()))]
     else:
         sentences[-1] += "; on which prompts, the artifact does not say."
     run = f"sp run PROMPT.txt --artifact {shlex.quote(printable(path))} --compare-dense --recall"
@@ -102,7 +104,7 @@ def judge_calibration(store: MapStore, training: Training, folder: Path) -> Verd
     tokens = [prompt.tokens for prompt in store.prompts]
     held_out = [tokens[number] for number in training.split.held_out]
     sources = [prompt.source for prompt in store.prompts]
-    warnings = [*_thin(held_out), *_narrow(store.config.data)]
+    warnings = [*_thin(held_out, store.fingerprint.geometry), *_narrow(store.config.data)]
     short = sum(n < _SHORTER * store.config.length for n in tokens)
     if short:
         warnings.append(
@@ -147,7 +149,7 @@ def _crossover(result: Answer, config: RuntimeConfig) -> tuple[int, str]:
     if config.min_tokens is not None:
         return config.min_tokens, "as --min-tokens says"
     known = crossover(torch.device(result.device))
-    return known.tokens, f"measured on {known.source}"
+    return result.least_tokens, f"measured on {known.source}"
 
 
 def planned_and_taken(
@@ -187,7 +189,7 @@ def judge_recall(measured: float, promised: float) -> str:
     return f"recall {measured:.3f}, {verdict}: held-out prompts had {promised:.3f}"
 
 
-def _thin(tokens: Sequence[int]) -> list[str]:
+def _thin(tokens: Sequence[int], sizes: ModelGeometry) -> list[str]:
     """Why held-out prompts are few, or too short to say much."""
     import torch
 
@@ -200,7 +202,7 @@ def _thin(tokens: Sequence[int]) -> list[str]:
             "new ones lies below the worst of them; sp calibrate --samples 24 holds 8 out"
         )
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    least = crossover(torch.device(device)).tokens
+    least = crossover(torch.device(device)).tokens_of(sizes.heads, sizes.head_dim)
     if max(tokens) < least:
         warnings.append(
             f"prompts this short run dense by themselves here, below {least:,} tokens: calibrate "

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from shareprefill.artifact import Artifact, model_to_load
@@ -53,6 +54,7 @@ class Answer:
         measured: Of the prefill that measured recall; None where not asked for.
         sketches: Its maps and patterns by layer, where asked for.
         device: Where the model reads its prompt.
+        least_tokens: Tokens from which on a prompt is computed sparsely there.
         weights_distance: Relative distance of the model's attention weights from those that the
             artifact was made for, in the worst layer; 0 where they are equal.
     """
@@ -67,6 +69,7 @@ class Answer:
     measured: SessionReport | None = None
     sketches: dict[int, Sketch] | None = None
     device: str = "cpu"
+    least_tokens: int = 0
     weights_distance: float = 0.0
 
     @property
@@ -200,6 +203,7 @@ def answer(
             measured=measured,
             sketches=sketches,
             device=where,
+            least_tokens=session.least_tokens(torch.device(where)),
             weights_distance=session.weights_distance,
         )
     begin("running dense attention")
@@ -225,6 +229,7 @@ def answer(
         measured=measured,
         sketches=sketches,
         device=where,
+        least_tokens=session.least_tokens(torch.device(where)),
         weights_distance=session.weights_distance,
     )
 

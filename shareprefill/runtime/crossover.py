@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import re
@@ -22,8 +23,8 @@ from shareprefill.files import atomic_write_text, kind_of, locked_output, make_f
 
 # Names the file of `sp tune`; set to nothing, no file is read.
 TABLE_VARIABLE = "SHAREPREFILL_CROSSOVERS"
-# Dense attention of a session; others are named as vLLM names its backends.
-SDPA = "SDPA"
+# Dense attention of a session, and its decode steps; others are named as vLLM names its backends.
+SDPA, DECODING = "SDPA", "decode steps"
 _FORMAT = "shareprefill crossovers 1"
 
 
@@ -37,27 +38,46 @@ class Crossover:
             pattern takes more time, or so little less that it is not worth what it loses.
         source: What it was measured on.
         is_measured: Whether that is this kind of device.
+        width: Query heads times their dimension of the layer that was measured, where smaller ones
+            need longer prompts; None: the tokens hold whatever the model.
     """
 
     tokens: int
     density: float
     source: str
     is_measured: bool = True
+    width: int | None = None
+
+    def tokens_of(self, heads: int, head_dim: int) -> int:
+        """Keys below which a prefill runs dense, of layers of so many query heads in a process.
+
+        Choosing patterns takes the host the same for heads of any number and size. So smaller ones
+        need as much dense work as was measured: heads times dimension times the tokens' square.
+        """
+        width = heads * head_dim
+        if self.width is None or width >= self.width:
+            return self.tokens
+        return math.isqrt(self.tokens**2 * self.width // width)
 
 
 # End to end sp-ref gains from 4K tokens on and sp-tiny between 4K and 8K; a block takes 1.5 times
 # as long as in dense attention.
 _CPU = Crossover(5120, 0.6, "2 CPU cores, sp-ref and sp-tiny, end to end")
-# Choosing patterns takes 2.3 to 2.8 ms of host time a layer, dense attention 2.0 ms at 12K tokens
-# and 3.4 at 16K. Between the linear layers of a model of 8B, which hide that time, sharing gains
-# from 6K on; other models have smaller ones. A block takes about as long as in dense attention,
-# but with 0.95 for 0.7 sp-ref's artifact of most sharing heads loses 6.7 points of retr_kv for .010
-# of density (docs/findings-record.md).
+# Layer after layer, sharing takes .34 to .42 ms at 6K tokens and .28 to .36 at 4K, the best dense
+# attention .47 and .22. A block takes about as long as in dense attention, but with 0.95 for 0.7
+# sp-ref's artifact of most sharing heads loses 6.7 points of retr_kv for .010 of density
+# (docs/findings-record.md).
 _HOPPER = Crossover(
-    16384, 0.7, "one H100: a layer of 32 heads, D=128 (30d13c9), and sp-ref's answers (5e089ea)"
+    6144,
+    0.7,
+    "one H200: a layer of 32 heads, D=128 (6b73ebe), and sp-ref's answers (5e089ea)",
+    width=32 * 128,
 )
-# By the first number of the compute capability.
-_GPUS = {9: _HOPPER}
+# In vLLM an 8B model gained 4 % at 8K and 19 % at 16K, and lost 8 % at 4K (docs/vllm.md). Decode
+# steps were not measured for it.
+_HOPPER_OTHERS = replace(_HOPPER, tokens=16384, source="one H200: vLLM 0.24, an 8B shape (d708706)")
+# By the first number of the compute capability: against a session's dense attention, and others.
+_GPUS = {9: (_HOPPER, _HOPPER_OTHERS)}
 
 
 @lru_cache(maxsize=64)
@@ -72,7 +92,7 @@ def crossover(device: torch.device, backend: str = SDPA) -> Crossover:
         ConfigError: the environment names a table that is not there.
         DataError: the table of `sp tune` cannot be read.
     """
-    known = _known(device)
+    known = _known(device, backend)
     path = table_path()
     entry = None if path is None else _entries(path).get(device_name(device), {}).get(backend)
     if entry is None:
@@ -154,14 +174,15 @@ def _processor() -> str:
     return named[1].strip() if named else platform.processor() or platform.machine()
 
 
-def _known(device: torch.device) -> Crossover:
+def _known(device: torch.device, backend: str) -> Crossover:
     if device.type == "cpu":
         return _CPU
+    place = int(backend != SDPA)
     if device.type == "cuda":
         found = _GPUS.get(torch.cuda.get_device_capability(device)[0])
         if found is not None:
-            return found
-    return replace(_HOPPER, is_measured=False)
+            return found[place]
+    return replace(_GPUS[9][place], is_measured=False)
 
 
 def _entries(path: Path) -> dict[str, dict[str, Any]]:

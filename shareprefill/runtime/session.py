@@ -7,6 +7,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -21,7 +22,7 @@ from shareprefill.models import fingerprint, geometry, text_decoder
 from shareprefill.policy_names import POLICIES, WITHOUT_ARTIFACT
 from shareprefill.runtime.attachment import Attachment, latest
 from shareprefill.runtime.core import SequenceState, SparsePrefill
-from shareprefill.runtime.crossover import crossover
+from shareprefill.runtime.crossover import DECODING, SDPA, crossover
 from shareprefill.runtime.decoding import SparseDecoding
 from shareprefill.runtime.interface import (
     AttentionCall,
@@ -64,7 +65,7 @@ class Session:
         shard = head_shard(model)
         plan = _plan_of(model, artifact, config)
         heads = shard and shard.heads(len(plan.layers[0]))
-        self.prefill = SparsePrefill(plan, heads, shard)
+        self.prefill, self._head_dim = SparsePrefill(plan, heads, shard), geometry(model).head_dim
         self.steps = _steps_of(model, artifact, config, self)
         self.measure_recall = measure_recall or keep_maps
         self.keep_maps = keep_maps
@@ -255,10 +256,12 @@ class Session:
             return False
         return self._pass.is_warm_up or keys >= self.least_tokens(device)
 
-    def least_tokens(self, device: torch.device) -> int:
-        """Tokens from which on a sequence is computed sparsely."""
+    def least_tokens(self, device: torch.device, backend: str = SDPA) -> int:
+        """Tokens from which on a sequence is computed sparsely, rather than by such attention."""
         least = self.config.min_tokens
-        return crossover(device).tokens if least is None else least
+        if least is not None:
+            return least
+        return crossover(device, backend).tokens_of(len(self.prefill.heads), self._head_dim)
 
     def _book_requested(self, layer: int, n_query: int) -> None:
         if n_query > 1:
@@ -295,7 +298,8 @@ def _steps_of(
         effect = effect[:, session.prefill.heads.start : session.prefill.heads.stop]
     density = DECODE_DENSITY if config.decode_density is None else config.decode_density
     decoding = SparseDecoding(density=density, effect=effect)
-    return DecodeSteps(text_decoder(model), decoding, session.least_tokens)
+    least_tokens = partial(session.least_tokens, backend=DECODING)
+    return DecodeSteps(text_decoder(model), decoding, least_tokens)
 
 
 _States = dict[tuple[int, int], SequenceState]

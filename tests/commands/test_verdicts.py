@@ -18,6 +18,7 @@ from shareprefill.commands.verdicts import (
     why_dense,
 )
 from shareprefill.config import RuntimeConfig
+from shareprefill.models import ModelGeometry
 from tests.support.tiny import tiny_artifact, tiny_llama, token_ids
 
 P, S, R = Policy.PIVOT, Policy.SHARE, Policy.SAMPLED
@@ -83,7 +84,11 @@ def test_inspect_tells_data_lengths_and_target(capsys: pytest.CaptureFixture[str
 
 def calibration(tokens: list[int], data: tuple[str, ...] = ("mixture",)) -> Any:
     prompts = [SimpleNamespace(tokens=n, source="text") for n in tokens]
-    return SimpleNamespace(prompts=prompts, config=SimpleNamespace(length=8192, data=data))
+    return SimpleNamespace(
+        prompts=prompts,
+        config=SimpleNamespace(length=8192, data=data),
+        fingerprint=SimpleNamespace(geometry=ModelGeometry(2, 32, 8, 128)),
+    )
 
 
 def training(held_out: int, *, head_mean: float = 0.2) -> Any:
@@ -111,6 +116,7 @@ def answered(prefills: int = 0, tokens: int = 100) -> Any:
         report=SimpleNamespace(prefills=prefills),
         generation=SimpleNamespace(prompt_tokens=tokens),
         device="cpu",
+        least_tokens=4321,
     )
 
 
@@ -120,7 +126,10 @@ def test_a_dense_run_says_why() -> None:
     assert words is not None
     assert "100 tokens are fewer than 300" in words
     assert "--min-tokens 0" in words
-    assert "measured on" in (why_dense(answered(), RuntimeConfig()) or "")
+    words = why_dense(answered(), RuntimeConfig())
+    assert words is not None
+    assert "fewer than 4,321" in words
+    assert "measured on" in words
     assert "--policy dense" in (why_dense(answered(), RuntimeConfig(policy="dense")) or "")
     assert "sp doctor" in (why_dense(answered(tokens=10**6), RuntimeConfig()) or "")
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,11 @@ import torch
 
 from shareprefill.doctor import _crossover, _pages
 from shareprefill.errors import ConfigError, DataError
+from shareprefill.models import geometry
+from shareprefill.runtime import crossover as crossovers
 from shareprefill.runtime.crossover import crossover, save_crossover
+from shareprefill.runtime.session import share_prefill
+from tests.support.tiny import tiny_llama
 
 
 def test_kinds_of_devices_have_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -18,6 +23,7 @@ def test_kinds_of_devices_have_their_own(monkeypatch: pytest.MonkeyPatch) -> Non
         cpu, hopper, other, meta = map(
             crossover, map(torch.device, ("cpu", "cuda:0", "cuda:1", "meta"))
         )
+        engine = crossover(torch.device("cuda:0"), "FLASH_ATTN")
     finally:
         crossover.cache_clear()
     assert cpu != hopper
@@ -26,11 +32,36 @@ def test_kinds_of_devices_have_their_own(monkeypatch: pytest.MonkeyPatch) -> Non
     assert not other.is_measured
     assert meta == other
     assert (other.tokens, other.density) == (hopper.tokens, hopper.density)
-    assert "H100" in hopper.source
+    assert "6b73ebe" in hopper.source
+    assert engine.tokens > hopper.tokens
+    assert "vLLM" in engine.source
     for check in _crossover(hopper):
         assert check.detail.endswith(f"measured on {hopper.source}")
     for check in _crossover(other):
         assert check.detail.endswith("not on this kind of device")
+
+
+def test_smaller_layers_need_longer_prompts_for_as_much_work(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    known = crossovers.Crossover(600, 0.7, "a test", width=4096)
+    # Work is heads times dimension times tokens squared.
+    assert [known.tokens_of(*sizes) for sizes in ((64, 128), (32, 128), (32, 32))] == [
+        600,
+        600,
+        1200,
+    ]
+    assert replace(known, width=None).tokens_of(1, 32) == 600
+    monkeypatch.setattr(crossovers, "_CPU", known)
+    monkeypatch.setenv("SHAREPREFILL_CROSSOVERS", "")
+    crossover.cache_clear()
+    try:
+        session = share_prefill(tiny_llama(), policy="smoothed")
+        model = geometry(session.model)
+        least = session.least_tokens(torch.device("cpu"))
+        assert least == known.tokens_of(model.heads, model.head_dim) > 600
+    finally:
+        crossover.cache_clear()
 
 
 @pytest.mark.parametrize(
