@@ -72,6 +72,20 @@ def test_the_three_commands(work: Path, sp: Sp, tmp_path: Path) -> None:
     assert f"{facts['prompt_tokens']} prompt tokens" in out.splitlines()[-1]
 
 
+def test_sparse_steps_are_compared_with_dense_ones(work: Path, sp: Sp, tmp_path: Path) -> None:
+    (tmp_path / "prompt.txt").write_text("A line of text that is read. " * 60)
+    options = ["--artifact", work / "clusters.st", "--model", work / "model", "--min-tokens", "0"]
+    options += ["--max-new-tokens", 5, "--policy", "dense", "--decode", "sparse", "--compare-dense"]
+    code, out, _ = sp("run", *options, "prompt.txt", "--json")
+    facts = json.loads(out)
+    assert code == 0
+    assert facts["kl"] < 1e-9 < facts["answer_kl"]
+    assert 0 <= facts["answer_top1_agreement"] <= 1
+    code, out, _ = sp("run", *options, "prompt.txt")
+    assert code == 0
+    assert "KL of the answer's steps" in " ".join(out.split())
+
+
 def test_no_speedup_where_nothing_was_sparse(work: Path, sp: Sp, tmp_path: Path) -> None:
     (tmp_path / "prompt.txt").write_text("A line of text that is read. " * 60)
     options = ["--artifact", work / "clusters.st", "--model", work / "model", "--max-new-tokens", 2]

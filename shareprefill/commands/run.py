@@ -203,6 +203,11 @@ def finish_run(
             f"the same first choice at {facts['top1_agreement']:.1%} of the positions",
             f"relative error of the last hidden state {facts['hidden_error']:.2e}",
         ]
+        if result.steps is not None:
+            parts += [
+                f"KL of the answer's steps {facts['answer_kl']:.2e} nats",
+                f"the same first choice at {facts['answer_top1_agreement']:.1%} of them",
+            ]
         show_line(" | ".join(parts))
 
 
@@ -262,5 +267,10 @@ def _run_facts(result: Answer, config: RuntimeConfig, artifact: Artifact | None)
             "speedup": result.speedup,
             "hidden_error": result.hidden_error,
             "same_answer": result.same_answer,
+        }
+    if result.steps is not None:
+        facts |= {
+            "answer_kl": result.steps.mean_kl,
+            "answer_top1_agreement": result.steps.top1_agreement,
         }
     return facts

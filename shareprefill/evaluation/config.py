@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from shareprefill.config import BLOCK_SIZES, RuntimeConfig, Stage
+from shareprefill.config import BLOCK_SIZES, Decode, RuntimeConfig, Stage
 from shareprefill.errors import ConfigError, require
 from shareprefill.policy_names import current_policy, require_no_plan
 
@@ -53,6 +53,10 @@ class EvalConfig(Stage):
             prompts. Of several, the times are those of a shared device.
         others: Paths of further artifacts of the model. Policy `auto` is then run as each artifact
             plans it, whatever the gammas; all else comes from the first.
+        decode: How the steps of answers attend under the policies: `dense`, or `sparse`, each step
+            and KV head few key blocks. Of `dense` among the policies, prefills stay dense then.
+        decode_density: With `sparse`, blocks read over all blocks, mean over steps, layers and
+            heads; None: 0.2.
     """
 
     artifact: str | None = None
@@ -72,6 +76,8 @@ class EvalConfig(Stage):
     cut_middle: bool = False
     workers: int = 1
     others: tuple[str, ...] = ()
+    decode: Decode = "dense"
+    decode_density: float | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "policies", tuple(map(current_policy, self.policies)))
@@ -97,6 +103,12 @@ class EvalConfig(Stage):
         require(self.bins >= 1, "bins", self.bins, "at least 1")
         require(self.workers >= 1, "workers", self.workers, "at least 1")
         self.runtimes()
+        reads = all(task.partition(":")[0] == PERPLEXITY for task in self.tasks)
+        if self.decode == "sparse" and reads:
+            raise ConfigError(
+                "decode = 'sparse' is for answers, and the tasks only read: name a task that asks, "
+                f"as {DEFAULT_TASKS[0]}, or leave it out"
+            )
 
     @property
     def repeats(self) -> int:
@@ -128,15 +140,18 @@ class EvalConfig(Stage):
                     "gamma": gamma,
                     "min_tokens": 0,
                     "max_density": self.max_density,
+                    "decode": self.decode,
+                    "decode_density": self.decode_density,
                 }
             )
             for policy in self.policies
-            if policy != DENSE
+            if policy != DENSE or self.decode == "sparse"
             for gamma in self._gammas_of(policy)
         ]
 
     def _gammas_of(self, policy: str) -> tuple[float | None, ...]:
         is_planned = policy == "auto" and self.others
+        is_planned = is_planned or policy == DENSE
         return (None,) if is_planned or not self.gammas else self.gammas
 
 

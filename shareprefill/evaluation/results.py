@@ -81,6 +81,10 @@ class Cell:
             positions of the prompts; None unless measured.
         top1_agreement: Share of the positions whose most likely next token is dense attention's.
         bins: Perplexity by position; empty for other tasks.
+        answer_kl: With sparse decode steps, the KL divergence of the steps that follow dense
+            attention's answer, prefill and all, in nats a step; None unless measured.
+        answer_agreement: Share of these steps with dense attention's most likely next token.
+        decode_density: Blocks that decode steps read over all; None of dense ones.
     """
 
     task: str
@@ -105,6 +109,9 @@ class Cell:
     kl: Estimate | None = None
     top1_agreement: Estimate | None = None
     bins: tuple[Bin, ...] = ()
+    answer_kl: Estimate | None = None
+    answer_agreement: Estimate | None = None
+    decode_density: Estimate | None = None
 
     @property
     def effective_density(self) -> float:
@@ -150,6 +157,11 @@ def label(policy: str, settings: Mapping[str, Any]) -> str:
     return ", ".join([policy, *(f"{name} {value}" for name, value in settings.items())])
 
 
+def is_baseline(policy: str, settings: Mapping[str, Any]) -> bool:
+    """Whether it is dense attention, decode steps and all."""
+    return policy == DENSE and not settings
+
+
 def line(policy: str, settings: Mapping[str, Any]) -> str:
     """The line of a frontier that a policy with its settings is a point of.
 
@@ -182,7 +194,7 @@ def make_cell(
         outcomes: Its outcomes, one for every prompt.
         dense: Dense attention's, of the same prompts.
     """
-    is_dense = policy == DENSE
+    is_dense = is_baseline(policy, settings)
     recalls = _recalls(outcomes)
     score, difference = _score(metric, outcomes, dense)
     return Cell(
@@ -210,6 +222,9 @@ def make_cell(
         kl=_of_all([o.kl for o in outcomes]),
         top1_agreement=_of_all([o.top1_agreement for o in outcomes]),
         bins=_bins(length, outcomes, dense, is_dense=is_dense),
+        answer_kl=_of_some([o.answer_kl for o in outcomes]),
+        answer_agreement=_of_some([o.answer_agreement for o in outcomes]),
+        decode_density=_of_some([o.decode_density for o in outcomes]),
     )
 
 
@@ -257,6 +272,12 @@ def _of_all(
     """A statistic over prompts; None unless all of them have a value."""
     measured = [value for value in values if value is not None]
     return bootstrap(measured, statistic) if len(measured) == len(values) else None
+
+
+def _of_some(values: Sequence[float | None]) -> Estimate | None:
+    """The mean over the prompts that have a value; None where none has."""
+    measured = [value for value in values if value is not None]
+    return bootstrap(measured) if measured else None
 
 
 def _speedup(outcomes: Sequence[Outcome]) -> Estimate | None:
@@ -308,6 +329,9 @@ class Summary:
         attention_error: Relative error of the attention output, mean over layers.
         ttft_s: Seconds to the first token; None unless measured.
         speedup: Dense attention's time over ours; None where nothing was sparse or timed.
+        answer_kl: As in `Cell`.
+        answer_agreement: As in `Cell`.
+        decode_density: As in `Cell`.
     """
 
     policy: str
@@ -325,6 +349,9 @@ class Summary:
     speedup: float | None
     kl: float | None = None
     top1_agreement: float | None = None
+    answer_kl: float | None = None
+    answer_agreement: float | None = None
+    decode_density: float | None = None
 
     @property
     def effective_density(self) -> float:
@@ -385,7 +412,8 @@ class Evaluation:
         return html_table(self._title(), *self._short_table())
 
     def _title(self) -> str:
-        prompts = sum(cell.prompts for cell in self.cells if cell.policy == DENSE)
+        dense = (cell for cell in self.cells if is_baseline(cell.policy, cell.settings))
+        prompts = sum(cell.prompts for cell in dense)
         return f"{self.context['model']} on {self.context['device']}, {prompt_count(prompts)}"
 
     def _short_table(self) -> tuple[list[str], list[list[str]]]:
@@ -396,6 +424,8 @@ class Evaluation:
             "recall": lambda found: found.recall,
             "density": lambda found: found.effective_density,
             "speedup": lambda found: found.speedup,
+            "answer KL": lambda found: found.answer_kl,
+            "decode": lambda found: found.decode_density,
         }
         every = self.summaries()
         # What no policy was measured by is left out.
@@ -404,7 +434,7 @@ class Evaluation:
             for name, figure in figures.items()
             if any(figure(found) is not None for found in every)
         }
-        forms = {"perplexity": "+.2%", "KL": ".2g"}
+        forms = {"perplexity": "+.2%", "KL": ".2g", "answer KL": ".2g"}
         rows = [
             [found.label]
             + [
@@ -474,7 +504,9 @@ def summarize_cells(cells: tuple[Cell, ...]) -> list[Summary]:
     groups: dict[str, list[Cell]] = {}
     for cell in cells:
         groups.setdefault(cell.label, []).append(cell)
-    ordered = sorted(groups.values(), key=lambda group: group[0].policy != DENSE)
+    ordered = sorted(
+        groups.values(), key=lambda group: not is_baseline(group[0].policy, group[0].settings)
+    )
     return [_summary(group) for group in ordered]
 
 
@@ -504,6 +536,9 @@ def _summary(cells: list[Cell]) -> Summary:
         speedup=_mean([cell.speedup for cell in cells]),
         kl=_mean([cell.kl for cell in cells]),
         top1_agreement=_mean([cell.top1_agreement for cell in cells]),
+        answer_kl=_mean([cell.answer_kl for cell in cells]),
+        answer_agreement=_mean([cell.answer_agreement for cell in cells]),
+        decode_density=_mean([cell.decode_density for cell in cells]),
     )
 
 

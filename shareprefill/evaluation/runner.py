@@ -7,7 +7,7 @@ import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from shareprefill.artifact import Artifact, artifact_bytes
-from shareprefill.config import RuntimeConfig
+from shareprefill.config import DECODE_DENSITY, RuntimeConfig
 from shareprefill.errors import ConfigError
 from shareprefill.evaluation.config import DENSE, PERPLEXITY, EvalConfig
 from shareprefill.evaluation.questions import Question
 from shareprefill.models import Fingerprint, fingerprint, load_model, load_tokenizer, max_length
 from shareprefill.runtime.fidelity import compare_predictions, final_states, token_losses
-from shareprefill.runtime.generation import generate, prefill, relative_error
+from shareprefill.runtime.generation import follow, generate, prefill, relative_error
 from shareprefill.runtime.interface import AttentionCall, dense_attention
 from shareprefill.runtime.session import Session, SessionReport
 from shareprefill.version import __version__
@@ -50,6 +50,11 @@ class Outcome:
             unless measured.
         top1_agreement: Share of the positions whose most likely next token is dense attention's.
         bins: Mean negative log likelihood by position; empty for questions.
+        answer_kl: With sparse decode steps, mean KL divergence of the steps that follow dense
+            attention's answer, prefill and all, from dense attention's; None unless measured, or
+            where the answer is one token.
+        answer_agreement: Share of these steps with dense attention's most likely next token.
+        decode_density: Blocks that the answer's steps read over all; None of dense ones.
     """
 
     score: float
@@ -66,6 +71,9 @@ class Outcome:
     kl: float | None = None
     top1_agreement: float | None = None
     bins: tuple[float, ...] = ()
+    answer_kl: float | None = None
+    answer_agreement: float | None = None
+    decode_density: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The fields, JSON-ready."""
@@ -109,6 +117,8 @@ class _Answer:
         hidden: Last hidden state of the prompt's last token, float32 `[hidden_size]`.
         states: Final states of the prompt `[N, hidden_size]`; None unless measured.
         bins: As in `Outcome`.
+        steps: Final states of the answer's steps `[T, hidden_size]`; None unless measured.
+        tokens: That the steps read, int64 `[T]`.
     """
 
     score: float
@@ -117,6 +127,8 @@ class _Answer:
     hidden: Tensor
     states: Tensor | None
     bins: tuple[float, ...] = ()
+    steps: Tensor | None = None
+    tokens: Tensor | None = None
 
 
 class PromptMeasurement:
@@ -178,6 +190,7 @@ class PromptMeasurement:
         if isinstance(measuring, _ComparingSession):
             recalls, errors = _recalls(measuring.report()), measuring.layer_errors()
         kl, agreement = self._fidelity(dense, answer)
+        answer_kl, answer_agreement = self._followed(dense, variant)
         return Outcome(
             score=answer.score,
             text=answer.text,
@@ -193,6 +206,9 @@ class PromptMeasurement:
             kl=kl,
             top1_agreement=agreement,
             bins=answer.bins,
+            answer_kl=answer_kl,
+            answer_agreement=answer_agreement,
+            decode_density=None if report.decoding is None else report.decoding.density,
         )
 
     def _dense_answer(self) -> _Answer:
@@ -212,10 +228,14 @@ class PromptMeasurement:
                 self.question.input_ids,
                 max_new_tokens=self.question.new_tokens,
             )
-        # Off the device, where those of a long prompt would stand in the next variant's way.
-        kept = states()[: found.prompt_tokens].cpu() if self.measure else None
         score = self.question.score(found.text)
-        return _Answer(score, found.text, found.ttft_s, found.hidden, kept)
+        if not self.measure:
+            return _Answer(score, found.text, found.ttft_s, found.hidden, None)
+        # Off the device, where those of a long prompt would stand in the next variant's way.
+        kept, steps = states().cpu().tensor_split([found.prompt_tokens])
+        read = torch.tensor(found.tokens[:-1], dtype=torch.int64, device="cpu")
+        hidden = found.hidden
+        return _Answer(score, found.text, found.ttft_s, hidden, kept, steps=steps, tokens=read)
 
     def _reading(self) -> _Answer:
         """The losses of a text, which answers nothing."""
@@ -240,9 +260,23 @@ class PromptMeasurement:
         found = compare_predictions(self.model, dense.states, answer.states)
         return found.mean_kl, found.top1_agreement
 
+    def _followed(self, dense: _Answer, variant: Variant) -> tuple[float | None, float | None]:
+        """The same of sparse steps that follow dense attention's answer."""
+        assert variant.runtime is not None
+        if variant.runtime.decode != "sparse" or dense.steps is None or not len(dense.steps):
+            return None, None
+        assert dense.tokens is not None
+        session = Session(self.model, variant.artifact, variant.runtime)
+        with session, final_states(self.model) as states:
+            follow(self.model, self.question.input_ids, dense.tokens)
+        steps = states()[len(self.question.input_ids) :]
+        found = compare_predictions(self.model, dense.steps, steps)
+        return found.mean_kl, found.top1_agreement
+
     def _measuring(self, artifact: Artifact | None, runtime: RuntimeConfig) -> Session:
         """A session that measures recall and the attention's errors, where they are asked for."""
-        if not self.measure:
+        # Dense prefills, whose steps alone are sparse, have no patterns.
+        if not self.measure or runtime.policy == DENSE:
             return Session(self.model, artifact, runtime)
         return _ComparingSession(self.model, artifact, runtime, measure_recall=True)
 
@@ -280,7 +314,7 @@ class _ComparingSession(Session):
     def _attend(self, call: AttentionCall) -> Tensor:
         out = super()._attend(call)
         if call.query.shape[2] == 1:
-            # A decode step, which is dense.
+            # A decode step has no pattern.
             return out
         dense = dense_attention(call)
         difference = torch.linalg.vector_norm(out - dense, dtype=torch.float32)
@@ -442,6 +476,9 @@ def variants_of(config: EvalConfig, artifacts: Sequence[Artifact]) -> list[Varia
             settings = {} if runtime.gamma is None else {"gamma": runtime.gamma}
             artifact = artifacts[0] if artifacts else None
             variants.append(Variant(runtime.policy, settings, artifact, runtime))
+    if config.decode == "sparse":
+        steps = {"decode": config.decode_density or DECODE_DENSITY}
+        variants = [replace(variant, settings=variant.settings | steps) for variant in variants]
     return variants
 
 

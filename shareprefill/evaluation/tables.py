@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from html import escape
 
 from shareprefill.evaluation.config import DENSE
@@ -22,7 +22,7 @@ Table = tuple[list[str], list[list[str]]]
 """Columns and rows."""
 LESS_IMPORTANT = (
     *("error", "selection", "worst 5 %", "top 1", "density", "to oracle", "first token, s"),
-    *("perplexity", "against dense", "KL", "recall"),
+    *("perplexity", "against dense", "KL", "recall", "answer top 1"),
 )
 """Columns that a narrow terminal goes without, the least important first."""
 NAMES = {
@@ -56,8 +56,31 @@ def interval(estimate: Estimate | None, form: str = ".3f") -> str:
     return f"{text} [{format(estimate.low, form)}, {format(estimate.high, form)}]"
 
 
+def _with_steps(
+    columns: list[str], rows: list[list[str]], found: Sequence[Cell] | Sequence[Summary]
+) -> Table:
+    """A table with what was measured of decode steps, where any were sparse.
+
+    Args:
+        columns: Of the table.
+        rows: Of the table, one for each of what was found.
+        found: Cells or summaries.
+    """
+    if all(row.decode_density is None for row in found):
+        return columns, rows
+    forms = {"answer_kl": ".2g", "answer_agreement": ".3f", "decode_density": ".3f"}
+    steps = []
+    for row in found:
+        values = [getattr(row, name) for name in forms]
+        known = [v.value if isinstance(v, Estimate) else v for v in values]
+        steps.append([number(*pair) for pair in zip(known, forms.values(), strict=True)])
+    columns = [*columns, "answer KL", "answer top 1", "decode"]
+    return columns, [[*row, *more] for row, more in zip(rows, steps, strict=True)]
+
+
 def summary_table(evaluation: Evaluation) -> Table:
     """The policies, over all tasks and lengths."""
+    summaries = evaluation.summaries()
     columns = ["policy", "accuracy", "against dense", "perplexity", "KL", "top 1", "recall"]
     columns += ["worst 5 %", "density", "selection", "effective", "error", "speedup"]
     rows = [
@@ -76,12 +99,12 @@ def summary_table(evaluation: Evaluation) -> Table:
             number(summary.attention_error),
             number(summary.speedup, ".2f"),
         ]
-        for summary in evaluation.summaries()
+        for summary in summaries
     ]
-    return columns, rows
+    return _with_steps(columns, rows, summaries)
 
 
-def cell_table(cells: Iterable[Cell]) -> Table:
+def cell_table(cells: Sequence[Cell]) -> Table:
     """All cells, with their intervals."""
     columns = ["task", "tokens", "policy", "score", "against dense", "KL", "top 1", "recall"]
     columns += ["worst 5 %", "density", "selection", "hidden error", "first token, s", "speedup"]
@@ -100,10 +123,10 @@ def cell_table(cells: Iterable[Cell]) -> Table:
         ]
         for cell in cells
     ]
-    return columns, rows
+    return _with_steps(columns, rows, cells)
 
 
-def short_table(cells: Iterable[Cell]) -> Table:
+def short_table(cells: Sequence[Cell]) -> Table:
     """All cells, as many columns as a terminal holds."""
     columns = ["task", "tokens", "policy", "score", "against dense", "KL", "top 1", "recall"]
     columns += ["effective"]
@@ -117,7 +140,7 @@ def short_table(cells: Iterable[Cell]) -> Table:
         ]
         for cell in cells
     ]
-    return columns, rows
+    return _with_steps(columns, rows, cells)
 
 
 def _names(cell: Cell) -> list[str]:

@@ -22,6 +22,7 @@ from shareprefill.runtime.generation import (
     Generation,
     check_positions,
     encode_prompt,
+    follow,
     generate,
     prefill,
     relative_error,
@@ -50,6 +51,8 @@ class Answer:
         seconds: To the first token: of the answer, and of more prefills in turns with dense ones.
         dense_seconds: The same of dense attention; empty where it was not asked for.
         fidelity: Predictions at every position against dense attention's, where asked for.
+        steps: With sparse decode steps, predictions of those that follow dense attention's answer,
+            against its own, where asked for.
         recalls: Of every head that has a pattern; None where not asked for.
         measured: Of the prefill that measured recall; None where not asked for.
         sketches: Its maps and patterns by layer, where asked for.
@@ -65,6 +68,7 @@ class Answer:
     seconds: tuple[float, ...] = ()
     dense_seconds: tuple[float, ...] = ()
     fidelity: Fidelity | None = None
+    steps: Fidelity | None = None
     recalls: tuple[float, ...] | None = None
     measured: SessionReport | None = None
     sketches: dict[int, Sketch] | None = None
@@ -173,7 +177,7 @@ def answer(
         with final_states(network) as states:
             found = generate(network, tokenizer, input_ids, on_text=told, **options)
         # Off the device, where those of a long prompt would stand in the other's way.
-        return found, states()[: len(input_ids)].cpu()
+        return found, states().cpu()
 
     with session:
         if network.device.type == "cuda":
@@ -217,7 +221,15 @@ def answer(
         with session:
             seconds.append(_time_prefill(network, input_ids, prefill_chunk))
         dense_seconds.append(_time_prefill(network, input_ids, prefill_chunk))
-    fidelity = compare_predictions(network, dense_states, states)
+    tokens = len(input_ids)
+    fidelity = compare_predictions(network, dense_states[:tokens], states[:tokens])
+    steps = None
+    if config.decode == "sparse" and dense.new_tokens > 1:
+        begin("following the dense answer")
+        read = torch.tensor(dense.tokens[:-1], dtype=torch.int64, device="cpu")
+        with session, final_states(network) as followed:
+            follow(network, input_ids, read, prefill_chunk)
+        steps = compare_predictions(network, dense_states[tokens:], followed()[tokens:])
     return Answer(
         generation=ours,
         report=report,
@@ -225,6 +237,7 @@ def answer(
         seconds=tuple(seconds),
         dense_seconds=tuple(dense_seconds),
         fidelity=fidelity,
+        steps=steps,
         recalls=recalls,
         measured=measured,
         sketches=sketches,

@@ -35,6 +35,7 @@ class Generation:
         ttft_s: Seconds from the start of the prefill to the first token.
         decode_tokens_per_s: Tokens a second after the first one; None if there was only one.
         hidden: Last hidden state of the prompt's last token, float32 `[hidden_size]`.
+        tokens: The tokens generated.
     """
 
     text: str
@@ -43,6 +44,7 @@ class Generation:
     ttft_s: float
     decode_tokens_per_s: float | None
     hidden: Tensor
+    tokens: tuple[int, ...]
 
 
 def encode_prompt(model: Any, tokenizer: Any, prompt: str | Messages) -> Tensor:
@@ -276,7 +278,23 @@ def generate(
         ttft_s=first - start,
         decode_tokens_per_s=(len(tokens) - 1) / seconds if len(tokens) > 1 else None,
         hidden=hidden[-1],
+        tokens=tuple(tokens),
     )
+
+
+@torch.no_grad()
+def follow(model: Any, input_ids: Tensor, tokens: Tensor, prefill_chunk: int | None = None) -> None:
+    """Runs a prompt, and behind it given tokens one after the other, whatever the model predicts.
+
+    Args:
+        model: A transformers decoder, in eval mode.
+        input_ids: int64 `[N]`.
+        tokens: int64 `[T]`.
+        prefill_chunk: As in `generate`.
+    """
+    step = prefill(model, input_ids, prefill_chunk)
+    for token in tokens.to(_device(model)):
+        step = model(input_ids=token[None, None], **cache_of(step), use_cache=True)
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:

@@ -262,6 +262,46 @@ def test_without_times_one_prefill_measures_the_same(
     assert " | - | - |" in markdown(found)
 
 
+def test_sparse_steps_are_measured_along_the_dense_answer(folder: Path) -> None:
+    asked = config(folder, policies=("dense", "auto"), decode="sparse", samples=1)
+    found = evaluate(replace(asked, decode_density=0.35, times=False))
+    assert [cell.label for cell in found.cells] == [
+        "dense",
+        "dense, decode 0.35",
+        "auto, decode 0.35",
+    ]
+    dense, steps, both = found.cells
+    assert (dense.answer_kl, dense.decode_density, dense.difference) == (None, None, None)
+    # Prefills are dense, and the steps are not.
+    assert steps.kl is not None
+    assert steps.kl.value < 1e-9
+    assert (steps.density.value, steps.recall) == (1.0, None)
+    assert both.density.value < 1
+    for cell in (steps, both):
+        assert cell.answer_kl is not None
+        assert cell.answer_agreement is not None
+        assert cell.decode_density is not None
+        assert cell.answer_kl.value > 1e-7
+        assert 0.3 < cell.decode_density.value < 0.9
+    assert Evaluation.from_dict(json.loads(found.to_json())) == found
+    text = markdown(found)
+    assert text.count("| answer KL | answer top 1 | decode |") == 2
+    assert "answer KL" in found.summary()
+    # At density 1 steps are those of dense attention.
+    [_, everything] = evaluate(
+        replace(asked, policies=("dense",), decode_density=1.0, times=False)
+    ).cells
+    assert everything.answer_kl is not None
+    assert steps.answer_kl is not None
+    assert everything.answer_kl.value < min(1e-6, steps.answer_kl.value / 10)
+    for changes, said in (
+        ({"decode": "dense", "decode_density": 0.3}, "is for sparse decode steps"),
+        ({"tasks": ("perplexity",)}, "name a task that asks"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            replace(asked, **changes)
+
+
 def test_finished_outcomes_are_used_again(
     folder: Path, evaluation: Evaluation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
