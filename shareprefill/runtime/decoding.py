@@ -23,6 +23,7 @@ from shareprefill.runtime.ops.block_sparse_decoding import block_sparse_decoding
 from shareprefill.runtime.ops.blocks import count_blocks
 from shareprefill.runtime.ops.sketched_selection import (
     Basis,
+    Moments,
     make_basis,
     select_blocks,
     sketch_keys,
@@ -43,9 +44,9 @@ _PIECE = 16384
 # Room of a sketch for tokens to come: at least so many, and a share of those it has.
 _ROOM, _ROOM_SHARE = 1024, 8
 # The price of reading that sequences begin with, in powers of 2: most blocks are worth it.
-_FIRST_PRICE = -10.0
+FIRST_PRICE = -10.0
 # What a step reads above the density that was asked for, over it, counts up to here.
-_MOST_ABOVE = 2.0
+MOST_ABOVE = 2.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,19 +115,57 @@ class _KeySketch:
 
 
 def _basis_of(query: Tensor, key: Tensor, pieces: Sequence[tuple[slice, int]]) -> Basis:
-    """Coordinates of every sequence, of its own queries and keys."""
+    """Coordinates of every sequence, of its own queries and keys but the newest."""
     groups, tokens, dim = key.shape[1:]
-    rank = min(COORDINATES, dim // 8 * 8)
     found = []
     for rows, start in pieces:
+        prompt = tokens - 1 - start
         # A short sequence has fewer rows than were kept: others are padding.
-        most = max(1, (tokens - start) // PROMPT_EVERY)
-        mine = query[rows, :, -most:]
-        mine = mine.unflatten(1, (groups, -1)).flatten(2, 3)  # [B, G, R * rows, D]
-        every = -(-(tokens - start) // _BASIS_KEYS)
-        found.append(make_basis(mine, key[rows, :, start::every], rank))
+        mine = query[rows, :, -count_blocks(prompt, PROMPT_EVERY) :]
+        keys = key[rows, :, start : -1 : basis_step(prompt)]
+        found.append(make_basis(moments_of(mine, keys, groups), rank_of(dim)))
     parts = ([getattr(basis, name) for basis in found] for name in ("mean", "query", "key"))
     return Basis(*(torch.cat(part).contiguous() for part in parts))
+
+
+def rank_of(dim: int) -> int:
+    """Coordinates of a sketch of keys of some dims."""
+    return min(COORDINATES, dim // 8 * 8)
+
+
+def basis_rows(query: Tensor) -> Tensor:
+    """Those of a prompt's queries, `[..., N, D]`, that choose the coordinates."""
+    last = query[..., -PROMPT_ROWS:, :]
+    return last[..., (last.shape[-2] - 1) % PROMPT_EVERY :: PROMPT_EVERY, :]
+
+
+def basis_step(tokens: int) -> int:
+    """One in so many of a prompt's keys chooses the coordinates."""
+    return max(1, -(-tokens // _BASIS_KEYS))
+
+
+def moments_of(query: Tensor, key: Tensor, groups: int) -> Moments:
+    """Of queries `[..., H, rows, D]`, a KV head's all together, and keys `[..., G, N, D]`."""
+    return Moments.of(query.unflatten(-3, (groups, -1)).flatten(-3, -2), key)
+
+
+def relative_effect(effect: Tensor) -> Tensor:
+    """Effects `[L, H]` over their mean; a head without any counts a little."""
+    effect = effect.double().cpu()
+    return (effect / effect.mean().clamp(min=1e-30)).clamp(min=1e-3)
+
+
+def head_weights(effect: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    """Weights of query heads in their KV head `[L, H]`, and the harm of KV heads `[L, G]`.
+
+    The harm of a KV head of mean effect is 1.
+
+    Args:
+        effect: `[L, H]` (`relative_effect`).
+        groups: G.
+    """
+    effect = effect.float().unflatten(1, (groups, -1))
+    return (effect / effect.sum(2, keepdim=True)).flatten(1), effect.mean(2)
 
 
 class _Budget:
@@ -147,7 +186,7 @@ class _Budget:
 
     def __init__(self, batch: int, density: float, harm: Tensor) -> None:
         self.density, self._harm = density, harm
-        first = _FIRST_PRICE if density < 1 else -torch.inf
+        first = FIRST_PRICE if density < 1 else -torch.inf
         self._log2 = torch.full((batch, 1), first, dtype=torch.float32, device=harm.device)
         self.worth = self._log2.exp2() / harm
         self._counts: list[Tensor] = []
@@ -173,7 +212,7 @@ class _Budget:
         # Large steps at first, small ones later: a step that needs more than others may have it.
         gain = max(1 / 4, 8 / (8 + self._steps))
         # By the difference, not the ratio: it is the mean over steps that is asked for.
-        self._log2 = (self._log2 + gain * (read - 1).clamp(max=_MOST_ABOVE)).clamp(max=40)
+        self._log2 = (self._log2 + gain * (read - 1).clamp(max=MOST_ABOVE)).clamp(max=40)
         self.worth = self._log2.exp2() / self._harm
         self._counts, self._steps = [], self._steps + 1
 
@@ -241,9 +280,7 @@ class SparseDecoding:
             state: Of the sequences; what it knew of the layer's keys is forgotten.
             query: `[B, H, N, D]`.
         """
-        last = query[:, :, -PROMPT_ROWS:]
-        some = last[:, :, (last.shape[2] - 1) % PROMPT_EVERY :: PROMPT_EVERY]
-        state._sketches[layer] = _KeySketch(some.clone())
+        state._sketches[layer] = _KeySketch(basis_rows(query).clone())
 
     def knows(self, layer: int, state: DecodeState) -> bool:
         """Whether a layer's prompt was read."""
@@ -304,17 +341,12 @@ class SparseDecoding:
         return out, DecodeRecord(counts, of_all * groups)
 
     def _weights_of(self, groups: int, heads: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Weights of query heads in their KV head `[L, H]`, and the harm of KV heads `[L, 1, G]`.
-
-        The harm of a KV head of mean effect is 1. Where all heads count alike, L is 1.
-        """
+        """As `head_weights`, harm as `[L, 1, G]`; where all heads count alike, L is 1."""
         found = self._weights.get(device)
         if found is None:
             effect = torch.ones((1, heads), dtype=torch.float64, device="cpu")
             if self.effect is not None:
-                mean = self.effect.double().mean().clamp(min=1e-30)
-                effect = (self.effect.double().cpu() / mean.cpu()).clamp(min=1e-3)
-            effect = effect.to(device, torch.float32).unflatten(1, (groups, -1))
-            share = effect / effect.sum(2, keepdim=True)
-            found = self._weights[device] = share.flatten(1), effect.mean(2)[:, None]
+                effect = relative_effect(self.effect)
+            share, harm = (t.to(device) for t in head_weights(effect, groups))
+            found = self._weights[device] = share, harm[:, None]
         return found

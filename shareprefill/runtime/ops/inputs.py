@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import TypeVar
 
 import torch
 
 from shareprefill.errors import ConfigError
-from shareprefill.runtime.ops.pages import PagedTokens, Tokens
+from shareprefill.runtime.ops.pages import Cached, PagedBatch, PagedTokens, Tokens
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -78,7 +78,7 @@ def logit_scale(scale: float | None, head_dim: int) -> float:
     return float(scale)
 
 
-def check_same_kind(query: torch.Tensor, tensors: dict[str, Tokens]) -> None:
+def check_same_kind(query: torch.Tensor, tensors: Mapping[str, Tokens | Cached]) -> None:
     """Checks that tensors have the dtype and device of a floating-point query.
 
     Raises:
@@ -136,7 +136,7 @@ def lie_alike(key: Tokens, value: Tokens) -> bool:
 
 def check_tensor(
     name: str,
-    tensor: torch.Tensor,
+    tensor: torch.Tensor | Cached,
     dtype: torch.dtype,
     shape: Sequence[int | str],
     device: torch.device,
@@ -187,12 +187,12 @@ def check_block_size(block_size: int) -> None:
         raise ConfigError(f"block_size must be at least 1 token, got {block_size}")
 
 
-T = TypeVar("T", torch.Tensor, Tokens)
+T = TypeVar("T", torch.Tensor, Tokens, Cached)
 
 
 def unit_last_stride(tokens: T) -> T:
     """Pages as they are; a tensor too if its last dim is contiguous, else a contiguous copy."""
-    if isinstance(tokens, PagedTokens) or tokens.stride(-1) == 1:
+    if isinstance(tokens, (PagedTokens, PagedBatch)) or tokens.stride(-1) == 1:
         return tokens
     return tokens.contiguous()
 

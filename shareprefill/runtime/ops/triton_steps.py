@@ -61,6 +61,22 @@ def find_tile(i_key, o_n, n_k_tokens, p_table, stride_page, stride_n, PAGE_SIZE:
 
 
 @triton.jit
+def find_pages(i_batch, o_token, m_token, p_tables, stride_tb, PAGE_SIZE: tl.constexpr):
+    """Pages of a sequence's tokens, and where they stand in them, int64.
+
+    `PAGE_SIZE` 0: no pages, or one for each sequence.
+    """
+    if PAGE_SIZE == 0:
+        b_page = i_batch
+        o_row = o_token.to(tl.int64)
+    else:
+        p_table = p_tables + i_batch * stride_tb
+        b_page = tl.load(p_table + o_token // PAGE_SIZE, mask=m_token, other=0).to(tl.int64)
+        o_row = (o_token % PAGE_SIZE).to(tl.int64)
+    return b_page, o_row
+
+
+@triton.jit
 def softmax_step(b_logits, b_max, b_sum, MASKED: tl.constexpr):
     """Online softmax in base 2.
 

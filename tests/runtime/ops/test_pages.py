@@ -19,6 +19,7 @@ from shareprefill.runtime.ops.pages import PagedTokens
 from shareprefill.runtime.ops.pooled_attention import pooled_attention, sample_rows
 from shareprefill.runtime.ops.vertical_slash import vertical_slash_profile
 from shareprefill.runtime.plan import plan_without_artifact
+from tests.support.pages import LAYOUTS, empty_pools
 
 # The mass of a key block that a row does not see is zero, and its logarithm -inf.
 pytestmark = pytest.mark.filterwarnings("ignore:divide by zero encountered in log2")
@@ -26,22 +27,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:divide by zero encountered in lo
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 REFUSAL = launch.unavailable(torch.device(DEVICE))
 needs_hopper = pytest.mark.skipif(REFUSAL is not None, reason=f"the Hopper kernel {REFUSAL}")
-LAYOUTS = ("split, tokens first", "split, heads first", "joined, tokens first", "joined")
 TOLERANCE = {torch.bfloat16: 3e-3, torch.float16: 4e-4, torch.float32: 1e-5}
-
-
-def empty_pools(
-    layout: str, pages: int, size: int, groups: int, dim: int, **options: Any
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pools of keys and of values `[pages, G, page size, D]`, as engines lay them out, of NaN."""
-    in_page = (size, groups) if "tokens first" in layout else (groups, size)
-    if layout.startswith("split"):
-        cache = torch.full((pages, 2, *in_page, dim), torch.nan, **options)
-        halves = cache.unbind(1)
-    else:
-        halves = torch.full((pages, *in_page, 2 * dim), torch.nan, **options).chunk(2, -1)
-    keys, values = (h.transpose(1, 2) if "tokens first" in layout else h for h in halves)
-    return keys, values
 
 
 def in_pages(

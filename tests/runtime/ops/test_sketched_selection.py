@@ -9,7 +9,12 @@ import pytest
 import torch
 
 from shareprefill.errors import ConfigError, UnsupportedError
-from shareprefill.runtime.ops.sketched_selection import make_basis, select_blocks, sketch_keys
+from shareprefill.runtime.ops.sketched_selection import (
+    Moments,
+    make_basis,
+    select_blocks,
+    sketch_keys,
+)
 from shareprefill.runtime.ops.sketched_selection.reference import block_mass, last_place, places_of
 from shareprefill.runtime.ops.sketched_selection.sketch import coordinates
 
@@ -36,7 +41,7 @@ def inputs(
     lengths[-1] = tokens
     starts = (torch.rand(batch, device=device) * lengths).int()
     starts[0] = 0
-    basis = make_basis(rows, key, rank)
+    basis = make_basis(Moments.of(rows, key), rank)
     # The first of a sequence's codes is of its first key.
     words = torch.full((batch, groups, rank // 8, tokens + 5), -1, dtype=torch.int32, device=device)
     for row, start in enumerate(starts.tolist()):
@@ -62,7 +67,7 @@ def test_a_whole_sketch_of_many_levels_gives_the_logits() -> None:
     query, key = torch.randn(2, 50, 16), torch.randn(2, 400, 16) * torch.linspace(2, 0.1, 16)
     errors = []
     for rank in (8, 16):
-        basis = make_basis(query, key, rank)
+        basis = make_basis(Moments.of(query, key), rank)
         words = sketch_keys(key, basis)
         assert words.shape == (2, rank // 8, 400)
         guessed = query @ basis.query.mT @ coordinates(words).mT + query @ basis.mean[..., None]
@@ -82,7 +87,7 @@ def test_what_pays_is_read(impl: str) -> None:
     key[..., 48:64, 0] = 12.0
     query = torch.zeros(1, 1, 8)
     query[..., 0] = 1.0
-    basis = make_basis(torch.eye(8)[None, None], key + torch.randn_like(key) * 1e-3, 8)
+    basis = make_basis(Moments.of(torch.eye(8)[None, None], key + torch.randn_like(key) * 1e-3), 8)
     words = sketch_keys(key, basis)
     tensors = (query, key, words, basis, torch.ones(1))
     options = {"block_size": 16, "local": 16, "scale": 1.0, "impl": impl}
@@ -178,7 +183,7 @@ def test_user_errors_say_what_came() -> None:
     refused("scale must be a positive", scale=0.0)
     refused("impl must be one of auto, reference, triton", impl="fast")
     with pytest.raises(ConfigError, match="a multiple of 8 coordinates, at most 8, got 16"):
-        make_basis(query, key, 16)
+        make_basis(Moments.of(query, key), 16)
 
 
 @pytest.mark.interpreter

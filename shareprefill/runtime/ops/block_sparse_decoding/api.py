@@ -15,6 +15,7 @@ from shareprefill.runtime.ops.inputs import (
     logit_scale,
     unit_last_stride,
 )
+from shareprefill.runtime.ops.pages import Cached, lie_together
 
 IMPLS = ("reference", "triton")
 
@@ -22,8 +23,8 @@ IMPLS = ("reference", "triton")
 @torch.no_grad()
 def block_sparse_decoding(
     query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
+    key: Cached,
+    value: Cached,
     blocks: torch.Tensor,
     counts: torch.Tensor,
     *,
@@ -43,7 +44,7 @@ def block_sparse_decoding(
     Args:
         query: `[B, H, D]`, float16, bfloat16, float32 or float64 (not Triton).
         key: `[B, G, N, D]`, G divides H; query head h reads KV head `h // (H // G)`. N may be the
-            capacity of a cache.
+            capacity of a cache. Keys and values may both lie in an engine's pages (`PagedBatch`).
         value: `[B, G, N, Dv]`.
         blocks: int32 `[B, G, m]`, contiguous: numbers of blocks in any order, none twice. On a CPU
             they are checked, on CUDA not.
@@ -94,7 +95,7 @@ def block_sparse_decoding(
     return out
 
 
-def _check_shapes(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
+def _check_shapes(query: torch.Tensor, key: Cached, value: Cached) -> None:
     if query.ndim != 3 or key.ndim != 4 or value.ndim != 4:
         raise ConfigError(
             "query must be [batch, heads, head_dim], key and value [batch, KV heads, tokens, "
@@ -113,6 +114,11 @@ def _check_shapes(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -
     if value.shape[:3] != key.shape[:3] or value.shape[3] < 1:
         raise ConfigError(
             f"value must be [{batch}, {groups}, {tokens}, Dv] like key, got {tuple(value.shape)}"
+        )
+    if not lie_together((key, value)):
+        raise ConfigError(
+            "key and value must both be tensors, or both lie in pages of one size that the same "
+            f"tables name, got {type(key).__name__} and {type(value).__name__}"
         )
 
 

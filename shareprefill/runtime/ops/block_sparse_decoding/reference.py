@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import torch
 
+from shareprefill.runtime.ops.pages import Cached, batch_gathered
+
 
 def decode(
     query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
+    key: Cached,
+    value: Cached,
     blocks: torch.Tensor,
     counts: torch.Tensor,
     block_size: int,
@@ -18,6 +20,7 @@ def decode(
     out: torch.Tensor,
 ) -> None:
     """Fill `out`; arguments as in `block_sparse_decoding`."""
+    key, value = batch_gathered(key), batch_gathered(value)
     dtype = torch.promote_types(query.dtype, torch.float32)
     groups, tokens = key.shape[1:3]
     places = torch.arange(tokens, device=key.device)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from shareprefill.runtime.ops.block_sparse_decoding.triton_kernel import merge_kernel, split_kernel
+from shareprefill.runtime.ops.pages import Cached, kernel_pages
 from shareprefill.runtime.ops.prepared import Launch, Prepared
 from shareprefill.runtime.ops.triton_tiles import (
     check_tile_block_size,
@@ -22,7 +23,8 @@ _KEYS = 64
 # Programs for each multiprocessor: as many as it holds at once.
 _PROGRAMS = 4
 _MOST_SPLITS = 128
-SPLIT_OPTIONS: dict[str, Any] = {"num_warps": 4, "num_stages": 3}
+# Loads of keys wait for those of lists, and in pages for those of tables, which take a stage more.
+_STAGES, _PAGED_STAGES = 3, 4
 MERGE_OPTIONS: dict[str, Any] = {"num_warps": 4}
 _prepared = Prepared[tuple[Launch, Launch]]()
 
@@ -36,6 +38,7 @@ def split_constants(
     *,
     has_lengths: bool,
     has_starts: bool,
+    page_size: int,
     overlaps: bool,
 ) -> dict[str, Any]:
     """Compile-time arguments of `split_kernel`."""
@@ -50,9 +53,15 @@ def split_constants(
         "BLOCK_N": _KEYS,
         "HAS_LENGTHS": has_lengths,
         "HAS_STARTS": has_starts,
+        "PAGE_SIZE": page_size,
         "PRECISION": "ieee" if dtype == torch.float32 else "tf32",
         "OVERLAPS": overlaps,
     }
+
+
+def split_options(constants: dict[str, Any]) -> dict[str, Any]:
+    """Options of the launch of `split_kernel`."""
+    return {"num_warps": 4, "num_stages": _PAGED_STAGES if constants["PAGE_SIZE"] else _STAGES}
 
 
 def merge_constants(constants: dict[str, Any], splits: int) -> dict[str, Any]:
@@ -74,8 +83,8 @@ def choose_splits(lists: int, entries: int, block_size: int, processors: int) ->
 
 def decode(
     query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
+    key: Cached,
+    value: Cached,
     blocks: torch.Tensor,
     counts: torch.Tensor,
     block_size: int,
@@ -87,7 +96,7 @@ def decode(
     """Fill `out`; arguments as in `block_sparse_decoding`.
 
     Raises:
-        UnsupportedError: the block size is not one that tiles fill.
+        UnsupportedError: the block size is not one that tiles fill, or pages are not read.
     """
     check_tile_block_size(block_size)
     batch, heads, head_dim = query.shape
@@ -98,11 +107,14 @@ def decode(
     rows = lists * splits * shared
     parts = torch.empty(rows, value_dim, dtype=torch.float32, device=query.device)
     lse = torch.empty(rows, dtype=torch.float32, device=query.device)
+    keys, tables, page_size, key_strides = kernel_pages(key)
+    values, _, _, value_strides = kernel_pages(value)
     sizes = (batch, heads, groups, head_dim, value_dim, block_size, splits)
-    strides = (*query.stride()[:2], *key.stride()[:3], *value.stride()[:3])
-    rules = (lengths is not None, starts is not None, scale)
+    strides = (*query.stride()[:2], *key_strides, *value_strides[1:])
+    rules = (lengths is not None, starts is not None, page_size, scale)
     split, merge = _launches(query.device, query.dtype, sizes, strides, rules)
-    split(query, key, value, blocks, counts, lengths, starts, parts, lse, entries, tokens, splits)
+    places = (lengths, starts, tables)
+    split(query, keys, values, blocks, counts, *places, parts, lse, entries, tokens, splits)
     merge(parts, lse, out, splits)
 
 
@@ -111,7 +123,7 @@ def _launches(
     dtype: torch.dtype,
     sizes: tuple[int, ...],
     strides: tuple[int, ...],
-    rules: tuple[bool, bool, float],
+    rules: tuple[bool, bool, int, float],
 ) -> tuple[Launch, Launch]:
     """Launches of both kernels, made once for all steps that differ in few tokens.
 
@@ -119,18 +131,19 @@ def _launches(
         device: Of the tensors.
         dtype: Of all of them.
         sizes: Sequences, query and KV heads, their dims and those of values, block size, splits.
-        strides: Of queries, keys and values.
-        rules: Whether there are lengths and starts, factor of the logits.
+        strides: Of queries, tables of pages, keys and values.
+        rules: Whether there are lengths and starts, tokens of a page, factor of the logits.
     """
     kind = (device, dtype, *sizes, *strides, *rules)
     found = _prepared.get(kind)
     if found is None:
         batch, heads, groups, head_dim, value_dim, block_size, splits = sizes
-        has_lengths, has_starts, scale = rules
+        has_lengths, has_starts, page_size, scale = rules
         constants = split_constants(
             *(head_dim, value_dim, heads // groups, block_size, dtype),
             has_lengths=has_lengths,
             has_starts=has_starts,
+            page_size=page_size,
             overlaps=overlaps(device),
         )
         together = {"launch_pdl": constants["OVERLAPS"]}
@@ -140,7 +153,7 @@ def _launches(
             (
                 Launch(
                     *(split_kernel, device, (splits, batch * groups), numbers),
-                    constants | SPLIT_OPTIONS | together,
+                    constants | split_options(constants) | together,
                 ),
                 Launch(
                     *(merge_kernel, device, (batch * heads,), ()),

@@ -5,10 +5,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from shareprefill.runtime.ops.triton_steps import softmax_step, wait_for_last
+from shareprefill.runtime.ops.triton_steps import find_pages, softmax_step, wait_for_last
 
 
-@triton.jit(do_not_specialize=["n_entries", "n_tokens", "n_splits"])
+@triton.jit(
+    do_not_specialize=["n_entries", "n_tokens", "n_splits"],
+    do_not_specialize_on_alignment=["p_counts"],
+)
 def split_kernel(
     p_q,
     p_k,
@@ -17,6 +20,7 @@ def split_kernel(
     p_counts,
     p_lengths,
     p_starts,
+    p_tables,
     p_parts,
     p_lse,
     n_entries,
@@ -24,6 +28,7 @@ def split_kernel(
     n_splits,
     stride_qb,
     stride_qh,
+    stride_tb,
     stride_kb,
     stride_kg,
     stride_kn,
@@ -42,6 +47,7 @@ def split_kernel(
     BLOCK_N: tl.constexpr,
     HAS_LENGTHS: tl.constexpr,
     HAS_STARTS: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
     PRECISION: tl.constexpr,
     OVERLAPS: tl.constexpr,
 ):
@@ -77,8 +83,7 @@ def split_kernel(
     m_r, m_d, m_dv = o_r < SHARED, o_d < HEAD_DIM, o_dv < VALUE_DIM
     p_query = p_q + i_batch * stride_qb + (i_group * SHARED + o_r)[:, None] * stride_qh
     b_q = tl.load(p_query + o_d[None, :], mask=m_r[:, None] & m_d[None, :], other=0.0)
-    p_key = p_k + i_batch * stride_kb + i_group * stride_kg + i_first * stride_kn
-    p_value = p_v + i_batch * stride_vb + i_group * stride_vg + i_first * stride_vn
+    p_key, p_value = p_k + i_group * stride_kg, p_v + i_group * stride_vg
     p_list = p_blocks + i_list * n_entries
 
     b_max = tl.full([ROWS], float("-inf"), tl.float32)
@@ -90,10 +95,12 @@ def split_kernel(
         b_block = tl.load(p_list + o_entry, mask=m_entry, other=0)
         o_token = b_block * BLOCK_SIZE + (i_step % PARTS) * BLOCK_N + o_n % BLOCK_SIZE
         m_token = m_entry & (o_token < n_keys)
-        o_token = o_token.to(tl.int64)
-        p_keys = p_key + o_token[None, :] * stride_kn + o_d[:, None]
+        b_page, o_row = find_pages(
+            i_batch, o_token + i_first, m_token, p_tables, stride_tb, PAGE_SIZE
+        )
+        p_keys = p_key + (b_page * stride_kb + o_row * stride_kn)[None, :] + o_d[:, None]
         b_k = tl.load(p_keys, mask=m_token[None, :] & m_d[:, None], other=0.0)  # [D, N]
-        p_values = p_value + o_token[:, None] * stride_vn + o_dv[None, :]
+        p_values = p_value + (b_page * stride_vb + o_row * stride_vn)[:, None] + o_dv[None, :]
         b_v = tl.load(p_values, mask=m_token[:, None] & m_dv[None, :], other=0.0)
         b_logits = tl.dot(b_q, b_k, input_precision=PRECISION) * scale_log2  # [R, N]
         b_logits = tl.where(m_token[None, :], b_logits, float("-inf"))

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
-from shareprefill.runtime.ops.sketched_selection.sketch import Basis, coordinates, query_coordinates
+from shareprefill.runtime.ops.pages import Cached, PagedBatch, batch_gathered
+from shareprefill.runtime.ops.sketched_selection.sketch import (
+    Basis,
+    coordinates,
+    query_coordinates,
+    sketch_keys,
+)
 
 # Thresholds on a block's share of the attention are powers of 1 / sqrt(2), the first to so many.
 THRESHOLDS = 63
@@ -15,7 +23,7 @@ MOST_BLOCKS = 32768
 
 def select(
     query: Tensor,
-    key: Tensor,
+    key: Cached,
     words: Tensor,
     basis: Basis,
     share: Tensor,
@@ -30,25 +38,40 @@ def select(
 ) -> None:
     """Fill `blocks` and `counts`; arguments as in `select_blocks`, lists and `worth` of each."""
     groups, tokens = key.shape[1:3]
+    if isinstance(key, PagedBatch):
+        # As if the last dim were the head's.
+        words = replace(key, pool=words.mT).gathered().mT
+    key = batch_gathered(key)
     for batch in range(len(query)):
         stop = tokens if lengths is None else int(lengths[batch])
         start = 0 if starts is None else int(starts[batch])
+        if stop <= start:
+            counts[batch] = 0
+            continue
         length = stop - start
         n = -(-length // block_size)
         for group in range(groups):
-            place = batch, group
+            place, base = (batch, group), (batch % len(basis.mean), group)
             mass = block_mass(
                 query[batch].unflatten(0, (groups, -1))[group],
                 *(key[place][start:stop], words[place][:, :length]),
-                *(basis.mean[place], basis.query[place], share.view(groups, -1)[group]),
+                *(basis.mean[base], basis.query[base], share.view(groups, -1)[group]),
                 *(block_size, local, scale),
             )
             always = always_read(length, block_size, local, key.device)
             places = places_of(mass).masked_fill(always, 0)
-            read = places <= last_place(places, worth[place] / max(n, 1))
+            read = places <= last_place(places, worth[place] / n)
             listed = read.nonzero()[:, 0]
             counts[place] = len(listed)
             blocks[place][: len(listed)] = listed
+
+
+def write(key: Tensor, slots: Tensor, basis: Basis, words: Tensor) -> None:
+    """Fill `words`; arguments as in `write_codes`."""
+    slots = slots[slots >= 0]
+    pages, rows = slots // key.shape[2], slots % key.shape[2]
+    codes = sketch_keys(key[pages, :, rows].transpose(0, 1), basis)  # [G, r / 8, T]
+    words[pages, :, :, rows] = codes.permute(2, 0, 1)
 
 
 def always_read(length: int, block_size: int, local: int, device: torch.device) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -38,33 +39,67 @@ class Basis:
     key: Tensor
 
 
-def make_basis(query: Tensor, key: Tensor, rank: int) -> Basis:
+@dataclass(frozen=True, eq=False)
+class Moments:
+    """All of queries and keys that their coordinates are chosen by.
+
+    Attributes:
+        query: Mean product of a query with itself, float64 `[..., D, D]`.
+        mean: Mean key, float64 `[..., D]`.
+        key: Covariance of the keys, float64 `[..., D, D]`.
+    """
+
+    query: Tensor
+    mean: Tensor
+    key: Tensor
+
+    @classmethod
+    def of(cls, query: Tensor, key: Tensor) -> Self:
+        """Those of a prompt.
+
+        Args:
+            query: Its last queries of all heads of a KV head, `[..., rows, D]`.
+            key: Its keys, `[..., N, D]`.
+        """
+        query, key = query.float(), key.float()
+        mean = key.mean(-2)
+        centred = key - mean[..., None, :]
+        of_query = (query.mT @ query).double() / query.shape[-2]
+        return cls(of_query, mean.double(), (centred.mT @ centred).double() / key.shape[-2])
+
+    def with_another(self, other: Moments, number: int) -> Moments:
+        """Means over several prompts: over these and one more, which is the `number`-th."""
+        away = other.mean - self.mean
+        between = away[..., None] * away[..., None, :] * ((number - 1) / number**2)
+        return Moments(
+            self.query + (other.query - self.query) / number,
+            self.mean + away / number,
+            self.key + (other.key - self.key) / number + between,
+        )
+
+
+def make_basis(moments: Moments, rank: int) -> Basis:
     """The coordinates that keep the mean square of the logits of queries on keys.
 
     Args:
-        query: The prompt's last queries of all heads of a KV head, `[..., rows, D]`.
-        key: The prompt's keys, `[..., N, D]`.
+        moments: Of queries and keys.
         rank: r, a multiple of 8.
 
     Raises:
         ConfigError: the rank is none that fits.
     """
-    if rank < 1 or rank % CODES or rank > key.shape[-1]:
+    dim = moments.mean.shape[-1]
+    if rank < 1 or rank % CODES or rank > dim:
         raise ConfigError(
-            f"a sketch has a multiple of {CODES} coordinates, at most {key.shape[-1]}, got {rank}"
+            f"a sketch has a multiple of {CODES} coordinates, at most {dim}, got {rank}"
         )
-    query, key = query.float(), key.float()
-    mean = key.mean(-2)
-    centred = key - mean[..., None, :]
-    of_query = (query.mT @ query).double() / query.shape[-2]
-    of_key = (centred.mT @ centred).double() / key.shape[-2]
-    root, _ = torch.linalg.cholesky_ex(_ridged(of_query, 1e-6))  # [..., D, D], lower
-    weighted = root.mT @ of_key @ root
+    root, _ = torch.linalg.cholesky_ex(_ridged(moments.query, 1e-6))  # [..., D, D], lower
+    weighted = root.mT @ moments.key @ root
     axes = _leading_axes(weighted, rank)  # [..., D, r]
     variance = (axes * (weighted @ axes)).sum(-2)
     step = variance.clamp(min=1e-12).sqrt()[..., None] * _STEP
     of_query = torch.linalg.solve_triangular(root.mT, axes, upper=True).mT
-    return Basis(mean, (of_query * step).float(), ((root @ axes).mT / step).float())
+    return Basis(moments.mean.float(), (of_query * step).float(), ((root @ axes).mT / step).float())
 
 
 def _leading_axes(matrix: Tensor, rank: int) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from shareprefill.errors import UnsupportedError
+from shareprefill.runtime.ops.pages import Cached, check_kernel_pages, kernel_pages
 from shareprefill.runtime.ops.prepared import Launch, Prepared
 from shareprefill.runtime.ops.sketched_selection.reference import MOST_BLOCKS
 from shareprefill.runtime.ops.sketched_selection.sketch import CODES, Basis
@@ -17,6 +18,7 @@ from shareprefill.runtime.ops.sketched_selection.triton_kernel import (
     place_kernel,
     query_kernel,
     score_kernel,
+    sketch_kernel,
 )
 from shareprefill.runtime.ops.triton_tiles import (
     check_tile_block_size,
@@ -32,6 +34,9 @@ _KEYS = 1024
 _CHUNKS, _LEAST_CHUNK = 8, 128
 QUERY_OPTIONS: dict[str, Any] = {"num_warps": 4}
 SCORE_OPTIONS: dict[str, Any] = {"num_warps": 4}
+# Keys of one program of the codes.
+_SLOTS = 16
+SKETCH_OPTIONS: dict[str, Any] = {"num_warps": 4}
 _prepared = Prepared[tuple[Launch, ...]]()
 
 
@@ -44,6 +49,7 @@ def score_constants(
     *,
     has_lengths: bool,
     has_starts: bool,
+    page_size: int,
     packed: bool,
     overlaps: bool,
 ) -> dict[str, Any]:
@@ -58,6 +64,7 @@ def score_constants(
         "LOCAL": local,
         "HAS_LENGTHS": has_lengths,
         "HAS_STARTS": has_starts,
+        "PAGE_SIZE": page_size,
         "PACKED": packed,
         "OVERLAPS": overlaps,
     }
@@ -94,7 +101,7 @@ def query_constants(constants: dict[str, Any]) -> dict[str, Any]:
 
 def select(
     query: Tensor,
-    key: Tensor,
+    key: Cached,
     words: Tensor,
     basis: Basis,
     share: Tensor,
@@ -110,7 +117,8 @@ def select(
     """Fill `blocks` and `counts`; arguments as in `select_blocks`.
 
     Raises:
-        UnsupportedError: the block size is not one that tiles fill, or there are too many blocks.
+        UnsupportedError: the block size is not one that tiles fill, there are too many blocks, or
+            pages are not read.
     """
     check_tile_block_size(block_size)
     batch, heads, dim = query.shape
@@ -122,8 +130,10 @@ def select(
             "take larger blocks, or impl='reference'"
         )
     sizes = (batch, heads, groups, dim, words.shape[2] * CODES, words.shape[3], tokens, n)
-    strides = (*query.stride()[:2], *key.stride()[:3])
-    rules = (block_size, local, lengths is not None, starts is not None, scale)
+    keys, tables, page_size, key_strides = kernel_pages(key)
+    strides = (*query.stride()[:2], *key_strides)
+    has_places = (lengths is not None, starts is not None)
+    rules = (block_size, local, *has_places, page_size, len(basis.mean) > 1, scale)
     of_query, score, place, write = _launches(query.device, query.dtype, sizes, strides, rules)
     lists, shared, rank = batch * groups, heads // groups, sizes[4]
     make = partial(torch.empty, device=query.device)
@@ -132,11 +142,42 @@ def select(
     parts = make((batch * heads, rank // 4), dtype=torch.int32)
     factors = make((batch * heads, 2), dtype=torch.float32)
     of_query(query, basis.mean, basis.query, parts, factors)
-    score(query, key, words, parts, factors, lengths, starts, lse, tokens, n)
+    score(query, keys, words, parts, factors, lengths, starts, tables, lse, tokens, n)
     places = make((lists, n), dtype=torch.int8)
     of_chunks = make((lists, place.grid[0], 64), dtype=torch.int32)
     place(lse, share, lengths, starts, places, of_chunks, tokens, n)
     write(places, of_chunks, worth, lengths, starts, blocks, counts, tokens, n)
+
+
+def sketch_constants(head_dim: int, rank: int, page_size: int) -> dict[str, Any]:
+    """Compile-time arguments of `sketch_kernel`."""
+    return {
+        "HEAD_DIM": head_dim,
+        "BLOCK_D": padded_dim(head_dim),
+        "RANK": rank,
+        "BLOCK_R": max(16, 1 << (rank - 1).bit_length()),
+        "BLOCK_N": _SLOTS,
+        "PAGE_SIZE": page_size,
+    }
+
+
+def write(key: Tensor, slots: Tensor, basis: Basis, words: Tensor) -> None:
+    """Fill `words`; arguments as in `write_codes`."""
+    check_kernel_pages(key)
+    _, groups, page_size, dim = key.shape
+    rank = basis.key.shape[1]
+    constants = sketch_constants(dim, rank, page_size)
+    programs = -(-len(slots) // _SLOTS)
+    strides = key.stride()[:3]
+    kind = ("write", key.device, key.dtype, *key.shape[1:], rank, programs, *strides)
+    found = _prepared.get(kind)
+    if found is None:
+        grid = (programs, groups)
+        launch = Launch(
+            sketch_kernel, key.device, grid, (*strides, groups), constants | SKETCH_OPTIONS
+        )
+        found = _prepared.keep(kind, (launch,))
+    found[0](key, slots, basis.mean, basis.key, words, len(slots))
 
 
 def _launches(
@@ -144,7 +185,7 @@ def _launches(
     dtype: torch.dtype,
     sizes: tuple[int, ...],
     strides: tuple[int, ...],
-    rules: tuple[int, int, bool, bool, float],
+    rules: tuple[int, int, bool, bool, int, bool, float],
 ) -> tuple[Launch, ...]:
     """Launches of the four kernels, made once for all steps that differ in few tokens.
 
@@ -153,15 +194,17 @@ def _launches(
         dtype: Of queries and keys.
         sizes: Sequences, query and KV heads, their dims, coordinates, room of the codes, tokens,
             and blocks.
-        strides: Of queries and keys.
-        rules: Block size, newest tokens, whether there are lengths and starts, the logits' factor.
+        strides: Of queries, tables of pages and keys.
+        rules: Block size, newest tokens, whether there are lengths and starts, tokens of a page,
+            whether sequences have bases of their own, the logits' factor.
     """
     batch, heads, groups, dim, rank, room, _, n = sizes
-    block_size, local, has_lengths, has_starts, scale = rules
+    block_size, local, has_lengths, has_starts, page_size, own_bases, scale = rules
     constants = score_constants(
         *(dim, heads // groups, rank, block_size, local),
         has_lengths=has_lengths,
         has_starts=has_starts,
+        page_size=page_size,
         packed=device.type == "cuda",
         overlaps=overlaps(device),
     )
@@ -178,7 +221,8 @@ def _launches(
             kind,
             (
                 Launch(
-                    *(query_kernel, device, (batch * heads,), (*strides[:2], heads, scale_log2)),
+                    *(query_kernel, device, (batch * heads,)),
+                    (*strides[:2], heads, lists if own_bases else groups, scale_log2),
                     query_constants(constants) | QUERY_OPTIONS | together,
                 ),
                 Launch(

@@ -1,0 +1,330 @@
+"""Decode steps of an engine's requests, whose keys and values lie in pages.
+
+As `decoding`, whose sketch and prices these are, with nothing that belongs to a request: codes of
+keys lie beside their pages, in coordinates that hold for all requests, and one price holds for all
+rows. So requests may come, go, share pages and change places as an engine likes. It calls
+
+    decoding = PagedDecoding(layers=range(32), ..., density=0.2)
+    decoding.write(layer, keys, slots)  # at every step, once the new keys lie in their pages
+    decoding.learn(layer, query, key, keys)  # with the rows of long prompts
+    if decoding.ready:
+        decoding.begin_step(lengths)  # before the first layer of a step with decode rows
+        out = decoding.attend(layer, query, keys, values, tables, lengths, most_tokens=N, scale=s)
+
+All but `learn` may be in a CUDA graph, and nothing waits for the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from shareprefill.errors import UnsupportedError
+from shareprefill.runtime.decoding import (
+    BLOCK,
+    FIRST_PRICE,
+    LEAST_COORDINATES,
+    LOCAL,
+    MOST_ABOVE,
+    basis_rows,
+    basis_step,
+    head_weights,
+    moments_of,
+    rank_of,
+    relative_effect,
+)
+from shareprefill.runtime.ops.block_sparse_decoding import block_sparse_decoding
+from shareprefill.runtime.ops.pages import PagedBatch, PagedTokens, Tokens
+from shareprefill.runtime.ops.sketched_selection import (
+    Basis,
+    Moments,
+    make_basis,
+    select_blocks,
+    write_codes,
+)
+from shareprefill.runtime.rules.base import Exchange
+
+# Calls of `learn` that count: the coordinates are chosen anew at the first, second, fourth, ...
+MOST_PROMPTS = 64
+# Keys that are sketched at once: bounds the memory of their numbers, and of a CPU's copies.
+_PIECE = 1 << 16
+
+
+class _LayerCodes:
+    """Coordinates of one layer's keys, and the codes beside its pages.
+
+    Attributes:
+        basis: Its tensors `[G, ...]`; None before a prompt was read.
+        words: int32 `[pages, G, r / 8, page size]`.
+    """
+
+    def __init__(self) -> None:
+        self.basis: Basis | None = None
+        self.words: Tensor | None = None
+        self._moments: Moments | None = None
+        self._prompts = 0
+
+    def learn(self, query: Tensor, key: Tokens) -> bool:
+        """Notes a prompt, and says whether the coordinates were chosen anew."""
+        self._prompts += 1
+        if self._prompts > MOST_PROMPTS:
+            return False
+        found = moments_of(basis_rows(query), _some_keys(key), key.shape[0])
+        if self._moments is not None:
+            found = self._moments.with_another(found, self._prompts)
+        self._moments = found
+        if self._prompts & (self._prompts - 1):
+            return False
+        basis = make_basis(found, rank_of(key.shape[2]))
+        if self.basis is None:
+            self.basis = Basis(basis.mean, basis.query.contiguous(), basis.key.contiguous())
+        else:  # Where graphs find them.
+            self.basis.mean.copy_(basis.mean)
+            self.basis.query.copy_(basis.query)
+            self.basis.key.copy_(basis.key)
+        return True
+
+    def write(self, pool: Tensor, slots: Tensor) -> None:
+        """Writes codes of some keys."""
+        assert self.basis is not None
+        pages, groups, size, _ = pool.shape
+        shape = pages, groups, self.basis.key.shape[1] // 8, size
+        if self.words is None or self.words.shape != shape:
+            self.words = torch.zeros(shape, dtype=torch.int32, device=pool.device)
+        write_codes(pool, slots, self.basis, self.words)
+
+    def write_all(self, pool: Tensor) -> None:
+        """Writes codes of all that lies in the pages, written or not."""
+        slots = torch.arange(pool.shape[0] * pool.shape[2], dtype=torch.int64, device=pool.device)
+        for piece in slots.split(_PIECE):
+            self.write(pool, piece)
+
+
+def _some_keys(key: Tokens) -> Tensor:
+    """Those of a prompt's keys that choose the coordinates, `[G, M, D]`."""
+    step = basis_step(key.shape[1])
+    if not isinstance(key, PagedTokens):
+        return key[:, ::step]
+    places = torch.arange(0, key.n_tokens, step, dtype=torch.int64, device=key.device)
+    pages = key.table[places // key.page_size].long()
+    return key.pool[pages, :, places % key.page_size].transpose(0, 1)
+
+
+class _Price:
+    """What reading a block costs all rows, so that steps read the density asked for on average.
+
+    Args:
+        density: Asked for.
+        harm: What lost attention of KV heads does, float32 `[L, G]`.
+        rows: Of a step at most.
+
+    Attributes:
+        counts: Blocks that rows read in this step, int32 `[L, rows, G]`; 0 of rows that are none.
+    """
+
+    def __init__(self, density: float, harm: Tensor, rows: int) -> None:
+        self.density, self._harm = density, harm
+        layers, groups = harm.shape
+        device = harm.device
+        self.counts = torch.zeros((layers, rows, groups), dtype=torch.int32, device=device)
+        self._first = FIRST_PRICE if density < 1 else -torch.inf
+        make = {"dtype": torch.float32, "device": device}
+        self._log2 = torch.full((1,), self._first, **make)
+        self._steps = torch.zeros(1, **make)
+        self._there = torch.zeros(1, **make)
+        # Steps of rows, blocks read, and blocks that there were.
+        self.totals = torch.zeros(3, dtype=torch.float64, device=device)
+        self._rows = torch.zeros(1, **make)
+
+    def settle(self, exchange: Exchange | None) -> None:
+        """Changes the price by what the last step read, and forgets the step."""
+        read = torch.stack((self.counts.sum(dtype=torch.float32)[None], self._there))  # [2, 1]
+        if exchange is not None:
+            exchange.sum(read)
+        read, there = read
+        # Large changes at first, small ones later, and none by a step without rows.
+        gain = (8 / (8 + self._steps)).clamp(min=1 / 4)
+        above = (read / (there * self.density).clamp(min=1) - 1).clamp(max=MOST_ABOVE)
+        was_step = there > 0
+        self._log2.add_(torch.where(was_step, gain * above, 0)).clamp_(max=40)
+        self._steps.add_(was_step)
+        self.totals.add_(torch.cat((self._rows, read, there)))
+        self.counts.zero_()
+
+    def begin(self, lengths: Tensor) -> Tensor:
+        """What blocks must be worth in a step, float32 `[L, rows, G]`."""
+        blocks = (lengths + (BLOCK - 1)) // BLOCK
+        layers, _, groups = self.counts.shape
+        self._there.copy_(blocks.sum() * (layers * groups))
+        self._rows.copy_((lengths > 0).sum())
+        worth = self._log2.exp2() / self._harm
+        return worth[:, None].expand(-1, len(lengths), -1).contiguous()
+
+
+class PagedDecoding:
+    """Decode steps over pages that read a share of the key blocks.
+
+    Args:
+        layers: Those that this process decodes sparsely, ascending.
+        n_heads: Query heads of this process.
+        n_groups: KV heads of this process.
+        head_dim: Of keys.
+        max_rows: Requests of a step at most.
+        device: Of the pages.
+        density: Blocks to be read over all blocks, in (0, 1], mean over rows, layers and KV heads.
+        effect: What lost attention of a head changes, of all layers and heads of the model, float
+            `[L, H]`; None where it is not known, and all heads count alike.
+        heads: The model's heads that this process holds; None: all.
+        exchange: Of the processes that share the heads; None: this one has all.
+
+    Raises:
+        UnsupportedError: heads are too small for a sketch.
+    """
+
+    def __init__(
+        self,
+        *,
+        layers: Sequence[int],
+        n_heads: int,
+        n_groups: int,
+        head_dim: int,
+        max_rows: int,
+        device: torch.device,
+        density: float,
+        effect: Tensor | None = None,
+        heads: range | None = None,
+        exchange: Exchange | None = None,
+    ) -> None:
+        if head_dim < LEAST_COORDINATES:
+            raise UnsupportedError(
+                f"sparse decode steps need heads of at least {LEAST_COORDINATES} dims, got "
+                f"{head_dim}: decode densely"
+            )
+        if effect is None:
+            mine = torch.ones((len(layers), n_heads), dtype=torch.float64, device="cpu")
+        else:
+            mine = relative_effect(effect[list(layers)])
+            mine = mine if heads is None else mine[:, heads.start : heads.stop]
+        share, harm = (t.to(device) for t in head_weights(mine, n_groups))
+        self._share, self._price = share, _Price(density, harm, max_rows)
+        self._worth: Tensor | None = None
+        self._places = {layer: place for place, layer in enumerate(layers)}
+        self._codes = [_LayerCodes() for _ in layers]
+        self._exchange = exchange
+        self._token_bytes = n_groups * rank_of(head_dim) // 2
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes of the codes of one token in one layer."""
+        return self._token_bytes
+
+    @property
+    def ready(self) -> bool:
+        """Whether every layer has coordinates, which the first prompt gives it."""
+        return all(codes.basis is not None for codes in self._codes)
+
+    def write(self, layer: int, pool: Tensor, slots: Tensor) -> None:
+        """Writes codes of keys that were written into pages.
+
+        Args:
+            layer: Layer index in the model.
+            pool: Pages of keys `[pages, G, page size, D]`, in any strides.
+            slots: int64 `[T]`: page times page size plus the place in it; negative: none.
+        """
+        codes = self._codes[self._places[layer]]
+        # Coordinates are chosen with codes for all that lies in the pages.
+        if codes.basis is not None:
+            codes.write(pool, slots)
+
+    def learn(self, layer: int, query: Tensor, key: Tokens, pool: Tensor) -> None:
+        """Notes a long prompt, or a chunk of it: after 1, 2, 4, ... the coordinates are chosen.
+
+        Coordinates are those of the prompts so far, whoever sent them, and fixed after the last of
+        `MOST_PROMPTS`.
+
+        Args:
+            layer: Layer index in the model.
+            query: `[H, Nq, D]`.
+            key: `[G, Nk, D]`, up to the last of these rows.
+            pool: Pages of keys, in which all keys of the requests lie.
+        """
+        codes = self._codes[self._places[layer]]
+        if codes.learn(query, key):
+            codes.write_all(pool)
+
+    def begin_step(self, lengths: Tensor) -> None:
+        """Begins a step, before its first layer: settles what the last one read.
+
+        Args:
+            lengths: Keys of the rows that `attend` is given in the step, the newest among them,
+                int32 `[rows]`; 0 for a row that is none.
+        """
+        self._price.settle(self._exchange)
+        self._worth = self._price.begin(lengths)
+
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        tables: Tensor,
+        lengths: Tensor,
+        *,
+        most_tokens: int,
+        scale: float,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """One layer's attention of the newest token of every request.
+
+        Args:
+            layer: Layer index in the model.
+            query: `[rows, H, D]`.
+            keys: Pages `[pages, G, page size, D]`; what lies behind a request's last token may be
+                anything.
+            values: Pages `[pages, G, page size, Dv]`.
+            tables: Each request's pages in the order of its tokens, int32 `[rows, m]`.
+            lengths: As in `begin_step`.
+            most_tokens: At least the longest, known without asking the device.
+            scale: The model's factor on the logits.
+            out: `[rows, H, Dv]`, contiguous, written in place; None: a new one.
+
+        Returns:
+            `[rows, H, Dv]`; zeros for rows of length 0.
+        """
+        assert self._worth is not None, "a step begins with begin_step"
+        place = self._places[layer]
+        codes, rows = self._codes[place], len(query)
+        assert codes.basis is not None, "no prompt was read yet"
+        assert codes.words is not None
+        basis = Basis(*(t[None] for t in (codes.basis.mean, codes.basis.query, codes.basis.key)))
+        key, value = (PagedBatch(pool, tables, most_tokens) for pool in (keys, values))
+        blocks, counts = select_blocks(
+            *(query, key, codes.words, basis, self._share[place], self._worth[place]),
+            block_size=BLOCK,
+            local=LOCAL,
+            lengths=lengths,
+            scale=scale,
+            counts=self._price.counts[place, :rows],
+        )
+        return block_sparse_decoding(
+            *(query, key, value, blocks, counts),
+            block_size=BLOCK,
+            lengths=lengths,
+            scale=scale,
+            out=out,
+        )
+
+    def report(self) -> tuple[int, float]:
+        """Steps of rows since the beginning, and the density that they read; waits for the device.
+
+        The newest step counts with the next one.
+        """
+        rows, read, there = self._price.totals.tolist()
+        return int(rows), read / there if there else 1.0
+
+    def reset(self) -> None:
+        """Forgets what the report says."""
+        self._price.totals.zero_()
