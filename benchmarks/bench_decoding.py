@@ -6,7 +6,9 @@ Every time is of a CUDA graph of as many steps as read more than the L2 cache ho
 and values of its own, divided by their number: a decode step finds the cache full of other layers.
 Dense decoding is the fastest of SDPA's backends and of our own kernel with all blocks listed.
 `listed` is attention alone, `choice` the selection of blocks by a sketch, `step` one after the
-other, with lists of the density named in place of those chosen from the sketch's random codes.
+other, with lists of the density named in place of those chosen from the sketch's random codes. With
+`--page-size`, the same of keys and values in an engine's pages, in any order, and `codes`, the
+sketch of each sequence's newest key.
 """
 
 from __future__ import annotations
@@ -24,8 +26,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from shareprefill.runtime.ops.block_sparse_decoding import block_sparse_decoding
-from shareprefill.runtime.ops.sketched_selection import Basis, select_blocks
+from shareprefill.runtime.ops.pages import Cached, PagedBatch
+from shareprefill.runtime.ops.sketched_selection import Basis, select_blocks, write_codes
 
+Cache = tuple[Tensor, Cached, Cached]
+"""Queries, keys and values."""
 BACKENDS = {
     "flash": SDPBackend.FLASH_ATTENTION,
     "cudnn": SDPBackend.CUDNN_ATTENTION,
@@ -72,14 +77,40 @@ def random_lists(batch: int, groups: int, n: int, density: float) -> tuple[Tenso
     return blocks, torch.full((batch, groups), count, dtype=torch.int32, device="cuda")
 
 
+def in_pages(query: Tensor, key: Tensor, value: Tensor, size: int) -> Cache:
+    """The same, keys and values in pages, as vLLM lays them out."""
+    batch, groups, _, dim = key.shape
+    halves = [t.unflatten(2, (-1, size)).permute(0, 2, 3, 1, 4).flatten(0, 1) for t in (key, value)]
+    order = torch.randperm(len(halves[0]), device="cuda")
+    pool = key.new_empty(len(order), 2, size, groups, dim)
+    for number, half in enumerate(halves):
+        pool[order, number] = half
+    tables = order.int().view(batch, -1)
+    keys, values = (
+        PagedBatch(half.transpose(1, 2), tables, key.shape[2]) for half in pool.unbind(1)
+    )
+    return query, keys, values
+
+
+def writing(key: PagedBatch, options: argparse.Namespace) -> Callable[[], None]:
+    """The sketch of each sequence's newest key."""
+    axes = torch.randn(options.kv_heads, options.rank, options.head_dim, device="cuda")
+    sizes = len(key.pool), options.kv_heads, options.rank // 8, key.page_size
+    words = torch.zeros(sizes, dtype=torch.int32, device="cuda")
+    slots = key.tables[:, -1].long() * key.page_size + key.page_size - 1
+    return partial(write_codes, key.pool, slots, Basis(axes[:, 0].contiguous(), axes, axes), words)
+
+
 def choosing(
-    query: Tensor, key: Tensor, options: argparse.Namespace
+    query: Tensor, key: Cached, options: argparse.Namespace
 ) -> Callable[[], tuple[Tensor, Tensor]]:
     """The choice of blocks by a sketch, here of random codes."""
     batch, groups, tokens, dim = key.shape
-    axes = torch.randn(batch, groups, options.rank, dim, device="cuda") / dim
+    paged = isinstance(key, PagedBatch)
+    axes = torch.randn(1 if paged else batch, groups, options.rank, dim, device="cuda") / dim
     basis = Basis(axes[:, :, 0].contiguous(), axes, axes)
-    sizes = batch, groups, options.rank // 8, tokens
+    room = (len(key.pool), key.page_size) if paged else (batch, tokens)
+    sizes = room[0], groups, options.rank // 8, room[1]
     words = torch.randint(-(2**31), 2**31 - 1, sizes, dtype=torch.int32, device="cuda")
     share = torch.full((options.heads,), options.kv_heads / options.heads, device="cuda")
     worth = torch.full((batch, options.kv_heads), 0.1, device="cuda")
@@ -94,6 +125,28 @@ def in_turn(*calls: Callable[[], object]) -> None:
         call()
 
 
+def sparse(caches: Sequence[Cache], options: argparse.Namespace) -> dict[str, float]:
+    """Times of our own kernels."""
+    batch, groups, tokens, _ = caches[0][1].shape
+    n = -(-tokens // options.block)
+
+    def reads(density: float) -> list[Callable[[], object]]:
+        lists = [random_lists(batch, groups, n, density) for _ in caches]
+        return [
+            partial(block_sparse_decoding, *cache, *blocks, block_size=options.block)
+            for cache, blocks in zip(caches, lists, strict=True)
+        ]
+
+    densities = (1.0, *options.density)
+    row = {f"listed {density:g}": microseconds(reads(density)) for density in densities}
+    choices = [choosing(query, key, options) for query, key, _ in caches]
+    row["choice"] = microseconds(choices)
+    for density in options.density:
+        pairs = zip(choices, reads(density), strict=True)
+        row[f"step {density:g}"] = microseconds([partial(in_turn, *pair) for pair in pairs])
+    return row
+
+
 def case(options: argparse.Namespace, batch: int, tokens: int) -> dict[str, float]:
     """Times of one batch size and length."""
     groups, dim = options.kv_heads, options.head_dim
@@ -101,34 +154,22 @@ def case(options: argparse.Namespace, batch: int, tokens: int) -> dict[str, floa
     least = min(options.density) * cache_bytes
     copies = max(1, min(-(-READ_BYTES // int(least)), int(40e9 // cache_bytes)))
     make = partial(torch.randn, device="cuda", dtype=torch.bfloat16)
-    caches = [
-        (make(batch, options.heads, dim), *(make(batch, groups, tokens, dim) for _ in range(2)))
-        for _ in range(copies)
-    ]
-    n = -(-tokens // options.block)
+    sizes = batch, groups, tokens, dim
+    caches = [(make(batch, options.heads, dim), make(*sizes), make(*sizes)) for _ in range(copies)]
     row: dict[str, float] = {"batch": batch, "tokens": tokens, "copies": copies}
     for name, backend in BACKENDS.items():
         try:
             row[name] = microseconds([partial(dense, backend, *cache) for cache in caches])
         except RuntimeError as error:
             print(f"{name}: {str(error).splitlines()[0]}")
-    for density in (1.0, *options.density):
-        lists = [random_lists(batch, groups, n, density) for _ in caches]
-        steps = [
-            partial(block_sparse_decoding, *cache, *blocks, block_size=options.block)
-            for cache, blocks in zip(caches, lists, strict=True)
-        ]
-        row[f"listed {density:g}"] = microseconds(steps)
-    choices = [choosing(cache[0], cache[1], options) for cache in caches]
-    row["choice"] = microseconds(choices)
-    for density in options.density:
-        lists = [random_lists(batch, groups, n, density) for _ in caches]
-        reads = [
-            partial(block_sparse_decoding, *cache, *blocks, block_size=options.block)
-            for cache, blocks in zip(caches, lists, strict=True)
-        ]
-        pairs = zip(choices, reads, strict=True)
-        row[f"step {density:g}"] = microseconds([partial(in_turn, *pair) for pair in pairs])
+    tensors: list[Cache] = [*caches]
+    row |= sparse(tensors, options)
+    for size in options.page_size:
+        paged = [in_pages(query, key, value, size) for query, key, value in caches]
+        row |= {f"{name}, pages of {size}": time for name, time in sparse(paged, options).items()}
+        writes = [writing(key, options) for _, key, _ in paged if isinstance(key, PagedBatch)]
+        row[f"codes, pages of {size}"] = microseconds(writes)
+        del paged, writes
     best = min(v for k, v in row.items() if k in BACKENDS or k == "listed 1")
     row["dense"] = best
     row["bytes/s dense"] = cache_bytes / best * 1e6
@@ -147,6 +188,7 @@ def main() -> None:
     parser.add_argument("--kv-heads", type=int, default=8)
     parser.add_argument("--head-dim", type=int, default=128)
     parser.add_argument("--rank", type=int, default=24, help="coordinates of the sketch")
+    parser.add_argument("--page-size", type=int, nargs="*", default=[], help="tokens a page")
     parser.add_argument("--block", type=int, default=32, help="tokens a key block")
     parser.add_argument("--commit", help="of the sources, where git's files are not there")
     parser.add_argument("--json", type=Path)
