@@ -7,7 +7,9 @@ As `decode_study.py run`, whose prompts these are, with sessions' prices: each p
 own, at which it reads the density asked for, and a KV head's blocks must be worth it by its harm.
 Effects of heads are those of the calibration's decode steps (`steps`), of its prompts' last rows,
 as `sp calibrate` measures them (`rows`), of the artifact's prefills (`prefills`), or alike. With
-`steps`, blocks are also chosen every few steps alone, in layers in turns.
+`steps`, blocks are also chosen every few steps alone, in layers in turns. With `--coordinates`,
+those of the sketch are not each prompt's own: they are of all calibration prompts together, as an
+engine has them for all requests, of those of other tasks, or of one of those.
 """
 
 from __future__ import annotations
@@ -15,14 +17,14 @@ from __future__ import annotations
 import argparse
 import json
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from decode_policies import Policy, ranked, worth_counts
-from decode_study import Decode, Prompt, Sample, Study, load_samples
+from decode_policies import Basis, Policy, ranked, worth_counts
+from decode_study import Decode, Prompt, Sample, Study, bases_of, load_samples
 from provenance import provenance
 from torch import Tensor
 
@@ -50,10 +52,16 @@ def price(study: Study, sample: Sample, prompt: Prompt, harm: Tensor, density: f
 
 @torch.no_grad()
 def rows_of(
-    study: Study, sample: Sample, effects: dict[str, Tensor], options: argparse.Namespace
+    study: Study,
+    sample: Sample,
+    effects: dict[str, Tensor],
+    bases: list[Basis] | None,
+    options: argparse.Namespace,
 ) -> list[dict[str, Any]]:
     """A row for every effect and number of steps of one prompt."""
     prompt = study.prefill(sample)
+    if bases is not None:
+        prompt = replace(prompt, basis=bases)
     dense = study.steps(sample, Decode(prompt, None, None, study.block))
     rows = []
     for name, effect in effects.items():
@@ -89,6 +97,25 @@ def effects_of(study: Study, samples: Sequence[Sample], artifact: Path | None) -
     return found | {"alike": alike}
 
 
+def coordinates(
+    study: Study, samples: Sequence[Sample], kind: str
+) -> Callable[[str], list[Basis] | None]:
+    """The sketch's coordinates for a task: None for a prompt's own, else of calibration prompts."""
+    if kind == "own":
+        return lambda task: None
+    moments = [(sample.task, study.read(sample).moments()) for sample in samples]
+
+    def of(task: str) -> list[Basis]:
+        chosen = [m for name, m in moments if kind == "all" or name != task]
+        chosen = chosen[:1] if kind == "one" else chosen
+        together = chosen[0]
+        for number, other in enumerate(chosen[1:], 2):
+            together = together.with_another(other, number)
+        return bases_of(together)
+
+    return of
+
+
 def main() -> None:
     """Parses the command line, measures, and prints means over prompts."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
@@ -99,6 +126,7 @@ def main() -> None:
     parser.add_argument("--artifact", type=Path, help="with effects of prefills")
     parser.add_argument("--density", type=float, default=0.153, help="of blocks")
     parser.add_argument("--every", type=int, nargs="*", default=[1, 2, 4, 8])
+    parser.add_argument("--coordinates", choices=("own", "all", "others", "one"), default="own")
     parser.add_argument("--block", type=int, default=32, help="tokens a key block")
     parser.add_argument("--commit", help="of the sources, where git's files are not there")
     parser.add_argument("--json", type=Path)
@@ -107,8 +135,9 @@ def main() -> None:
     study = Study(argparse.Namespace(**sizes, artifact=None))
     effects = effects_of(study, load_samples(options.calibrate, study), options.artifact)
     rows: list[dict[str, Any]] = []
+    bases = coordinates(study, load_samples(options.calibrate, study), options.coordinates)
     for sample in load_samples(options.prompts, study):
-        rows += rows_of(study, sample, effects, options)
+        rows += rows_of(study, sample, effects, bases(sample.task), options)
     groups: dict[tuple[str, int], list[dict[str, Any]]] = defaultdict(list)
     for row in rows:
         groups[row["effects"], row["every"]].append(row)

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from shareprefill.errors import ConfigError
+from shareprefill.runtime.ops.sketched_selection import Moments
 
 # The newest tokens, which every step reads, as it reads the first block.
 LOCAL = 64
@@ -61,18 +62,14 @@ class Basis:
     spread: Tensor
 
 
-def make_basis(query: Tensor, key: Tensor) -> Basis:
-    """The coordinates that keep the mean square of logits, of a prompt's queries on its keys.
+def make_basis(moments: Moments) -> Basis:
+    """The coordinates that keep the mean square of logits, `[..., G, D]`.
 
     Args:
-        query: Queries of the prompt's last rows, `[..., G, rows, D]`.
-        key: Keys of the prompt, `[..., G, N, D]`.
+        moments: Of queries of prompts' last rows, and of prompts' keys.
     """
-    mean = key.mean(-2)
-    centred = key - mean[..., None, :]
     # The decomposition of many small matrices is faster on a CPU.
-    of_query = (query.mT @ query / query.shape[-2]).cpu().double()
-    of_key = (centred.mT @ centred / key.shape[-2]).cpu().double()
+    of_query, of_key = moments.query.cpu(), moments.key.cpu()
     values, vectors = torch.linalg.eigh(of_query)
     root = values.clamp(min=1e-6 * values.amax(-1, keepdim=True)).sqrt()
     half = (vectors * root[..., None, :]) @ vectors.mT
@@ -80,7 +77,8 @@ def make_basis(query: Tensor, key: Tensor) -> Basis:
     found, axes = torch.linalg.eigh(half @ of_key @ half)
     axes = axes.flip(-1).mT
     spread = found.flip(-1).clamp(min=0).sqrt()
-    return Basis(mean, *(t.to(key) for t in (axes @ inverse, axes @ half, spread)))
+    parts = (moments.mean, axes @ inverse, axes @ half, spread)
+    return Basis(*(part.to(moments.mean.device, torch.float32) for part in parts))
 
 
 @dataclass(frozen=True)

@@ -65,6 +65,7 @@ from shareprefill.models import load_model, load_tokenizer, text_decoder
 from shareprefill.runtime.fidelity import compare_predictions, final_states, sampled_score
 from shareprefill.runtime.generation import cache_of
 from shareprefill.runtime.interface import AttentionCall, HasGradients, attached
+from shareprefill.runtime.ops.sketched_selection import Moments
 from shareprefill.runtime.session import share_prefill
 from shareprefill.tokens import encode
 
@@ -155,10 +156,18 @@ class Prefill:
 
     def prompt(self) -> Prompt:
         """What it kept."""
-        basis = make_basis(torch.stack(self.query), torch.stack(self.key))
-        parts = zip(*(vars(basis)[name] for name in vars(basis)), strict=True)
-        bases = [Basis(*part) for part in parts]
+        bases = bases_of(self.moments())
         return Prompt(self.key, self.value, self.last, self.vertical, bases)
+
+    def moments(self) -> Moments:
+        """What all layers' coordinates are chosen by, `[L, G, ...]`."""
+        return Moments.of(torch.stack(self.query), torch.stack(self.key))
+
+
+def bases_of(moments: Moments) -> list[Basis]:
+    """Coordinates of every layer."""
+    basis = make_basis(moments)
+    return [Basis(*part) for part in zip(*vars(basis).values(), strict=True)]
 
 
 def _mean_map(query: Tensor, rows: Tensor, key: Tensor, scale: float) -> Tensor:
@@ -329,14 +338,18 @@ class Study:
         shape = config.num_hidden_layers, groups, config.num_attention_heads // groups
         self.share = torch.full(shape, 1 / shape[2], device=self.device)
 
-    @torch.no_grad()
     def prefill(self, sample: Sample) -> Prompt:
         """Runs a prompt densely."""
+        return self.read(sample).prompt()
+
+    @torch.no_grad()
+    def read(self, sample: Sample) -> Prefill:
+        """What was kept of a prompt that was run densely."""
         handler = Prefill()
         ids = torch.tensor(sample.prompt, device=self.device)
         with attached(self.model, handler):
             self.model(input_ids=ids[None], use_cache=False, logits_to_keep=1)
-        return handler.prompt()
+        return handler
 
     @torch.no_grad()
     def half_prefill(self, sample: Sample, artifact: Path | None) -> tuple[Prompt, float]:

@@ -13,6 +13,7 @@ import torch
 from torch.nn import functional as F
 
 from shareprefill.errors import ConfigError
+from shareprefill.runtime.ops.sketched_selection import Moments
 
 ROOT = Path(__file__).parents[2]
 LAYERS, GROUPS, HEADS, STEPS, BLOCKS, BLOCK, DIM = 2, 3, 2, 12, 60, 16, 8
@@ -32,7 +33,7 @@ def random_steps(draw: torch.Generator) -> Any:
     key = torch.randn(GROUPS, TOKENS, DIM, generator=draw) * 2
     weights = causal_logits(query @ key[:, None].mT).softmax(-1)
     maps = torch.rand(2, GROUPS, HEADS, BLOCKS, generator=draw)
-    basis = make_basis(query.flatten(1, 2), key[:, :PROMPT])
+    basis = make_basis(Moments.of(query.flatten(1, 2), key[:, :PROMPT]))
     share = torch.full((GROUPS, HEADS), 1 / HEADS)
     return Steps(
         *(by_block(weights, BLOCK), share, query, key, 1.0, maps[0], maps[1], basis),
@@ -211,7 +212,7 @@ def test_blocks_that_are_not_read_are_hidden_or_means(means: bool) -> None:
 
     query, old, new = torch.randn(4, 20, 8), torch.randn(2, 2, 200, 8), torch.randn(2, 2, 20, 8)
     maps = torch.rand(4, 200)
-    basis = make_basis(query.unflatten(0, (2, 2)).flatten(1, 2), old[0])
+    basis = make_basis(Moments.of(query.unflatten(0, (2, 2)).flatten(1, 2), old[0]))
     prompt = Prompt([old[0]], [old[1]], [maps], [maps], [basis])
     call = SimpleNamespace(layer=0, query=query[None], key=new[:1], value=new[1:], scale=0.3)
     policy = Newest()
@@ -298,6 +299,37 @@ def test_effects_and_choices_of_several_kinds_are_compared(
             assert row["blocks"] == pytest.approx(density, abs=0.1)
             assert (row["kl"] < 1e-6) == (density == 1)
     assert "rows, every 1 steps: blocks 0." in capsys.readouterr().out
+
+
+def test_coordinates_are_of_the_prompts_asked_for(study: Any) -> None:
+    import decode_effects
+    import decode_study
+
+    samples = [
+        decode_study.Sample(task, True, torch.randint(0, 64, (200,)).tolist(), [1], [])
+        for task in ("retr_kv", "needle", "quotation")
+    ]
+    kv, needle, quotation = (study.read(sample).moments() for sample in samples)
+
+    def same(kind: str, task: str, moments: Any) -> bool:
+        found = decode_effects.coordinates(study, samples, kind)(task)
+        expected = decode_study.bases_of(moments)
+        assert found is not None
+        return all(torch.equal(a.key, b.key) for a, b in zip(found, expected, strict=True))
+
+    assert decode_effects.coordinates(study, samples, "own")("needle") is None
+    together = kv.with_another(needle, 2)
+    assert same("all", "needle", together.with_another(quotation, 3))
+    assert same("others", "quotation", together)
+    assert same("one", "retr_kv", needle)
+    assert not same("one", "needle", needle)
+    # Moments of both prompts' keys, as if they were one's.
+    keys = [torch.stack(study.read(sample).key).double() for sample in samples[:2]]
+    both = torch.cat(keys, 2)  # [L, G, 2 * N, D]
+    torch.testing.assert_close(together.mean, both.mean(2))
+    centred = both - both.mean(2, keepdim=True)
+    covariance = centred.mT @ centred / both.shape[2]
+    torch.testing.assert_close(together.key, covariance, rtol=1e-4, atol=1e-6)
 
 
 def test_sessions_decode_prompts_of_several_lengths_together(
