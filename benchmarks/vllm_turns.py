@@ -362,7 +362,7 @@ def answers(
     longest = max(len(encode(tokenizer, example.answer)) for example in examples) + 2
     columns = (
         *("engine", "requests", "right", "as the first engine's", "density", "seconds"),
-        *("sparse rows", "cached tokens", "preemptions"),
+        *("sparse rows", "cached tokens", "preemptions", "sparse steps", "their density"),
     )
     print(f"| {' | '.join(columns)} |\n|{' --- |' * len(columns)}")
     rows, known = [], {}
@@ -431,6 +431,7 @@ def run_answers(
     seconds = clock() - begun
     reports = llm.collective_rpc("shareprefill_report", args=(True,))
     sparse = [recent for report in reports if (recent := report["recent"].get("auto"))]
+    steps = reports[0].get("decoding", {})
     metrics = llm.get_metrics() if llm.llm_engine.log_stats else []
     return {
         "tokens": [list(answer.outputs[0].token_ids) for answer in answers],
@@ -439,6 +440,8 @@ def run_answers(
         "sparse": reports[0]["rows"]["sparse"].get("auto", 0),
         "cached": sum(answer.num_cached_tokens or 0 for answer in answers),
         "preemptions": next((m.value for m in metrics if m.name == "vllm:num_preemptions"), None),
+        "steps": steps.get("steps"),
+        "steps_density": steps.get("density"),
     }
 
 

@@ -26,9 +26,10 @@ from shareprefill.errors import UnsupportedError
 from shareprefill.runtime.ops.dispatch import page_in_place
 from shareprefill.runtime.ops.pages import Tokens
 from shareprefill.vllm.core import RowState, ServingCore
+from shareprefill.vllm.decoding import DecodeStep, decode_step
 from shareprefill.vllm.engine import core_of, current_core
 from shareprefill.vllm.options import NAME
-from shareprefill.vllm.pages import joined_pages, split_pages
+from shareprefill.vllm.pages import all_pages, joined_pages, split_pages
 from shareprefill.vllm.rows import Prefill, Run, divide
 
 logger = init_logger("vllm.shareprefill")
@@ -54,10 +55,12 @@ class StepWork:
 
     Attributes:
         prefills: Rows that are computed sparsely, each with its request's switch.
+        decodes: Rows that are decoded sparsely; None where there are none.
         runs: The other rows, each with metadata of the inner backend.
     """
 
     prefills: tuple[tuple[Prefill, str | None], ...]
+    decodes: DecodeStep | None
     runs: tuple[tuple[Run, Any], ...]
 
 
@@ -87,11 +90,19 @@ class SharePrefillBuilder:
 
     @classmethod
     def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> AttentionCGSupport:
-        """At most graphs of uniform batches: a prefill's decisions may not be frozen in one."""
+        """At most graphs of uniform batches: a prefill's decisions may not be frozen in one.
+
+        None where decode steps may be sparse: which rows are, changes from step to step. vLLM
+        then captures what lies between layers' attention alone, and says so.
+        """
         support = super().get_cudagraph_support(vllm_config, kv_cache_spec)
+        core = core_of(vllm_config)
+        if core is None:
+            return support
         most = AttentionCGSupport.UNIFORM_BATCH
-        is_limited = core_of(vllm_config) is not None and support.value > most.value
-        return most if is_limited else support
+        if core.decoding is not None:
+            most = AttentionCGSupport.NEVER
+        return most if support.value > most.value else support
 
     def __init__(
         self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: Any
@@ -100,6 +111,13 @@ class SharePrefillBuilder:
         self.core: ServingCore | None = core_of(vllm_config)
         if self.core is not None:
             _check_layers(vllm_config)
+            if self.core.decoding is not None:
+                layers = _decoded_layers(vllm_config, self.core.n_layers)
+                if layers:
+                    self.core.decoding.use(layers)
+                else:
+                    # A rank of a pipeline may hold dense layers alone.
+                    self.core.decoding = None
             if self.core.check_files is not None:
                 self.core.check_files()
                 self.core.check_files = None
@@ -114,7 +132,9 @@ class SharePrefillBuilder:
         common, inner = common_attn_metadata, super()
         metadata = inner.build(common_prefix_len, common, fast_build)
         core = self.core
-        if fast_build or core is None or common.max_query_len < core.least_rows:
+        if fast_build or core is None:
+            return metadata
+        if core.decoding is None and common.max_query_len < core.least_rows:
             return metadata
         why_dense = _why_dense(common_prefix_len, common)
         if why_dense is not None:
@@ -129,16 +149,22 @@ class SharePrefillBuilder:
                 core.book(n_query, n_key, switch)
             return core.is_sparse(n_query, n_key, switch)
 
-        division = divide(
-            common.query_start_loc_cpu.tolist()[: common.num_reqs + 1],
-            common.seq_lens_cpu_upper_bound.tolist()[: common.num_reqs],
-            is_sparse,
-        )
-        if division.prefills:
-            # Without ahead-of-time schedules: they share one buffer, which the whole step's has.
-            runs = ((run, inner.build(0, rows_of(common, run), True)) for run in division.rest)
-            prefills = ((row, _switch_of(core, common, row.row)) for row in division.prefills)
-            metadata.shareprefill = StepWork(tuple(prefills), tuple(runs))
+        starts = common.query_start_loc_cpu.tolist()[: common.num_reqs + 1]
+        lengths = common.seq_lens_cpu_upper_bound.tolist()[: common.num_reqs]
+        division = divide(starts, lengths, is_sparse)
+        if not division.prefills and not division.decodes:
+            return metadata
+        decodes = None
+        if core.decoding is not None and division.decodes:
+            decodes = decode_step(
+                division.decodes, starts, lengths, common.seq_lens, common.block_table_tensor
+            )
+            if books:
+                core.decoding.begin_step(decodes)
+        # Without ahead-of-time schedules: they share one buffer, which the whole step's has.
+        runs = ((run, inner.build(0, rows_of(common, run), True)) for run in division.rest)
+        prefills = ((row, _switch_of(core, common, row.row)) for row in division.prefills)
+        metadata.shareprefill = StepWork(tuple(prefills), decodes, tuple(runs))
         return metadata
 
 
@@ -223,6 +249,13 @@ class SharePrefillImpl:
         for run, metadata in work.runs:
             part = [None if t is None else t[run.tokens] for t in (query, key, value)]
             inner.forward(layer, *part, kv_cache, metadata, output[run.tokens])
+        decoding, index = core.decoding, self._index(layer)
+        if work.decodes is not None:
+            assert decoding is not None
+            pages = self.pages(layer, kv_cache)
+            decoding.attend(
+                *(index, work.decodes, query, pages, output.view(query.shape)), scale=self.scale
+            )
         # One object a forward pass, over all KV cache groups.
         states: dict[int, RowState] = get_forward_context().additional_kwargs.setdefault(NAME, {})
         for prefill, switch in work.prefills:
@@ -237,14 +270,11 @@ class SharePrefillImpl:
                 assert attn_metadata is not None
                 table = attn_metadata.block_table[prefill.row]
                 keys, values = self.keys_and_values(layer, kv_cache, table, prefill.n_key)
-            rows = output[prefill.tokens]
+            rows, queries = output[prefill.tokens], query[prefill.tokens].transpose(0, 1)
+            if decoding is not None:
+                decoding.read_prompt(index, queries, keys, self.pages(layer, kv_cache)[0])
             out = core.attend(
-                self._index(layer),
-                states[prefill.row],
-                query[prefill.tokens].transpose(0, 1),
-                keys,
-                values,
-                **self._arguments(),
+                index, states[prefill.row], queries, keys, values, **self._arguments()
             )
             rows.copy_(out.transpose(0, 1).reshape(rows.shape))
         return output
@@ -264,6 +294,34 @@ class SharePrefillImpl:
         del layer
         pages = split_pages if kv_cache.ndim == 5 else joined_pages
         return pages(kv_cache, table, n_key)
+
+    def pages(self, layer: Any, kv_cache: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of the whole cache, `[pages, G, page size, D]` each.
+
+        Args:
+            layer: vLLM's attention layer.
+            kv_cache: As in `keys_and_values`.
+        """
+        del layer
+        return all_pages(kv_cache)
+
+    def do_kv_cache_update(
+        self, layer: Any, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor
+    ) -> None:
+        """Writes a step's keys and values, and where decode steps may be sparse, sketches of keys.
+
+        Args:
+            layer: vLLM's attention layer.
+            key: `[T, G, D]`.
+            value: `[T, G, D]`.
+            kv_cache: Pages, in the inner backend's layout.
+            slot_mapping: Places of the tokens in them, int64; negative for padding.
+        """
+        super().do_kv_cache_update(layer, key, value, kv_cache, slot_mapping)
+        core = self.core
+        if core is not None and core.decoding is not None and self._is_shared(core, layer):
+            keys = self.pages(layer, kv_cache)[0]
+            core.decoding.write(self._index(layer), keys, slot_mapping)
 
     def _arguments(self) -> dict[str, Any]:
         """What the model's attention has beside its tensors."""
@@ -305,15 +363,40 @@ def _check_layers(vllm_config: Any) -> None:
     """
     if vllm_config.parallel_config.pipeline_parallel_size > 1:
         return
-    layers = vllm_config.compilation_config.static_forward_context.values()
-    impls = [
-        layer.impl for layer in layers if isinstance(getattr(layer, "impl", None), SharePrefillImpl)
-    ]
+    impls = [impl for _, impl in _impls(vllm_config)]
     if all(impl.why_dense for impl in impls):
-        reasons = ", ".join(sorted({impl.why_dense for impl in impls}))
+        reasons = ", ".join(sorted({str(impl.why_dense) for impl in impls}))
         raise UnsupportedError(
             f"shareprefill would compute nothing in this engine: every layer has {reasons}"
         )
+
+
+def _decoded_layers(vllm_config: Any, n_layers: int) -> list[int]:
+    """Layers whose decode steps may be sparse: of plain attention, and not of a draft model.
+
+    Raises:
+        UnsupportedError: such layers have what the operators do not know.
+    """
+    found = []
+    for layer, impl in _impls(vllm_config):
+        index = int(extract_layer_index(layer.layer_name))
+        if impl.why_dense is not None or index >= n_layers:
+            continue
+        unknown = {"a soft-cap": impl.logits_soft_cap, "attention sinks": impl.sinks is not None}
+        for name, holds in unknown.items():
+            if holds:
+                raise UnsupportedError(
+                    f'sparse decode steps do not know layers with {name}: leave out "decode"'
+                )
+        found.append(index)
+    return sorted(found)
+
+
+def _impls(vllm_config: Any) -> list[tuple[Any, SharePrefillImpl]]:
+    """The layers of an engine that are ours, each with its implementation."""
+    layers = vllm_config.compilation_config.static_forward_context.values()
+    both = ((layer, getattr(layer, "impl", None)) for layer in layers)
+    return [(layer, impl) for layer, impl in both if isinstance(impl, SharePrefillImpl)]
 
 
 def _switch_of(core: ServingCore, common: CommonAttentionMetadata, row: int) -> str | None:

@@ -23,6 +23,7 @@ from shareprefill.runtime.plan import RuntimePlan
 from shareprefill.runtime.records import LayerRecord
 from shareprefill.runtime.report import SessionReport, make_report
 from shareprefill.runtime.rules.base import Exchange
+from shareprefill.vllm.decoding import ServingDecoding
 from shareprefill.vllm.options import OFF
 from shareprefill.vllm.pages import split_pages
 from shareprefill.vllm.rows import Prefill
@@ -103,6 +104,7 @@ class ServingCore:
         least_rows: Query rows from which on a row may be sparse: a block.
         switches: Of requests that carry one, by their places in the engine's batch.
         check_files: What is still to be checked once the model is loaded; None for nothing.
+        decoding: Sparse decode steps; None where the engine leaves them all to the inner backend.
     """
 
     def __init__(
@@ -130,6 +132,7 @@ class ServingCore:
         self._last_step: weakref.ref[Tensor] | None = None
         self.switches: dict[int, str] = {}
         self.check_files: Callable[[], None] | None = None
+        self.decoding: ServingDecoding | None = None
         plan = self._prefill(None).plan
         self.n_layers, self.least_rows = len(plan.layers), plan.block_size
         self._recent: deque[RowRecord] = deque(maxlen=_RECENT_ROWS)
@@ -157,10 +160,14 @@ class ServingCore:
 
     def is_sparse(self, n_query: int, n_key: int, switch: str | None) -> bool:
         """Whether a row is computed sparsely."""
+        if n_query == 1 and self.decoding is not None:
+            return self.decoding.is_sparse(n_key, switch)
         return n_query >= self.least_rows and self._reason(n_key, switch) is None
 
     def book(self, n_query: int, n_key: int, switch: str | None) -> None:
         """Counts a row of a step that is computed, once for all of its layers."""
+        if n_query == 1 and self.decoding is not None:
+            self.decoding.book(n_key, switch)
         if n_query < self.least_rows:
             return
         reason = self._reason(n_key, switch)
@@ -258,6 +265,8 @@ class ServingCore:
         self._is_prepared = True
         _, n_heads, head_dim = query.shape
         size = self.worst_case_bytes(n_heads, n_groups, head_dim, query.element_size())
+        if self.decoding is not None:
+            size += self.decoding.sketch_bytes(n_groups, head_dim, query.element_size())
         torch.empty(size, dtype=torch.uint8, device=query.device)
         # Loading a kernel may wait for the device. A collective that still ran there would wait for
         # a process which may need this one's answer to go on: so none runs while kernels load.
@@ -308,6 +317,8 @@ class ServingCore:
                     layer, state.sequence, rows, keys, values,
                     scale=scale, softcap=softcap, sinks=sinks,
                 )  # fmt: skip
+        if self.decoding is not None:
+            self.decoding.warm(query, n_groups, page_size, scale=scale)
         if self._others is not None:
             self._others.are_met = True
             self._others.sum(torch.zeros(1, dtype=torch.uint8, device=query.device))
@@ -320,7 +331,7 @@ class ServingCore:
             `recent`: of the last 64 sparse rows, by policy, what a session's report says of them
             (`density`, `selection_work`, `policies`, ...). `latest`: the same of each of these rows
             alone, the newest last, with its `policy`, query `rows` and `keys`: a whole prompt, or a
-            chunk of one.
+            chunk of one. `decoding`, where decode steps may be sparse: see `ServingDecoding`.
         """
         rows: dict[str, dict[str, int]] = {"sparse": {}, "dense": {}}
         for (kind, name), number in self._counts.items():
@@ -335,12 +346,17 @@ class ServingCore:
             | self._report(row.policy, [row])
             for row in kept
         ]
-        return {"rows": rows, "recent": recent, "latest": latest}
+        found = {"rows": rows, "recent": recent, "latest": latest}
+        if self.decoding is not None:
+            found["decoding"] = self.decoding.report()
+        return found
 
     def reset(self) -> None:
         """Forgets what the report says."""
         self._recent.clear()
         self._counts.clear()
+        if self.decoding is not None:
+            self.decoding.reset()
 
     def _name(self, policy: str | None) -> str:
         return policy or self.config.policy

@@ -18,7 +18,7 @@ from vllm.v1.attention.backends.cpu_attn import (
 )
 
 from shareprefill.vllm.backend import SharePrefillBuilder, SharePrefillImpl
-from shareprefill.vllm.pages import gather_ordered, page_order
+from shareprefill.vllm.pages import gather_ordered, ordered_pages, page_order
 
 
 class CPUBuilder(SharePrefillBuilder, CPUAttentionMetadataBuilder):
@@ -32,11 +32,17 @@ class CPUImpl(SharePrefillImpl, CPUAttentionBackendImpl):
         self, layer: Any, kv_cache: Tensor, table: Tensor, n_key: int
     ) -> tuple[Tensor, Tensor]:
         """Keys and values of a request out of its pages, as the instruction set laid them out."""
+        return gather_ordered(kv_cache, table, n_key, self._orders(layer, kv_cache))
+
+    def pages(self, layer: Any, kv_cache: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of the whole cache, as the instruction set laid them out."""
+        return ordered_pages(kv_cache, self._orders(layer, kv_cache))
+
+    def _orders(self, layer: Any, kv_cache: Tensor) -> tuple[Tensor, Tensor]:
         # 0.24 keeps the instruction set in the implementation, newer versions in the layer.
         kind = layer.isa if hasattr(layer, "isa") else self.isa
         _, _, size, width = kv_cache.shape
-        orders = _page_orders(kind, size, width // 2, kv_cache.dtype)
-        return gather_ordered(kv_cache, table, n_key, orders)
+        return _page_orders(kind, size, width // 2, kv_cache.dtype)
 
 
 class SharePrefillCPUBackend(CPUAttentionBackend):

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import vllm
+from torch import Tensor
 from vllm.config import get_current_vllm_config, set_current_vllm_config
 from vllm.distributed.parallel_state import get_pp_group, get_tp_group
 from vllm.logger import init_logger
@@ -22,16 +23,22 @@ from vllm.v1.attention.selector import get_attn_backend
 
 from shareprefill.artifact import Artifact, load_artifact
 from shareprefill.checkpoint import check_checkpoint
+from shareprefill.config import DECODE_DENSITY
 from shareprefill.errors import ArtifactError, UnsupportedError
+from shareprefill.runtime.decoding import LEAST_COORDINATES
+from shareprefill.runtime.paged_decoding import PagedDecoding
 from shareprefill.runtime.plan import RuntimePlan, make_plan, plan_without_artifact
 from shareprefill.runtime.tensor_parallel import HeadShard
 from shareprefill.vllm import INNER_VARIABLE, VERSIONS, inner_backend
 from shareprefill.vllm.core import ServingCore
-from shareprefill.vllm.metrics import count
+from shareprefill.vllm.decoding import ServingDecoding
+from shareprefill.vllm.metrics import count, count_steps
 from shareprefill.vllm.options import SWITCH_VARIABLE, ServingOptions, switch_is_on
 
 logger = init_logger("vllm.shareprefill")
 
+# vLLM's operator that writes keys and values into the cache.
+_CACHE_WRITE = "vllm::unified_kv_cache_update"
 # The cores of a process's engines, by the identity of their compilation configurations: these hold
 # the layers with their caches, and copies of an engine's configuration share them. An entry goes
 # when its engine does, so that nothing here keeps a cache.
@@ -92,6 +99,41 @@ def check_engine(options: ServingOptions, config: Any) -> None:
     for mode, holds in refused.items():
         if holds:
             raise UnsupportedError(f"shareprefill does not serve an engine with {mode}")
+
+
+def check_decoding(config: Any) -> None:
+    """Refuses an engine in which sketches of keys would be of other keys than the cache holds.
+
+    Args:
+        config: vLLM's configuration.
+
+    Raises:
+        UnsupportedError: says which mode, and what to do.
+    """
+    cache, model = config.cache_config, config.model_config
+    transfer, compilation = config.kv_transfer_config, config.compilation_config
+    has_graphs = getattr(compilation.cudagraph_mode, "name", "NONE") != "NONE"
+    refused = {
+        "a KV connector or an offloaded cache, which fill pages by themselves": transfer is not None
+        and transfer.kv_connector is not None,
+        # There a replay writes keys and calls nobody.
+        "CUDA graphs that hold writes to the cache (use_inductor_graph_partition, FULL, or "
+        "splitting_ops of your own: cudagraph_mode PIECEWISE has none)": has_graphs
+        and _CACHE_WRITE not in (compilation.splitting_ops or ()),
+        "steps that are cut in two (DBO)": config.parallel_config.use_ubatching,
+        f"heads of fewer than {LEAST_COORDINATES} dims": model.get_head_size() < LEAST_COORDINATES,
+        # There vLLM copies a part of a page that a request shares with another one.
+        "a prefix cache of parts of pages (prefix_match_unit, or a hybrid model)": bool(
+            cache.enable_prefix_caching
+        )
+        and (getattr(cache, "prefix_match_unit", None) is not None or model.is_hybrid),
+    }
+    for mode, holds in refused.items():
+        if holds:
+            raise UnsupportedError(
+                f"sparse decode steps do not know {mode}: start the engine without that, or leave "
+                'out "decode"'
+            )
 
 
 def _is_told(config: Any) -> bool:
@@ -194,6 +236,7 @@ def _make(options: ServingOptions, config: Any) -> ServingCore:
             plan = make_plan(artifact, runtime)
         return plan.on_layers(layers)
 
+    counts = group.is_first_rank and get_pp_group().is_first_rank
     core = ServingCore(
         plan_of,
         options.runtime,
@@ -204,9 +247,14 @@ def _make(options: ServingOptions, config: Any) -> ServingCore:
         max_rows=config.scheduler_config.max_num_batched_tokens,
         max_keys=model.max_model_len,
         # Every process has all rows; counters are of the engine, as vLLM's are.
-        **({"count": count} if group.is_first_rank and get_pp_group().is_first_rank else {}),
+        **({"count": count} if counts else {}),
     )
     core.check_files = check_files
+    if options.runtime.decode == "sparse":
+        effect = None
+        if artifact is not None:
+            effect = artifact.effect if artifact.step_effect is None else artifact.step_effect
+        core.decoding = _make_decoding(core, effect, shard, config, counts)
     logger.info(
         "shareprefill: policy %s, prefills of %d tokens and more are sparse (%s)",
         options.runtime.policy,
@@ -214,3 +262,61 @@ def _make(options: ServingOptions, config: Any) -> ServingCore:
         core.crossover.source if options.runtime.min_tokens is None else "min_tokens",
     )
     return core
+
+
+def _make_decoding(
+    core: ServingCore,
+    effect: Tensor | None,
+    shard: HeadShard | None,
+    config: Any,
+    counts: bool,
+) -> ServingDecoding:
+    """Sparse decode steps, where the engine asks for them.
+
+    Args:
+        core: Of the process.
+        effect: What lost attention of a head changes, `[L, H]` of the whole model; None if unknown.
+        shard: The process's part of the heads; None where it holds all.
+        config: vLLM's configuration.
+        counts: Whether the process counts for the engine.
+    """
+    check_decoding(config)
+    model, parallel = config.model_config, config.parallel_config
+    density = core.config.decode_density
+    density = DECODE_DENSITY if density is None else density
+    heads = shard and shard.heads(model.model_arch_config.total_num_attention_heads)
+    make = partial(
+        PagedDecoding,
+        n_heads=model.get_num_attention_heads(parallel),
+        n_groups=model.get_num_kv_heads(parallel),
+        head_dim=model.get_head_size(),
+        device=core.device,
+        density=density,
+        effect=effect,
+        heads=heads,
+    )
+    decoding = ServingDecoding(
+        make,
+        shard,
+        least_tokens=core.min_tokens,
+        max_rows=config.scheduler_config.max_num_seqs,
+        max_keys=core.max_keys,
+        room=_most_cache_bytes(config.cache_config),
+        **({"count": count_steps} if counts else {}),
+    )
+    logger.info(
+        "shareprefill: of requests of %d tokens and more, decode steps read %.3g of the key blocks "
+        "(%s); their attention is in no CUDA graph",
+        decoding.least_tokens,
+        density,
+        "all heads alike" if effect is None else "by the artifact's effects",
+    )
+    return decoding
+
+
+def _most_cache_bytes(cache: Any) -> int:
+    """Bytes that the engine's cache may take; 0 on a CPU, where room for it is given alone."""
+    if current_platform.is_cpu():
+        return 0
+    given = getattr(cache, "kv_cache_memory_bytes", None)
+    return given or int(cache.gpu_memory_utilization * current_platform.get_device_total_memory())

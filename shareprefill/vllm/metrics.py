@@ -24,6 +24,23 @@ def _counters() -> tuple[Counter, Counter]:
     )
 
 
+@cache
+def _steps() -> Counter:
+    what = "Decode steps of requests, where they may be sparse: sparse ones, dense ones by reason"
+    return Counter("shareprefill_decode_steps", what, ("kind", "name"))
+
+
+def count_steps(kind: str, name: str, steps: int) -> None:
+    """Books decode steps.
+
+    Args:
+        kind: `sparse` or `dense`.
+        name: `decode`, or why they are dense.
+        steps: Their number.
+    """
+    _steps().labels(kind, name).inc(steps)
+
+
 def count(kind: str, name: str, tokens: int) -> None:
     """Books one row.
 

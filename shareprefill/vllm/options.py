@@ -47,11 +47,6 @@ class ServingOptions:
                 f'({{"{NAME}": {{"artifact": "clusters.st"}}}}), or a policy that needs no '
                 f"calibration ({', '.join(SELECTION_POLICIES)})"
             )
-        if self.runtime.decode != "dense":
-            raise ConfigError(
-                f"decode = {self.runtime.decode!r} is for sessions of transformers models: the "
-                "plug-in leaves decode steps to the engine; leave it out"
-            )
         for name, allowed in (("lora", "share"), ("checkpoint", "unchecked")):
             value = getattr(self, name)
             if value not in (None, allowed):

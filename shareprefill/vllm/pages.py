@@ -44,6 +44,22 @@ def joined_pages(cache: Tensor, table: Tensor, n_key: int) -> tuple[PagedTokens,
     return keys, values
 
 
+def all_pages(cache: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values of all pages, where they are.
+
+    Args:
+        cache: As in `split_pages`, or as in `joined_pages`.
+
+    Returns:
+        Keys and values `[pages, G, page size, D]`.
+    """
+    if cache.ndim == 5:
+        keys, values = cache.transpose(2, 3).unbind(1)
+    else:
+        keys, values = cache.chunk(2, dim=-1)
+    return keys, values
+
+
 def gather_ordered(
     cache: Tensor, table: Tensor, n_key: int, orders: tuple[Tensor, Tensor]
 ) -> tuple[Tensor, Tensor]:
@@ -68,6 +84,29 @@ def gather_ordered(
         for half, order in enumerate(orders)
     )
     return keys[:, :n_key], values[:, :n_key]
+
+
+def ordered_pages(cache: Tensor, orders: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Keys and values of all pages of a cache that is laid out for an instruction set, as views.
+
+    Args:
+        cache: As in `gather_ordered`.
+        orders: As in `gather_ordered`.
+
+    Returns:
+        Keys and values `[pages, G, page size, D]`.
+
+    Raises:
+        UnsupportedError: strides do not describe the layout.
+    """
+    halves = cache.view(*cache.shape[:2], 2, -1)
+    keys, values = (_view(halves[:, :, half], order) for half, order in enumerate(orders))
+    if keys is None or values is None:
+        raise UnsupportedError(
+            "sparse decode steps cannot read the engine's pages of keys and values where they are, "
+            'as this CPU and dtype lay them out: take another dtype, or leave out "decode"'
+        )
+    return keys, values
 
 
 def page_order(rows: Tensor, columns: Tensor) -> Tensor:
@@ -98,10 +137,16 @@ def page_order(rows: Tensor, columns: Tensor) -> Tensor:
 
 def _in_order(half: Tensor, order: Tensor) -> Tensor:
     """`[p, G, page size * D]` as `[p, G, page size, D]`, without a copy where a view will do."""
+    view = _view(half, order)
+    return half[..., order] if view is None else view
+
+
+def _view(half: Tensor, order: Tensor) -> Tensor | None:
+    """The same, never with a copy: None where no view will do."""
     size, dim = order.shape
     plain = torch.arange(size * dim, device=order.device, dtype=torch.int64)
     if torch.equal(order, plain.view(size, dim)):
         return half.view(*half.shape[:2], size, dim)
     if torch.equal(order, plain.view(dim, size).T):
         return half.view(*half.shape[:2], dim, size).transpose(2, 3)
-    return half[..., order]
+    return None

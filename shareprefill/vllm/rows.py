@@ -54,11 +54,13 @@ class Division:
     """A step, divided.
 
     Attributes:
-        prefills: Rows that are computed sparsely, ascending.
+        prefills: Rows of several tokens that are computed sparsely, ascending.
+        decodes: Rows of one token that are, by their indices among the step's requests, ascending.
         rest: The other rows, ascending.
     """
 
     prefills: tuple[Prefill, ...]
+    decodes: tuple[int, ...]
     rest: tuple[Run, ...]
 
 
@@ -73,17 +75,21 @@ def divide(
         is_sparse: Whether a row (its index, query rows, keys) is computed sparsely.
 
     Returns:
-        Every token of the step is in one prefill or in one run.
+        Every token of the step is in one prefill, one decode or one run.
     """
-    prefills = tuple(
+    sparse = [
         Prefill(row, slice(starts[row], starts[row + 1]), length)
         for row, length in enumerate(lengths)
         if is_sparse(row, starts[row + 1] - starts[row], length)
+    ]
+    if not sparse:
+        return Division((), (), (Run(slice(0, len(lengths)), slice(starts[0], starts[-1])),))
+    edges = [-1, *(found.row for found in sparse), len(lengths)]
+    return Division(
+        tuple(found for found in sparse if found.n_query > 1),
+        tuple(found.row for found in sparse if found.n_query == 1),
+        tuple(_runs(edges, starts)),
     )
-    if not prefills:
-        return Division((), (Run(slice(0, len(lengths)), slice(starts[0], starts[-1])),))
-    edges = [-1, *(prefill.row for prefill in prefills), len(lengths)]
-    return Division(prefills, tuple(_runs(edges, starts)))
 
 
 def _runs(edges: Sequence[int], starts: Sequence[int]) -> Iterator[Run]:

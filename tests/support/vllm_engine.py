@@ -4,9 +4,9 @@
 
 A request is `{"seed": S, "n": N}` (N random tokens; the same seed begins with the same ones) with
 `"switch"` for its `extra_args`, the folder of a LoRA adapter as `"lora"`, `"tokens"` and
-`"samples"` to generate at a `"temperature"`, and `"abort"`: the step after which it is given up. An
-engine is `options` (its entry in `additional_config`, null for none), `arguments` of `vllm.LLM`,
-and `batches` of requests; one that `fails` gives its error.
+`"samples"` to generate at a `"temperature"`, all of them with `"ignore_eos"`, and `"abort"`: the
+step after which it is given up. An engine is `options` (its entry in `additional_config`, null for
+none), `arguments` of `vllm.LLM`, and `batches` of requests; one that `fails` gives its error.
 """
 
 from __future__ import annotations
@@ -59,6 +59,7 @@ def run_engine(engine: dict[str, Any]) -> dict[str, Any]:
                 logprobs=20,
                 max_tokens=r.get("tokens", 3),
                 n=r.get("samples", 1),
+                ignore_eos=r.get("ignore_eos", False),
                 output_kind=RequestOutputKind.FINAL_ONLY,
                 extra_args={"shareprefill": r["switch"]} if "switch" in r else None,
             )
@@ -123,9 +124,12 @@ def _with_aborts(
 
 def _found(output: Any) -> dict[str, Any]:
     first = output.outputs[0]
-    logprobs = {str(token): found.logprob for token, found in first.logprobs[0].items()}
+    steps = [
+        {str(token): found.logprob for token, found in step.items()} for step in first.logprobs
+    ]
     return {
-        "logprobs": logprobs,
+        "logprobs": steps[0],
+        "steps": steps,
         "tokens": [list(o.token_ids) for o in output.outputs],
         "cached": output.num_cached_tokens,
     }

@@ -11,7 +11,10 @@ import torch
 
 pytest.importorskip("vllm", reason="vLLM is not installed: make test-vllm")
 
-from vllm.v1.attention.backend import CommonAttentionMetadata  # pyright: ignore
+from vllm.v1.attention.backend import (  # pyright: ignore
+    AttentionCGSupport,
+    CommonAttentionMetadata,
+)
 
 from shareprefill.errors import UnsupportedError
 from shareprefill.vllm import backend
@@ -95,3 +98,41 @@ def test_pages_are_such_that_kernels_read_them_in_place(
     assert Backend.get_preferred_block_size(16) == max(16, multiple)
     monkeypatch.setattr(backend, "current_core", lambda: None)
     assert Backend.get_preferred_block_size(16) == max(16, multiple)
+
+
+def test_decode_steps_are_sparse_in_layers_of_plain_attention_alone(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    def layer(index: int, **attributes: Any) -> tuple[Any, Any]:
+        plain = {"why_dense": None, "logits_soft_cap": 0, "sinks": None}
+        name = f"model.layers.{index}.self_attn.attn"
+        return SimpleNamespace(layer_name=name), SimpleNamespace(**plain | attributes)
+
+    def found(*layers: tuple[Any, Any]) -> list[int]:
+        monkeypatch.setattr(backend, "_impls", lambda _: layers)
+        return backend._decoded_layers(None, 4)
+
+    # The last one is a draft model's.
+    window = layer(1, why_dense="a sliding window", logits_soft_cap=50.0)
+    assert found(layer(2), layer(0), window, layer(4)) == [0, 2]
+    with pytest.raises(UnsupportedError, match="a soft-cap"):
+        found(layer(0), layer(1, logits_soft_cap=50.0))
+    with pytest.raises(UnsupportedError, match="attention sinks"):
+        found(layer(0, sinks=torch.zeros(4)))
+
+
+def test_no_graph_holds_decode_steps_that_may_be_sparse(monkeypatch: pytest.MonkeyPatch):
+    class Inner:
+        @classmethod
+        def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> AttentionCGSupport:
+            return AttentionCGSupport.ALWAYS
+
+    class Builder(backend.SharePrefillBuilder, Inner):
+        pass
+
+    core = SimpleNamespace(decoding=None)
+    for found, wanted in ((None, "ALWAYS"), (core, "UNIFORM_BATCH")):
+        monkeypatch.setattr(backend, "core_of", lambda _, found=found: found)
+        assert Builder.get_cudagraph_support(None, None).name == wanted
+    core.decoding = "sparse"
+    assert Builder.get_cudagraph_support(None, None).name == "NEVER"

@@ -6,8 +6,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
-import sys
 import textwrap
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 
 from shareprefill.artifact import load_artifact, save_artifact
-from tests.support.serving import IN_VLLM
+from tests.support.serving import IN_VLLM, difference, run
 from tests.support.vllm_engine import MODEL, prompt_tokens
 
 pytestmark = IN_VLLM
@@ -32,34 +30,6 @@ REQUESTS = [{"n": 3000}, {"seed": 1, "n": 1500}, {"seed": 2, "n": 300}, {"seed":
 CHUNKED = {"max_num_batched_tokens": 1000}
 # All requests in one step.
 WHOLE = {"max_num_batched_tokens": 8192}
-
-
-def run(tmp_path: Path, *engines: dict[str, Any], **environment: str) -> list[dict[str, Any]]:
-    """Runs engines one after the other in one fresh process."""
-    out = tmp_path / "found.json"
-    request = json.dumps({"engines": engines, "out": str(out)})
-    variables = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "OMP_NUM_THREADS": "1"}
-    subprocess.run(
-        [sys.executable, str(ROOT / "tests" / "support" / "vllm_engine.py"), request],
-        env=os.environ | variables | environment,
-        check=True,
-        timeout=800,
-    )
-    return json.loads(out.read_text())
-
-
-def difference(found: dict[str, Any], wanted: dict[str, Any]) -> float:
-    """Largest difference of the likely tokens' log-probabilities, over all requests."""
-    largest = 0.0
-    for batch, other in zip(found["batches"], wanted["batches"], strict=True):
-        for one, two in zip(batch, other, strict=True):
-            assert one["tokens"] == two["tokens"]
-            common = one["logprobs"].keys() & two["logprobs"].keys()
-            assert len(common) >= 18
-            largest = max(
-                largest, *(abs(one["logprobs"][token] - two["logprobs"][token]) for token in common)
-            )
-    return largest
 
 
 @pytest.fixture(scope="module")

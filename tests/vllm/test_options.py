@@ -20,6 +20,17 @@ def test_options_come_from_the_configuration_before_the_environment():
     assert found == ServingOptions(artifact="b.st", runtime=runtime)
 
 
+def test_decode_steps_are_dense_unless_an_engine_asks_for_sparse_ones():
+    entry = {"artifact": "a.st"}
+    found = ServingOptions.find({"shareprefill": entry}, {})
+    assert found is not None
+    assert found.runtime.decode == "dense"
+    entry |= {"decode": "sparse", "decode_density": 0.15}
+    found = ServingOptions.find({"shareprefill": entry}, {})
+    assert found is not None
+    assert (found.runtime.decode, found.runtime.decode_density) == ("sparse", 0.15)
+
+
 def test_a_policy_of_the_environment_needs_no_artifact():
     found = ServingOptions.find({}, {"SHAREPREFILL_POLICY": "smoothed"})
     assert found == ServingOptions(artifact=None, runtime=RuntimeConfig(policy="smoothed"))
@@ -37,7 +48,7 @@ def test_a_policy_of_the_environment_needs_no_artifact():
         ({"artifact": "a.st", "lora": "yes"}, "lora = 'yes'"),
         ({"artifact": "a.st", "checkpoint": "no"}, "checkpoint = 'no'.*'unchecked'"),
         ({"artifact": "a.st", "gamma": 2}, "gamma = 2"),
-        ({"artifact": "a.st", "decode": "sparse"}, "leaves decode steps to the engine"),
+        ({"artifact": "a.st", "decode": "fast"}, "decode = 'fast'"),
         ({"artifact": "a.st", "decode_density": 0.1}, "is for sparse decode steps"),
     ],
 )

@@ -4,7 +4,14 @@ import pytest
 import torch
 
 from shareprefill.errors import UnsupportedError
-from shareprefill.vllm.pages import gather_ordered, joined_pages, page_order, split_pages
+from shareprefill.vllm.pages import (
+    all_pages,
+    gather_ordered,
+    joined_pages,
+    ordered_pages,
+    page_order,
+    split_pages,
+)
 
 G, D = 3, 8
 
@@ -48,6 +55,17 @@ def test_joined_pages(n: int):
     assert torch.equal(found[1].gathered, values)
 
 
+@pytest.mark.parametrize("is_split", [False, True])
+def test_all_pages_are_seen_where_they_are(is_split: bool):
+    keys, values = torch.randn(2, 5, G, 16, D)
+    cache = torch.cat([keys, values], -1)
+    if is_split:
+        cache = torch.stack([keys, values], 1).transpose(2, 3)
+    for found, wanted in zip(all_pages(cache), (keys, values), strict=True):
+        assert torch.equal(found, wanted)
+        assert found.untyped_storage().data_ptr() == cache.untyped_storage().data_ptr()
+
+
 def _order(kind: str, size: int) -> torch.Tensor:
     """Where token t's number c lies in a page's half."""
     plain = torch.arange(size * D).view(size, D)
@@ -89,3 +107,22 @@ def test_a_page_with_padding_inside_is_refused():
     rows, columns = torch.zeros(12), torch.arange(12) % 4
     with pytest.raises(UnsupportedError, match="each number once"):
         page_order(rows, columns)
+
+
+@pytest.mark.parametrize("kinds", [("plain", "plain"), ("transposed", "plain")])
+def test_pages_of_an_instruction_set_are_seen_where_they_are(kinds: tuple[str, str]):
+    orders = tuple(_order(kind, 32) for kind in kinds)
+    halves = torch.randn(2, 5, G, 32, D)
+    cache = torch.empty(5, G, 2, 32 * D)
+    for half, order in enumerate(orders):
+        cache[:, :, half, order] = halves[half]
+    cache = cache.view(5, G, 32, 2 * D)
+    for found, wanted in zip(ordered_pages(cache, (orders[0], orders[1])), halves, strict=True):
+        assert torch.equal(found, wanted)
+        assert found.untyped_storage().data_ptr() == cache.untyped_storage().data_ptr()
+
+
+def test_pages_that_no_strides_describe_are_refused():
+    orders = _order("transposed", 32), _order("any", 32)
+    with pytest.raises(UnsupportedError, match='leave out "decode"'):
+        ordered_pages(torch.zeros(5, G, 32, 2 * D), orders)
