@@ -59,6 +59,17 @@ class Crossover:
             return self.tokens
         return math.isqrt(self.tokens**2 * self.width // width)
 
+    def is_worth_it(self, rows: int, keys: int, heads: int, head_dim: int) -> bool:
+        """Whether so many last rows of so many keys are computed faster sparse.
+
+        A whole prompt is so from `tokens_of` on. Where that is due to the work of dense attention,
+        fewer rows than keys need as much of it: as many pairs of a row and a key.
+        """
+        least = self.tokens_of(heads, head_dim)
+        if self.width is None:
+            return keys >= least
+        return rows * (2 * keys - rows) >= least**2
+
 
 # End to end sp-ref gains from 4K tokens on and sp-tiny between 4K and 8K; a block takes 1.5 times
 # as long as in dense attention.

@@ -254,7 +254,10 @@ class Session:
         """Whether so many query rows and keys are enough for patterns to pay for their choice."""
         if rows < self.plan.block_size:
             return False
-        return self._pass.is_warm_up or keys >= self.least_tokens(device)
+        least = 0 if self._pass.is_warm_up else self.config.min_tokens
+        if least is not None:
+            return keys >= least
+        return crossover(device).is_worth_it(rows, keys, len(self.prefill.heads), self._head_dim)
 
     def least_tokens(self, device: torch.device, backend: str = SDPA) -> int:
         """Tokens from which on a sequence is computed sparsely, rather than by such attention."""

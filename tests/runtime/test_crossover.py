@@ -12,7 +12,7 @@ from shareprefill.models import geometry
 from shareprefill.runtime import crossover as crossovers
 from shareprefill.runtime.crossover import crossover, save_crossover
 from shareprefill.runtime.session import share_prefill
-from tests.support.tiny import tiny_llama
+from tests.support.tiny import tiny_llama, token_ids
 
 
 def test_kinds_of_devices_have_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -52,6 +52,17 @@ def test_smaller_layers_need_longer_prompts_for_as_much_work(
         1200,
     ]
     assert replace(known, width=None).tokens_of(1, 32) == 600
+    # So many pairs of a row and a key as a whole prompt has, whatever the rows.
+    for rows, keys, found in (
+        (600, 600, True),
+        (599, 599, False),
+        (100, 1850, True),
+        (100, 1849, False),
+    ):
+        assert known.is_worth_it(rows, keys, 32, 128) is found
+    assert replace(known, width=None).is_worth_it(1, 600, 32, 128)
+    assert not replace(known, width=None).is_worth_it(599, 599, 32, 128)
+    known = replace(known, tokens=60)
     monkeypatch.setattr(crossovers, "_CPU", known)
     monkeypatch.setenv("SHAREPREFILL_CROSSOVERS", "")
     crossover.cache_clear()
@@ -59,7 +70,12 @@ def test_smaller_layers_need_longer_prompts_for_as_much_work(
         session = share_prefill(tiny_llama(), policy="smoothed")
         model = geometry(session.model)
         least = session.least_tokens(torch.device("cpu"))
-        assert least == known.tokens_of(model.heads, model.head_dim) > 600
+        assert least == known.tokens_of(model.heads, model.head_dim) > 60
+        for tokens, sparse in ((least - 1, 0), (least, 1)):
+            session.reset()
+            with session, torch.no_grad():
+                session.model(token_ids(tokens)[None])
+            assert session.report().prefills == sparse
     finally:
         crossover.cache_clear()
 
