@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from shareprefill.autoencoder.dataset import MapDataset, Split
+from shareprefill.autoencoder.dataset import MapDataset, Split, resample_maps
 from shareprefill.autoencoder.embedding import embed
 from shareprefill.autoencoder.losses import Losses
 from shareprefill.autoencoder.training import save_autoencoder, train_autoencoder
@@ -48,7 +48,11 @@ class Training:
 
 def load_maps(store: MapStore, resolution: int) -> MapDataset:
     """The exact maps of all prompts and heads, at one resolution."""
-    prompts = [store.load(number, FULL)[FULL].flatten(0, 1) for number in range(len(store.prompts))]
+    prompts = []
+    for number in range(len(store.prompts)):
+        maps = store.load(number, FULL)[FULL].flatten(0, 1)
+        # One by one: at their own size, the maps of all prompts take several times the memory.
+        prompts.append(resample_maps(maps, resolution))
     return MapDataset.from_prompts(prompts, resolution)
 
 

@@ -1,13 +1,23 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
-from shareprefill.autoencoder.pipeline import CODES, HISTORY, WEIGHTS, load_training, train
+from shareprefill.autoencoder.dataset import MapDataset, resample_maps
+from shareprefill.autoencoder.pipeline import (
+    CODES,
+    HISTORY,
+    WEIGHTS,
+    load_maps,
+    load_training,
+    train,
+)
 from shareprefill.autoencoder.training import load_autoencoder
 from shareprefill.calib.capture import PromptMaps
 from shareprefill.calib.store import MapStore
@@ -94,3 +104,23 @@ def test_a_training_on_other_maps_is_refused(tmp_path: Path) -> None:
         (other / name).write_bytes((folder / name).read_bytes())
     with pytest.raises(DataError, match="trained on other maps than it holds; run sp train"):
         load_training(other)
+
+
+def test_maps_are_resampled_prompt_by_prompt(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of all prompts at their own size would take several times the memory."""
+    store = MapStore.open(calibration(tmp_path, 512))
+    at_once = []
+    from_prompts = MapDataset.from_prompts
+
+    def noted(prompts: Sequence[Tensor], resolution: int) -> MapDataset:
+        at_once.extend(maps.shape[-1] for maps in prompts)
+        return from_prompts(prompts, resolution)
+
+    monkeypatch.setattr(MapDataset, "from_prompts", noted)
+    found = load_maps(store, 5).maps
+    assert at_once == [5] * 6
+    for maps, number in zip(found, range(6), strict=True):
+        full = store.load(number, "full")["full"].flatten(0, 1)
+        torch.testing.assert_close(maps, resample_maps(full, 5))
