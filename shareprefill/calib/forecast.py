@@ -5,22 +5,28 @@ from __future__ import annotations
 import resource
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, Self, cast
 
 import torch
 
 from shareprefill.calib.capture import capture
 from shareprefill.calib.effect import measure_effect
 from shareprefill.calib.pipeline import load_for_capture, open_for_capture
-from shareprefill.calib.prompts import check_data
+from shareprefill.calib.prompts import Prompt, check_data
+from shareprefill.calib.store import MapStore
 from shareprefill.config import CalibrateConfig
 from shareprefill.processes import launched
 
-# Tokens of the longer of two probes, at most: the shorter one has half of them.
-_PROBE = 1024
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# Tokens of the first probe, at most.
+_FIRST = 512
+# Seconds of a probe that say enough: shorter ones tell what a launch takes, not what tokens do.
+_ENOUGH = 2.0
 
 
 @dataclass(frozen=True)
@@ -31,7 +37,7 @@ class Forecast:
         prompts: Prompts in all.
         done: Those that the folder holds already.
         tokens: Length of every prompt.
-        probes: Lengths of the prompts that were timed.
+        probes: Lengths of the prompts that times of all lengths follow from.
         seconds: Time of the prompts that are left; without training the autoencoder.
         disk: Bytes of all prompts' maps.
         host_memory: Bytes of this process at its peak, model included where it is on the CPU.
@@ -51,9 +57,7 @@ class Forecast:
 def forecast(
     config: CalibrateConfig, folder: Path, *, resume: bool = True, trust_remote_code: bool = False
 ) -> Forecast | None:
-    """Loads model and prompts, times two short prompts, and writes nothing.
-
-    Time is taken for a x N + b x N^2 in the tokens N, and memory for linear in them.
+    """Loads model and prompts, times some short prompts, and writes nothing.
 
     Args:
         config: What would be captured.
@@ -73,69 +77,126 @@ def forecast(
             return None
         model, prompts, made_for = load_for_capture(config, processes, trust_remote_code)
         store = open_for_capture(folder, config, made_for, prompts, resume=resume)
-        lengths = [len(prompt.input_ids) for prompt in prompts]
-        long = min(_PROBE, *lengths)
-        probes = long // 2, long
-        ids = prompts[0].input_ids
-        device = cast(Any, model).get_input_embeddings().weight.device
-
-        def captured(tokens: int) -> tuple[int, ...]:
-            maps = capture(model, ids[:tokens], block_size=config.block_size, rows=config.rows)
-            return maps.layers
-
-        layers = captured(probes[0])  # what is loaded and compiled at the first call, too
-        before = _memory(device)
-        seconds_of = _fit(probes, [_timed(captured, tokens, device) for tokens in probes])
-        seconds = sum(seconds_of(n) for n in lengths[len(store.prompts) :])
-        widest = max(lengths)
-        if config.effect_tokens:
-
-            def measured(tokens: int) -> None:
-                sizes: dict[str, Any] = {"block_size": config.block_size, "tokens": tokens}
-                measure_effect(model, ids[:tokens], layers, **sizes, seed=config.seed)
-
-            effect_of = _fit(probes, [_timed(measured, tokens, device) for tokens in probes])
-            parts = [min(n, config.effect_tokens) for n in lengths[len(store.prompts) :]]
-            seconds += sum(map(effect_of, parts))
-        grown = [now - then for now, then in zip(_memory(device), before, strict=True)]
-        # Captures keep nothing of N x N, and effects are of so many positions alone.
-        widest = max(widest // 4, min(widest, config.effect_tokens))
-        host, other = (
-            then + int(more * max(1.0, widest / long))
-            for then, more in zip(before, grown, strict=True)
-        )
-        sizes = [store.prompt_bytes(n, len(layers)) for n in lengths]
-        return Forecast(
-            prompts=len(prompts),
-            done=len(store.prompts),
-            tokens=tuple(lengths),
-            probes=probes,
-            seconds=seconds / processes.size,
-            disk=sum(sizes),
-            # Squares of layers, and of all of them together; then their halves, and the file.
-            host_memory=host + 6 * max(sizes),
-            device_memory=other if device.type == "cuda" else None,
-        )
+        found = forecast_prompts(model, prompts, store)
+        return replace(found, seconds=found.seconds / processes.size)
 
 
-def _fit(probes: Sequence[int], seconds: Sequence[float]) -> Callable[[int], float]:
-    """Seconds of any length: a x N + b x N^2 through two points, none of them negative."""
-    (n1, n2), (t1, t2) = probes, seconds
+def forecast_prompts(
+    model: PreTrainedModel, prompts: Sequence[Prompt], store: MapStore
+) -> Forecast:
+    """The same for a model and prompts that are loaded, of one process.
+
+    Prompts of rising lengths are captured until one takes seconds. Time, and memory on a GPU, are
+    taken for a x N + b x N^2 in the tokens N, and memory of this process for linear in them.
+
+    Args:
+        model: In eval mode.
+        prompts: All prompts of the calibration.
+        store: The maps of those that are done.
+    """
+    config, device = store.config, cast(Any, model).get_input_embeddings().weight.device
+    lengths = [len(prompt.input_ids) for prompt in prompts]
+    longest = max(lengths)
+    ids = prompts[lengths.index(longest)].input_ids
+
+    options: dict[str, Any] = {"block_size": config.block_size}
+    layers = list[int]()
+
+    def captured(tokens: int) -> None:
+        kept: dict[str, Any] = {"rows": config.rows, "map_block": store.map_block(longest)}
+        layers[:] = capture(model, ids[:tokens], **options, **kept).layers
+
+    def measured(tokens: int) -> None:
+        measure_effect(model, ids[:tokens], layers, **options, tokens=tokens, seed=config.seed)
+
+    left = lengths[len(store.prompts) :]
+    captures = _Probes.of(captured, longest, device)
+    seconds, host, other = sum(map(captures.seconds, left)), *captures.memory(longest)
+    if config.effect_tokens:
+        most = min(longest, config.effect_tokens)
+        effects = _Probes.of(measured, most, device)
+        seconds += sum(effects.seconds(min(n, most)) for n in left)
+        host, other = map(max, (host, other), effects.memory(most))
+    sizes = [store.prompt_bytes(n, len(layers)) for n in lengths]
+    return Forecast(
+        prompts=len(prompts),
+        done=len(store.prompts),
+        tokens=tuple(lengths),
+        probes=captures.tokens,
+        seconds=seconds,
+        disk=sum(sizes),
+        # Squares of layers, and of all of them together; then their halves, and the file.
+        host_memory=host + 6 * max(sizes),
+        device_memory=other if device.type == "cuda" else None,
+    )
+
+
+@dataclass(frozen=True)
+class _Probes:
+    """What two lengths took, the second of them twice the first.
+
+    Attributes:
+        tokens: Of both.
+        took: Seconds.
+        host: Peak bytes of this process until then.
+        device: Peak bytes on the GPU beyond what rests there; 0 on a CPU.
+        resting: Bytes that rest on the GPU.
+    """
+
+    tokens: tuple[int, int]
+    took: tuple[float, float]
+    host: tuple[int, int]
+    device: tuple[int, int]
+    resting: int
+
+    @classmethod
+    def of(cls, call: Callable[[int], None], longest: int, device: torch.device) -> Self:
+        """Calls with rising numbers of tokens, at most `longest`, until one takes seconds."""
+        resting = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+        tokens, found = min(_FIRST, longest // 2), list[tuple[int, float, int, int]]()
+        while len(found) < 2 or (found[-1][1] < _ENOUGH and tokens <= longest):
+            # The first call of a length may load and compile.
+            (first, _), (again, peak) = (_timed(call, tokens, device) for _ in range(2))
+            found.append((tokens, min(first, again), _peak_bytes(), peak - resting))
+            tokens *= 2
+        return cls(*zip(*found[-2:], strict=True), resting=resting)
+
+    def seconds(self, tokens: int) -> float:
+        """Of any length."""
+        return _fit(self.tokens, self.took)(tokens)
+
+    def memory(self, tokens: int) -> tuple[int, int]:
+        """Peak bytes of this process and on the GPU, of a length that is not shorter."""
+        early, late = self.host
+        # What works on a GPU keeps nothing of a token here.
+        grown = 0 if self.resting else (late - early) / (self.tokens[1] - self.tokens[0])
+        host = late + int(grown * (tokens - self.tokens[1]))
+        return host, self.resting + int(_fit(self.tokens, self.device)(tokens))
+
+
+def _fit(probes: Sequence[int], values: Sequence[float]) -> Callable[[int], float]:
+    """A value of any length: a x N + b x N^2 through two points, none of them negative."""
+    (n1, n2), (t1, t2) = probes, values
     square = max(0.0, (t2 / n2 - t1 / n1) / (n2 - n1))
     linear = max(0.0, t2 / n2 - square * n2)
     return lambda n: linear * n + square * n * n
 
 
-def _timed(call: Callable[[int], object], tokens: int, device: torch.device) -> float:
+def _timed(call: Callable[[int], None], tokens: int, device: torch.device) -> tuple[float, int]:
+    """Seconds, and peak bytes on a GPU."""
+    on_gpu = device.type == "cuda"
+    if on_gpu:
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
     start = perf_counter()
     call(tokens)
-    if device.type == "cuda":
+    if on_gpu:
         torch.cuda.synchronize(device)
-    return perf_counter() - start
+    seconds = perf_counter() - start
+    return seconds, torch.cuda.max_memory_allocated(device) if on_gpu else 0
 
 
-def _memory(device: torch.device) -> tuple[int, int]:
-    """Peak bytes so far, of this process and on a GPU."""
+def _peak_bytes() -> int:
+    """Of this process so far."""
     unit = 1 if sys.platform == "darwin" else 1024
-    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    return host, torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -51,7 +51,7 @@ def calibrate_command(
     dry_run: Annotated[
         bool,
         typer.Option(
-            "--dry-run", help="Time two short prompts, and tell time, disk and memory of the whole."
+            "--dry-run", help="Time short prompts, and tell time, disk and memory of the whole."
         ),
     ] = False,
     trust_remote_code: RemoteCodeOption = False,
@@ -72,7 +72,7 @@ def calibrate_command(
 
     folder = out or ARTIFACTS / model_slug(config.model) / "calibration"
     if dry_run:
-        with status("timing two short prompts"):
+        with status("timing short prompts"):
             found = forecast(config, folder, resume=resume, trust_remote_code=trust_remote_code)
         if found is not None and as_json:
             typer.echo(json.dumps({"path": str(folder), **asdict(found)}))

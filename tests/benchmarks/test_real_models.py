@@ -101,10 +101,12 @@ def test_fidelity_measures_each_prompt_and_policy_once(benchmark: Any, tmp_path:
 def test_a_large_shape_is_captured_and_clustered(
     benchmark: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    shape = ("--shape", "tiny", "--length", 1024)
-    benchmark("real_sizes", "capture", *shape, "--samples", 2, "--out", tmp_path / "captured")
-    assert len(MapStore.open(tmp_path / "captured").prompts) == 2
-    assert "2 layers, 1,024 tokens" in capsys.readouterr().out
-    made_up = ("--prompts", 4, "--epochs", 1, "--out", tmp_path / "made-up")
-    benchmark("real_sizes", "cluster", *shape, *made_up)
-    assert "16 heads, 4 prompts" in capsys.readouterr().out
+    shape = ("--shape", "tiny", "--length", 1024, "--prompts", 4)
+    for step in ("capture", "make-up"):
+        out = ("--out", tmp_path / step)
+        benchmark("real_sizes", step, *shape, *out)
+        assert len(MapStore.open(tmp_path / step).prompts) == 4
+        printed = capsys.readouterr().out
+        assert ("4 of 4: " in printed) == ("forecast in " in printed) == (step == "capture")
+        benchmark("real_sizes", "cluster", "--epochs", 1, *out)
+        assert "16 heads, 4 prompts of 1,024 tokens" in capsys.readouterr().out

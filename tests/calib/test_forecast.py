@@ -1,10 +1,15 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
-from shareprefill.calib.forecast import Forecast, _fit, forecast
+from shareprefill.calib import forecast as forecasts
+from shareprefill.calib.capture import PromptMaps, capture
+from shareprefill.calib.forecast import Forecast, _fit, _Probes, forecast
 from shareprefill.calib.pipeline import capture_maps
 from shareprefill.commands.calibrate import show_forecast
 from shareprefill.config import CalibrateConfig
@@ -53,3 +58,53 @@ def test_times_are_fitted_to_both_probes(seconds: tuple[float, float]) -> None:
     assert of(200) == pytest.approx(seconds[1])
     # In proportion at least, and with the square at most.
     assert 5 * seconds[1] <= of(1000) <= 25 * seconds[1]
+
+
+def test_probes_grow_until_one_takes_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model on a GPU is as quick with 1,024 tokens as with 512: that says nothing of 128K."""
+    asked = list[int]()
+
+    def timed(call: Callable[[int], None], tokens: int, _device: object) -> tuple[float, int]:
+        compiling = 9.0 * (tokens not in asked)
+        call(tokens)
+        # Of an 8B shape: about 50 ms at least, 18 s and 13 GB at 128K.
+        seconds = max(0.05, 7e-5 * tokens + 5e-10 * tokens**2)
+        return compiling + seconds, 10**6 + 100_000 * tokens
+
+    monkeypatch.setattr(forecasts, "_timed", timed)
+    probes = _Probes.of(asked.append, 131072, torch.device("cpu"))
+    assert sorted(asked) == asked
+    assert sorted({*asked}) == [512, 1024, 2048, 4096, 8192, 16384, 32768]
+    assert probes.tokens == (16384, 32768)
+    assert probes.seconds(131072) == pytest.approx(7e-5 * 131072 + 5e-10 * 131072**2)
+    assert probes.memory(131072)[1] == pytest.approx(100_000 * 131072, rel=0.01)
+    asked.clear()
+    assert _Probes.of(asked.append, 1500, torch.device("cpu")).tokens == (512, 1024)
+    assert asked == [512, 512, 1024, 1024]
+    assert _Probes.of(asked.append, 255, torch.device("cpu")).tokens == (127, 254)
+
+
+def test_memory_of_this_process_grows_with_the_tokens_on_a_cpu_alone() -> None:
+    """On a GPU what it grows by is code that was loaded."""
+    probes = _Probes((1000, 2000), (1.0, 2.0), (700, 900), (0, 0), resting=0)
+    assert probes.memory(2000) == (900, 0)
+    assert probes.memory(5000) == (900 + 3 * 200, 0)
+    on_gpu = _Probes((1000, 2000), (1.0, 2.0), (700, 900), (10, 20), resting=50)
+    assert on_gpu.memory(5000) == (900, 50 + 50)
+
+
+def test_probes_join_blocks_as_the_longest_prompt_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Maps of a probe's own blocks would be larger than those of the whole prompt."""
+    checkpoint = save_checkpoint(tmp_path / "model")
+    small = small_calibration(checkpoint, samples=3, length=18 * 32, map_blocks=9)
+    sizes = set[object]()
+
+    def noted(*args: Any, **options: Any) -> PromptMaps:
+        sizes.add(options["map_block"])
+        return capture(*args, **options)
+
+    monkeypatch.setattr(forecasts, "capture", noted)
+    forecast(CalibrateConfig(**small), tmp_path / "calibration")
+    assert sizes == {64}
