@@ -25,7 +25,6 @@ from shareprefill.runtime.steps import (
     PADDED_INSIDE,
     TOO_SHORT,
 )
-from shareprefill.vllm.options import ServingOptions
 from tests.support.families import FAMILIES, build
 from tests.support.tiny import tiny_artifact, tiny_llama, token_ids
 
@@ -397,8 +396,6 @@ def test_it_is_off_by_default_and_options_are_checked(model: Any) -> None:
         RuntimeConfig(decode="sparse", decode_density=0)
     with pytest.raises(ConfigError, match="decode_density = 0.3 is for sparse decode steps"):
         RuntimeConfig(decode_density=0.3)
-    with pytest.raises(ConfigError, match="decode = 'sparse' is for sessions"):
-        ServingOptions.find({"shareprefill": {"policy": "flex", "decode": "sparse"}}, {})
 
 
 @torch.no_grad()
