@@ -17,6 +17,8 @@ _SHORT_MS = 10.0
 # Calls that are not repeated.
 _LONG_MS = 1000.0
 _FLUSH_BYTES = 2**28
+# Of the device before a short call, at least.
+_PAUSE_MS = 2.0
 # A GPU's clock is below this; a pause of so many cycles a millisecond is never too short.
 _CYCLES_A_MS = 2_000_000
 
@@ -79,12 +81,14 @@ def device_ms(function: Call, host: float, repeats: int = 20) -> float:
     """Median time of the device alone, from an empty L2 cache.
 
     The device pauses until the host, which takes `host` ms, has launched everything. A call that
-    waits for the device shows the host's time here too. Before calls of more than 10 ms it does not
-    pause: their launches are hidden by their kernels, and the device's clock, which long calls
-    lower, recovers in a pause, more of it where the host is slower.
+    waits for the device shows the host's time here too. In a pause the device's clock recovers that
+    long calls lower. So pauses are alike for all hosts that are fast enough, and before calls of
+    more than 10 ms, whose launches are hidden by their kernels, there is none.
     """
     flush = torch.empty(_FLUSH_BYTES, dtype=torch.uint8, device="cuda")
-    pause = int((2 * host + 0.2) * _CYCLES_A_MS) if _event_ms(function) < _SHORT_MS else 0
+    pause = 0
+    if _event_ms(function) < _SHORT_MS:
+        pause = int(max(2 * host + 0.2, _PAUSE_MS) * _CYCLES_A_MS)
     times = []
     for _ in range(repeats):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
