@@ -5,7 +5,10 @@ half        the estimate weighs a block's own rows and its neighbours' alike, wh
 other       they are those of another model's artifact (--other)
 pivots-cut  a sharing head cuts its pivot's order where the pivot does
 recall      blocks are spent by recall: no effects
-unchecked   every sharing head shares, whatever its check says
+one-effect  a head's lost mass counts alike on all prompts
+unchecked   of `whole`: every sharing head shares, whatever its check says
+
+`--parts` names those to make.
 
 python benchmarks/ablation.py CALIBRATION --budget .25 --other sp-ref.st --out FOLDER
 """
@@ -13,7 +16,7 @@ python benchmarks/ablation.py CALIBRATION --budget .25 --other sp-ref.st --out F
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import astuple, replace
 from pathlib import Path
@@ -23,11 +26,15 @@ from unittest.mock import patch
 import torch
 
 from shareprefill.artifact import Artifact, load_artifact, save_artifact
+from shareprefill.calib.store import MapStore
 from shareprefill.clustering import assignment, pipeline
 from shareprefill.clustering.assignment import Goal
+from shareprefill.clustering.effects import head_effects
 from shareprefill.clustering.measurements import GAMMAS, HeldOutMeasurements
 from shareprefill.config import ClusterConfig
 from shareprefill.runtime.policies.smoothed import UNFITTED
+
+PARTS = ("whole", "half", "other", "pivots-cut", "recall", "one-effect")
 
 
 def main() -> None:
@@ -36,28 +43,35 @@ def main() -> None:
     parser.add_argument("--budget", type=float)
     parser.add_argument("--k", type=int, help="of clusters; auto by default")
     parser.add_argument("--other", type=Path, help="artifact whose estimator `other` has")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     config = ClusterConfig(budget=args.budget, k=args.k)
-    artifacts = {"whole": plan(args.calibration, config)}
-    artifacts["unchecked"] = replace(
-        artifacts["whole"], slack=torch.ones_like(artifacts["whole"].slack)
-    )
-    parts: dict[str, tuple[Any, str, Callable[..., Any]]] = {
+    parts: dict[str, tuple[Any, str, Callable[..., Any]] | None] = {
+        "whole": None,
         "half": (pipeline, "fit_estimator", lambda store, _: unfitted(store.config.rows)),
         "pivots-cut": (assignment, "_share_scores", scores_at_pivots_cut),
-        "recall": (pipeline, "head_effects", lambda *_: None),
+        "recall": (pipeline, "prompt_effects", lambda *_: None),
+        "one-effect": (pipeline, "prompt_effects", one_effect),
     }
     if args.other is not None:
         estimator = load_artifact(args.other).estimator
         parts["other"] = (pipeline, "fit_estimator", lambda *_: estimator)
     for name, part in parts.items():
-        artifacts[name] = plan(args.calibration, config, part)
-    for name, artifact in artifacts.items():
-        save_artifact(artifact, args.out / f"{name}.st")
-        counts = ", ".join(f"{n} {policy}" for policy, n in artifact.policy_counts().items() if n)
-        print(f"{name}: {artifact.summary}; {artifact.rows}; {counts}", flush=True)
+        if name in args.parts:
+            artifact = plan(args.calibration, config, part)
+            keep(artifact, args.out / f"{name}.st")
+            if name == "whole":
+                slack = torch.ones_like(artifact.slack)
+                keep(replace(artifact, slack=slack), args.out / "unchecked.st")
+
+
+def keep(artifact: Artifact, path: Path) -> None:
+    """Saves an artifact, and prints what it plans."""
+    save_artifact(artifact, path)
+    counts = ", ".join(f"{n} {policy}" for policy, n in artifact.policy_counts().items() if n)
+    print(f"{path.stem}: {artifact.summary}; {artifact.rows}; {counts}", flush=True)
 
 
 def plan(
@@ -75,6 +89,13 @@ def plan(
 def unfitted(rows: tuple[int, ...]) -> dict[str, list[float]]:
     """Weights that are fitted to no model, for every count of rows."""
     return {str(count): list(astuple(UNFITTED)) for count in rows}
+
+
+def one_effect(store: MapStore, known: Sequence[int], prompts: Sequence[int]) -> torch.Tensor:
+    """What all data sets' prompts together say, for each prompt."""
+    effect = head_effects(store, known)
+    assert effect is not None, "calibrate without --effect-tokens 0"
+    return effect.expand(len(prompts), -1)
 
 
 def scores_at_pivots_cut(

@@ -34,6 +34,36 @@ def head_effects(store: MapStore, prompts: Sequence[int]) -> Tensor | None:
     return effects_of(*_of_prompts(store, prompts, CHANGE, LOST, DIVERGENCE))
 
 
+def prompt_effects(store: MapStore, known: Sequence[int], prompts: Sequence[int]) -> Tensor | None:
+    """The same of single prompts: a data set's heads are relative to each other as on all of them.
+
+    What lost mass costs differs tenfold between data sets. In sum a prompt's effects are what
+    sparse prefills of its own data set measured; how they differ from head to head, one data set's
+    derivatives are too few to tell.
+
+    Args:
+        store: A complete calibration.
+        known: Numbers of the prompts whose effects are taken.
+        prompts: Numbers of the prompts that they are for, in order.
+
+    Returns:
+        float64 `[P, K]`; None where none were measured.
+    """
+    effect = head_effects(store, known)
+    if effect is None:
+        return None
+    lost, divergence = _of_prompts(store, known, LOST, DIVERGENCE)
+    predicted = (lost.flatten(1) * effect).sum(1)  # [P]
+    sources = [store.prompts[number].source for number in known]
+    scales = []
+    for number in prompts:
+        source = store.prompts[number].source
+        # Of a data set that nothing is known of, what all have in common.
+        alike = [n for n, other in enumerate(sources) if other == source] or [*range(len(known))]
+        scales.append(divergence[alike].sum() / predicted[alike].sum().clamp_min(_TINY))
+    return torch.stack(scales)[:, None] * effect
+
+
 def step_effects(store: MapStore, prompts: Sequence[int]) -> Tensor | None:
     """The same of decode steps, which each read blocks of their own; relative to each other alone.
 

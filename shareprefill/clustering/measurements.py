@@ -100,7 +100,8 @@ class HeldOutMeasurements:
         prompts: Numbers of the held-out prompts.
         pivot_rows: Query rows a block of a pivot's map; 0 for all of them.
         estimator: Weights of estimates by sampled rows, as an artifact has them.
-        effect: Of every head, float64 `[K]` (see `effects`); None where it is not known.
+        effect: Of every head on every prompt, float64 `[P, K]` (see `effects`); None where it is
+            not known.
 
     Attributes:
         numbers: Of the prompts.
@@ -149,10 +150,10 @@ class HeldOutMeasurements:
     def _measure_pivots(self, rows: int) -> None:
         """Measures every head under every head's pattern as a pivot of so many rows a block."""
         self.pivot_rows = rows
-        with_losses = self.effect is not None
-        sums = _PairSums(self.heads, with_losses=with_losses)
+        sums = _PairSums(self.heads, with_harm=self.effect is not None)
         densities, prompts = list[Tensor](), list[_Prompt]()
-        for number, prompt in zip(self.numbers, self._prompts, strict=True):
+        effects = [None] * len(self.numbers) if self.effect is None else [*self.effect]
+        for number, prompt, effect in zip(self.numbers, self._prompts, effects, strict=True):
             if rows:
                 name = rows_key(rows)
                 maps = self._store.load(number, name)[name].flatten(0, 1)
@@ -162,16 +163,12 @@ class HeldOutMeasurements:
             since = torch.cat([choose(heads) for heads in _parts(self.heads, _HEADS)])
             densities.append(_densities(since, prompt.geometry))
             layer_heads = self._store.fingerprint.geometry.heads
-            for pairs in prompt.pairs(since, layer_heads, with_losses=with_losses):
+            for pairs in prompt.pairs(since, layer_heads, effect):
                 sums.add(*pairs, is_first=not prompts)
             prompts.append(replace(prompt, pivots=since[:, prompt.geometry.checked]))
         self._prompts = prompts
         self.pairs, self.worst_pairs = sums.recall.div_(len(prompts)), sums.worst
-        harm = None
-        if self.effect is not None:
-            assert sums.lost is not None
-            harm = sums.lost.div_(len(prompts)).mul_(self.effect[:, None])
-        self.pair_harm = harm
+        harm = self.pair_harm = None if sums.harm is None else sums.harm.div_(len(prompts))
         self.pivots = PolicyCurve(
             recall=self.pairs.diagonal(dim1=1, dim2=2),
             worst_recall=self.worst_pairs.diagonal(dim1=1, dim2=2),
@@ -312,26 +309,26 @@ class _PairSums:
 
     Args:
         heads: K.
-        with_losses: Whether anybody asks for `lost`.
+        with_harm: Whether anybody asks for `harm`.
 
     Attributes:
         recall: The sum; 0 for pairs that nothing is added to.
         worst: The least; likewise.
-        lost: Sum of the mean square over query blocks of what is lost; infinite for such pairs.
+        harm: The sum of what lost mass does to the predictions; infinite for such pairs.
     """
 
-    def __init__(self, heads: int, *, with_losses: bool) -> None:
+    def __init__(self, heads: int, *, with_harm: bool) -> None:
         self.recall = torch.zeros(len(GAMMAS), heads, heads, dtype=torch.float64, device="cpu")
         self.worst = torch.zeros_like(self.recall)
-        self.lost = torch.full_like(self.recall, torch.inf) if with_losses else None
+        self.harm = torch.full_like(self.recall, torch.inf) if with_harm else None
 
-    def add(self, place: _Place, recall: Tensor, lost: Tensor | None, *, is_first: bool) -> None:
+    def add(self, place: _Place, recall: Tensor, harm: Tensor | None, *, is_first: bool) -> None:
         """Adds some heads under some pivots' patterns at one gamma, of one prompt.
 
         Args:
             place: Number of the gamma, the heads, the pivots.
             recall: Of these, float64 `[heads, pivots]`.
-            lost: Likewise.
+            harm: Likewise.
             is_first: Whether these pairs were not added to before.
         """
         if is_first:
@@ -339,9 +336,9 @@ class _PairSums:
         else:
             self.recall[place] += recall
             self.worst[place] = torch.minimum(self.worst[place], recall)
-        if self.lost is not None:
-            assert lost is not None
-            self.lost[place] = lost if is_first else self.lost[place] + lost
+        if self.harm is not None:
+            assert harm is not None
+            self.harm[place] = harm if is_first else self.harm[place] + harm
 
 
 @dataclass(frozen=True)
@@ -377,14 +374,14 @@ class _Prompt:
         return _Curve(torch.cat(recalls, 1), torch.cat(densities, 1), torch.cat(losses, 1), work)
 
     def pairs(
-        self, since: Tensor, layer_heads: int, *, with_losses: bool
+        self, since: Tensor, layer_heads: int, effect: Tensor | None
     ) -> Iterator[tuple[_Place, Tensor, Tensor | None]]:
         """Every head under every pivot's pattern, but for heads of layers before the pivot's.
 
         Args:
             since: The pivots' patterns, as `nesting` has them.
             layer_heads: Heads of a layer.
-            with_losses: Whether losses are measured.
+            effect: Of every head on this prompt, float64 `[K]`; None where harm is not asked for.
 
         Yields:
             What `_PairSums.add` takes, of every pair of heads and every gamma once.
@@ -399,7 +396,7 @@ class _Prompt:
             products = torch.empty(shape, dtype=torch.float32, device="cpu")
             for number in range(len(GAMMAS)):
                 lost = torch.zeros(shape[1:], dtype=torch.float64, device="cpu")
-                squares = torch.zeros_like(lost) if with_losses else None
+                squares = None if effect is None else torch.zeros_like(lost)
                 for rows in _parts(n_q, _PAIR_ROWS):
                     # Behind the diagonal there is nothing.
                     seen = slice(0, rows.stop)
@@ -410,7 +407,11 @@ class _Prompt:
                     if squares is not None:
                         squares += outside.square_().sum(0)
                 recall = (held[later] - lost).div_(n_q).clamp_(max=1)
-                yield (number, later, pivots), recall, None if squares is None else squares / n_q
+                harm = None
+                if squares is not None and effect is not None:
+                    # Whoever's pattern a head reads, the effect is its own.
+                    harm = squares.mul_(effect[later, None] / n_q)
+                yield (number, later, pivots), recall, harm
 
 
 def _distance_to_uniform(vertical: Tensor, geometry: Geometry) -> Tensor:
@@ -422,8 +423,8 @@ def _over_prompts(curves: Sequence[_Curve], effect: Tensor | None) -> PolicyCurv
     recall = torch.stack([curve.recall for curve in curves])
     harm = None
     if effect is not None:
-        lost = torch.stack([curve.lost for curve in curves]).mean(0)
-        harm = lost * effect.view(-1, *[1] * (lost.ndim - 2))
+        harms = [curve.lost * own for curve, own in zip(curves, effect, strict=True)]
+        harm = torch.stack(harms).mean(0)
     return PolicyCurve(
         harm=harm,
         recall=recall.mean(0),

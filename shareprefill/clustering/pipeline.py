@@ -29,7 +29,7 @@ from shareprefill.clustering.assignment import (
     total_harm,
 )
 from shareprefill.clustering.distances import code_distances, gamma_patterns, jaccard_distances
-from shareprefill.clustering.effects import head_effects, step_effects
+from shareprefill.clustering.effects import head_effects, prompt_effects, step_effects
 from shareprefill.clustering.estimator import fit_estimator
 from shareprefill.clustering.hierarchy import build_linkage, candidate_counts, cut, silhouette
 from shareprefill.clustering.measurements import HeldOutMeasurements
@@ -108,10 +108,10 @@ def cluster(folder: Path, config: ClusterConfig) -> tuple[Artifact, list[Cluster
     silhouettes = {k: silhouette(distances, labels[k]) for k in counts}
     known = sorted((*training.split.train, *training.split.validation))
     estimator = fit_estimator(store, known)
-    effect = head_effects(store, known)
 
     first_rows, *further_rows = _pivot_rows(store, config)
     prompts = [*training.split.held_out, *_further_prompts(store, training)]
+    effect = prompt_effects(store, known, prompts)
     measured = HeldOutMeasurements(store, prompts, first_rows, estimator=estimator, effect=effect)
     fewest, first_scored = counts[0], dict[Goal, Scored]()
     _, first_goal = choose(labels[fewest], layers, measured, config, first_scored)
@@ -136,8 +136,8 @@ def cluster(folder: Path, config: ClusterConfig) -> tuple[Artifact, list[Cluster
     taken = _best(plans)
     choices, _ = choose(labels[taken], layers, evidence, config, scored)
     plans[taken] = replace(plans[taken], choices=choices)
-    steps = step_effects(store, known)
-    artifact = _artifact(store, training, config, evidence, choices, labels[taken], means, steps)
+    effects = head_effects(store, known), step_effects(store, known)
+    artifact = _artifact(store, training, config, evidence, choices, labels[taken], means, effects)
     return artifact, [plans[k].summary(k, is_best=k == taken) for k in counts]
 
 
@@ -222,10 +222,11 @@ def _artifact(
     choices: list[Choice],
     labels: Tensor,
     means: Consensus,
-    steps: Tensor | None,
+    effects: tuple[Tensor | None, Tensor | None],
 ) -> Artifact:
     geometry = store.fingerprint.geometry
     layers, heads = geometry.layers, geometry.heads
+    effect, steps = effects
     # Captured heads are numbered one after the other; the artifact counts all layers.
     captured = torch.tensor(store.layers, device="cpu")
 
@@ -257,7 +258,7 @@ def _artifact(
         density=spread([c.density for c in choices], torch.float32, 1.0),
         instability=spread(means.instability, torch.float32, 0.0),
         code=spread(means.code, torch.float32, 0.0),
-        effect=None if evidence.effect is None else spread(evidence.effect, torch.float32, 0.0),
+        effect=None if effect is None else spread(effect, torch.float32, 0.0),
         step_effect=None if steps is None else spread(steps, torch.float32, 0.0),
         block_size=store.config.block_size,
         thresholds=Thresholds(gamma=config.gamma, tau=config.tau, delta=config.delta),

@@ -40,12 +40,13 @@ def test_an_ablation_leaves_out_one_part_each(benchmark: Any, tmp_path: Path) ->
     train(tmp_path / "maps", TrainConfig(epochs=1, hidden=16, resolution=16, code_size=8))
     benchmark("ablation", tmp_path / "maps", "--budget", 0.6, "--k", 1, "--out", tmp_path / "out")
     made = {path.stem: load_artifact(path) for path in (tmp_path / "out").iterdir()}
-    assert set(made) == {"whole", "half", "pivots-cut", "recall", "unchecked"}
+    assert set(made) == {"whole", "half", "pivots-cut", "recall", "one-effect", "unchecked"}
     assert (made["unchecked"].slack == 1).all()
     assert not (made["whole"].slack == 1).all()
     assert set(map(tuple, made["half"].estimator.values())) == {astuple(UNFITTED)}
     assert made["whole"].estimator != made["half"].estimator
     assert made["recall"].summary["kl"] > made["whole"].summary["kl"]
+    assert made["one-effect"].summary["kl"] != made["whole"].summary["kl"]
     for name, alike in (("whole", False), ("pivots-cut", True)):
         shares = made[name].policy == int(Policy.SHARE)
         pivots = made[name].pivot[shares].long()

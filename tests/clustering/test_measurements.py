@@ -54,6 +54,22 @@ def test_smoothed_maps_are_measured_on_the_exact_ones(store: MapStore) -> None:
     assert found.work == 2 / 64
 
 
+def test_lost_mass_does_harm_by_the_effects_of_its_own_prompt(store: MapStore) -> None:
+    """Of heads alone, too."""
+    heads = len(store.layers) * store.fingerprint.geometry.heads
+    one = torch.linspace(0.5, 2, heads, dtype=torch.float64)
+
+    def harm(prompts: list[int], *effects: torch.Tensor) -> torch.Tensor:
+        made: dict[str, Any] = {"estimator": {}, "effect": torch.stack(effects)}
+        found = HeldOutMeasurements(store, prompts, 4, **made).alone[Policy.SMOOTHED].harm
+        assert found is not None
+        return found
+
+    first, second, both = harm([0], one), harm([2], one), harm([0, 2], 10 * one, one)
+    assert first.max() > 0
+    torch.testing.assert_close(both, (10 * first + second) / 2)
+
+
 @pytest.mark.parametrize("rows", [2, 4, 8])
 def test_a_sampled_pivot_gives_what_it_would_read_itself(store: MapStore, rows: int) -> None:
     """Recall and density of its pattern, and of others under it, on the exact maps."""
@@ -131,7 +147,7 @@ def test_stores_of_other_rows_are_read(tmp_path_factory: pytest.TempPathFactory)
 def test_pairs_in_parts(store: MapStore, monkeypatch: pytest.MonkeyPatch) -> None:
     """As in one, but that later layers' patterns need not be measured on earlier layers' heads."""
     heads = store.fingerprint.geometry.heads
-    effect = torch.rand(len(store.layers) * heads, dtype=torch.float64)
+    effect = torch.rand(2, len(store.layers) * heads, dtype=torch.float64)
 
     def measured() -> HeldOutMeasurements:
         return HeldOutMeasurements(store, [0, 2], 2, estimator={}, effect=effect)
@@ -141,8 +157,8 @@ def test_pairs_in_parts(store: MapStore, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(measurements, "_PIVOTS", 3)
     monkeypatch.setattr(measurements, "_PAIR_ROWS", 5)
     parts = measured()
-    layer = torch.arange(len(effect)) // heads
-    of_block = torch.arange(len(effect)) // 3 * 3 // heads  # the first layer of a part's pivots
+    layer = torch.arange(effect.shape[1]) // heads
+    of_block = torch.arange(effect.shape[1]) // 3 * 3 // heads  # the first layer of a part's pivots
     is_later = layer[:, None] >= of_block
     assert whole.pair_harm is not None
     assert parts.pair_harm is not None
@@ -158,16 +174,17 @@ def test_pairs_in_parts(store: MapStore, monkeypatch: pytest.MonkeyPatch) -> Non
             torch.testing.assert_close(getattr(own, name), getattr(all_at_once, name))
 
 
-def test_harm_is_the_mean_square_of_what_is_lost(store: MapStore) -> None:
-    effect = torch.rand(len(store.layers) * store.fingerprint.geometry.heads, dtype=torch.float64)
+def test_harm_is_the_mean_square_of_what_is_lost_by_its_prompts_effects(store: MapStore) -> None:
+    heads = len(store.layers) * store.fingerprint.geometry.heads
+    effect = torch.rand(2, heads, dtype=torch.float64) * torch.tensor([[10.0], [1.0]])
     evidence = HeldOutMeasurements(store, [0, 2], 0, estimator={}, effect=effect)
-    g, lost = GAMMAS.index(0.8), []
-    for number in (0, 2):
+    g, harms = GAMMAS.index(0.8), []
+    for number, own in zip((0, 2), effect, strict=True):
         maps, causal, always = _of_prompt(store, number)
         pattern = (head_pattern(maps["full"], 0.8) | always) & causal
         outside = (maps["full"][:, None] * ~pattern[None]).sum(-1)  # [head, pivot, n_q]
-        lost.append(outside.square().mean(-1).double())
-    expected = torch.stack(lost).mean(0) * effect[:, None]
+        harms.append(outside.square().mean(-1).double() * own[:, None])
+    expected = torch.stack(harms).mean(0)
     assert evidence.pair_harm is not None
     assert evidence.pivots.harm is not None
     torch.testing.assert_close(evidence.pair_harm[g], expected, rtol=1e-5, atol=1e-8)

@@ -15,6 +15,7 @@ from shareprefill.calib.store import MapStore
 from shareprefill.checkpoint import check_checkpoint
 from shareprefill.clustering import pipeline
 from shareprefill.clustering.assignment import Choice, Goal
+from shareprefill.clustering.effects import head_effects, prompt_effects
 from shareprefill.clustering.estimator import fit_estimator
 from shareprefill.clustering.measurements import GAMMAS, HeldOutMeasurements
 from shareprefill.clustering.pipeline import Clustering, cluster
@@ -255,6 +256,24 @@ def test_an_artifact_carries_what_was_fitted_to_the_model(calibration: Path) -> 
     assert artifact.step_effect is not None
     assert (artifact.step_effect > 0).all()
     assert artifact.summary["kl"] > 0
+
+
+def test_effects_of_a_prompt_add_up_to_what_its_data_set_measured(calibration: Path) -> None:
+    store = MapStore.open(calibration)
+    known = [0, 1, 2, 3]
+    sources = [prompt.source for prompt in store.prompts]
+    assert len(set(sources)) == len(sources)
+    store.prompts[4] = replace(store.prompts[4], source=sources[0])
+    found, pooled = prompt_effects(store, known, [0, 1, 4, 5]), head_effects(store, known)
+    assert found is not None
+    assert pooled is not None
+    for effect, number in ((found[0], 0), (found[1], 1), (found[2], 0)):
+        tensors = store.load(number, "effect_lost", "effect_divergence")
+        predicted = (effect * tensors["effect_lost"].flatten()).sum()
+        assert predicted.item() == pytest.approx(tensors["effect_divergence"].item(), rel=1e-5)
+        torch.testing.assert_close(effect / effect.sum(), pooled / pooled.sum())
+    # A data set that nothing is known of.
+    torch.testing.assert_close(found[3], pooled)
 
 
 def test_calibrations_of_earlier_versions_have_no_effects_of_steps(
