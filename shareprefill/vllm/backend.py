@@ -29,7 +29,7 @@ from shareprefill.vllm.core import RowState, ServingCore
 from shareprefill.vllm.decoding import DecodeStep, decode_step
 from shareprefill.vllm.engine import core_of, current_core
 from shareprefill.vllm.options import NAME
-from shareprefill.vllm.pages import all_pages, joined_pages, split_pages
+from shareprefill.vllm.pages import all_pages, joined_pages, request_table, split_pages
 from shareprefill.vllm.rows import Prefill, Run, divide
 
 logger = init_logger("vllm.shareprefill")
@@ -54,12 +54,12 @@ class StepWork:
     """What a step's metadata carries for us.
 
     Attributes:
-        prefills: Rows that are computed sparsely, each with its request's switch.
+        prefills: Rows that are computed sparsely, each with its request's switch and its pages.
         decodes: Rows that are decoded sparsely; None where there are none.
         runs: The other rows, each with metadata of the inner backend.
     """
 
-    prefills: tuple[tuple[Prefill, str | None], ...]
+    prefills: tuple[tuple[Prefill, str | None, Tensor], ...]
     decodes: DecodeStep | None
     runs: tuple[tuple[Run, Any], ...]
 
@@ -163,7 +163,11 @@ class SharePrefillBuilder:
                 core.decoding.begin_step(decodes)
         # Without ahead-of-time schedules: they share one buffer, which the whole step's has.
         runs = ((run, inner.build(0, rows_of(common, run), True)) for run in division.rest)
-        prefills = ((row, _switch_of(core, common, row.row)) for row in division.prefills)
+        tables = common.block_table_tensor
+        prefills = (
+            (row, _switch_of(core, common, row.row), request_table(tables, row.row))
+            for row in division.prefills
+        )
         metadata.shareprefill = StepWork(tuple(prefills), decodes, tuple(runs))
         return metadata
 
@@ -258,7 +262,7 @@ class SharePrefillImpl:
             )
         # One object a forward pass, over all KV cache groups.
         states: dict[int, RowState] = get_forward_context().additional_kwargs.setdefault(NAME, {})
-        for prefill, switch in work.prefills:
+        for prefill, switch, table in work.prefills:
             if prefill.row not in states:
                 states[prefill.row] = core.begin(prefill, switch, query.device)
             keys: Tokens
@@ -267,8 +271,6 @@ class SharePrefillImpl:
                 # Nothing lies in the cache that is not here.
                 keys, values = (t[prefill.tokens].transpose(0, 1) for t in (key, value))
             else:
-                assert attn_metadata is not None
-                table = attn_metadata.block_table[prefill.row]
                 keys, values = self.keys_and_values(layer, kv_cache, table, prefill.n_key)
             rows, queries = output[prefill.tokens], query[prefill.tokens].transpose(0, 1)
             if decoding is not None:

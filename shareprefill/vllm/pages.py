@@ -14,6 +14,19 @@ from shareprefill.errors import UnsupportedError
 from shareprefill.runtime.ops.pages import PagedTokens
 
 
+def request_table(tables: Tensor, row: int) -> Tensor:
+    """The table of one request, where it starts at a multiple of 16 bytes.
+
+    Kernels are compiled for such addresses, and anew for others. A row of an engine's tables starts
+    at any, so it is copied, once a step.
+
+    Args:
+        tables: int `[requests, pages of a request]` and more, at a multiple of 16 bytes.
+        row: The request's.
+    """
+    return tables[row].clone() if row else tables[0]
+
+
 def split_pages(cache: Tensor, table: Tensor, n_key: int) -> tuple[PagedTokens, PagedTokens]:
     """Keys and values that lie in two halves of a page.
 

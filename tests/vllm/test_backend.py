@@ -18,7 +18,12 @@ from vllm.v1.attention.backend import (  # pyright: ignore
 
 from shareprefill.errors import UnsupportedError
 from shareprefill.vllm import backend
-from shareprefill.vllm.backend import SharePrefillBackend, _why_dense, rows_of
+from shareprefill.vllm.backend import (
+    SharePrefillBackend,
+    SharePrefillBuilder,
+    _why_dense,
+    rows_of,
+)
 from shareprefill.vllm.rows import Run
 
 
@@ -62,6 +67,31 @@ def test_a_run_has_the_metadata_of_its_rows():
     assert part.seq_lens.tolist() == [40]
     assert part.block_table_tensor.tolist() == [[8, 9, 10, 11]]
     assert part.slot_mapping.tolist() == [301, 302]
+
+
+def test_a_row_that_is_sparse_has_a_table_for_which_kernels_are_compiled():
+    class Inner:
+        def build(self, *arguments: Any, **options: Any) -> Any:
+            return SimpleNamespace()
+
+    class Builder(SharePrefillBuilder, Inner):
+        pass
+
+    builder, tables = object.__new__(Builder), torch.arange(15, dtype=torch.int32).view(3, 5)
+    core: Any = SimpleNamespace(
+        least_rows=2,
+        decoding=None,
+        switches={},
+        is_new_step=lambda starts: False,
+        is_sparse=lambda n_query, n_key, switch: n_query == 300,
+    )
+    builder.core = core
+    work = builder.build(0, step(block_table_tensor=tables)).shareprefill
+    ((prefill, _, table),) = work.prefills
+    assert (prefill.row, len(work.runs)) == (1, 2)
+    assert tables[1].data_ptr() % 16
+    assert table.data_ptr() % 16 == 0
+    assert torch.equal(table, tables[1])
 
 
 def test_metadata_that_nobody_here_knows_is_refused():

@@ -10,6 +10,7 @@ from shareprefill.vllm.pages import (
     joined_pages,
     ordered_pages,
     page_order,
+    request_table,
     split_pages,
 )
 
@@ -53,6 +54,17 @@ def test_joined_pages(n: int):
     found = joined_pages(cache, table, n)
     assert torch.equal(found[0].gathered, keys)
     assert torch.equal(found[1].gathered, values)
+
+
+@pytest.mark.parametrize("width", [1, 129, 266])
+def test_a_request_s_table_starts_where_kernels_are_compiled_for(width: int):
+    tables = torch.arange(4 * width, dtype=torch.int32).view(4, width)
+    assert any(row.data_ptr() % 16 for row in tables)
+    found = [request_table(tables, row) for row in range(4)]
+    assert not any(table.data_ptr() % 16 for table in found)
+    assert torch.equal(torch.stack(found), tables)
+    # The only request of a step needs no copy.
+    assert found[0].data_ptr() == tables.data_ptr()
 
 
 @pytest.mark.parametrize("is_split", [False, True])
