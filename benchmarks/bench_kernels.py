@@ -7,7 +7,8 @@ Lists hold sink blocks, a local window, per-pattern vertical columns and random 
 seed; block counts are exact, so that the density is the one asked for. TFLOP/s counts 4 D flops per
 visible token pair of the computed blocks (2 D where no output is made). `floor` is the least time
 that the device's measured rates allow: all products, each tensor read or written once, or an
-exponential for each pair. Of other kernels the time is without making their lists.
+exponential for each pair. FP8 rounds its operands within its time, and its floor is that of
+products of 16 bits. Of other kernels the time is without making their lists.
 `ms` are medians of `do_bench`, `device ms` are without the host (timing.py). All
 ratios are of one run, on one device, for the versions that the header names. A kernel of others
 that fails is a line "missing"; a failing kernel of our own ends the run.
@@ -38,6 +39,7 @@ from kernel_cases import (
 from kernel_tables import (
     DENSE,
     FA4,
+    FP8,
     HEAD,
     MAP,
     OUTPUT_AND_MAP,
@@ -57,6 +59,7 @@ from shareprefill.errors import UnsupportedError
 from shareprefill.runtime.ops.block_sparse_attention import block_sparse_attention
 from shareprefill.runtime.ops.blocks import BlockLists, causal_blocks
 from shareprefill.runtime.ops.dispatch import ATTENTION
+from shareprefill.runtime.ops.fp8_attention import fp8_attention
 from shareprefill.runtime.ops.pooled_attention import pooled_attention, sample_rows
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -146,6 +149,8 @@ class Bench:
                 return block_sparse_attention(*tensors, lists, out=out, impl=impl)
 
             self._measure(SPARSE, f"impl={impl}", own, work)
+        if options.device == "cuda":
+            self._measure(SPARSE, FP8, lambda: fp8_attention(*tensors, lists, out=out), work)
         for key, baseline in (("fa4", FlashAttention4), ("flex", Flex)):
             if key in options.baseline:
                 self._measure_baseline(

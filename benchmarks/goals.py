@@ -41,6 +41,10 @@ OWN_TO_FA4 = _by_length(0.95, 0.95, 0.95)
 OWN_TO_FLEX = _by_length(0.80, 0.80, 0.80)
 POOLED_ALL = _by_length(1.15, 1.10, 1.08)
 POOLED_ROWS = _by_length(0.12, 0.06, 0.045)
+FP8_TO_OWN = {
+    density: Goal({32768: most, 131072: most})
+    for density, most in ((0.25, 0.65), (0.10, 0.70), (0.05, 0.75))
+}
 CHOICE = _by_length(0.30, 0.05, 0.015)
 LAYER = _by_length(0.40, 0.60, 0.82, at_least=True)
 NEVER_SLOWER = Goal({1024: 0.98, 2048: 0.98, 4096: 0.98}, at_least=True)

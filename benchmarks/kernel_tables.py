@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from goals import (
+    FP8_TO_OWN,
     OWN_TO_FA4,
     OWN_TO_FLEX,
     POOLED_ALL,
@@ -26,6 +27,7 @@ OUTPUT_AND_MAP, MAP = "output and map", "map"
 Timed = tuple[str, float, float | None]
 # FlashAttention-4 behind our interface is not a kernel of our own.
 OWN = ("impl=triton", "impl=hopper", "impl=blockwise")
+FP8 = "precision=fp8"
 
 
 @dataclass(frozen=True)
@@ -130,6 +132,8 @@ def ratios(rows: list[Row], densities: Sequence[float]) -> list[Comparison]:
             add(f"own block sparse, d {wanted:g} / {FLEX}", own, flex, goals[1])
             add(f"own block sparse, d {wanted:g} / SDPA", own, sdpa)
             add(f"own block sparse, d {wanted:g} / {FA4} dense", own, fa4_dense)
+            if small := fastest(SPARSE, (FP8,), wanted):
+                add(f"FP8 block sparse, d {wanted:g} / own", small, own, FP8_TO_OWN.get(wanted))
         add(f"{POOLED} / SDPA", fastest(POOLED, (OUTPUT_AND_MAP,)), sdpa, POOLED_ALL)
         add(f"{ROWS} / SDPA", fastest(ROWS, (MAP,)), sdpa, POOLED_ROWS)
     return found

@@ -44,6 +44,8 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 from shareprefill.runtime.ops.block_sparse_attention import hopper as sparse
 from shareprefill.runtime.ops.block_sparse_attention.hopper_kernel import block_sparse_hopper_kernel
+from shareprefill.runtime.ops.fp8_attention import hopper as fp8
+from shareprefill.runtime.ops.fp8_attention.hopper_kernel import fp8_attention_kernel
 from shareprefill.runtime.ops.pooled_attention import hopper as pooled
 from shareprefill.runtime.ops.pooled_attention import triton as pooling
 from shareprefill.runtime.ops.pooled_attention.hopper_kernel import pooled_hopper_kernel
@@ -55,16 +57,27 @@ ALIGNED = (
     "stride_qn",
 )
 
+def tile(dtype, rows, columns):
+    size = 1 if dtype == "fp8e4nv" else 2
+    layout = gl.NVMMASharedLayout(
+        swizzle_byte_width=min(128, columns * size), element_bitwidth=8 * size, rank=3
+    )
+    return f"tensordesc<{dtype}[1, {rows}, {columns}],{layout!r}>"
+
 def build(kernel, constants, dtype, **options):
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=3)
-    tile = f"tensordesc<{dtype}[1, %d, {constants['BLOCK_D']}],{layout!r}>"
+    dim = constants["BLOCK_D"]
     types = {
-        "q_desc": tile % 64, "k_desc": tile % 128, "v_desc": tile % 128, "p_out": "*" + dtype,
+        "q_desc": tile(dtype, 64, dim), "k_desc": tile(dtype, 128, dim),
+        "v_desc": tile(dtype, 128, dim), "p_out": "*" + dtype,
         "p_q": "*" + dtype, "p_rows": "*i64",
         "p_sinks": "*" + dtype, "scale_log2": "fp32", "softcap_log2": "fp32", "p_heads": "*i64",
         **dict.fromkeys(["p_lse", "p_maps", "p_mass", "p_peaks"], "*fp32"),
         **dict.fromkeys(["p_offsets", "p_indices", "p_head_to_list", "p_table", "p_next"], "*i32"),
     }
+    if kernel is fp8_attention_kernel:
+        small = "fp8e4nv"
+        types |= {"k_desc": tile(small, 128, dim), "v_desc": tile(small, dim, 128),
+                  "p_scales": "*fp32"}
     names = kernel.arg_names
     signature = {name: "constexpr" if name in constants else types.get(name, "i32")
                  for name in names}
@@ -83,6 +96,9 @@ for dim, dtype, page_blocks in ((128, "bf16", 0), (64, "fp16", 2)):
     constants = sparse.kernel_constants(dim, has_lse=True, page_blocks=page_blocks)
     built[f"sparse {dtype} {dim}"] = build(
         block_sparse_hopper_kernel, constants, dtype, **sparse.launch_options()
+    )
+    built[f"fp8 {dtype} {dim}"] = build(
+        fp8_attention_kernel, fp8.kernel_constants(dim), dtype, **sparse.launch_options()
     )
     constants = pooled.kernel_constants(
         dim, has_heads=dim == 64, has_sinks=dim == 64, page_blocks=page_blocks
@@ -117,8 +133,9 @@ def test_compiles_for_hopper_without_a_gpu(tmp_path: Path) -> None:
         assert built["shared"] <= SHARED_LIMIT, kind
         for instruction in ("wgmma.mma_async", "cp.async.bulk.tensor", "setmaxnreg"):
             assert instruction in built["ptx"], kind
+        assert (".f32.e4m3.e4m3" in built["ptx"]) == kind.startswith("fp8"), kind
     reports = run.stdout + run.stderr
-    assert reports.count("spill stores") == 7
+    assert reports.count("spill stores") == 9
     # ptxas says so where it lets no two products be under way at one time.
     assert "serialized" not in reports
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from shareprefill.runtime.ops.block_selection import LineWeights, SparseGuard
-from shareprefill.runtime.ops.blocks import BlockLists, causal_blocks
+from shareprefill.runtime.ops.blocks import BlockLists, causal_blocks, causal_lists
 from shareprefill.runtime.ops.hopper import launch
 from shareprefill.runtime.ops.pages import PagedTokens, Tokens
 from shareprefill.runtime.ops.pooled_attention.launches import Attended
@@ -90,6 +90,14 @@ def test_attention_and_its_maps(in_pages: bool, has_all: bool, started: set[str]
         *("pooled_kernel", "pooled_hopper_kernel", "mass_hopper_kernel"),
         *("sums_kernel", "profiles_kernel", "pattern_kernel"),
     }
+
+
+def test_attention_in_fp8(started: set[str]) -> None:
+    query, key, value = inputs(in_pages=False)
+    lists = causal_lists(TOKENS, 0, 128, 4, query.device)
+    attend = launcher("fp8_attention.hopper").attend
+    attend(query, key, value, lists, 0.1, torch.empty_like(query))
+    assert started == {"peaks_kernel", "round_kernel", "fp8_attention_kernel"}
 
 
 def test_selection(started: set[str], monkeypatch: pytest.MonkeyPatch) -> None:

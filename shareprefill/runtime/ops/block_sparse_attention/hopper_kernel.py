@@ -22,6 +22,7 @@ from shareprefill.runtime.ops.hopper.pipeline import (
     issue_logits,
     issue_values,
     max_of_rows,
+    rescale_sums,
     store_rows,
     sum_of_threads,
     sum_within_threads,
@@ -48,13 +49,6 @@ def _softmax(b_logits, b_max, scales, HAS_SOFTCAP: gl.constexpr):
     b_weights = gl.exp2(b_logits * factor - b_pivot[:, None])  # [M, N]
     b_rescale = gl.exp2(b_max * factor - b_pivot)
     return b_weights, b_new, sum_within_threads(b_weights), b_rescale
-
-
-@gluon.jit
-def _rescale(b_sum, b_rescale):
-    """Sums `[M, 4]` times factors of their rows."""
-    layout: gl.constexpr = gl.SliceLayout(1, b_sum.type.layout)
-    return b_sum * gl.convert_layout(b_rescale, layout, assert_trivial=True)[:, None]
 
 
 @gluon.jit
@@ -162,7 +156,7 @@ def _consume(
             if i_k == i_masked:
                 b_logits = hide_later_keys(b_logits, i_position, i_second * BLOCK)
             b_weights, b_max, b_mass, b_rescale = _softmax(b_logits, b_max, scales, HAS_SOFTCAP)
-            b_sum = _rescale(b_sum, b_rescale) + b_mass
+            b_sum = rescale_sums(b_sum, b_rescale) + b_mass
             if i_k + 1 < i_end:
                 wait_tile(k_ready, i_k + 1)
             b_acc, b_weights = warpgroup_mma_wait(0, deps=[b_acc, b_weights])

@@ -36,16 +36,10 @@ def refusal(query: torch.Tensor, key: Tokens, value: Tokens, block_size: int) ->
 
     Of pages that they cannot read (`page_refusal`) the gathered tokens are meant.
     """
-    reason = unavailable(query.device)
+    dims = (query.shape[2], value.shape[2])
+    reason = refusal_of_kind(query.device, query.dtype, dims, block_size)
     if reason is not None:
         return reason
-    if query.dtype not in (torch.float16, torch.bfloat16):
-        return f"computes float16 and bfloat16, got {query.dtype}"
-    dims = (query.shape[2], value.shape[2])
-    if dims[0] != dims[1] or dims[0] not in HEAD_DIMS:
-        return f"takes one head_dim of 64, 96 or 128, got {dims[0]} and {dims[1]}"
-    if block_size != BLOCK:
-        return f"takes a block_size of {BLOCK} tokens, got {block_size}"
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if isinstance(tensor, PagedTokens):
             continue
@@ -55,6 +49,34 @@ def refusal(query: torch.Tensor, key: Tokens, value: Tokens, block_size: int) ->
                 f"takes {name} in rows that start at multiples of 16 bytes, got strides "
                 f"{tensor.stride()} and an address of {tensor.data_ptr() % 16} modulo 16"
             )
+    return None
+
+
+def refusal_of_kind(
+    device: torch.device, dtype: torch.dtype, dims: tuple[int, int], block_size: int
+) -> str | None:
+    """Why the kernels take no tensors of a kind; None where they do.
+
+    Args:
+        device: The tensors'.
+        dtype: The tensors'.
+        dims: Head dims of queries and of values.
+        block_size: Tokens in a block.
+    """
+    reason = unavailable(device)
+    if reason is not None:
+        return reason
+    if dtype not in (torch.float16, torch.bfloat16):
+        return f"computes float16 and bfloat16, got {dtype}"
+    return refusal_of_sizes(dims, block_size)
+
+
+def refusal_of_sizes(dims: tuple[int, int], block_size: int) -> str | None:
+    """Why the kernels have no tiles for some head dims and block size; None where they have."""
+    if dims[0] != dims[1] or dims[0] not in HEAD_DIMS:
+        return f"takes one head_dim of 64, 96 or 128, got {dims[0]} and {dims[1]}"
+    if block_size != BLOCK:
+        return f"takes a block_size of {BLOCK} tokens, got {block_size}"
     return None
 
 
@@ -120,7 +142,11 @@ def _described(rows: int, columns: int, dtype: torch.dtype) -> tuple[type, dict[
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=3)
+    layout = gl.NVMMASharedLayout(
+        swizzle_byte_width=min(128, columns * dtype.itemsize),
+        element_bitwidth=8 * dtype.itemsize,
+        rank=3,
+    )
     one = torch.empty((1, rows, columns), dtype=dtype, device="cpu")
     strides = [rows * columns, columns, 1]
     descriptor = TensorDescriptor(one, list(one.shape), strides, [1, rows, columns], layout)

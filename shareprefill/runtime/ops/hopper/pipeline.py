@@ -177,6 +177,13 @@ def sum_within_threads(b_weights):
 
 
 @gluon.jit
+def rescale_sums(b_sums, b_rescale):
+    """Sums `[M, 4]` times factors of their rows."""
+    layout: gl.constexpr = gl.SliceLayout(1, b_sums.type.layout)
+    return b_sums * gl.convert_layout(b_rescale, layout, assert_trivial=True)[:, None]
+
+
+@gluon.jit
 def sum_of_threads(b_sums, layout: gl.constexpr):
     """Sum of each row `[M]` from those in its four threads."""
     return gl.convert_layout(gl.sum(b_sums, 1), layout, assert_trivial=True)

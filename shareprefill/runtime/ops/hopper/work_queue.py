@@ -28,11 +28,13 @@ def make_rings(
     q_desc, k_desc, v_desc, BLOCK: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr
 ):
     """The queue of work items, and the rings of query, key and value tiles, in shared memory."""
-    DTYPE: gl.constexpr = k_desc.dtype
-    HALF: gl.constexpr = BLOCK // 2
-    q_tiles = gl.allocate_shared_memory(DTYPE, [QUERIES * 2, 1, HALF, BLOCK_D], q_desc.layout)
-    k_tiles = gl.allocate_shared_memory(DTYPE, [STAGES, 1, BLOCK, BLOCK_D], k_desc.layout)
-    v_tiles = gl.allocate_shared_memory(DTYPE, [STAGES, 1, BLOCK, BLOCK_D], v_desc.layout)
+    Q_SHAPE: gl.constexpr = [QUERIES * 2, 1, BLOCK // 2, BLOCK_D]
+    q_tiles = gl.allocate_shared_memory(q_desc.dtype, Q_SHAPE, q_desc.layout)
+    k_tiles = gl.allocate_shared_memory(k_desc.dtype, [STAGES, 1, BLOCK, BLOCK_D], k_desc.layout)
+    # Values may be transposed.
+    ROWS: gl.constexpr = v_desc.block_type.shape[1]
+    COLUMNS: gl.constexpr = v_desc.block_type.shape[2]
+    v_tiles = gl.allocate_shared_memory(v_desc.dtype, [STAGES, 1, ROWS, COLUMNS], v_desc.layout)
     line: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[0])
     items = gl.allocate_shared_memory(gl.int32, [ROUNDS, 32], line)
     # Places are freed by both warpgroups, work items by the loading warp too.
