@@ -86,6 +86,7 @@ _TENSORS = {
     "instability": _Kind(torch.float32, lowest=0),
     "effect": _Kind(torch.float32, lowest=0, optional=True),
     "step_effect": _Kind(torch.float32, lowest=0, optional=True),
+    "fp8_error": _Kind(torch.float32, lowest=0, optional=True),
     "code": _Kind(torch.float32, ("L", "H", "Z")),
 }
 _ABOVE_ZERO = {"gamma", "fallback_gamma"}
@@ -181,6 +182,8 @@ class Artifact:
             the head loses; None where it was not measured.
         step_effect: `[L, H]` float32, the same of decode steps that read few blocks, which tells
             heads from each other alone; None where it was not measured.
+        fp8_error: `[L, H]` float32, how far the head's output is off where its operands are rounded
+            to e4m3, relative to the output's norm; None where it was not measured.
         estimator: For counts of sampled rows a block, what the lines through a block count in the
             estimate of its mass: weights in the order of `LineWeights`, fitted to the model; None
             where none were.
@@ -206,6 +209,7 @@ class Artifact:
     summary: dict[str, Any]
     effect: Tensor | None = None
     step_effect: Tensor | None = None
+    fp8_error: Tensor | None = None
     estimator: dict[str, Any] | None = None
 
     def __repr__(self) -> str:

@@ -14,6 +14,7 @@ from shareprefill.policy_names import check_policy_name, current_policy
 Metric = Literal["jaccard", "jaccard-raw", "code"]
 Linkage = Literal["average", "complete", "single"]
 Nonfinite = Literal["dense", "error"]
+Precision = Literal["model", "fp8"]
 Decode = Literal["dense", "sparse"]
 
 METRICS: tuple[str, ...] = ("jaccard", "jaccard-raw", "code")
@@ -24,6 +25,9 @@ DATA_SETS: tuple[str, ...] = (
     *("needle", "text", "mixture"),
 )
 NONFINITE: tuple[str, ...] = ("dense", "error")
+PRECISIONS: tuple[str, ...] = ("model", "fp8")
+# Of heads that run in FP8 where no bound is asked for.
+FP8_ERROR = 0.1
 DECODES: tuple[str, ...] = ("dense", "sparse")
 # Of sparse decode steps where none is asked for.
 DECODE_DENSITY = 0.2
@@ -264,6 +268,11 @@ class RuntimeConfig(Stage):
         nonfinite: What to do about NaN or Inf in a layer's queries or keys: `dense` (a head whose
             own pattern rests on them reads every causal block, and no head shares such a pattern)
             or `error` (also for values; waits for the device at every layer).
+        precision: Of the operands of sparse attention: `model` (the model's own) or `fp8` (e4m3,
+            on Hopper GPUs). Patterns are chosen in the model's own, and prompts that run dense are
+            computed in it.
+        fp8_error: With `fp8`, heads whose output was off by more than this in the calibration,
+            relative to its norm, stay in the model's own precision; None: 0.1.
         decode: How decode steps attend: `dense`, or `sparse`: each step and KV head reads few key
             blocks, chosen by a sketch of the keys. No key is dropped. For sessions of transformers
             models alone.
@@ -284,6 +293,8 @@ class RuntimeConfig(Stage):
     min_tokens: int | None = None
     max_density: float | None = None
     nonfinite: Nonfinite = "dense"
+    precision: Precision = "model"
+    fp8_error: float | None = None
     decode: Decode = "dense"
     decode_density: float | None = None
 
@@ -295,6 +306,14 @@ class RuntimeConfig(Stage):
                 raise ConfigError(
                     f"decode_density = {self.decode_density} is for sparse decode steps: add "
                     "decode = 'sparse', or leave it out"
+                )
+        _require(self.precision in PRECISIONS, "precision", self.precision, f"one of {PRECISIONS}")
+        if self.fp8_error is not None:
+            _require(self.fp8_error >= 0, "fp8_error", self.fp8_error, "0 or more")
+            if self.precision != "fp8":
+                raise ConfigError(
+                    f"fp8_error = {self.fp8_error} is for FP8 attention: add precision = 'fp8', or "
+                    "leave it out"
                 )
         object.__setattr__(self, "policy", current_policy(self.policy))
         _require(self.nonfinite in NONFINITE, "nonfinite", self.nonfinite, f"one of {NONFINITE}")

@@ -17,10 +17,10 @@ from shareprefill.artifact import FORMAT_VERSION, artifact_bytes, load_artifact
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "stability.md").read_text(encoding="utf-8")
 ROWS = {
-    name: (state, set(re.findall(r"`(--[a-z-]+)`", options)))
+    name: (state, set(re.findall(r"`(--[a-z0-9-]+)`", options)))
     for name, state, options in re.findall(r"(?m)^\| `sp ([a-z-]+)` \| (\w+) \| (.*) \|$", PAGE)
 }
-OF_ALL = set(re.findall(r"`(--[a-z-]+)`", re.search(r"(?m)^\| all commands .*$", PAGE)[0]))  # type: ignore[index]
+OF_ALL = set(re.findall(r"`(--[a-z0-9-]+)`", re.search(r"(?m)^\| all commands .*$", PAGE)[0]))  # type: ignore[index]
 COMMANDS: dict[str, Any] = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
 
 

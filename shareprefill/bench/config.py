@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from shareprefill.config import PRECISIONS, Precision
 from shareprefill.errors import ConfigError, require
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -24,6 +25,8 @@ class BenchConfig:
         dense: Time dense attention too.
         device: `auto`, `cpu`, `cuda`, ...
         dtype: `auto` (float32 on a CPU, bfloat16 on a GPU), `float32`, `bfloat16` or `float16`.
+        precision: Of sparse attention's operands, `model` or `fp8`, as in `sp run`; with `fp8` all
+            heads of a shape are computed in it.
     """
 
     lengths: tuple[int, ...] = (8192, 32768, 131072)
@@ -35,8 +38,10 @@ class BenchConfig:
     dense: bool = True
     device: str = "auto"
     dtype: str = "auto"
+    precision: Precision = "model"
 
     def __post_init__(self) -> None:
+        require(self.precision in PRECISIONS, "precision", self.precision, f"one of {PRECISIONS}")
         if not self.lengths or min(self.lengths) < 1:
             raise ConfigError(f"lengths = {self.lengths} is not allowed: name numbers above 0")
         if not 0 < self.density <= 1:

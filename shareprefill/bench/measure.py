@@ -159,7 +159,8 @@ class _Bench:
         repeats: int,
     ) -> None:
         self.config, self.model, self.device, self.repeats = config, model, device, repeats
-        self.session = Session(model, artifact, RuntimeConfig(min_tokens=0))
+        options = RuntimeConfig(min_tokens=0, precision=config.precision)
+        self.session = Session(model, artifact, options)
         self.kinds = (DENSE, SHARE) if config.dense else (SHARE,)
 
     def warm_up(self, prompt: Tensor) -> None:

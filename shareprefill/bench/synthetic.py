@@ -69,6 +69,8 @@ def synthetic_artifact(model: PreTrainedModel, density: float) -> Artifact:
         density=torch.full(shape, density, **floats),
         instability=torch.zeros(shape, **floats),
         code=torch.zeros(*shape, 1, **floats),
+        # In FP8, all heads are computed in it.
+        fp8_error=torch.zeros(shape, **floats),
         block_size=BLOCK_SIZE,
         thresholds=Thresholds(gamma=density, tau=1.0, delta=0.0),
         rows=Rows(pivot=2, sample=8, check=1),

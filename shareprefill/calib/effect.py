@@ -34,10 +34,12 @@ from shareprefill.runtime.interface import (
 )
 from shareprefill.runtime.ops.block_selection import head_blocks, list_blocks
 from shareprefill.runtime.ops.block_sparse_attention import block_sparse_attention
+from shareprefill.runtime.ops.fp8_attention import reference as fp8
 
 CHANGE, LOST, DIVERGENCE = "effect_change", "effect_lost", "effect_divergence"
 # The same of rows that each read few blocks, as decode steps do.
 STEP_CHANGE, STEP_LOST = "step_change", "step_lost"
+FP8_ERROR = "fp8_error"
 
 # Attention mass that the patterns cover whose lost blocks are measured.
 _COVERED = 0.9
@@ -46,6 +48,8 @@ _STRIP = 2**21
 # The last rows of a prompt that stand for decode steps, at most, and the share of the key blocks
 # that each of them reads.
 _STEPS, _STEP_READS = 256, 0.1
+# Rows at most, evenly spaced, whose outputs are computed in FP8.
+_FP8_ROWS = 256
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,7 +140,10 @@ def measure_effect(
         mass causes alone; `effect_lost` float32 `[L, H]`, the mean square of that mass over query
         blocks; `effect_divergence` float32 `[1]`, the measured KL divergence of all heads;
         `step_change` and `step_lost`, the first two of the last rows, where each of them reads a
-        tenth of the blocks that decode steps read or do not, those with most of its attention.
+        tenth of the blocks that decode steps read or do not, those with most of its attention; and
+        `fp8_error` float32 `[L, H]`, how far outputs are off, relative to their norm, where
+        operands are rounded to e4m3 (not of models with soft-capped logits or attention sinks,
+        which FP8 attention does not compute).
 
     Raises:
         UnsupportedError: the model has no gradients.
@@ -164,6 +171,9 @@ def measure_effect(
         _lost_steps(tracer.calls[n], tracer.outputs[n].detach(), gradient)
         for n, gradient in zip(layers, gradients, strict=True)
     ]
+    fp8_errors: list[Tensor] = []
+    if all(tracer.calls[n].softcap is None and tracer.calls[n].sinks is None for n in layers):
+        fp8_errors = [_fp8_error(tracer.calls[n], tracer.outputs[n].detach()[0]) for n in layers]
     dense = final.detach()
     geometry = _geometry(len(input_ids), block_size, device)
     sparse = _Sparse({n: cut.pattern for n, cut in cuts.items()}, geometry)
@@ -181,6 +191,7 @@ def measure_effect(
         STEP_CHANGE: torch.stack([t.square().mean(-1).cpu() / 2 for t, _ in steps]).float(),
         STEP_LOST: torch.stack([t.square().mean(-1).cpu() for _, t in steps]).float(),
         DIVERGENCE: torch.tensor([divergence], dtype=torch.float32, device="cpu"),
+        **({FP8_ERROR: torch.stack([t.cpu() for t in fp8_errors]).float()} if fp8_errors else {}),
     }
 
 
@@ -272,6 +283,27 @@ def _lost_steps(call: AttentionCall, output: Tensor, gradient: Tensor) -> tuple[
         losses.append(lost)
         changes.append((gain * is_lost).sum(-1) / (1 - lost))
     return torch.cat(changes, 1), torch.cat(losses, 1)
+
+
+@torch.no_grad()
+def _fp8_error(call: AttentionCall, output: Tensor) -> Tensor:
+    """How far heads' outputs are off with operands of e4m3, relative to their norm, `[H]`.
+
+    Rounded as `fp8_attention` rounds; other errors of its kernel are small beside that.
+    """
+    query, key, value = call.query[0].detach(), call.key[0].detach(), call.value[0].detach()
+    heads, n_tokens = query.shape[:2]
+    keys, values = (
+        t.repeat_interleave(heads // len(key), 0) for t in fp8.rounded_keys_and_values(key, value)
+    )
+    step = math.ceil(n_tokens / _FP8_ROWS)
+    rows = torch.arange(step - 1, n_tokens, step, device=query.device)
+    logits = fp8.rounded_queries(query[:, rows]) @ keys.transpose(1, 2) * call.scale
+    hidden = torch.arange(n_tokens, device=query.device) > rows[:, None]
+    weights, sums = fp8.rounded_weights(logits.masked_fill_(hidden, -math.inf))
+    exact = output[:, rows].float().flatten(1)
+    found = (weights @ values / sums[..., None]).flatten(1)
+    return (found - exact).norm(dim=1) / exact.norm(dim=1).clamp(min=fp8.TINY)
 
 
 def _weights(call: AttentionCall, query: Tensor, key: Tensor, start: int) -> Tensor:

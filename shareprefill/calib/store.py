@@ -179,7 +179,7 @@ class MapStore:
         # Two bytes an entry: the causal half of the maps, and the last query block's two profiles.
         maps = 2 * heads * ((1 + kinds) * n * (n + 1) // 2 + n + n + 1)
         lines = 8 * 8 * 8 * kinds
-        return maps + lines + (4 * (4 * heads + 1) if self.config.effect_tokens else 0)
+        return maps + lines + (4 * (5 * heads + 1) if self.config.effect_tokens else 0)
 
     def add(self, source: str, input_ids: Tensor, digest: str, maps: PromptMaps) -> None:
         """Writes the next prompt's maps, then names them in the index."""

@@ -19,7 +19,7 @@ _FIGURES = ("density", "recall", "cost")
 # Per-head tensors other than policy, pivot and cluster.
 _VALUES = (
     *("fallback", "gamma", "fallback_gamma", "slack"),
-    *("recall", "density", "instability", "effect", "step_effect", "code"),
+    *("recall", "density", "instability", "effect", "step_effect", "fp8_error", "code"),
 )
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from shareprefill.calib.effect import CHANGE, DIVERGENCE, LOST, STEP_CHANGE, STEP_LOST
+from shareprefill.calib.effect import CHANGE, DIVERGENCE, FP8_ERROR, LOST, STEP_CHANGE, STEP_LOST
 from shareprefill.calib.store import MapStore
 
 # Prompts' worth of its layer's mean that a head's own figure is mixed with, in shares of the
@@ -74,6 +74,17 @@ def step_effects(store: MapStore, prompts: Sequence[int]) -> Tensor | None:
         return None
     change, lost = _of_prompts(store, prompts, STEP_CHANGE, STEP_LOST)
     return _relative(change.sum(0), lost.sum(0)).flatten() if lost.any() else None
+
+
+def fp8_errors(store: MapStore, prompts: Sequence[int]) -> Tensor | None:
+    """How far every head's output is off in FP8, relative to its norm, mean over prompts.
+
+    Returns:
+        float64 `[K]`; None where it was not measured.
+    """
+    if not store.config.effect_tokens or not all(store.holds(n, FP8_ERROR) for n in prompts):
+        return None
+    return _of_prompts(store, prompts, FP8_ERROR)[0].mean(0).flatten()
 
 
 def effects_of(change: Tensor, lost: Tensor, divergence: Tensor) -> Tensor:

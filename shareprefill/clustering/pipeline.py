@@ -29,7 +29,12 @@ from shareprefill.clustering.assignment import (
     total_harm,
 )
 from shareprefill.clustering.distances import code_distances, gamma_patterns, jaccard_distances
-from shareprefill.clustering.effects import head_effects, prompt_effects, step_effects
+from shareprefill.clustering.effects import (
+    fp8_errors,
+    head_effects,
+    prompt_effects,
+    step_effects,
+)
 from shareprefill.clustering.estimator import fit_estimator
 from shareprefill.clustering.hierarchy import build_linkage, candidate_counts, cut, silhouette
 from shareprefill.clustering.measurements import HeldOutMeasurements
@@ -136,8 +141,12 @@ def cluster(folder: Path, config: ClusterConfig) -> tuple[Artifact, list[Cluster
     taken = _best(plans)
     choices, _ = choose(labels[taken], layers, evidence, config, scored)
     plans[taken] = replace(plans[taken], choices=choices)
-    effects = head_effects(store, known), step_effects(store, known)
-    artifact = _artifact(store, training, config, evidence, choices, labels[taken], means, effects)
+    further = {
+        "effect": head_effects(store, known),
+        "step_effect": step_effects(store, known),
+        "fp8_error": fp8_errors(store, known),
+    }
+    artifact = _artifact(store, training, config, evidence, choices, labels[taken], means, further)
     return artifact, [plans[k].summary(k, is_best=k == taken) for k in counts]
 
 
@@ -222,11 +231,10 @@ def _artifact(
     choices: list[Choice],
     labels: Tensor,
     means: Consensus,
-    effects: tuple[Tensor | None, Tensor | None],
+    further: dict[str, Tensor | None],
 ) -> Artifact:
     geometry = store.fingerprint.geometry
     layers, heads = geometry.layers, geometry.heads
-    effect, steps = effects
     # Captured heads are numbered one after the other; the artifact counts all layers.
     captured = torch.tensor(store.layers, device="cpu")
 
@@ -258,8 +266,10 @@ def _artifact(
         density=spread([c.density for c in choices], torch.float32, 1.0),
         instability=spread(means.instability, torch.float32, 0.0),
         code=spread(means.code, torch.float32, 0.0),
-        effect=None if effect is None else spread(effect, torch.float32, 0.0),
-        step_effect=None if steps is None else spread(steps, torch.float32, 0.0),
+        **{
+            name: None if values is None else spread(values, torch.float32, 0.0)
+            for name, values in further.items()
+        },
         block_size=store.config.block_size,
         thresholds=Thresholds(gamma=config.gamma, tau=config.tau, delta=config.delta),
         rows=Rows(

@@ -19,7 +19,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
         *("policy", "policies", "k", "ks", "metric", "linkage", "min_size"),
         *("target_recall", "budget", "max_kl", "gamma", "gammas", "slack", "slacks"),
         *("tau", "taus", "delta", "deltas", "pivot_rows", "block_sizes", "density"),
-        *("min_tokens", "max_density", "nonfinite"),
+        *("min_tokens", "max_density", "nonfinite", "precision", "fp8_error"),
     ),
     "Training": (
         *("code_size", "resolution", "hidden", "epochs", "patience", "batch_size"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from shareprefill.config import BLOCK_SIZES, Decode, RuntimeConfig, Stage
+from shareprefill.config import BLOCK_SIZES, Decode, Precision, RuntimeConfig, Stage
 from shareprefill.errors import ConfigError, require
 from shareprefill.policy_names import current_policy, require_no_plan
 
@@ -41,6 +41,8 @@ class EvalConfig(Stage):
         seed: Picks the generated prompts. No seed gives a prompt of a calibration.
         device: `auto`, `cpu`, `cuda`, `cuda:1`, ...
         dtype: `auto`, `float32`, `bfloat16` or `float16`.
+        precision: Of sparse attention's operands, `model` or `fp8`, as in `sp run`.
+        fp8_error: With `fp8`, see `sp run`.
         measure: Also measure recall and the attention's output errors. It takes a second prefill
             of every prompt, so that the times do not include it.
         times: Measure times to the first token. Without them every prompt is prefilled once.
@@ -69,6 +71,8 @@ class EvalConfig(Stage):
     seed: int = 0
     device: str = "auto"
     dtype: str = "auto"
+    precision: Precision = "model"
+    fp8_error: float | None = None
     measure: bool = True
     times: bool = True
     max_density: float | None = None
@@ -142,6 +146,8 @@ class EvalConfig(Stage):
                     "max_density": self.max_density,
                     "decode": self.decode,
                     "decode_density": self.decode_density,
+                    "precision": self.precision,
+                    "fp8_error": self.fp8_error,
                 }
             )
             for policy in self.policies

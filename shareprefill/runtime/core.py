@@ -31,6 +31,7 @@ from shareprefill.runtime.ops.block_sparse_attention import block_sparse_attenti
 from shareprefill.runtime.ops.blocks import BlockLists
 from shareprefill.runtime.ops.devices import stream_of_tables
 from shareprefill.runtime.ops.dispatch import has_fast_kernel
+from shareprefill.runtime.ops.fp8_attention import fp8_attention
 from shareprefill.runtime.ops.inputs import facts, lie_alike
 from shareprefill.runtime.ops.pages import PagedTokens, Tokens, gathered
 from shareprefill.runtime.ops.pooled_attention import pooled_attention
@@ -64,6 +65,19 @@ class SequenceState:
 
 
 @dataclass(frozen=True, eq=False)
+class Fp8Heads:
+    """The heads of a layer whose sparse attention has operands of e4m3.
+
+    Attributes:
+        are_fp8: Which ones, bool `[H]`.
+        are_all: Whether all are.
+    """
+
+    are_fp8: Tensor
+    are_all: bool
+
+
+@dataclass(frozen=True, eq=False)
 class LayerChoice:
     """What one layer's heads read, before attention is computed.
 
@@ -75,6 +89,7 @@ class LayerChoice:
         by_sdpa: Heads that dense attention computes faster than a list of every block, int64
             `[S]`; None for none.
         record: What was done.
+        fp8: Heads that are computed in FP8; None for none.
     """
 
     plan: LayerPlan
@@ -82,6 +97,7 @@ class LayerChoice:
     lists: BlockLists | None
     by_sdpa: Tensor | None
     record: LayerRecord
+    fp8: Fp8Heads | None
 
     @property
     def head_to_pattern(self) -> Tensor:
@@ -113,6 +129,7 @@ class SparsePrefill:
         self.rule: LayerRule[Any, Any] = rule(plan, self.heads, exchange)
         # A layer's plan on a device; and whether launches of a device are kept, to be repeated.
         self._layer, self._are_kept = cache(self.rule.make_layer), cache(are_kept)
+        self._fp8 = cache(self._make_fp8)
         self._repeats = Repeats[LayerRecord]()
 
     def begin(self, geometry: Geometry) -> SequenceState:
@@ -155,7 +172,8 @@ class SparsePrefill:
             The output `[H, Nq, Dv]`, and what was done.
 
         Raises:
-            UnsupportedError: the layer has other heads than the plan.
+            UnsupportedError: the layer has other heads than the plan, or is to be computed in FP8,
+                which cannot be.
             DataError: a tensor holds NaN or Inf, and the plan says that this is an error.
         """
         if len(query) != len(self.heads):
@@ -220,8 +238,15 @@ class SparsePrefill:
         selection = self.rule.select(plan, state.pivots, inputs, value)
         lists = by_sdpa = None
         most = self.plan.max_density
-        # SDPA knows neither soft-capping nor sinks.
+        fp8 = self._fp8(layer, device)
+        # SDPA knows neither soft-capping nor sinks nor FP8.
         is_plain = inputs.softcap is None and inputs.sinks is None
+        if fp8 is not None and not is_plain:
+            raise UnsupportedError(
+                f"layer {layer} has soft-capped logits or attention sinks, which FP8 attention "
+                "does not compute; use precision='model'"
+            )
+        is_plain = is_plain and fp8 is None
         if plan.reads_patterns and not (plan.is_dense and is_plain):
             first, finite = selection.flags or (0, None)
             lists = list_blocks(
@@ -245,7 +270,14 @@ class SparsePrefill:
             candidate_distances=selection.distances,
             totals=None if lists is None else lists.totals(),
         )
-        return LayerChoice(plan, selection, lists, by_sdpa, record)
+        return LayerChoice(plan, selection, lists, by_sdpa, record, fp8)
+
+    def _make_fp8(self, layer: int, device: torch.device) -> Fp8Heads | None:
+        """The heads of a layer that are computed in FP8, as far as this process holds them."""
+        found = [self.plan.layers[layer][head].is_fp8 for head in self.heads]
+        if not any(found):
+            return None
+        return Fp8Heads(torch.tensor(found, device=device), all(found))
 
     def _heads_of_sdpa(
         self, plan: LayerPlan, lists: BlockLists, inputs: LayerInputs, value: Tokens
@@ -275,6 +307,14 @@ def _output(choice: LayerChoice, inputs: LayerInputs, value: Tokens) -> Tensor:
     if heads is not None and len(heads):
         output[heads] = _dense(inputs, value, heads)
         lists = replace(lists, head_to_list=lists.head_to_list.index_fill(0, heads, -1))
+    fp8, read = choice.fp8, lists.head_to_list
+    if fp8 is not None:
+        in_fp8 = replace(lists, head_to_list=read.masked_fill(~fp8.are_fp8, -1))
+        tensors = (inputs.query, inputs.key, gathered(value))
+        fp8_attention(*tensors, in_fp8, scale=inputs.scale, out=output)
+        if fp8.are_all:
+            return output
+        lists = replace(lists, head_to_list=read.masked_fill(fp8.are_fp8, -1))
     block_sparse_attention(
         inputs.query,
         inputs.keys,

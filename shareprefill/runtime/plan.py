@@ -9,7 +9,8 @@ from typing import TypeVar
 import torch
 
 from shareprefill.artifact import Artifact, Policy, Rows, Thresholds
-from shareprefill.config import CalibrateConfig, ClusterConfig, RuntimeConfig
+from shareprefill.config import FP8_ERROR, CalibrateConfig, ClusterConfig, RuntimeConfig
+from shareprefill.errors import ArtifactError, ConfigError
 from shareprefill.models import warn_once
 from shareprefill.policy_names import is_planned, require_no_plan
 from shareprefill.runtime.geometry import Geometry
@@ -42,6 +43,7 @@ class HeadPlan:
         coverage_slack: How much less than gamma of its sampled rows' attention may lie in its
             pivot's pattern for it to share.
         cluster: Cluster id; -1 for none.
+        is_fp8: Whether its sparse attention has operands of e4m3.
     """
 
     head: int
@@ -52,6 +54,7 @@ class HeadPlan:
     fallback_gamma: float
     coverage_slack: float
     cluster: int
+    is_fp8: bool = False
 
     @property
     def min_coverage(self) -> float:
@@ -139,9 +142,13 @@ def make_plan(artifact: Artifact, config: RuntimeConfig) -> RuntimePlan:
 
     Returns:
         What every head is to do.
+
+    Raises:
+        ArtifactError: FP8 is asked for, and the artifact does not say how far heads are off in it.
     """
     forced, labels, selectors = _policy_of_all(config.policy, artifact.estimator)
     layers, heads = artifact.policy.shape
+    in_fp8 = _in_fp8(artifact, config)
     columns = {
         name: getattr(artifact, name).reshape(-1).tolist()
         for name in ("policy", "pivot", "fallback", "gamma", "fallback_gamma", "slack", "cluster")
@@ -162,6 +169,7 @@ def make_plan(artifact: Artifact, config: RuntimeConfig) -> RuntimePlan:
             fallback_gamma=_chosen(config.gamma, fallback_gamma),
             coverage_slack=_chosen(config.slack, columns["slack"][head]),
             cluster=columns["cluster"][head],
+            is_fp8=in_fp8[head],
         )
 
     return _plan(
@@ -179,6 +187,20 @@ def make_plan(artifact: Artifact, config: RuntimeConfig) -> RuntimePlan:
     )
 
 
+def _in_fp8(artifact: Artifact, config: RuntimeConfig) -> list[bool]:
+    """Whether each head is computed in FP8: where its measured error is within the bound."""
+    if config.precision != "fp8":
+        return [False] * artifact.heads
+    if artifact.fp8_error is None:
+        raise ArtifactError(
+            "precision = 'fp8' needs an artifact that says how far each head is off in it, which "
+            "this one does not: make it anew (sp calibrate, sp cluster), or leave precision out. "
+            "Models with soft-capped logits or attention sinks have no FP8 attention"
+        )
+    bound = FP8_ERROR if config.fp8_error is None else config.fp8_error
+    return (artifact.fp8_error <= bound).flatten().tolist()
+
+
 def plan_without_artifact(layers: int, heads: int, config: RuntimeConfig) -> RuntimePlan:
     """The plan of a policy that treats all heads alike, for a model that was not calibrated.
 
@@ -190,9 +212,14 @@ def plan_without_artifact(layers: int, heads: int, config: RuntimeConfig) -> Run
         config: Options; None takes what a calibration has by default.
 
     Raises:
-        ConfigError: the policy needs an artifact.
+        ConfigError: the policy, or FP8, needs an artifact.
     """
     require_no_plan(config.policy)
+    if config.precision == "fp8":
+        raise ConfigError(
+            "precision = 'fp8' needs an artifact, which says how far each head is off in it: make "
+            "one (sp calibrate, sp cluster), or leave it out"
+        )
     defaults, captured = ClusterConfig(), CalibrateConfig(model="none")
     thresholds = Thresholds(gamma=defaults.gamma, tau=defaults.tau, delta=defaults.delta)
     forced, labels, selectors = _policy_of_all(config.policy)

@@ -87,6 +87,8 @@ class SessionReport:
             head by head offline).
         layers: The same by layer and head.
         decoding: What decode steps did; None where they are dense as asked for.
+        fp8_heads: Heads that ran in FP8, over all layers with sparse prefills; None where that was
+            not asked for.
     """
 
     prefills: int
@@ -98,6 +100,7 @@ class SessionReport:
     thresholds: dict[str, float | None]
     layers: tuple[LayerReport, ...]
     decoding: DecodingReport | None = None
+    fp8_heads: int | None = None
 
     def __repr__(self) -> str:
         return f"<SessionReport\n{self.summary()}>"
@@ -117,6 +120,9 @@ class SessionReport:
             lines.append("heads: " + _counted(self.policies))
         elif self.dense_prefills:
             lines.append("nothing was sparse: prompts were below min_tokens, or masks not causal")
+        if self.fp8_heads is not None and self.policies:
+            heads = sum(len(layer.policies) for layer in self.layers)
+            lines.append(f"FP8: {self.fp8_heads} of {heads} heads")
         recalls = [
             (recall, layer.layer, layer.first_head + head)
             for layer in self.layers
@@ -176,6 +182,7 @@ def make_report(
     requested_dense: int,
     thresholds: dict[str, float | None],
     decoding: DecodingReport | None = None,
+    is_fp8: bool = False,
 ) -> SessionReport:
     """Sums up what was done.
 
@@ -187,6 +194,7 @@ def make_report(
         requested_dense: Prefills that were to be dense.
         thresholds: In force.
         decoding: What decode steps did.
+        is_fp8: Whether heads were to run in FP8.
     """
     known = on_host([*records])
     totals = [
@@ -215,6 +223,7 @@ def make_report(
         thresholds=thresholds,
         layers=tuple(t.report(heads) for t in totals),
         decoding=decoding,
+        fp8_heads=sum(t.fp8_heads(heads) for t in totals) if is_fp8 else None,
     )
 
 
@@ -234,8 +243,17 @@ class _LayerTotals:
         )
         shares = torch.stack([r.work for r in records]).double()
         self.work = (shares.sum(-1) * self.causal).sum().item()
+        self.read = [r.totals.head_to_list.tolist() for r in records if r.totals is not None]
         recalls = [r.recall for r in records if r.recall is not None]
         self.recall = torch.stack(recalls).mean(0).tolist() if recalls else None
+
+    def fp8_heads(self, heads: range) -> int:
+        """Heads that were planned in FP8, and read a list: other outputs come from elsewhere."""
+        plans = [self.plan.layers[self.layer][h] for h in heads]
+        return sum(
+            plan.is_fp8 and any(read[place] >= 0 for read in self.read)
+            for place, plan in enumerate(plans)
+        )
 
     def report(self, heads: range) -> LayerReport:
         plans = [self.plan.layers[self.layer][h] for h in heads]

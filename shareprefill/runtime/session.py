@@ -17,7 +17,7 @@ from torch import Tensor
 
 from shareprefill.artifact import Artifact, check_fingerprint, load_artifact
 from shareprefill.config import DECODE_DENSITY, RuntimeConfig
-from shareprefill.errors import ConfigError
+from shareprefill.errors import ConfigError, UnsupportedError
 from shareprefill.models import fingerprint, geometry, text_decoder
 from shareprefill.policy_names import POLICIES, WITHOUT_ARTIFACT
 from shareprefill.runtime.attachment import Attachment, latest
@@ -33,6 +33,7 @@ from shareprefill.runtime.interface import (
     dense_attention,
 )
 from shareprefill.runtime.layers import head_shard
+from shareprefill.runtime.ops.hopper.launch import refusal_of_kind
 from shareprefill.runtime.plan import RuntimePlan, make_plan, plan_without_artifact
 from shareprefill.runtime.policies import policy_text
 from shareprefill.runtime.records import LayerRecord, Sketch, on_host
@@ -64,6 +65,8 @@ class Session:
         self.config = config
         shard = head_shard(model)
         plan = _plan_of(model, artifact, config)
+        if config.precision == "fp8":
+            _require_fp8(model, plan)
         heads = shard and shard.heads(len(plan.layers[0]))
         self.prefill, self._head_dim = SparsePrefill(plan, heads, shard), geometry(model).head_dim
         self.steps = _steps_of(model, artifact, config, self)
@@ -185,6 +188,7 @@ class Session:
             requested_dense=requested,
             thresholds=thresholds,
             decoding=None if self.steps is None else self.steps.report(),
+            is_fp8=self.config.precision == "fp8",
         )
 
     def sketches(self) -> dict[int, Sketch]:
@@ -286,6 +290,18 @@ def _plan_of(
     return plan_without_artifact(sizes.layers, sizes.heads, config)
 
 
+def _require_fp8(model: PreTrainedModel, plan: RuntimePlan) -> None:
+    """Refuses a model that FP8 attention cannot compute where it is, before its first prefill.
+
+    Raises:
+        UnsupportedError: says why, and what to do.
+    """
+    dim = geometry(model).head_dim
+    reason = refusal_of_kind(model.device, model.dtype, (dim, dim), plan.block_size)
+    if reason is not None:
+        raise UnsupportedError(f"FP8 attention {reason}; use precision='model'")
+
+
 def _steps_of(
     model: PreTrainedModel, artifact: Artifact | None, config: RuntimeConfig, session: Session
 ) -> DecodeSteps | None:
@@ -377,7 +393,7 @@ def share_prefill(
         ArtifactError: the artifact cannot be read, or is of another model.
         ConfigError: an option is not allowed, the policy needs an artifact, a row count is above
             the block size, or the processes of a tensor-parallel group do not divide the heads.
-        UnsupportedError: the model's family is not supported.
+        UnsupportedError: the model's family is not supported, or FP8 attention cannot compute it.
     """
     config = _config_of(config, options, is_planned=artifact is not None)
     if isinstance(artifact, (str, Path)):

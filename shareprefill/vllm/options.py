@@ -47,6 +47,11 @@ class ServingOptions:
                 f'({{"{NAME}": {{"artifact": "clusters.st"}}}}), or a policy that needs no '
                 f"calibration ({', '.join(SELECTION_POLICIES)})"
             )
+        if self.runtime.precision != "model":
+            raise ConfigError(
+                f"precision = {self.runtime.precision!r} is for sessions of transformers models, "
+                "and was not tried in engines: leave it out"
+            )
         for name, allowed in (("lora", "share"), ("checkpoint", "unchecked")):
             value = getattr(self, name)
             if value not in (None, allowed):

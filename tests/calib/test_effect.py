@@ -6,9 +6,15 @@ from typing import Any
 import pytest
 import torch
 
+from shareprefill.calib import effect
+from shareprefill.calib.capture import capture
 from shareprefill.calib.effect import measure_effect
 from shareprefill.runtime.fidelity import compare_predictions, final_states
 from shareprefill.runtime.interface import AttentionCall, attached, dense_attention
+from shareprefill.runtime.ops.block_sparse_attention import reference
+from shareprefill.runtime.ops.blocks import causal_lists
+from shareprefill.runtime.ops.fp8_attention import reference as fp8_reference
+from tests.support.families import FAMILIES, build
 from tests.support.tiny import tiny_llama, token_ids
 
 TOKENS, BLOCK = 224, 16
@@ -60,8 +66,6 @@ class LosingOne:
 
 
 def test_a_heads_change_goes_with_the_divergence_that_it_causes_alone(model: Any) -> None:
-    from shareprefill.calib import effect
-
     patterns: dict[int, torch.Tensor] = {}
     made = effect._cut
 
@@ -113,8 +117,6 @@ def test_long_prompts_are_cut_in_the_middle_and_equal_seeds_give_equal_bytes(mod
 
 
 def test_last_rows_lose_what_few_blocks_of_32_do_not_hold(model: Any) -> None:
-    from shareprefill.calib import effect
-
     given: list[tuple[AttentionCall, torch.Tensor, torch.Tensor]] = []
     made, lost = effect._lost_steps, []
 
@@ -152,3 +154,36 @@ def test_last_rows_lose_what_few_blocks_of_32_do_not_hold(model: Any) -> None:
             assert change[head, row] == pytest.approx(moved.item(), rel=5e-3, abs=1e-4)
     torch.testing.assert_close(found["step_lost"][1].double(), missed.square().mean(1))
     torch.testing.assert_close(found["step_change"][1].double(), change.square().mean(1) / 2)
+
+
+def test_errors_in_fp8_are_those_of_its_reference(
+    model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In every row; of more rows some are taken."""
+    calls: dict[int, AttentionCall] = {}
+
+    def keep(call: AttentionCall) -> torch.Tensor:
+        calls[call.layer] = call
+        return dense_attention(call)
+
+    states_with(model, keep)
+    query, key, value = (tensor[0] for tensor in (calls[1].query, calls[1].key, calls[1].value))
+    lists = causal_lists(TOKENS, 0, 128, len(query), query.device)
+    found, exact = torch.empty_like(query), torch.empty_like(query)
+    fp8_reference.attend(query, key, value, lists, calls[1].scale, found)
+    reference.attend(query, key, value, lists, calls[1].scale, exact, None)
+    wanted = (found - exact).flatten(1).norm(dim=1) / exact.flatten(1).norm(dim=1)
+    errors = effect_of(model, 0)["fp8_error"]
+    assert errors.shape == (3, len(query))
+    torch.testing.assert_close(errors[1], wanted, rtol=0.05, atol=0.0)
+    monkeypatch.setattr(effect, "_FP8_ROWS", TOKENS // 2)
+    torch.testing.assert_close(effect_of(model, 0)["fp8_error"], errors, rtol=0.3, atol=0.0)
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gpt_oss"])
+def test_models_with_soft_caps_or_sinks_have_no_errors_in_fp8(name: str) -> None:
+    model = build(next(family for family in FAMILIES if family.name == name))
+    layers = capture(model, prompt(), block_size=BLOCK, rows=(1, 2, 4)).layers
+    found = measure_effect(model, prompt(), layers, block_size=BLOCK, tokens=TOKENS, seed=0)
+    assert "effect_change" in found
+    assert "fp8_error" not in found

@@ -60,7 +60,7 @@ def test_prompts_of_real_sizes_take_at_most_300_mb(
     tensors |= {"vertical": torch.zeros(1, heads, n).half()}
     tensors |= {"slash": torch.zeros(1, heads, n + 1).half()}
     tensors |= {"lines": torch.zeros(4, 8, 8, dtype=torch.float64)}
-    of_heads = ("effect_change", "effect_lost", "step_change", "step_lost")
+    of_heads = ("effect_change", "effect_lost", "step_change", "step_lost", "fp8_error")
     tensors |= {name: torch.zeros(1, heads) for name in of_heads}
     tensors |= {"effect_divergence": torch.zeros(1)}
     store.add("needle", torch.zeros(tokens, dtype=torch.int64), "digest", PromptMaps((0,), tensors))

@@ -255,6 +255,9 @@ def test_an_artifact_carries_what_was_fitted_to_the_model(calibration: Path) -> 
     assert (artifact.effect > 0).all()
     assert artifact.step_effect is not None
     assert (artifact.step_effect > 0).all()
+    measured = torch.stack([store.load(n, "fp8_error")["fp8_error"] for n in known])
+    assert artifact.fp8_error is not None
+    torch.testing.assert_close(artifact.fp8_error, measured.mean(0))
     assert artifact.summary["kl"] > 0
 
 
@@ -276,7 +279,7 @@ def test_effects_of_a_prompt_add_up_to_what_its_data_set_measured(calibration: P
     torch.testing.assert_close(found[3], pooled)
 
 
-def test_calibrations_of_earlier_versions_have_no_effects_of_steps(
+def test_calibrations_of_earlier_versions_lack_effects_of_steps_and_errors_in_fp8(
     calibration: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = MapStore.open(calibration)
@@ -284,11 +287,12 @@ def test_calibrations_of_earlier_versions_have_no_effects_of_steps(
     assert not store.holds(0, "step")
     own = MapStore.holds
     monkeypatch.setattr(
-        MapStore, "holds", lambda *given: own(*given) and not given[2].startswith("step")
+        MapStore, "holds", lambda *given: own(*given) and not given[2].startswith(("step", "fp8"))
     )
     artifact, _ = cluster(calibration, ClusterConfig(target_recall=0.8))
     assert artifact.effect is not None
     assert artifact.step_effect is None
+    assert artifact.fp8_error is None
 
 
 def test_a_bound_of_the_divergence_is_kept_by_the_artifact(calibration: Path) -> None:
