@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from shareprefill.autoencoder.dataset import MapDataset, Split, resample_maps
+from shareprefill.autoencoder.dataset import MapDataset, Split, resample_maps, split_prompts
 from shareprefill.autoencoder.embedding import embed
 from shareprefill.autoencoder.losses import Losses
-from shareprefill.autoencoder.training import save_autoencoder, train_autoencoder
+from shareprefill.autoencoder.training import (
+    save_autoencoder,
+    train_autoencoder,
+    training_seconds,
+)
 from shareprefill.calib.capture import FULL
 from shareprefill.calib.store import MapStore
 from shareprefill.config import MIN_RESOLUTION, TrainConfig
@@ -80,7 +84,7 @@ def train(
                 "calibrate again to finish it"
             )
         store.verify()
-        config = _fitting(config, store)
+        config = _fitting(config, [p.tokens for p in store.prompts], store.config.block_size)
         dataset = load_maps(store, config.resolution)
         split = dataset.split([record.source for record in store.prompts])
         trained = train_autoencoder(dataset.maps, config, split=split, on_epoch=on_epoch)
@@ -103,9 +107,27 @@ def train(
     return training
 
 
-def _fitting(config: TrainConfig, store: MapStore) -> TrainConfig:
+def forecast_training(
+    tokens: Sequence[int], heads: int, block_size: int, config: TrainConfig
+) -> float:
+    """Seconds that a training will take, as a few steps of it take here.
+
+    Args:
+        tokens: Of each prompt.
+        heads: Captured heads.
+        block_size: Tokens a block.
+        config: How to train.
+
+    Raises:
+        DataError: there are fewer prompts than are needed.
+    """
+    maps = len(split_prompts(len(tokens)).train) * heads
+    return training_seconds(maps, _fitting(config, tokens, block_size))
+
+
+def _fitting(config: TrainConfig, tokens: Sequence[int], block_size: int) -> TrainConfig:
     """The configuration at a resolution that the maps have: a finer one only repeats blocks."""
-    blocks = max(count_blocks(p.tokens, store.config.block_size) for p in store.prompts)
+    blocks = count_blocks(max(tokens), block_size)
     return replace(config, resolution=min(config.resolution, max(blocks, MIN_RESOLUTION)))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from shareprefill.autoencoder.augmentation import vary_key_blocks
 from shareprefill.autoencoder.dataset import Split
-from shareprefill.autoencoder.fitting import Batches, fit
+from shareprefill.autoencoder.fitting import Batches, fit, step_seconds
 from shareprefill.autoencoder.losses import Losses, reconstruction_loss, reference_losses
 from shareprefill.autoencoder.network import MapAutoencoder, band_of
 from shareprefill.autoencoder.pca import fit_pca
@@ -32,6 +33,8 @@ _STRENGTHS = (0.5, 1.0)
 _MARGIN = 0.02
 # Varied copies of each training map that the starting PCA sees beside the map itself.
 _START_COPIES = 4
+# Steps that are timed to tell how long a training takes.
+_TIMED_STEPS = 8
 
 
 @dataclass(frozen=True)
@@ -111,6 +114,24 @@ def train_autoencoder(
         trials={run.strength: run.validation for run in runs},
         losses=Losses(autoencoder=loss, start=chosen.start, **references),
     )
+
+
+def training_seconds(maps: int, config: TrainConfig) -> float:
+    """Seconds of all epochs with all strengths, as a few steps take here.
+
+    Args:
+        maps: Training maps.
+        config: Sizes, at the maps' own resolution.
+    """
+    draws = torch.Generator().manual_seed(config.seed)
+    network = _network(config, band=0)
+    size = min(maps, _TIMED_STEPS * config.batch_size), len(network.mean)
+    random = torch.rand(size, generator=draws, dtype=torch.float32, device="cpu")
+    heads = torch.arange(len(random), device="cpu")
+    train = network.normalise(random)
+    batches = Batches(network, train, heads, _STRENGTHS[0], config.batch_size, draws)
+    steps = len(_STRENGTHS) * config.epochs * math.ceil(maps / config.batch_size)
+    return steps * step_seconds(network, batches, config)
 
 
 @dataclass(frozen=True)

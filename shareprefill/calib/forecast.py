@@ -37,6 +37,7 @@ class Forecast:
         prompts: Prompts in all.
         done: Those that the folder holds already.
         tokens: Length of every prompt.
+        heads: Heads that are captured.
         probes: Lengths of the prompts that times of all lengths follow from.
         seconds: Time of the prompts that are left; without training the autoencoder.
         disk: Bytes of all prompts' maps.
@@ -47,6 +48,7 @@ class Forecast:
     prompts: int
     done: int
     tokens: tuple[int, ...]
+    heads: int
     probes: tuple[int, int]
     seconds: float
     disk: int
@@ -122,6 +124,7 @@ def forecast_prompts(
         prompts=len(prompts),
         done=len(store.prompts),
         tokens=tuple(lengths),
+        heads=len(layers) * store.fingerprint.geometry.heads,
         probes=captures.tokens,
         seconds=seconds,
         disk=sum(sizes),

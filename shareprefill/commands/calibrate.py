@@ -64,7 +64,7 @@ def calibrate_command(
       sp calibrate --model Qwen/Qwen3-8B --data prompts.jsonl --length 32K
     """
     config = CalibrateConfig(**options)
-    from shareprefill.autoencoder.pipeline import train
+    from shareprefill.autoencoder.pipeline import forecast_training, train
     from shareprefill.calib.forecast import forecast
     from shareprefill.calib.pipeline import capture_maps
     from shareprefill.console import progress, status
@@ -74,10 +74,15 @@ def calibrate_command(
     if dry_run:
         with status("timing short prompts"):
             found = forecast(config, folder, resume=resume, trust_remote_code=trust_remote_code)
-        if found is not None and as_json:
-            typer.echo(json.dumps({"path": str(folder), **asdict(found)}))
-        elif found is not None:
-            show_forecast(found, folder)
+            if found is None:
+                return
+            sizes = found.tokens, found.heads, config.block_size
+            training = forecast_training(*sizes, TrainConfig(seed=config.seed))
+        if as_json:
+            facts = {"path": str(folder), **asdict(found), "training_seconds": training}
+            typer.echo(json.dumps(facts))
+        else:
+            show_forecast(found, training, folder)
         return
     with progress("prompts") as advance:
         store = capture_maps(
@@ -101,8 +106,8 @@ def calibrate_command(
     verdict.show()
 
 
-def show_forecast(found: Forecast, folder: Path) -> None:
-    """Prints what a calibration would take."""
+def show_forecast(found: Forecast, training: float, folder: Path) -> None:
+    """Prints what a calibration would take, with so many seconds of training."""
     from shareprefill.console import duration_of, show_line, size_of
 
     least, most = min(found.tokens), max(found.tokens)
@@ -114,7 +119,7 @@ def show_forecast(found: Forecast, folder: Path) -> None:
     for line in (
         f"prompts: {found.prompts} of {least:,} to {most:,} tokens; {found.done} are done",
         f"time: about {duration_of(found.seconds)}, as {short} and {long} tokens took here; then "
-        "the autoencoder is trained",
+        f"about {duration_of(training)} to train the autoencoder",
         f"disk: {size_of(found.disk)} in {folder}, {each} a prompt",
         f"memory: about {memory}",
     ):

@@ -4,16 +4,21 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from time import perf_counter
 
 import pytest
 import torch
 from torch import Tensor
 
+from shareprefill.autoencoder import training
 from shareprefill.autoencoder.dataset import MapDataset, resample_maps
+from shareprefill.autoencoder.fitting import Batches
+from shareprefill.autoencoder.network import MapAutoencoder
 from shareprefill.autoencoder.pipeline import (
     CODES,
     HISTORY,
     WEIGHTS,
+    forecast_training,
     load_maps,
     load_training,
     train,
@@ -124,3 +129,28 @@ def test_maps_are_resampled_prompt_by_prompt(
     for maps, number in zip(found, range(6), strict=True):
         full = store.load(number, "full")["full"].flatten(0, 1)
         torch.testing.assert_close(maps, resample_maps(full, 5))
+
+
+def test_a_training_is_foretold_from_a_few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def timed(network: MapAutoencoder, batches: Batches, _config: TrainConfig) -> float:
+        asked.append((network.resolution, len(batches.plain)))
+        return 0.01
+
+    monkeypatch.setattr(training, "step_seconds", timed)
+    config = TrainConfig(epochs=50, batch_size=128)
+    # 12 prompts train on six of them: 48 steps an epoch, and 100 epochs with two strengths.
+    found = forecast_training([131072] * 12, 1024, 128, config)
+    assert found == pytest.approx(0.01 * 48 * 50 * 2)
+    assert asked == [(64, 8 * 128)]
+    forecast_training([1024] * 3, 4, 128, config)
+    assert asked[1] == (8, 2 * 4)
+
+
+def test_steps_are_timed() -> None:
+    config = replace(CONFIG, batch_size=4)
+    begun = perf_counter()
+    took = forecast_training([512] * 6, 8, 32, config)
+    # Two passes of three prompts' 24 maps were run, of the two epochs with two strengths.
+    assert 0 < took <= 2 * (perf_counter() - begun)

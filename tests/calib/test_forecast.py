@@ -23,7 +23,7 @@ def test_a_forecast_writes_nothing_and_knows_what_the_maps_take(tmp_path: Path) 
     found = forecast(config, folder)
     assert found is not None
     assert not folder.exists()
-    assert (found.prompts, found.done, len(found.tokens)) == (3, 0, 3)
+    assert (found.prompts, found.done, len(found.tokens), found.heads) == (3, 0, 3, 12)
     assert found.seconds > 0
     assert found.host_memory > 50e6
     assert found.device_memory is None
@@ -42,11 +42,14 @@ def test_a_forecast_writes_nothing_and_knows_what_the_maps_take(tmp_path: Path) 
 def test_a_forecast_is_told_in_four_lines(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    found = Forecast(12, 3, (8012, 8190), (512, 1024), 1500.0, 900_000_000, 3 * 10**9, 20 * 10**9)
-    show_forecast(found, tmp_path)
+    found = Forecast(
+        12, 3, (8012, 8190), 48, (512, 1024), 1500.0, 900_000_000, 3 * 10**9, 20 * 10**9
+    )
+    show_forecast(found, 40.0, tmp_path)
     assert capsys.readouterr().out.splitlines() == [
         "prompts: 12 of 8,012 to 8,190 tokens; 3 are done",
-        "time: about 25 min, as 512 and 1024 tokens took here; then the autoencoder is trained",
+        "time: about 25 min, as 512 and 1024 tokens took here; then about 40 s to train the "
+        "autoencoder",
         f"disk: 900 MB in {tmp_path}, 75 MB a prompt",
         "memory: about 3.0 GB at the peak, and 20.0 GB on the GPU",
     ]
