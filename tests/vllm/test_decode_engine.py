@@ -119,14 +119,22 @@ def test_a_request_alone_is_decoded_as_in_a_session(tmp_path: Path) -> None:
 
 
 def test_two_processes_decode_as_one_does(tmp_path: Path) -> None:
+    from prometheus_client import CollectorRegistry
+    from prometheus_client.multiprocess import MultiProcessCollector
+
+    (metrics := tmp_path / "metrics").mkdir()
     engine = {
         "options": DECODED | {"decode_density": 0.3},
         # One after the other: when requests arrive that come at once is not the same in both.
-        "batches": [[request] for request in REQUESTS[:2]],
+        "batches": [[REQUESTS[0]], [REQUESTS[1]], [REQUESTS[2] | {"switch": "off"}]],
     }
     (one,) = run(tmp_path, engine)
     divided = engine | {"arguments": {"tensor_parallel_size": 2}}
-    (two,) = run(tmp_path, divided, VLLM_ENABLE_V1_MULTIPROCESSING="1")
+    several = {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
+        "PROMETHEUS_MULTIPROC_DIR": str(metrics),
+    }
+    (two,) = run(tmp_path, divided, **several)
     for batch, other in zip(two["batches"], one["batches"], strict=True):
         assert difference(batch, other) < 1e-4
     (alone,), both = one["reports"], two["reports"]
@@ -134,6 +142,15 @@ def test_two_processes_decode_as_one_does(tmp_path: Path) -> None:
     for report in both:
         density = report["decoding"]["density"]
         assert density == pytest.approx(alone["decoding"]["density"], rel=1e-3)
+    registry = CollectorRegistry()
+    MultiProcessCollector(registry, str(metrics))
+    samples = [sample for family in registry.collect() for sample in family.samples]
+    counted = {
+        (s.labels["kind"], s.labels["name"]): s.value
+        for s in samples
+        if s.name == "shareprefill_decode_steps_total"
+    }
+    assert counted == {("sparse", "decode"): 22, ("dense", "request"): 11}
 
 
 def test_engines_whose_steps_cannot_be_sparse_fail_at_the_start(tmp_path: Path) -> None:
