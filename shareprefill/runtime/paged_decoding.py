@@ -11,7 +11,8 @@ rows. So requests may come, go, share pages and change places as an engine likes
         decoding.begin_step(lengths)  # before the first layer of a step with decode rows
         out = decoding.attend(layer, query, keys, values, tables, lengths, most_tokens=N, scale=s)
 
-All but `learn` may be in a CUDA graph, and nothing waits for the device.
+All but `learn` may be in a CUDA graph, which holds for all later steps of as many rows, and nothing
+waits for the device.
 """
 
 from __future__ import annotations
@@ -55,14 +56,23 @@ _PIECE = 1 << 16
 class _LayerCodes:
     """Coordinates of one layer's keys, and the codes beside its pages.
 
+    Args:
+        groups: G.
+        dim: Of keys.
+        device: Of the pages.
+
     Attributes:
-        basis: Its tensors `[G, ...]`; None before a prompt was read.
-        words: int32 `[pages, G, r / 8, page size]`.
+        basis: Its tensors `[G, ...]`, always the same ones, where graphs find them.
+        words: int32 `[pages, G, r / 8, page size]`; None before keys were written.
+        is_chosen: Whether a prompt has chosen the basis: before, it is of zeros.
     """
 
-    def __init__(self) -> None:
-        self.basis: Basis | None = None
+    def __init__(self, groups: int, dim: int, device: torch.device) -> None:
+        make = {"dtype": torch.float32, "device": device}
+        axes = (torch.zeros(groups, rank_of(dim), dim, **make) for _ in range(2))
+        self.basis = Basis(torch.zeros(groups, dim, **make), *axes)
         self.words: Tensor | None = None
+        self.is_chosen = False
         self._moments: Moments | None = None
         self._prompts = 0
 
@@ -78,21 +88,20 @@ class _LayerCodes:
         if self._prompts & (self._prompts - 1):
             return False
         basis = make_basis(found, rank_of(key.shape[2]))
-        if self.basis is None:
-            self.basis = Basis(basis.mean, basis.query.contiguous(), basis.key.contiguous())
-        else:  # Where graphs find them.
-            self.basis.mean.copy_(basis.mean)
-            self.basis.query.copy_(basis.query)
-            self.basis.key.copy_(basis.key)
+        self.basis.mean.copy_(basis.mean)
+        self.basis.query.copy_(basis.query)
+        self.basis.key.copy_(basis.key)
+        self.is_chosen = True
         return True
 
     def write(self, pool: Tensor, slots: Tensor) -> None:
         """Writes codes of some keys."""
-        assert self.basis is not None
         pages, groups, size, _ = pool.shape
         shape = pages, groups, self.basis.key.shape[1] // 8, size
         if self.words is None or self.words.shape != shape:
             self.words = torch.zeros(shape, dtype=torch.int32, device=pool.device)
+            if self.is_chosen:  # Another cache than before.
+                self.write_all(pool)
         write_codes(pool, slots, self.basis, self.words)
 
     def write_all(self, pool: Tensor) -> None:
@@ -122,6 +131,7 @@ class _Price:
 
     Attributes:
         counts: Blocks that rows read in this step, int32 `[L, rows, G]`; 0 of rows that are none.
+        worth: What blocks must be worth in this step, float32 `[L, rows, G]`.
     """
 
     def __init__(self, density: float, harm: Tensor, rows: int) -> None:
@@ -133,6 +143,9 @@ class _Price:
         make = {"dtype": torch.float32, "device": device}
         self._log2 = torch.full((1,), self._first, **make)
         self._steps = torch.zeros(1, **make)
+        self.worth = torch.zeros((layers, rows, groups), **make)
+        # Rows whose reading counts, and the blocks that they have.
+        self._counted = torch.zeros(rows, **make)
         self._there = torch.zeros(1, **make)
         # Steps of rows, blocks read, and blocks that there were.
         self.totals = torch.zeros(3, dtype=torch.float64, device=device)
@@ -140,7 +153,8 @@ class _Price:
 
     def settle(self, exchange: Exchange | None) -> None:
         """Changes the price by what the last step read, and forgets the step."""
-        read = torch.stack((self.counts.sum(dtype=torch.float32)[None], self._there))  # [2, 1]
+        read = self.counts.sum((0, 2), dtype=torch.float32) @ self._counted
+        read = torch.stack((read[None], self._there))  # [2, 1]
         if exchange is not None:
             exchange.sum(read)
         read, there = read
@@ -153,14 +167,21 @@ class _Price:
         self.totals.add_(torch.cat((self._rows, read, there)))
         self.counts.zero_()
 
-    def begin(self, lengths: Tensor) -> Tensor:
-        """What blocks must be worth in a step, float32 `[L, rows, G]`."""
-        blocks = (lengths + (BLOCK - 1)) // BLOCK
+    def begin(self, lengths: Tensor, sparse: Tensor | None) -> None:
+        """Sets what blocks must be worth in a step; arguments as in `PagedDecoding.begin_step`."""
+        counted = lengths > 0
+        if sparse is not None:
+            counted = counted & sparse
+        blocks = (lengths + (BLOCK - 1)) // BLOCK * counted
         layers, _, groups = self.counts.shape
         self._there.copy_(blocks.sum() * (layers * groups))
-        self._rows.copy_((lengths > 0).sum())
+        self._rows.copy_(counted.sum())
+        self._counted.zero_()
+        rows = len(lengths)
+        self._counted[:rows] = counted
         worth = self._log2.exp2() / self._harm
-        return worth[:, None].expand(-1, len(lengths), -1).contiguous()
+        # Whatever its worth, every block is read where none need be worth anything.
+        self.worth[:, :rows] = worth[:, None] * self._counted[:rows, None]
 
 
 class PagedDecoding:
@@ -209,9 +230,8 @@ class PagedDecoding:
             mine = mine if heads is None else mine[:, heads.start : heads.stop]
         share, harm = (t.to(device) for t in head_weights(mine, n_groups))
         self._share, self._price = share, _Price(density, harm, max_rows)
-        self._worth: Tensor | None = None
         self._places = {layer: place for place, layer in enumerate(layers)}
-        self._codes = [_LayerCodes() for _ in layers]
+        self._codes = [_LayerCodes(n_groups, head_dim, device) for _ in layers]
         self._exchange = exchange
         self._token_bytes = n_groups * rank_of(head_dim) // 2
 
@@ -223,7 +243,7 @@ class PagedDecoding:
     @property
     def ready(self) -> bool:
         """Whether every layer has coordinates, which the first prompt gives it."""
-        return all(codes.basis is not None for codes in self._codes)
+        return all(codes.is_chosen for codes in self._codes)
 
     def write(self, layer: int, pool: Tensor, slots: Tensor) -> None:
         """Writes codes of keys that were written into pages.
@@ -233,10 +253,7 @@ class PagedDecoding:
             pool: Pages of keys `[pages, G, page size, D]`, in any strides.
             slots: int64 `[T]`: page times page size plus the place in it; negative: none.
         """
-        codes = self._codes[self._places[layer]]
-        # Coordinates are chosen with codes for all that lies in the pages.
-        if codes.basis is not None:
-            codes.write(pool, slots)
+        self._codes[self._places[layer]].write(pool, slots)
 
     def learn(self, layer: int, query: Tensor, key: Tokens, pool: Tensor) -> None:
         """Notes a long prompt, or a chunk of it: after 1, 2, 4, ... the coordinates are chosen.
@@ -254,15 +271,19 @@ class PagedDecoding:
         if codes.learn(query, key):
             codes.write_all(pool)
 
-    def begin_step(self, lengths: Tensor) -> None:
+    def begin_step(self, lengths: Tensor, sparse: Tensor | None = None) -> None:
         """Begins a step, before its first layer: settles what the last one read.
+
+        It may be in the graph of the step, or before it.
 
         Args:
             lengths: Keys of the rows that `attend` is given in the step, the newest among them,
                 int32 `[rows]`; 0 for a row that is none.
+            sparse: Rows that are to be read sparsely, bool `[rows]`; the others read every block
+                that has any attention, in the same kernels, and count for nothing. None: all.
         """
         self._price.settle(self._exchange)
-        self._worth = self._price.begin(lengths)
+        self._price.begin(lengths, sparse)
 
     def attend(
         self,
@@ -294,15 +315,13 @@ class PagedDecoding:
         Returns:
             `[rows, H, Dv]`; zeros for rows of length 0.
         """
-        assert self._worth is not None, "a step begins with begin_step"
         place = self._places[layer]
         codes, rows = self._codes[place], len(query)
-        assert codes.basis is not None, "no prompt was read yet"
-        assert codes.words is not None
+        assert codes.words is not None, "keys are written first"
         basis = Basis(*(t[None] for t in (codes.basis.mean, codes.basis.query, codes.basis.key)))
         key, value = (PagedBatch(pool, tables, most_tokens) for pool in (keys, values))
         blocks, counts = select_blocks(
-            *(query, key, codes.words, basis, self._share[place], self._worth[place]),
+            *(query, key, codes.words, basis, self._share[place], self._price.worth[place, :rows]),
             block_size=BLOCK,
             local=LOCAL,
             lengths=lengths,

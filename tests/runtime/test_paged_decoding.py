@@ -90,7 +90,9 @@ class Engine:
         found = [PagedTokens(pool, table, self.lengths[row]).gathered[None] for pool in pools]
         return found[0], found[1]
 
-    def step(self, rows: Sequence[int], queries: torch.Tensor) -> torch.Tensor:
+    def step(
+        self, rows: Sequence[int], queries: torch.Tensor, sparse: list[bool] | None = None
+    ) -> torch.Tensor:
         """One step of some rows, -1 for none, `[L, rows, H, D]`."""
         most = max(len(table) for table in self.tables) + 1
         tables = torch.full((len(rows), most), -1, dtype=torch.int32, device=self.device)
@@ -100,7 +102,7 @@ class Engine:
                 lengths[place] = self.lengths[row]
                 mine = torch.tensor(self.tables[row], dtype=torch.int32, device=self.device)
                 tables[place, : len(mine)] = mine
-        self.decoding.begin_step(lengths)
+        self.decoding.begin_step(lengths, None if sparse is None else torch.tensor(sparse))
         return torch.stack(
             [
                 self.decoding.attend(
@@ -170,6 +172,31 @@ def test_one_request_reads_what_it_would_in_a_session() -> None:
             assert torch.equal(engine.decoding._price.counts[layer, :1], record.counts)
 
 
+def test_rows_may_be_dense_beside_sparse_ones() -> None:
+    engine = Engine(made(0.2))
+    # Before a prompt was read, too.
+    rows = [engine.prompt(tokens, learn=False) for tokens in (500, 700)]
+    for number in range(12):
+        if number == 1:
+            engine.learn(1, [engine.queries(700) for _ in range(L)])
+        for row in rows:
+            engine.append(row, 1)
+        queries = torch.stack([engine.queries(2).transpose(0, 1) for _ in range(L)])
+        out = engine.step(rows, queries, sparse=[False, number > 0])
+        for layer in range(L):
+            expected = F.scaled_dot_product_attention(
+                queries[layer, 0, None, :, None],
+                *engine.sequence(0, layer),
+                scale=SCALE,
+                enable_gqa=True,
+            )[0, :, 0]
+            torch.testing.assert_close(out[layer, 0], expected, rtol=0, atol=1e-5)
+    engine.decoding.begin_step(torch.zeros(1, dtype=torch.int32))
+    steps, density = engine.decoding.report()
+    assert steps == 11
+    assert density < 0.9
+
+
 def test_steps_come_to_read_what_is_asked_for() -> None:
     engine = Engine(made(0.3))
     rows = [engine.prompt(600), engine.prompt(900), engine.prompt(333)]
@@ -204,8 +231,9 @@ def test_where_pages_are_and_who_has_them_does_not_matter() -> None:
     queries = torch.stack([engine.queries(3).transpose(0, 1) for _ in range(L)])
     out = engine.step([0, 1, 2], queries)
     for codes, keys in zip(twin.decoding._codes, twin.keys, strict=True):
+        # Of another cache: all is written anew.
         codes.words = None
-        codes.write_all(keys)
+        codes.write(keys, torch.empty(0, dtype=torch.int64))
     moved = twin.step([2, 0, -1, 1], F.pad(queries, (0, 0, 0, 0, 0, 1))[:, [2, 0, 3, 1]])
     assert torch.equal(moved[:, [1, 3, 0]], out)
 
@@ -217,7 +245,6 @@ def test_coordinates_of_more_prompts_hold_for_all_keys(monkeypatch: pytest.Monke
     for number in range(6):
         engine.prompt(300 + number, learn=number != 1)
         codes = engine.decoding._codes[0]
-        assert codes.basis is not None
         assert codes.words is not None
         bases.append(codes.basis.key.clone())
         for row in range(number + 1):
@@ -256,7 +283,6 @@ def test_processes_that_share_heads_read_what_one_reads() -> None:
     ]
     for rank, part in enumerate(parts):
         for mine, codes in zip(part._codes, whole.decoding._codes, strict=True):
-            assert codes.basis is not None
             assert codes.words is not None
             mine.basis = type(codes.basis)(
                 *(t[rank : rank + 1].contiguous() for t in vars(codes.basis).values())
