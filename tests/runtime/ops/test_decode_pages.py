@@ -25,9 +25,9 @@ IMPLS = ["reference", pytest.param("triton", marks=pytest.mark.interpreter)]
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 # (B, H, G, N, D, Dv, rank, block size, page size)
 SHAPES = [
-    (3, 6, 2, 263, 16, 24, 8, 16, 32),
-    (2, 4, 2, 429, 40, 40, 24, 32, 16),
-    (1, 3, 3, 300, 16, 16, 16, 64, 128),
+    (3, 3, 1, 163, 16, 24, 8, 16, 32),
+    (1, 4, 2, 329, 40, 40, 24, 32, 16),
+    (1, 2, 2, 300, 16, 16, 16, 64, 128),
 ]
 ON_GPU = [
     *((*SHAPES, (3, 32, 8, 9133, 128, 128, 24, 32, 16), (2, 32, 8, 20011, 128, 128, 24, 32, 128))),
@@ -148,15 +148,16 @@ def test_the_reference_reads_pages_in_any_strides() -> None:
 
 
 @pytest.mark.interpreter
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(
+    ("shape", "dtype"), [*((shape, torch.float32) for shape in SHAPES), (SHAPES[0], torch.float16)]
+)
 def test_triton_equals_the_reference(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     layout = "split, tokens first" if dtype == torch.float32 else "joined"
     check_step(inputs(shape, dtype, layout=layout), "triton", dtype)
 
 
 def test_user_errors_say_what_came() -> None:
-    given = inputs(SHAPES[0], torch.float32)
+    given = inputs((3, 6, 2, 263, 16, 24, 8, 16, 32), torch.float32)
     keys, values = given["pages"]
     key, _ = given["tensors"]
     query, words, basis = given["query"], given["words"], given["basis"]
