@@ -82,6 +82,12 @@ class _LayerCodes:
         if self._prompts > MOST_PROMPTS:
             return False
         found = moments_of(basis_rows(query), _some_keys(key), key.shape[0])
+        before = self._moments or Moments(*(torch.zeros_like(t) for t in vars(found).values()))
+        # Numbers that are not finite would stay for all requests to come.
+        sums = torch.stack([t.sum() for t in vars(found).values()])
+        is_finite = sums.isfinite().all()
+        pairs = zip(vars(found).values(), vars(before).values(), strict=True)
+        found = Moments(*(torch.where(is_finite, new, old) for new, old in pairs))
         if self._moments is not None:
             found = self._moments.with_another(found, self._prompts)
         self._moments = found

@@ -258,6 +258,24 @@ def test_coordinates_of_more_prompts_hold_for_all_keys(monkeypatch: pytest.Monke
     assert changed == [False, True, False, True, False]
 
 
+def test_a_broken_prompt_spoils_no_other() -> None:
+    engine = Engine(made(0.3))
+    for broken in (torch.nan, torch.inf):
+        engine.prompt(300, learn=False)
+        row = len(engine.tables) - 1
+        queries = [engine.queries(300) for _ in range(L)]
+        queries[0][:, 200:] = broken
+        engine.learn(row, queries)
+    basis = engine.decoding._codes[0].basis
+    assert all(tensor.isfinite().all() for tensor in vars(basis).values())
+    for _ in range(2):
+        engine.prompt(300)
+    engine.append(0, 1)
+    out = engine.step([0], torch.stack([engine.queries(1).transpose(0, 1) for _ in range(L)]))
+    assert out.isfinite().all()
+    assert basis.key.abs().max() > 1e-3
+
+
 def test_processes_that_share_heads_read_what_one_reads() -> None:
     effect = torch.rand(L, H) + 0.1
     whole = Engine(made(0.3, effect=effect))
