@@ -47,6 +47,9 @@ from shareprefill.runtime.ops.sketched_selection import (
 )
 from shareprefill.runtime.rules.base import Exchange
 
+# Devices whose choices were found to be those of the CPU. On an H200 one list of 116 lacked a block
+# that it should have had, and why is not known (docs/findings.md).
+TRIED_ON = ("cpu",)
 # Calls of `learn` that count: the coordinates are chosen anew at the first, second, fourth, ...
 MOST_PROMPTS = 64
 # Keys that are sketched at once: bounds the memory of their numbers, and of a CPU's copies.
@@ -207,7 +210,7 @@ class PagedDecoding:
         exchange: Of the processes that share the heads; None: this one has all.
 
     Raises:
-        UnsupportedError: heads are too small for a sketch.
+        UnsupportedError: heads are too small for a sketch, or the device is not one of `TRIED_ON`.
     """
 
     def __init__(
@@ -224,6 +227,11 @@ class PagedDecoding:
         heads: range | None = None,
         exchange: Exchange | None = None,
     ) -> None:
+        if device.type not in TRIED_ON:
+            raise UnsupportedError(
+                f"sparse decode steps over pages are not found to be right on {device.type} yet: "
+                "decode densely"
+            )
         if head_dim < LEAST_COORDINATES:
             raise UnsupportedError(
                 f"sparse decode steps need heads of at least {LEAST_COORDINATES} dims, got "
