@@ -90,6 +90,9 @@ class ServingDecoding:
         max_keys: Tokens of a request at most.
         room: Bytes of the engine's cache and the sketches of its keys at most.
         count: Is told of decode steps: `sparse` or `dense`, why they are dense, and how many.
+
+    Raises:
+        UnsupportedError: the core refuses the device, or the heads.
     """
 
     def __init__(
@@ -107,6 +110,8 @@ class ServingDecoding:
         self._core: PagedDecoding | None = None
         self.least_tokens, self.max_rows = least_tokens, max_rows
         self.max_keys, self.room = max_keys, room
+        # Here, so that what the core refuses stops the engine's start.
+        self._token_bytes = self._any_core().bytes_per_token
         self._count, self._dense, self._steps = count, Counter[str](), 0
 
     def use(self, layers: Sequence[int]) -> None:
@@ -206,7 +211,7 @@ class ServingDecoding:
             head_dim: Of keys and values.
             itemsize: Bytes of a number of theirs.
         """
-        share = self._any_core().bytes_per_token / (2 * n_groups * head_dim * itemsize)
+        share = self._token_bytes / (2 * n_groups * head_dim * itemsize)
         return int(self.room * share / (1 + share))
 
     def warm(self, query: Tensor, n_groups: int, page_size: int, *, scale: float) -> None:

@@ -25,7 +25,6 @@ from shareprefill.artifact import Artifact, load_artifact
 from shareprefill.checkpoint import check_checkpoint
 from shareprefill.config import DECODE_DENSITY
 from shareprefill.errors import ArtifactError, UnsupportedError
-from shareprefill.runtime.decoding import LEAST_COORDINATES
 from shareprefill.runtime.paged_decoding import PagedDecoding
 from shareprefill.runtime.plan import RuntimePlan, make_plan, plan_without_artifact
 from shareprefill.runtime.tensor_parallel import HeadShard
@@ -121,7 +120,6 @@ def check_decoding(config: Any) -> None:
         "splitting_ops of your own: cudagraph_mode PIECEWISE has none)": has_graphs
         and _CACHE_WRITE not in (compilation.splitting_ops or ()),
         "steps that are cut in two (DBO)": config.parallel_config.use_ubatching,
-        f"heads of fewer than {LEAST_COORDINATES} dims": model.get_head_size() < LEAST_COORDINATES,
         # There vLLM copies a part of a page that a request shares with another one.
         "a prefix cache of parts of pages (prefix_match_unit, or a hybrid model)": bool(
             cache.enable_prefix_caching

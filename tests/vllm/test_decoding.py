@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from shareprefill.config import RuntimeConfig
+from shareprefill.errors import UnsupportedError
 from shareprefill.runtime.ops.pages import PagedTokens
 from shareprefill.runtime.paged_decoding import PagedDecoding
 from shareprefill.runtime.plan import plan_without_artifact
@@ -19,14 +20,16 @@ from tests.support.serving import serving_core
 LAYERS, H, G, D, PAGE, SCALE = 2, 4, 2, 16, 32, 0.25
 
 
-def decoding_with(density: float = 1.0, least_tokens: int = 100) -> ServingDecoding:
+def decoding_with(
+    density: float = 1.0, least_tokens: int = 100, head_dim: int = D
+) -> ServingDecoding:
     counted: Counter[tuple[str, str]] = Counter()
 
     def make(**changes: object) -> PagedDecoding:
         arguments = {
             "n_heads": H,
             "n_groups": G,
-            "head_dim": D,
+            "head_dim": head_dim,
             "device": torch.device("cpu"),
             "density": density,
         }
@@ -191,6 +194,11 @@ def test_warming_runs_all_sizes_and_leaves_no_trace(
     assert seen == sizes
     assert not decoding.core.ready
     assert decoding.report() == {"steps": 0, "dense_steps": {}, "density": None}
+
+
+def test_what_the_core_refuses_stops_an_engine_at_its_start() -> None:
+    with pytest.raises(UnsupportedError, match="heads of at least 8 dims"):
+        decoding_with(head_dim=4)
 
 
 def test_sketches_of_a_full_cache_have_room_beside_it() -> None:
