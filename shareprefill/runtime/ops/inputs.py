@@ -136,12 +136,10 @@ def lie_alike(key: Tokens, value: Tokens) -> bool:
 
 def check_tensor(
     name: str,
-    tensor: torch.Tensor | Cached,
+    tensor: Cached,
     dtype: torch.dtype,
     shape: Sequence[int | str],
     device: torch.device,
-    *,
-    below: int | None = None,
 ) -> None:
     """Refuse a tensor of another dtype, shape or device.
 
@@ -151,7 +149,6 @@ def check_tensor(
         dtype: wanted.
         shape: wanted sizes; a letter stands for any.
         device: wanted.
-        below: what its numbers must lie below (see `check_below`); None: any numbers.
 
     Raises:
         ConfigError: says what was expected and what came.
@@ -166,8 +163,6 @@ def check_tensor(
             f"[{', '.join(map(str, shape))}] on {device}, "
             f"got {tensor.dtype} of shape {tuple(tensor.shape)} on {tensor.device}"
         )
-    if below is not None:
-        check_below(name, tensor, below)
 
 
 def check_below(name: str, numbers: torch.Tensor, end: int, *, start: int | None = None) -> None:

@@ -549,7 +549,8 @@ def _check_lists(
     n_patterns = len(bitmap)
     if shared is not None and source is not None:
         check_tensor("shared", shared, torch.bool, ("N", n_q, n_k), bitmap.device)
-        check_tensor("source", source, torch.int64, ("S",), bitmap.device, below=len(shared))
+        check_tensor("source", source, torch.int64, ("S",), bitmap.device)
+        check_below("source", source, len(shared))
         n_patterns += len(source)
     if (
         head_to_list.ndim != 1

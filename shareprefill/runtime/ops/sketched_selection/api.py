@@ -11,6 +11,7 @@ from shareprefill.errors import ConfigError
 from shareprefill.runtime.ops.dispatch import select_impl
 from shareprefill.runtime.ops.inputs import (
     FLOAT_DTYPES,
+    check_below,
     check_block_size,
     check_tensor,
     unit_last_stride,
@@ -163,7 +164,8 @@ def write_codes(
             f"{key.dtype} of shape {tuple(key.shape)}"
         )
     pages, groups, size, dim = key.shape
-    check_tensor("slots", slots, torch.int64, ("T",), key.device, below=pages * size)
+    check_tensor("slots", slots, torch.int64, ("T",), key.device)
+    check_below("slots", slots, pages * size)
     check_tensor("words", words, torch.int32, (pages, groups, "r / 8", size), key.device)
     axes = (groups, CODES * words.shape[2], dim)
     check_tensor("basis.mean", basis.mean, torch.float32, (groups, dim), key.device)
