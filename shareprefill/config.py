@@ -274,8 +274,7 @@ class RuntimeConfig(Stage):
         fp8_error: With `fp8`, heads whose output was off by more than this in the calibration,
             relative to its norm, stay in the model's own precision; None: 0.1.
         decode: How decode steps attend: `dense`, or `sparse`: each step and KV head reads few key
-            blocks, chosen by a sketch of the keys. No key is dropped. For sessions of transformers
-            models alone.
+            blocks, chosen by a sketch of the keys. No key is dropped. In engines on a CPU alone.
         decode_density: With `sparse`, blocks read over all blocks, mean over steps, layers and
             heads; None: 0.2.
     """

@@ -47,8 +47,8 @@ from shareprefill.runtime.ops.sketched_selection import (
 )
 from shareprefill.runtime.rules.base import Exchange
 
-# Devices whose choices were found to be those of the CPU. On an H200 one list of 116 lacked a block
-# that it should have had, and why is not known (docs/findings.md).
+# Devices whose choices were found to be those of the CPU. On an H200 an output lacked a block that
+# the CPU reads, and why is not known (docs/findings.md).
 TRIED_ON = ("cpu",)
 # Calls of `learn` that count: the coordinates are chosen anew at the first, second, fourth, ...
 MOST_PROMPTS = 64
