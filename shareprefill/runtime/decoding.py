@@ -19,6 +19,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from shareprefill.artifact import Artifact
+from shareprefill.config import DECODE_DENSITY, RuntimeConfig
 from shareprefill.runtime.ops.block_sparse_decoding import block_sparse_decoding
 from shareprefill.runtime.ops.blocks import count_blocks
 from shareprefill.runtime.ops.sketched_selection import (
@@ -147,6 +149,21 @@ def basis_step(tokens: int) -> int:
 def moments_of(query: Tensor, key: Tensor, groups: int) -> Moments:
     """Of queries `[..., H, rows, D]`, a KV head's all together, and keys `[..., G, N, D]`."""
     return Moments.of(query.unflatten(-3, (groups, -1)).flatten(-3, -2), key)
+
+
+def effect_of(artifact: Artifact | None) -> Tensor | None:
+    """What lost attention of a head changes in decode steps, `[L, H]`; None where it is not known.
+
+    Where an artifact knows of prefills alone, it is theirs.
+    """
+    if artifact is None:
+        return None
+    return artifact.effect if artifact.step_effect is None else artifact.step_effect
+
+
+def density_of(config: RuntimeConfig) -> float:
+    """Blocks that sparse decode steps are to read over all blocks."""
+    return DECODE_DENSITY if config.decode_density is None else config.decode_density
 
 
 def relative_effect(effect: Tensor) -> Tensor:

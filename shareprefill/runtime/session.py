@@ -16,14 +16,14 @@ import torch
 from torch import Tensor
 
 from shareprefill.artifact import Artifact, check_fingerprint, load_artifact
-from shareprefill.config import DECODE_DENSITY, RuntimeConfig
+from shareprefill.config import RuntimeConfig
 from shareprefill.errors import ConfigError, UnsupportedError
 from shareprefill.models import fingerprint, geometry, text_decoder
 from shareprefill.policy_names import POLICIES, WITHOUT_ARTIFACT
 from shareprefill.runtime.attachment import Attachment, latest
 from shareprefill.runtime.core import SequenceState, SparsePrefill
 from shareprefill.runtime.crossover import DECODING, SDPA, crossover
-from shareprefill.runtime.decoding import SparseDecoding
+from shareprefill.runtime.decoding import SparseDecoding, density_of, effect_of
 from shareprefill.runtime.interface import (
     AttentionCall,
     Sequence,
@@ -310,13 +310,10 @@ def _steps_of(
     # Not at the top: importing it imports torch's compiler, which takes long.
     from shareprefill.runtime.steps import DecodeSteps
 
-    effect = None
-    if artifact is not None:
-        effect = artifact.effect if artifact.step_effect is None else artifact.step_effect
+    effect = effect_of(artifact)
     if effect is not None:
         effect = effect[:, session.prefill.heads.start : session.prefill.heads.stop]
-    density = DECODE_DENSITY if config.decode_density is None else config.decode_density
-    decoding = SparseDecoding(density=density, effect=effect)
+    decoding = SparseDecoding(density=density_of(config), effect=effect)
     least_tokens = partial(session.least_tokens, backend=DECODING)
     return DecodeSteps(text_decoder(model), decoding, least_tokens)
 

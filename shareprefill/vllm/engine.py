@@ -23,8 +23,8 @@ from vllm.v1.attention.selector import get_attn_backend
 
 from shareprefill.artifact import Artifact, load_artifact
 from shareprefill.checkpoint import check_checkpoint
-from shareprefill.config import DECODE_DENSITY
 from shareprefill.errors import ArtifactError, UnsupportedError
+from shareprefill.runtime.decoding import density_of, effect_of
 from shareprefill.runtime.paged_decoding import PagedDecoding
 from shareprefill.runtime.plan import RuntimePlan, make_plan, plan_without_artifact
 from shareprefill.runtime.tensor_parallel import HeadShard
@@ -249,10 +249,7 @@ def _make(options: ServingOptions, config: Any) -> ServingCore:
     )
     core.check_files = check_files
     if options.runtime.decode == "sparse":
-        effect = None
-        if artifact is not None:
-            effect = artifact.effect if artifact.step_effect is None else artifact.step_effect
-        core.decoding = _make_decoding(core, effect, shard, config, counts)
+        core.decoding = _make_decoding(core, effect_of(artifact), shard, config, counts)
     logger.info(
         "shareprefill: policy %s, prefills of %d tokens and more are sparse (%s)",
         options.runtime.policy,
@@ -280,8 +277,7 @@ def _make_decoding(
     """
     check_decoding(config)
     model, parallel = config.model_config, config.parallel_config
-    density = core.config.decode_density
-    density = DECODE_DENSITY if density is None else density
+    density = density_of(core.config)
     heads = shard and shard.heads(model.model_arch_config.total_num_attention_heads)
     make = partial(
         PagedDecoding,

@@ -21,8 +21,29 @@ from shareprefill.runtime.ops.blocks import count_blocks
 LEAST_PAGE = 16
 
 
+class _Pages:
+    """What lies in pages `[pages, G, page size, D]`."""
+
+    pool: torch.Tensor
+
+    @property
+    def page_size(self) -> int:
+        """Tokens of a page."""
+        return self.pool.shape[2]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the tokens."""
+        return self.pool.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Of the tokens."""
+        return self.pool.device
+
+
 @dataclass(frozen=True, eq=False)
-class PagedTokens:
+class PagedTokens(_Pages):
     """Keys or values of one sequence, as `[G, N, D]`.
 
     Attributes:
@@ -65,11 +86,6 @@ class PagedTokens:
         return self.pool.shape[1]
 
     @property
-    def page_size(self) -> int:
-        """Tokens of a page."""
-        return self.pool.shape[2]
-
-    @property
     def shape(self) -> tuple[int, int, int]:
         """`(G, N, D)`."""
         return self.pool.shape[1], self.n_tokens, self.pool.shape[3]
@@ -78,16 +94,6 @@ class PagedTokens:
     def ndim(self) -> int:
         """Dims of the tokens."""
         return 3
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the tokens."""
-        return self.pool.dtype
-
-    @property
-    def device(self) -> torch.device:
-        """Of the tokens."""
-        return self.pool.device
 
     def stride(self, dim: int) -> int:
         """Steps between heads, between tokens of a page, and between numbers of a token."""
@@ -129,7 +135,7 @@ Tokens: TypeAlias = torch.Tensor | PagedTokens
 
 
 @dataclass(frozen=True, eq=False)
-class PagedBatch:
+class PagedBatch(_Pages):
     """Keys, values or codes of several sequences, as `[B, G, N, D]`.
 
     Attributes:
@@ -170,11 +176,6 @@ class PagedBatch:
             )
 
     @property
-    def page_size(self) -> int:
-        """Tokens of a page."""
-        return self.pool.shape[2]
-
-    @property
     def shape(self) -> tuple[int, int, int, int]:
         """`(B, G, N, D)`."""
         return len(self.tables), self.pool.shape[1], self.n_tokens, self.pool.shape[3]
@@ -183,16 +184,6 @@ class PagedBatch:
     def ndim(self) -> int:
         """Dims of the tokens."""
         return 4
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the tokens."""
-        return self.pool.dtype
-
-    @property
-    def device(self) -> torch.device:
-        """Of the tokens."""
-        return self.pool.device
 
     def gathered(self) -> torch.Tensor:
         """The tokens in one new tensor `[B, G, N, D]`, anything behind a sequence's last one."""
