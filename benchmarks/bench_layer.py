@@ -12,6 +12,8 @@ A layer is timed as sessions run it, after the geometry of the forward pass is m
 host's time included and the device waited for; `stream`, one of eight that follow each other
 without waiting; `device`, with all launches queued before the first starts; in a CUDA graph; and
 the host alone. `choice` is all but attention: sampling, selection and lists, on the device.
+Of `--impl`, `fp8` is attention of all heads in FP8 on patterns chosen in the inputs' precision; it
+is compared apart from the others, of which the fastest counts.
 """
 
 from __future__ import annotations
@@ -40,7 +42,7 @@ from layer_cases import (
     uniform_plan,
     wanted_density,
 )
-from layer_tables import Dense, LayerTime, Row, comparisons, markdown
+from layer_tables import FP8, Dense, LayerTime, Row, comparisons, markdown
 from provenance import provenance
 from timing import Call, device_ms, host_ms, measure
 
@@ -48,7 +50,7 @@ from shareprefill.errors import UnsupportedError
 from shareprefill.runtime import core
 from shareprefill.runtime.ops.block_sparse_attention import block_sparse_attention
 
-IMPLS = ("auto", "triton", "hopper")
+IMPLS = ("auto", "triton", "hopper", FP8)
 STREAM = 8
 # A longer layer is timed few times.
 LONG_MS = 100.0
@@ -56,7 +58,10 @@ LONG_MS = 100.0
 
 @contextmanager
 def implementation(impl: str) -> Iterator[None]:
-    """Lets layers take one implementation of block-sparse attention."""
+    """Lets layers take one implementation of block-sparse attention; FP8 has one alone."""
+    if impl == FP8:
+        yield
+        return
     chosen = partial(block_sparse_attention, impl=impl)
     with patch.object(core, "block_sparse_attention", chosen):
         yield
@@ -222,10 +227,10 @@ def main() -> None:
             gammas = tuning.gammas
             if not gammas_of(PLANS[name]) <= set(gammas):
                 gammas = inputs.gammas_for(options.recall, PLANS[name])
-            plan = uniform_plan(PLANS[name], gammas)
             named = {policy.label: gammas[policy] for policy in gammas_of(PLANS[name])}
-            known = facts_of(inputs.layer(plan)())
+            known = facts_of(inputs.layer(uniform_plan(PLANS[name], gammas))())
             for impl in options.impl:
+                plan = uniform_plan(PLANS[name], gammas, in_fp8=impl == FP8)
                 try:
                     # Launches of one implementation are not to be repeated for another.
                     found = layer_time(inputs.layer(plan), impl, options.device, options.repeats)

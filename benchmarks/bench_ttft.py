@@ -1,4 +1,4 @@
-"""Time to first token of an 8B model: SDPA, FlashAttention-4 dense, a session with patterns.
+"""Time to first token of an 8B model: SDPA, FlashAttention-4, sessions with patterns, FP8 too.
 
     python benchmarks/bench_ttft.py --json ttft.json
     python benchmarks/bench_ttft.py --tokens 262144 1048576 --layers 2 1
@@ -9,6 +9,8 @@ place of each layer's own, of the same sizes and strides: density and recall are
 is what it would be. Dense attention takes as long on either. Density falls from .30 at 8K to .11 at
 32K, and to .10 above, as the goals of bench_layer.py have it. Where few layers are run, the time of
 all is what the model takes without layers, and as many times what one layer takes.
+
+The session in FP8 has all heads in it, on the patterns of the other: density and recall are alike.
 
 The least that a session could take is the time of the model whose attention gives back its queries,
 and of its attention on the device alone: what is above that is its host's, and waits.
@@ -37,13 +39,14 @@ from torch import Tensor
 from shareprefill.bench.shapes import build_shape
 from shareprefill.bench.synthetic import synthetic_artifact
 from shareprefill.config import RuntimeConfig
+from shareprefill.errors import UnsupportedError
 from shareprefill.runtime.core import SparsePrefill
 from shareprefill.runtime.generation import prefill
 from shareprefill.runtime.records import LayerRecord
 from shareprefill.runtime.session import Session
 
 SHAPE = "llama-3.1-8b"
-SDPA, SHARED, NONE = "SDPA", "session", "no attention"
+SDPA, SHARED, FP8, NONE = "SDPA", "session", "session in FP8", "no attention"
 LENGTHS = tuple(1024 << power for power in range(2, 11))
 LEAST_DENSITY = 0.10
 LAYERS = (32, 32, 32, 32, 16, 16, 2, 1, 1)
@@ -115,14 +118,14 @@ class Lengths:
         """Times one length; those to come cannot have more layers."""
         self.model.model.layers = self.model.model.layers[:layers]
         torch.cuda.empty_cache()
-        given, density, recall = self._given(tokens, layers)
-        session = Session(self.model, self.artifact, RuntimeConfig(min_tokens=0, max_density=1.0))
-        session.prefill = given
+        given, in_fp8, density, recall = self._given(tokens, layers)
+        session, session_fp8 = self._session(given), self._session(in_fp8)
         prompt = torch.randint(3, self.model.config.vocab_size, (tokens,), device="cpu")
         kinds: dict[str, Callable[[], float]] = {
             SDPA: lambda: self._dense("sdpa", prompt),
             FlashAttention4.name: lambda: self._dense("fa4", prompt),
             SHARED: lambda: self._shared(session, prompt),
+            FP8: lambda: self._shared(session_fp8, prompt),
             NONE: lambda: self._dense("none", prompt),
         }
         missing: dict[str, str] = {}
@@ -156,15 +159,20 @@ class Lengths:
         for kind in list(kinds):
             try:
                 seconds[kind].append(kinds[kind]())
-            except failures() as error:
+            except (UnsupportedError, *failures()) as error:
                 if kind == SHARED:
                     raise
                 missing[kind] = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
                 del kinds[kind], seconds[kind]
         return time.perf_counter() - start
 
-    def _given(self, tokens: int, layers: int) -> tuple[Given, float, float | None]:
-        """Sparse prefill of structured tensors, and density and recall of its layers."""
+    def _session(self, prefill: SparsePrefill) -> Session:
+        session = Session(self.model, self.artifact, RuntimeConfig(min_tokens=0, max_density=1.0))
+        session.prefill = prefill
+        return session
+
+    def _given(self, tokens: int, layers: int) -> tuple[Given, Given, float, float | None]:
+        """Sparse prefills of structured tensors, the second in FP8; their density and recall."""
         policies = PLANS[self.options.plan]
         inputs = Structured(tokens, self.device.type)
         density = max(LEAST_DENSITY, density_for(tokens))
@@ -175,14 +183,18 @@ class Lengths:
             reached, recall = facts.density, facts.recall
         else:
             reached, recall = chosen_density(begin()), None
-        given = Given(uniform_plan(policies, tuning.gammas, layers))
+        made = [
+            Given(uniform_plan(policies, tuning.gammas, layers, in_fp8=in_fp8))
+            for in_fp8 in (False, True)
+        ]
         # As projections leave them: tokens before heads.
         query, key, value = (
             tensor.transpose(0, 1).contiguous().transpose(0, 1)
             for tensor in (inputs.query, inputs.key, inputs.value)
         )
-        given.tensors = (query, key, value)
-        return given, reached, recall
+        for given in made:
+            given.tensors = (query, key, value)
+        return made[0], made[1], reached, recall
 
     def _attention_seconds(self, given: Given, tokens: int) -> float:
         """What one layer's attention takes the device; on a CPU all of it."""
@@ -258,16 +270,17 @@ def _register_attention() -> None:
 
 def table(rows: list[Row]) -> list[str]:
     """Lines of Markdown."""
-    kinds = (SDPA, FlashAttention4.name, SHARED)
+    kinds = (SDPA, FlashAttention4.name, SHARED, FP8)
+    ratios = ((SDPA, SHARED), (FlashAttention4.name, SHARED), (SDPA, FP8))
     heads = ["tokens", "layers run", *(f"{kind}, s" for kind in kinds)]
-    heads += [f"{kind} ÷ session" for kind in kinds[:2]]
+    heads += [f"{kind} ÷ {ours}" for kind, ours in ratios]
     heads += [f"{NONE}, s", "attention on the device, s", "session ÷ both", "density", "recall"]
     lines = [f"| {' | '.join(heads)} |", "| --- " * len(heads) + "|"]
     for row in rows:
-        medians = [row.median(kind) for kind in kinds]
-        ours = medians[-1]
-        cells = ["missing" if found is None else f"{found:.3f}" for found in medians]
-        for found in medians[:2]:
+        medians = {kind: row.median(kind) for kind in kinds}
+        cells = ["missing" if found is None else f"{found:.3f}" for found in medians.values()]
+        for kind, other in ratios:
+            found, ours = medians[kind], medians[other]
             cells.append("–" if found is None or ours is None else f"{found / ours:.2f}")
         cells += [f"{row.median(NONE):.3f}", f"{row.attention:.3f}", f"{row.overhead:.3f}"]
         cells += [f"{row.density:.3f}", "–" if row.recall is None else f"{row.recall:.3f}"]

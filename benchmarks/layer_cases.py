@@ -58,7 +58,11 @@ def gammas_of(policies: tuple[Policy, ...]) -> set[Policy]:
 
 
 def uniform_plan(
-    policies: tuple[Policy, ...], gammas: Mapping[Policy, float], layers: int = 1
+    policies: tuple[Policy, ...],
+    gammas: Mapping[Policy, float],
+    layers: int = 1,
+    *,
+    in_fp8: bool = False,
 ) -> RuntimePlan:
     """A plan of layers that are alike; sharing heads take turns at the pivots of their layer.
 
@@ -66,6 +70,7 @@ def uniform_plan(
         policies: Of every head of a layer, pivots first.
         gammas: Attention mass that patterns cover, by policy.
         layers: Layers.
+        in_fp8: Whether the sparse attention of all heads has operands of e4m3.
     """
     pivots, heads = policies.count(P), len(policies)
 
@@ -80,6 +85,7 @@ def uniform_plan(
             fallback_gamma=gammas[FALLBACK if policy is S else policy],
             coverage_slack=0.04,
             cluster=layer,
+            is_fp8=in_fp8,
         )
 
     return RuntimePlan(

@@ -9,6 +9,8 @@ from kernel_cases import FlashAttention4
 from layer_cases import Facts
 from provenance import summary
 
+# Attention of all heads in FP8, among implementations.
+FP8 = "fp8"
 COLUMNS = (
     *("tokens", "plan", "impl", "density", "recall (worst head)", "sharing", "eager"),
     *("stream", "device", "graph", "choice", "host", "launches"),
@@ -62,12 +64,15 @@ class Dense:
 
 
 def comparisons(dense: list[Dense], rows: list[Row]) -> list[Comparison]:
-    """What the project is measured by, for every plan, of its best implementation."""
+    """What the project is measured by, for every plan, of its best implementation and of FP8."""
     found = []
     for known in dense:
         tokens = known.tokens
-        for plan in dict.fromkeys(row.plan for row in rows):
-            timed = [r for r in rows if (r.tokens, r.plan) == (tokens, plan) and r.time is not None]
+        kinds = dict.fromkeys((row.plan, row.impl == FP8) for row in rows)
+        for name, in_fp8 in kinds:
+            plan = f"{name} in FP8" if in_fp8 else name
+            kind = (tokens, name, in_fp8)
+            timed = [r for r in rows if (r.tokens, r.plan, r.impl == FP8) == kind and r.time]
             best = min(timed, key=lambda r: _device(r.time), default=None)
             sdpa = known.times.get(known.sdpa)
             choice = None

@@ -108,6 +108,24 @@ def test_layers_take_the_implementation_that_is_asked_for(inputs: Any) -> None:
     with implementation("hopper"), pytest.raises(UnsupportedError, match="impl='hopper'"):
         make().run()
     make().run()
+    in_fp8 = inputs.layer(uniform_plan(PLANS["shared"], EVERY, in_fp8=True))
+    with implementation("fp8"), pytest.raises(UnsupportedError, match="FP8 attention needs"):
+        in_fp8().run()
+
+
+def test_fp8_is_compared_apart_from_the_fastest_of_the_others() -> None:
+    from layer_cases import Facts
+    from layer_tables import Dense, LayerTime, Row, comparisons
+
+    def row(impl: str, ms: float) -> Row:
+        time = LayerTime(ms, ms, ms, None, 0.1, None, None)
+        return Row(1024, "mixed", impl, {}, Facts(0.5, 1.0, 1.0, 1.0), time)
+
+    dense = [Dense(1024, "SDPA", {"SDPA": (8.0, 8.0)}, {})]
+    rows = [row("triton", 4.0), row("hopper", 2.0), row("fp8", 1.0)]
+    found = {one.what: one.ratio for one in comparisons(dense, rows)}
+    what = "speed-up over SDPA dense x density, the device alone"
+    assert (found[f"mixed: {what}"], found[f"mixed in FP8: {what}"]) == (2.0, 4.0)
 
 
 @pytest.mark.slow

@@ -63,7 +63,8 @@ def test_times_a_model_and_scales_what_few_layers_take(
     monkeypatch.setattr(bench_ttft, "measure", lambda call, _device: call() and Timing(0.0, 500.0))
     rows = bench_ttft.run(model, bench_ttft.parse(choices))
     for row in rows:
-        assert set(row.missing) == {"FlashAttention-4"}
+        assert set(row.missing) == {"FlashAttention-4", "session in FP8"}
+        assert "Hopper" in row.missing["session in FP8"]
         assert row.seconds == {"SDPA": [2.5], "session": [2.5], "no attention": [2.5]}
         # Half a second a layer.
         assert row.attention == 1.0
@@ -75,7 +76,7 @@ def test_times_a_model_and_scales_what_few_layers_take(
     assert any(name not in ("sdpa", "none") for name, _ in seen)
     line = capsys.readouterr().out.splitlines()[-1]
     assert line.startswith(
-        "| 256 | 1 | 2.500 | missing | 2.500 | 1.00 | – | 2.500 | 1.000 | 0.714 |"
+        "| 256 | 1 | 2.500 | missing | 2.500 | missing | 1.00 | – | – | 2.500 | 1.000 | 0.714 |"
     )
 
 
