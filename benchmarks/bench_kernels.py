@@ -7,8 +7,8 @@ Lists hold sink blocks, a local window, per-pattern vertical columns and random 
 seed; block counts are exact, so that the density is the one asked for. TFLOP/s counts 4 D flops per
 visible token pair of the computed blocks (2 D where no output is made). `floor` is the least time
 that the device's measured rates allow: all products, each tensor read or written once, or an
-exponential for each pair. FP8 rounds its operands within its time, and its floor is that of
-products of 16 bits. Of other kernels the time is without making their lists.
+exponential for each pair. FP8 rounds its operands within its time; its products are of e4m3. Of
+other kernels the time is without making their lists.
 `ms` are medians of `do_bench`, `device ms` are without the host (timing.py). All
 ratios are of one run, on one device, for the versions that the header names. A kernel of others
 that fails is a line "missing"; a failing kernel of our own ends the run.
@@ -19,7 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -76,6 +76,7 @@ class Work:
         n_bytes: Bytes that are read or written once.
         density: Achieved, in computed blocks over causal blocks (of sampled rows: their share).
         wanted: The density that was asked for.
+        in_fp8: Whether products have operands of e4m3.
     """
 
     pairs: int
@@ -83,6 +84,7 @@ class Work:
     n_bytes: float
     density: float = 1.0
     wanted: float = 1.0
+    in_fp8: bool = False
 
 
 class Bench:
@@ -150,7 +152,8 @@ class Bench:
 
             self._measure(SPARSE, f"impl={impl}", own, work)
         if options.device == "cuda":
-            self._measure(SPARSE, FP8, lambda: fp8_attention(*tensors, lists, out=out), work)
+            small = replace(work, in_fp8=True)
+            self._measure(SPARSE, FP8, lambda: fp8_attention(*tensors, lists, out=out), small)
         for key, baseline in (("fa4", FlashAttention4), ("flex", Flex)):
             if key in options.baseline:
                 self._measure_baseline(
@@ -235,7 +238,7 @@ class Bench:
             self._miss(task, name, work, str(error))
             return
         flops = work.flops_per_dim * self.options.head_dim * work.pairs
-        floor, bound = self.ceilings.floor(flops, work.n_bytes, work.pairs)
+        floor, bound = self.ceilings.floor(flops, work.n_bytes, work.pairs, in_fp8=work.in_fp8)
         self._add(
             Row(
                 self.n_tokens,
@@ -316,6 +319,7 @@ def main() -> None:
     facts["ceilings"] = asdict(ceilings)
     print(
         f"measured: {ceilings.flops / 1e12:.3g} TFLOP/s, {ceilings.bytes / 1e12:.3g} TB/s"
+        + ("" if ceilings.fp8_flops is None else f", {ceilings.fp8_flops / 1e12:.4g} in e4m3")
         + ("" if ceilings.exponentials is None else f", {ceilings.exponentials / 1e12:.3g} Texp/s")
     )
     print(HEAD)

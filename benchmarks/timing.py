@@ -122,15 +122,20 @@ def _event_ms(function: Call) -> float:
 
 @dataclass(frozen=True)
 class Ceilings:
-    """Measured rates of the device, per second."""
+    """Measured rates of the device, per second; `fp8_flops` are of products of e4m3."""
 
     flops: float
     bytes: float
     exponentials: float | None
+    fp8_flops: float | None = None
 
-    def floor(self, flops: float, n_bytes: float, exponentials: float) -> tuple[float, str]:
+    def floor(
+        self, flops: float, n_bytes: float, exponentials: float, *, in_fp8: bool = False
+    ) -> tuple[float, str]:
         """Least time in milliseconds, and what bounds it."""
-        times = {"matrix units": flops / self.flops, "memory": n_bytes / self.bytes}
+        rate = self.fp8_flops if in_fp8 else self.flops
+        assert rate is not None
+        times = {"matrix units": flops / rate, "memory": n_bytes / self.bytes}
         if self.exponentials is not None:
             times["exponentials"] = exponentials / self.exponentials
         bound = max(times, key=lambda name: times[name])
@@ -150,4 +155,17 @@ def measure_ceilings(device: str, dtype: torch.dtype) -> Ceilings:
         from exponentials import exponentials_per_second
 
         exponentials = exponentials_per_second()
-    return Ceilings(2 * size**3 / product * 1e3, 8 * words / copy * 1e3, exponentials)
+    in_fp8 = None
+    if device == "cuda" and torch.cuda.get_device_capability() >= (8, 9):
+        in_fp8 = 2 * size**3 / _fp8_product_ms(left, right) * 1e3
+    return Ceilings(2 * size**3 / product * 1e3, 8 * words / copy * 1e3, exponentials, in_fp8)
+
+
+def _fp8_product_ms(left: torch.Tensor, right: torch.Tensor) -> float:
+    """Median time of a large product of operands in e4m3."""
+    one = torch.ones((), device=left.device)
+    small = [matrix.to(torch.float8_e4m3fn) for matrix in (left, right)]
+    options = {"out_dtype": torch.bfloat16, "use_fast_accum": True}
+    return median_ms(
+        lambda: torch._scaled_mm(small[0], small[1].T, scale_a=one, scale_b=one, **options), "cuda"
+    )[1]

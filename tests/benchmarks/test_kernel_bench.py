@@ -100,6 +100,15 @@ def _raise_ours() -> Any:
     raise RuntimeError("ours")
 
 
+def test_products_of_e4m3_have_a_rate_of_their_own() -> None:
+    from timing import Ceilings
+
+    ceilings = Ceilings(flops=1e12, bytes=1e15, exponentials=1e12, fp8_flops=2e12)
+    assert ceilings.floor(4e9, 1, 1e9) == (4.0, "matrix units")
+    assert ceilings.floor(4e9, 1, 1e9, in_fp8=True) == (2.0, "matrix units")
+    assert ceilings.floor(4e9, 1, 3e9, in_fp8=True) == (3.0, "exponentials")
+
+
 def test_lists_of_others_are_the_same_blocks() -> None:
     """Counts and blocks as FlexAttention and FlashAttention-4 take them, listed ones first."""
     from kernel_cases import _padded, density, structured_lists, visible_pairs
