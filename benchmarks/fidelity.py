@@ -3,6 +3,7 @@
 `sp eval` measures recall and times too, in three prefills of each prompt and policy. This takes
 one, on the same prompts, and dense attention once a prompt. `auto` runs as each artifact plans it.
 `--chunk` prefills so many tokens at a time, each of which chooses patterns anew; 0 all at once.
+Lines have KL of the prompt's quarters too.
 
 python benchmarks/fidelity.py --model M --artifact A.st --artifact B.st --policy oracle:.9 \
     --policy flex:.9 --task perplexity --task retr_kv --length 8000 --samples 2 --out F.jsonl
@@ -97,6 +98,7 @@ def run(args: argparse.Namespace) -> None:
                 "number": number,
                 "policy": name,
                 "kl": found.mean_kl,
+                "kl_quarters": [part.mean().item() for part in found.kl.tensor_split(4)],
                 "top1": found.top1_agreement,
                 "loss": token_losses(model, sparse, ids).mean().item() - loss,
                 "density": report.density,
