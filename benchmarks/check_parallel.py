@@ -6,8 +6,8 @@
     python benchmarks/check_parallel.py ... --device-map balanced --against one.pt
 
 A prompt of key-value retrieval, its prefill dense and shared (`min_tokens=0`), the median of three
-after one. Under torchrun the model is divided by its heads (`tp_plan="auto"`), and the first
-process prints what all found together.
+after one. Under torchrun the model is divided by its heads, and the first process prints what
+all found together.
 """
 
 from __future__ import annotations
@@ -85,10 +85,11 @@ def measured(options: argparse.Namespace, size: int) -> dict[str, Any]:
 def load(options: argparse.Namespace, size: int) -> Any:
     """The model on one device, or divided by heads, or by layers."""
     from transformers import AutoModelForCausalLM
+    from transformers.distributed import DistributedConfig
 
     where: dict[str, Any] = {"device_map": options.device_map or "cuda:0"}
     if size > 1:
-        where = {"tp_plan": "auto"}
+        where = {"distributed_config": DistributedConfig(tp_plan="auto")}
     dtype = getattr(torch, options.dtype)
     path = resolve_model(options.model)
     return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **where).eval()
