@@ -57,15 +57,17 @@ class DecodingReport:
         steps: Sparse steps: a token of one sequence through the model.
         dense_steps: Steps that some layers computed densely, by the reason.
         density: Key blocks read over those that there are, mean over steps, layers and KV heads,
-            dense ones included.
+            dense ones included; None where there was no step.
     """
 
     steps: int
     dense_steps: dict[str, int]
-    density: float
+    density: float | None
 
     def summary(self) -> str:
         """What was done, in a line."""
+        if self.density is None:
+            return "decoding: no steps"
         parts = [f"{self.steps} sparse steps"]
         parts += [f"{count} dense ({why})" for why, count in self.dense_steps.items()]
         return f"decoding: {', '.join(parts)}; density {self.density:.3f}"

@@ -237,7 +237,7 @@ class DecodeSteps:
             return DecodingReport(
                 steps=max(self._steps.values(), default=0),
                 dense_steps=dense,
-                density=self._read / self._blocks if self._blocks else 1.0,
+                density=self._read / self._blocks if self._blocks else None,
             )
 
 

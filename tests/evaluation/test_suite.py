@@ -287,10 +287,17 @@ def test_sparse_steps_are_measured_along_the_dense_answer(folder: Path) -> None:
     text = markdown(found)
     assert text.count("| answer KL | answer top 1 | decode |") == 2
     assert "answer KL" in found.summary()
+    # A text that is only read has no steps, and no share in their mean.
+    alone = replace(asked, policies=("dense",), max_density=None, times=False)
+    tasks = (*asked.tasks, "perplexity")
+    of_both = evaluate(replace(alone, tasks=tasks, decode_density=0.35))
+    _, answered, _, text_alone = of_both.cells
+    assert answered.decode_density == steps.decode_density
+    assert text_alone.decode_density is None
+    assert steps.decode_density is not None
+    assert of_both.summaries()[1].decode_density == steps.decode_density.value
     # At density 1 steps are those of dense attention.
-    [_, everything] = evaluate(
-        replace(asked, policies=("dense",), decode_density=1.0, times=False)
-    ).cells
+    [_, everything] = evaluate(replace(alone, decode_density=1.0)).cells
     assert everything.answer_kl is not None
     assert steps.answer_kl is not None
     assert everything.answer_kl.value < min(1e-6, steps.answer_kl.value / 10)

@@ -78,7 +78,8 @@ def test_ways_to_generate(model: Any, way: str) -> None:
     assert torch.equal(found, model.generate(ids, **options))
     report = session.report().decoding
     assert report is not None
-    assert (report.steps, report.dense_steps, report.density) == (steps, dense, 1.0)
+    density = 1.0 if steps or dense else None
+    assert (report.steps, report.dense_steps, report.density) == (steps, dense, density)
 
 
 @pytest.mark.parametrize("drafts", ["prompt lookup", "assistant"])
@@ -113,6 +114,7 @@ def test_few_blocks_are_read_and_counted(model: Any) -> None:
     report = session.report()
     assert report.decoding is not None
     assert report.decoding.steps == 30
+    assert report.decoding.density is not None
     assert 0.25 < report.decoding.density < 0.6
     assert report.summary().splitlines()[-1] == (
         f"decoding: 30 sparse steps; density {report.decoding.density:.3f}"
@@ -120,6 +122,17 @@ def test_few_blocks_are_read_and_counted(model: Any) -> None:
     assert json.loads(json.dumps(report.to_dict()))["decoding"]["dense_steps"] == {}
     session.reset()
     assert session.report().decoding.steps == 0  # pyright: ignore[reportOptionalMemberAccess]
+
+
+def test_a_report_without_steps_tells_no_density(model: Any) -> None:
+    with session_of(model, FEW) as session:
+        model.generate(token_ids(1, 75), max_new_tokens=1)
+    found = session.report()
+    assert found.decoding is not None
+    assert (found.decoding.steps, found.decoding.dense_steps) == (0, {})
+    assert found.decoding.density is None
+    assert found.summary().endswith("\ndecoding: no steps")
+    assert found.to_dict()["decoding"]["density"] is None
 
 
 @torch.no_grad()
