@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal, Self
+from dataclasses import asdict, dataclass, fields, replace
+from numbers import Integral, Real
+from types import UnionType
+from typing import Any, Literal, Self, Union, get_args, get_origin, get_type_hints
 
 from shareprefill.errors import ConfigError, did_you_mean
 from shareprefill.errors import require as _require
-from shareprefill.policy_names import check_policy_name, current_policy
+from shareprefill.policy_names import PLANNED_POLICIES, check_policy_name, current_policy
 
 Metric = Literal["jaccard", "jaccard-raw", "code"]
 Linkage = Literal["average", "complete", "single"]
@@ -59,13 +61,52 @@ class Stage:
         """The inverse of `to_dict`.
 
         Raises:
-            ConfigError: a key is unknown, or a value is outside its range.
+            ConfigError: a key is unknown, or a value is of another type or outside its range.
         """
         unknown = sorted(set(values) - {field.name for field in fields(cls)})
         if unknown:
             near = did_you_mean(unknown[0], [field.name for field in fields(cls)])
             raise ConfigError(f"{cls.__name__} has no option {', '.join(map(repr, unknown))}{near}")
+        hints = get_type_hints(cls)
+        for name, value in values.items():
+            if not _fits(value, hints[name]):
+                raise ConfigError(
+                    f"{name} = {value!r} is of the wrong type: it must be {_described(hints[name])}"
+                )
         return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+
+def _choices(hint: Any) -> tuple[Any, ...]:
+    return get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+
+
+def _fits(value: object, hint: Any) -> bool:
+    """Whether a value is of a field's type; lists stand for tuples."""
+    if len(choices := _choices(hint)) > 1:
+        return any(_fits(value, choice) for choice in choices)
+    if get_origin(hint) is Literal:
+        return isinstance(value, str)  # which ones are allowed, the stage says
+    if get_origin(hint) is tuple:
+        item = get_args(hint)[0]
+        return isinstance(value, list | tuple) and all(_fits(each, item) for each in value)
+    # A bool is a number to Python, and numbers of NumPy are ints and floats to us.
+    number = {int: Integral, float: Real}.get(hint)
+    if number is not None:
+        return isinstance(value, number) and not isinstance(value, bool)
+    return isinstance(value, hint)
+
+
+def _described(hint: Any, *, many: bool = False) -> str:
+    """A field's type in words."""
+    kind, *others = _choices(hint)
+    if others:
+        return " or ".join([_described(kind), *("None" for _ in others)])
+    if get_origin(kind) is tuple:
+        return f"a list of {_described(get_args(kind)[0], many=True)}"
+    if get_origin(kind) is Literal:
+        kind = str
+    one = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}[kind]
+    return f"{one.removeprefix('a ')}s" if many else one
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -254,11 +295,12 @@ class RuntimeConfig(Stage):
             its pivot's pattern, for all heads; None: chosen per head offline.
         tau: With `shareprefill`, Jensen-Shannon distance to the pivot under which a head shares;
             None: the artifact's, 0.2 unless `sp cluster` was told another.
-        delta: Jensen-Shannon distance to uniform above which a head is highly sparse; None: the
-            artifact's, 0.3 unless `sp cluster` was told another.
-        pivot_rows: Query rows a block of a pivot's map, 0 for all of them; None: the artifact's.
+        delta: With `auto` and `shareprefill`, Jensen-Shannon distance to uniform above which a head
+            is highly sparse; None: the artifact's, 0.3 unless `sp cluster` was told another.
+        pivot_rows: With both, query rows a block of a pivot's map, 0 for all of them; None: the
+            artifact's.
         sample_rows: Query rows a block of the row-sampled estimate.
-        check_rows: Query rows a block of the check before sharing.
+        check_rows: With `auto`, query rows a block of the check before sharing.
         sink_blocks: First key blocks that every query block reads.
         local_blocks: Last key blocks, the diagonal one among them, that every query block reads.
         min_tokens: Prompts shorter than this run dense; None: the device's measured crossover, 5120
@@ -330,8 +372,36 @@ class RuntimeConfig(Stage):
         for name in ("sample_rows", "check_rows"):
             value = getattr(self, name)
             _require(value is None or value >= 1, name, value, "at least 1")
+        self._require_planned()
         _require(self.sink_blocks >= 0, "sink_blocks", self.sink_blocks, "0 or more")
         _require(self.local_blocks >= 1, "local_blocks", self.local_blocks, "at least 1")
+
+    def with_policy(self, policy: str) -> RuntimeConfig:
+        """The same under another policy: what was chosen for the former does not hold for it."""
+        return replace(
+            self,
+            policy=policy,
+            gamma=None,
+            slack=None,
+            tau=None,
+            delta=None,
+            pivot_rows=None,
+            check_rows=None,
+        )
+
+    def _require_planned(self) -> None:
+        """Refuses what does nothing where no plan is followed; the paper's rule has no check."""
+        for name, policies in (
+            ("delta", PLANNED_POLICIES),
+            ("pivot_rows", PLANNED_POLICIES),
+            ("check_rows", PLANNED_POLICIES[:1]),
+        ):
+            value = getattr(self, name)
+            if value is not None and self.policy not in policies:
+                of = " or ".join(map(repr, policies))
+                raise ConfigError(
+                    f"{name} = {value!r} is for policy {of}, not for {self.policy!r}: leave it out"
+                )
 
     def _require_threshold_of_policy(self) -> None:
         """Each of the two rules of sharing has a threshold of its own."""

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import re
 from typing import Any
 
+import numpy as np
 import pytest
 
 from shareprefill.config import CalibrateConfig, ClusterConfig, RuntimeConfig
@@ -42,6 +44,96 @@ def test_row_counts_that_are_not(rows: tuple[int, ...]) -> None:
 def test_each_rule_of_sharing_has_its_own_threshold(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         RuntimeConfig(**options)
+
+
+@pytest.mark.parametrize("policy", ["dense", "smoothed", "streaming:local_blocks=4"])
+@pytest.mark.parametrize("option", ["delta", "pivot_rows", "check_rows"])
+def test_what_only_plans_have_is_refused_with_other_policies(policy: str, option: str) -> None:
+    with pytest.raises(
+        ConfigError, match=f"{option} = 1 is for policy 'auto'.* not for '{policy}'"
+    ):
+        RuntimeConfig.from_dict({"policy": policy, option: 1})
+    assert getattr(RuntimeConfig.from_dict({option: 1}), option) == 1
+
+
+def test_the_papers_rule_has_pivots_and_no_check() -> None:
+    assert RuntimeConfig(policy="shareprefill", delta=0.5, pivot_rows=4).pivot_rows == 4
+    with pytest.raises(ConfigError, match="check_rows = 2 is for policy 'auto', not for 'share"):
+        RuntimeConfig(policy="shareprefill", check_rows=2)
+
+
+def test_another_policy_leaves_out_what_was_chosen_for_the_former() -> None:
+    chosen = RuntimeConfig(
+        gamma=0.8, slack=0.1, delta=0.2, pivot_rows=4, check_rows=2, local_blocks=3, decode="sparse"
+    )
+    other = RuntimeConfig(policy="streaming", local_blocks=3, decode="sparse")
+    assert chosen.with_policy("streaming") == other
+
+
+@pytest.mark.parametrize(
+    ("kind", "values", "message"),
+    [
+        (RuntimeConfig, {"gamma": "0.9"}, "gamma = '0.9' is of the wrong type: .* a number"),
+        (RuntimeConfig, {"min_tokens": 1.5}, "min_tokens = 1.5 .* a whole number"),
+        (RuntimeConfig, {"min_tokens": True}, "min_tokens = True .* a whole number"),
+        (RuntimeConfig, {"decode": 1}, "decode = 1 .* a text"),
+        (RuntimeConfig, {"decode": "sparse", "decode_density": [0.2]}, r"decode_density = \[0.2\]"),
+        (ClusterConfig, {"k": "auto"}, "k = 'auto' .* a whole number or None"),
+        (CalibrateConfig, {"model": "m", "data": "text"}, "data = 'text' .* a list of texts"),
+        (EvalConfig, {"artifact": "a.st", "lengths": [4096.0]}, "lengths .* of whole numbers"),
+        (EvalConfig, {"artifact": "a.st", "measure": "no"}, "measure = 'no' .* true or false"),
+    ],
+)
+def test_values_of_another_type_are_refused(
+    kind: Any, values: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        kind.from_dict(values)
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    found = RuntimeConfig.from_dict({"gamma": np.float32(0.5), "min_tokens": np.int64(7)})
+    assert (found.gamma, found.min_tokens) == (0.5, 7)
+    assert RuntimeConfig.from_dict({"gamma": 1}).gamma == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"gammas": (0.9,)}, "gammas = (0.9,)"),
+        ({"max_density": 0.5}, "max_density = 0.5"),
+        ({"precision": "fp8"}, "precision = 'fp8'"),
+        ({"decode": "sparse", "precision": "fp8"}, "precision = 'fp8'"),
+        ({"decode": "sparse", "gammas": (0.9,)}, "gammas = (0.9,)"),
+    ],
+)
+def test_dense_alone_takes_no_options_of_patterns(changes: dict[str, Any], message: str) -> None:
+    options: dict[str, Any] = {"artifact": "a.st", "policies": ("dense",)}
+    with pytest.raises(ConfigError, match=f"{re.escape(message)} does nothing .*name a policy"):
+        EvalConfig(**options, **changes)
+    assert EvalConfig(artifact="a.st", policies=("dense", "auto"), **changes).runtimes()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"decode_density": 0.3}, "decode_density = 0.3 is for sparse decode steps"),
+        ({"fp8_error": 0.3}, "fp8_error = 0.3 is for FP8 attention"),
+        ({"decode": "few"}, "decode = 'few' is not allowed"),
+        ({"precision": "int4"}, "precision = 'int4' is not allowed"),
+    ],
+)
+def test_options_are_checked_also_where_dense_attention_alone_is_asked_for(
+    changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        EvalConfig(artifact="a.st", policies=("dense",), **changes)
+
+
+def test_dense_prefills_whose_steps_are_sparse_stay_in_the_models_precision() -> None:
+    policies = ("dense", "auto")
+    config = EvalConfig(artifact="a.st", policies=policies, decode="sparse", precision="fp8")
+    assert [r.precision for r in config.runtimes()] == ["model", "fp8"]
 
 
 def test_thresholds_of_sharing() -> None:

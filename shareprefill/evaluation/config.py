@@ -106,7 +106,11 @@ class EvalConfig(Stage):
         require(self.seed >= 0, "seed", self.seed, "0 or more")
         require(self.bins >= 1, "bins", self.bins, "at least 1")
         require(self.workers >= 1, "workers", self.workers, "at least 1")
+        # Also where dense attention alone is asked for.
+        for gamma in self.gammas or (None,):
+            self._runtime("auto", gamma)
         self.runtimes()
+        self._require_patterns()
         reads = all(task.partition(":")[0] == PERPLEXITY for task in self.tasks)
         if self.decode == "sparse" and reads:
             raise ConfigError(
@@ -138,22 +142,40 @@ class EvalConfig(Stage):
             ConfigError: a policy or a gamma is no such thing.
         """
         return [
-            RuntimeConfig.from_dict(
-                {
-                    "policy": policy,
-                    "gamma": gamma,
-                    "min_tokens": 0,
-                    "max_density": self.max_density,
-                    "decode": self.decode,
-                    "decode_density": self.decode_density,
-                    "precision": self.precision,
-                    "fp8_error": self.fp8_error,
-                }
-            )
+            self._runtime(policy, gamma)
             for policy in self.policies
             if policy != DENSE or self.decode == "sparse"
             for gamma in self._gammas_of(policy)
         ]
+
+    def _runtime(self, policy: str, gamma: float | None) -> RuntimeConfig:
+        of_patterns = {
+            "max_density": self.max_density,
+            "precision": self.precision,
+            "fp8_error": self.fp8_error,
+        }
+        return RuntimeConfig.from_dict(
+            {
+                "policy": policy,
+                "gamma": gamma,
+                "min_tokens": 0,
+                "decode": self.decode,
+                "decode_density": self.decode_density,
+                **({} if policy == DENSE else of_patterns),
+            }
+        )
+
+    def _require_patterns(self) -> None:
+        """Refuses options of patterns where dense attention is all that is asked for."""
+        if any(policy != DENSE for policy in self.policies):
+            return
+        for name in ("gammas", "max_density", "precision"):
+            value = getattr(self, name)
+            if value != getattr(type(self), name):
+                raise ConfigError(
+                    f"{name} = {value!r} does nothing to dense attention: name a policy that has "
+                    "patterns, or leave it out"
+                )
 
     def _gammas_of(self, policy: str) -> tuple[float | None, ...]:
         is_planned = policy == "auto" and self.others

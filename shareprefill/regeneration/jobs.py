@@ -7,8 +7,7 @@ import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from types import UnionType
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar
 
 from shareprefill.config import CalibrateConfig, ClusterConfig, Stage, TrainConfig
 from shareprefill.errors import ConfigError, DataError, did_you_mean, require
@@ -194,27 +193,10 @@ def _job(values: object, number: int, defaults: dict[str, Any], path: Path) -> J
 
 def _stage(kind: type[AnyStage], values: Mapping[str, Any], where: str) -> AnyStage:
     _refuse_unknown(values, [field.name for field in fields(kind)], where)
-    hints = get_type_hints(kind)
-    for key, value in values.items():
-        if not _fits(value, hints[key]):
-            raise ConfigError(f"{where}: {key} = {_shown(value)} is of the wrong type")
     try:
         return kind.from_dict(values)
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from error
-
-
-def _fits(value: object, hint: Any) -> bool:
-    """Whether a value of a TOML file is of a field's type; lists stand for tuples."""
-    if get_origin(hint) in (Union, UnionType):
-        return any(_fits(value, choice) for choice in get_args(hint))
-    if get_origin(hint) is Literal:
-        return isinstance(value, str)  # which ones are allowed, the stage says
-    if get_origin(hint) is tuple:
-        return isinstance(value, list) and all(_fits(item, get_args(hint)[0]) for item in value)
-    if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    return value is None if hint is type(None) else type(value) is hint
 
 
 def _table(value: object, where: str) -> dict[str, Any]:

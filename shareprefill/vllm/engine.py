@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import weakref
-from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
 from typing import Any
@@ -226,8 +225,7 @@ def _make(options: ServingOptions, config: Any) -> ServingCore:
     def plan_of(policy: str | None) -> RuntimePlan:
         runtime = options.runtime
         if policy is not None:
-            # What was chosen for the engine's own policy does not hold for another.
-            runtime = replace(runtime, policy=policy, gamma=None, slack=None, tau=None)
+            runtime = runtime.with_policy(policy)
         if artifact is None:
             plan = plan_without_artifact(n_layers, n_heads, runtime)
         else:
