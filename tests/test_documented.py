@@ -22,6 +22,7 @@ from typer.testing import CliRunner
 
 from shareprefill import cli
 from shareprefill.errors import ShareprefillError
+from shareprefill.runtime import crossover
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
@@ -156,6 +157,15 @@ def test_links_lead_somewhere(page: Path) -> None:
     text = re.sub(r"(?ms)^ *```.*?^ *```|`[^`\n]*`", "", page.read_text(encoding="utf-8"))
     for target in re.findall(r"\]\((?!https?:|mailto:|#)([^)#\s]+)", text):
         assert (page.parent / target).exists(), f"{name_of(page)} leads to {target}"
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/index.md", "docs/stages/run.md"])
+def test_lengths_from_which_on_sharing_pays_are_those_of_the_package(page: str) -> None:
+    text = " ".join((ROOT / page).read_text(encoding="utf-8").split())
+    session, engine = crossover._GPUS[9]
+    assert f"{crossover._CPU.tokens // 1024}K tokens on a CPU" in text
+    assert f"{session.tokens // 1024}K on a GPU" in text
+    assert f"{engine.tokens // 1024}K in vLLM" in text
 
 
 @pytest.mark.parametrize(
