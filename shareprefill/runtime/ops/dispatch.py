@@ -34,8 +34,8 @@ class Choice(NamedTuple):
     """What `impl="auto"` means for an operator on a device.
 
     Attributes:
-        operator: the operator's name.
-        implementation: the `impl` that "auto" stands for.
+        operator: the name of the operator's folder.
+        implementation: the `impl` that "auto" stands for; "none" where the operator is refused.
         reason: why it and not another, in words.
     """
 
@@ -206,18 +206,25 @@ def describe(device: torch.device | str) -> list[Choice]:
         choices = [Choice("block_sparse_attention", "blockwise", reason)]
         others = {
             "pooled_attention": "blockwise",
-            "selection": "reference",
-            "vertical_slash_profile": "torch",
+            "block_selection": "reference",
+            "vertical_slash": "torch",
+            "block_sparse_decoding": "reference",
+            "sketched_selection": "reference",
         }
-        return choices + [
+        choices += [
             Choice(operator, name, "the version for this device")
             for operator, name in others.items()
         ]
+        return [*choices, _describe_fp8(device)]
     choices = [_describe_attention(device), _describe_pooled(device)]
-    return choices + [
+    choices += [
         Choice(operator, "triton", "the version for every GPU")
-        for operator in ("selection", "vertical_slash_profile")
+        for operator in (
+            *("block_selection", "vertical_slash"),
+            *("block_sparse_decoding", "sketched_selection"),
+        )
     ]
+    return [*choices, _describe_fp8(device)]
 
 
 def _describe_attention(device: torch.device) -> Choice:
@@ -237,6 +244,13 @@ def _describe_pooled(device: torch.device) -> Choice:
     if missing is None:
         return Choice("pooled_attention", "hopper", "our Hopper kernels; triton with a soft-cap")
     return Choice("pooled_attention", "triton", f"hopper would be faster, but {missing}")
+
+
+def _describe_fp8(device: torch.device) -> Choice:
+    missing = unavailable("hopper", device)
+    if missing is None:
+        return Choice("fp8_attention", "hopper", "our Hopper kernel, with precision='fp8'")
+    return Choice("fp8_attention", "none", f"precision='fp8' {missing}")
 
 
 def unavailable(name: str, device: torch.device) -> str | None:

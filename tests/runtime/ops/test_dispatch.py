@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
 
@@ -84,8 +85,29 @@ def test_a_cpu_is_described_without_a_gpu() -> None:
     found = {choice.operator: choice for choice in describe("cpu")}
     assert found["block_sparse_attention"].implementation == "blockwise"
     assert found["pooled_attention"].implementation == "blockwise"
-    assert found["selection"].implementation == "reference"
+    assert found["block_selection"].implementation == "reference"
     assert all(choice.reason for choice in found.values())
+
+
+def test_every_operator_is_described(monkeypatch: pytest.MonkeyPatch) -> None:
+    operators = {path.parent.name for path in Path(dispatch.__file__).parent.glob("*/api.py")}
+    assert len(operators) >= 7
+    assert {choice.operator for choice in describe("cpu")} == operators
+    for generation in (8, 9):
+        use(monkeypatch, generation, {"hopper": None})
+        assert {choice.operator for choice in describe("cuda")} == operators
+
+
+def test_fp8_is_described_by_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    for device, refusal, implementation in (
+        ("cuda", None, "hopper"),
+        ("cuda", "needs another GPU", "none"),
+        ("cpu", "needs another GPU", "none"),
+    ):
+        use(monkeypatch, 9, {"hopper": refusal})
+        found = {choice.operator: choice for choice in describe(device)}["fp8_attention"]
+        assert found.implementation == implementation
+        assert (refusal or "precision='fp8'") in found.reason
 
 
 def test_a_description_names_what_is_missed(monkeypatch: pytest.MonkeyPatch) -> None:
