@@ -47,9 +47,6 @@ from shareprefill.runtime.ops.sketched_selection import (
 )
 from shareprefill.runtime.rules.base import Exchange
 
-# Devices whose choices were found to be those of the CPU. On an H200 an output lacked a block that
-# the CPU reads, and why is not known (docs/findings.md).
-TRIED_ON = ("cpu",)
 # Calls of `learn` that count: the coordinates are chosen anew at the first, second, fourth, ...
 MOST_PROMPTS = 64
 # Keys that are sketched at once: bounds the memory of their numbers, and of a CPU's copies.
@@ -210,7 +207,7 @@ class PagedDecoding:
         exchange: Of the processes that share the heads; None: this one has all.
 
     Raises:
-        UnsupportedError: heads are too small for a sketch, or the device is not one of `TRIED_ON`.
+        UnsupportedError: heads are too small for a sketch.
     """
 
     def __init__(
@@ -227,11 +224,6 @@ class PagedDecoding:
         heads: range | None = None,
         exchange: Exchange | None = None,
     ) -> None:
-        if device.type not in TRIED_ON:
-            raise UnsupportedError(
-                f"sparse decode steps over pages are not found to be right on {device.type} yet: "
-                "decode densely"
-            )
         if head_dim < LEAST_COORDINATES:
             raise UnsupportedError(
                 f"sparse decode steps need heads of at least {LEAST_COORDINATES} dims, got "

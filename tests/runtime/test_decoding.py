@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from shareprefill.runtime import decoding as decoding_module
 from shareprefill.runtime.decoding import BLOCK, LOCAL, DecodeState, SparseDecoding
+from tests.support.decode_steps import WatchedSteps
 
 B, H, G, D, PROMPT, SCALE = 3, 4, 2, 16, 700, 0.25
 STARTS = (0, 37, 300)
@@ -26,7 +28,12 @@ class Cache:
         self.query[..., :2] += 2.0
 
     def run(
-        self, decoding: SparseDecoding, starts: tuple[int, ...], steps: int, rows: slice
+        self,
+        decoding: SparseDecoding,
+        starts: tuple[int, ...],
+        steps: int,
+        rows: slice,
+        watched: WatchedSteps | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, DecodeState]:
         """Outputs `[steps, L, B, H, D]` and blocks read `[steps, L, B, G]`."""
         state = decoding.begin(starts)
@@ -42,6 +49,8 @@ class Cache:
                 counts.append(record.counts)
                 there = sum(-(-(place + 1 - start) // BLOCK) for start in starts)
                 assert record.blocks == there * G
+            if watched is not None:
+                watched.keep()
         of = (steps, len(self.key))
         return torch.stack(outputs).unflatten(0, of), torch.stack(counts).unflatten(0, of), state
 
@@ -124,12 +133,14 @@ def test_a_read_prompt_begins_anew() -> None:
 
 
 @pytest.mark.gpu
-def test_cuda_reads_what_a_cpu_reads() -> None:
+def test_cuda_reads_what_a_cpu_reads(monkeypatch: pytest.MonkeyPatch) -> None:
     cache, decoding = Cache(2, PROMPT + 60), SparseDecoding(density=0.3)
     expected, read, _ = cache.run(decoding, STARTS, 60, slice(None))
     for name in ("key", "value", "query"):
         setattr(cache, name, getattr(cache, name).cuda())
-    out, counts, _ = cache.run(SparseDecoding(density=0.3), STARTS, 60, slice(None))
+    watched = WatchedSteps(monkeypatch, decoding_module)
+    out, counts, _ = cache.run(SparseDecoding(density=0.3), STARTS, 60, slice(None), watched)
+    assert watched.check("cpu") == 60 * 2 * B * G
     # A block at a threshold may be on either side, and the price follows what was read.
     assert (counts.cpu() != read).double().mean() < 0.2
     assert (counts.cpu() - read).double().mean().abs() < 0.1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -12,12 +12,34 @@ from torch.nn import functional as F
 
 from shareprefill.errors import UnsupportedError
 from shareprefill.runtime import paged_decoding
-from shareprefill.runtime.decoding import BLOCK, SparseDecoding
-from shareprefill.runtime.ops.pages import PagedTokens
-from shareprefill.runtime.ops.sketched_selection import sketch_keys
+from shareprefill.runtime.decoding import (
+    BLOCK,
+    SparseDecoding,
+    basis_rows,
+    basis_step,
+    moments_of,
+)
+from shareprefill.runtime.ops.pages import PagedBatch, PagedTokens
+from shareprefill.runtime.ops.sketched_selection import make_basis, sketch_keys
+from shareprefill.runtime.ops.sketched_selection.sketch import coordinates
 from shareprefill.runtime.paged_decoding import PagedDecoding
+from tests.support.decode_steps import WatchedSteps
 
 L, H, G, D, SIZE, SCALE = 2, 4, 2, 16, 32, 0.25
+
+
+class Sizes(NamedTuple):
+    """Of a model and its pages."""
+
+    heads: int = H
+    groups: int = G
+    dim: int = D
+    page: int = SIZE
+    pages: int = 200
+    dtype: torch.dtype = torch.float32
+
+
+SMALL, LARGE = Sizes(), Sizes(32, 8, 128, 16, 900, torch.bfloat16)
 
 
 class Engine:
@@ -28,38 +50,42 @@ class Engine:
         tables: Its pages.
     """
 
-    def __init__(self, decoding: PagedDecoding, pages: int = 200, device: str = "cpu") -> None:
-        self.decoding, self.device = decoding, device
-        shape = L, pages, G, SIZE, D
-        self.keys = torch.full(shape, torch.nan, device=device)
-        self.values = torch.full(shape, torch.nan, device=device)
+    def __init__(self, decoding: PagedDecoding, device: str = "cpu", sizes: Sizes = SMALL) -> None:
+        self.decoding, self.device, self.sizes = decoding, device, sizes
+        pages = sizes.pages
+        shape = L, pages, sizes.groups, sizes.page, sizes.dim
+        self.keys = torch.full(shape, torch.nan, dtype=sizes.dtype, device=device)
+        self.values = torch.full(shape, torch.nan, dtype=sizes.dtype, device=device)
         self.free = torch.randperm(pages).tolist()
         self.lengths: list[int] = []
         self.tables: list[list[int]] = []
 
     def numbers(self, tokens: int, *heads: int) -> torch.Tensor:
         """Random `[*heads, tokens, D]` of unequal directions."""
-        return torch.randn(*heads, tokens, D, device=self.device) * torch.linspace(
-            2, 0.2, D, device=self.device
-        )
+        dim, device = self.sizes.dim, self.device
+        sizes = torch.linspace(2, 0.2, dim, device=device) * (D / dim) ** 0.5
+        return (torch.randn(*heads, tokens, dim, device=device) * sizes).to(self.sizes.dtype)
 
-    def append(self, row: int, tokens: int) -> None:
-        """Writes tokens of a request, in every layer."""
+    def append(self, row: int, tokens: int, *, write: bool = True) -> torch.Tensor:
+        """Puts tokens of a request into pages of every layer, and gives their slots."""
+        size, groups = self.sizes.page, self.sizes.groups
         first = self.lengths[row]
         self.lengths[row] += tokens
-        while len(self.tables[row]) * SIZE < self.lengths[row]:
+        while len(self.tables[row]) * size < self.lengths[row]:
             self.tables[row].append(self.free.pop())
         place = torch.arange(first, self.lengths[row], dtype=torch.int64, device=self.device)
-        pages = torch.tensor(self.tables[row], device=self.device)[place // SIZE]
-        slots = pages * SIZE + place % SIZE
+        pages = torch.tensor(self.tables[row], device=self.device)[place // size]
+        slots = pages * size + place % size
         for layer in range(L):
-            keys = self.numbers(tokens, G)
+            keys = self.numbers(tokens, groups)
             # What steps look for lies in a few runs of keys.
             keys[..., 100:140, :2] += 4.0
-            self.keys[layer, pages, :, place % SIZE] = keys.transpose(0, 1)
-            self.values[layer, pages, :, place % SIZE] = self.numbers(tokens, G).transpose(0, 1)
-            padded = F.pad(slots, (0, 2), value=-1)
-            self.decoding.write(layer, self.keys[layer], padded)
+            self.keys[layer, pages, :, place % size] = keys.transpose(0, 1)
+            values = self.numbers(tokens, groups)
+            self.values[layer, pages, :, place % size] = values.transpose(0, 1)
+            if write:
+                self.decoding.write(layer, self.keys[layer], F.pad(slots, (0, 2), value=-1))
+        return slots
 
     def prompt(self, tokens: int, prefix: Sequence[int] = (), *, learn: bool = True) -> int:
         """A new request, some of whose first pages are another's; gives its row."""
@@ -73,9 +99,25 @@ class Engine:
 
     def queries(self, tokens: int) -> torch.Tensor:
         """Random queries that look for the same keys, `[H, tokens, D]`."""
-        query = self.numbers(tokens, H)
+        query = self.numbers(tokens, self.sizes.heads)
         query[..., :2] += 2.0
         return query
+
+    def step_queries(self, rows: int) -> torch.Tensor:
+        """Of one token of each of some rows, `[L, rows, H, D]`."""
+        return torch.stack([self.queries(rows).transpose(0, 1) for _ in range(L)])
+
+    def given(self, rows: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tables and lengths of a step of some rows, -1 for none."""
+        most = max(len(table) for table in self.tables) + 1
+        tables = torch.full((len(rows), most), -1, dtype=torch.int32, device=self.device)
+        lengths = torch.zeros(len(rows), dtype=torch.int32, device=self.device)
+        for place, row in enumerate(rows):
+            if row >= 0:
+                lengths[place] = self.lengths[row]
+                mine = torch.tensor(self.tables[row], dtype=torch.int32, device=self.device)
+                tables[place, : len(mine)] = mine
+        return tables, lengths
 
     def learn(self, row: int, queries: Sequence[torch.Tensor]) -> None:
         table = torch.tensor(self.tables[row], device=self.device)
@@ -94,14 +136,7 @@ class Engine:
         self, rows: Sequence[int], queries: torch.Tensor, sparse: list[bool] | None = None
     ) -> torch.Tensor:
         """One step of some rows, -1 for none, `[L, rows, H, D]`."""
-        most = max(len(table) for table in self.tables) + 1
-        tables = torch.full((len(rows), most), -1, dtype=torch.int32, device=self.device)
-        lengths = torch.zeros(len(rows), dtype=torch.int32, device=self.device)
-        for place, row in enumerate(rows):
-            if row >= 0:
-                lengths[place] = self.lengths[row]
-                mine = torch.tensor(self.tables[row], dtype=torch.int32, device=self.device)
-                tables[place, : len(mine)] = mine
+        tables, lengths = self.given(rows)
         self.decoding.begin_step(lengths, None if sparse is None else torch.tensor(sparse))
         return torch.stack(
             [
@@ -116,10 +151,13 @@ class Engine:
         )
 
 
-def made(density: float, device: str = "cpu", **options: Any) -> PagedDecoding:
-    sizes = {"n_heads": H, "n_groups": G, "head_dim": D, "max_rows": 8}
-    sizes |= {"device": torch.device(device)}
-    return PagedDecoding(layers=range(L), density=density, **{**sizes, **options})
+def made(
+    density: float, device: str = "cpu", sizes: Sizes = SMALL, **options: Any
+) -> PagedDecoding:
+    heads, groups, dim = sizes[:3]
+    given = {"n_heads": heads, "n_groups": groups, "head_dim": dim, "max_rows": 8}
+    given |= {"device": torch.device(device)}
+    return PagedDecoding(layers=range(L), density=density, **{**given, **options})
 
 
 def test_at_density_1_it_is_dense_attention() -> None:
@@ -133,7 +171,7 @@ def test_at_density_1_it_is_dense_attention() -> None:
         for row in rows:
             if row >= 0:
                 engine.append(row, 1)
-        queries = torch.stack([engine.queries(len(rows)).transpose(0, 1) for _ in range(L)])
+        queries = engine.step_queries(len(rows))
         out = engine.step(rows, queries)
         for place, row in enumerate(rows):
             if row < 0:
@@ -162,7 +200,7 @@ def test_one_request_reads_what_it_would_in_a_session() -> None:
         session.read_prompt(layer, state, query[None])
     for _ in range(25):
         engine.append(row, 1)
-        queries = torch.stack([engine.queries(1).transpose(0, 1) for _ in range(L)])
+        queries = engine.step_queries(1)
         out = engine.step([row], queries)
         for layer in range(L):
             expected, record = session.attend(
@@ -181,7 +219,7 @@ def test_rows_may_be_dense_beside_sparse_ones() -> None:
             engine.learn(1, [engine.queries(700) for _ in range(L)])
         for row in rows:
             engine.append(row, 1)
-        queries = torch.stack([engine.queries(2).transpose(0, 1) for _ in range(L)])
+        queries = engine.step_queries(2)
         out = engine.step(rows, queries, sparse=[False, number > 0])
         for layer in range(L):
             expected = F.scaled_dot_product_attention(
@@ -207,7 +245,7 @@ def test_steps_come_to_read_what_is_asked_for() -> None:
         now = rows if number % 3 else [rows[number % 2]]
         for row in now:
             engine.append(row, 1)
-        engine.step(now, torch.stack([engine.queries(len(now)).transpose(0, 1) for _ in range(L)]))
+        engine.step(now, engine.step_queries(len(now)))
     engine.decoding.begin_step(torch.zeros(1, dtype=torch.int32))
     steps, density = engine.decoding.report()
     assert steps == 20 * 3 + 10
@@ -228,7 +266,7 @@ def test_where_pages_are_and_who_has_them_does_not_matter() -> None:
     twin.keys[:, order], twin.values[:, order] = engine.keys.clone(), engine.values.clone()
     twin.tables = [order[table].tolist() for table in engine.tables]
     twin.decoding._codes = engine.decoding._codes
-    queries = torch.stack([engine.queries(3).transpose(0, 1) for _ in range(L)])
+    queries = engine.step_queries(3)
     out = engine.step([0, 1, 2], queries)
     for codes, keys in zip(twin.decoding._codes, twin.keys, strict=True):
         # Of another cache: all is written anew.
@@ -271,7 +309,7 @@ def test_a_broken_prompt_spoils_no_other() -> None:
     for _ in range(2):
         engine.prompt(300)
     engine.append(0, 1)
-    out = engine.step([0], torch.stack([engine.queries(1).transpose(0, 1) for _ in range(L)]))
+    out = engine.step([0], engine.step_queries(1))
     assert out.isfinite().all()
     assert basis.key.abs().max() > 1e-3
 
@@ -308,7 +346,7 @@ def test_processes_that_share_heads_read_what_one_reads() -> None:
             mine.words = codes.words[:, rank : rank + 1].contiguous()
     table = torch.tensor([whole.tables[0]], dtype=torch.int32)
     for _ in range(5):
-        query = torch.stack([whole.queries(1).transpose(0, 1) for _ in range(L)])
+        query = whole.step_queries(1)
         expected = whole.step([0], query)
         lengths = torch.tensor([700], dtype=torch.int32)
         for part in parts:
@@ -343,60 +381,97 @@ def test_small_heads_are_refused_and_codes_are_small() -> None:
     assert BLOCK == SIZE
 
 
-def test_devices_that_were_not_tried_are_refused() -> None:
-    with pytest.raises(UnsupportedError, match="not found to be right on cuda yet"):
-        made(0.3, "cuda")
+def test_one_block_that_lacks_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    select, lacks = paged_decoding.select_blocks, torch.zeros(1, G, dtype=torch.int32)
+
+    def choose(*given: Any, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        blocks, counts = select(*given, **options)
+        return blocks, counts.sub_(lacks)
+
+    monkeypatch.setattr(paged_decoding, "select_blocks", choose)
+    steps, engine = WatchedSteps(monkeypatch, paged_decoding), Engine(made(0.3))
+    engine.prompt(300)
+    for last in (False, True):
+        lacks[0, 1] = int(last)
+        engine.append(0, 1)
+        engine.step([0], engine.step_queries(1))
+        steps.keep()
+        if not last:
+            assert steps.check("cpu") == L * G
+    with pytest.raises(AssertionError):
+        steps.check("cpu")
 
 
 @pytest.mark.gpu
-def test_a_gpu_reads_what_a_cpu_reads_and_waits_for_nothing(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize(("sizes", "tokens"), [(SMALL, 700), (LARGE, 9000)], ids=["small", "large"])
+def test_a_gpu_reads_what_the_reference_reads_and_waits_for_nothing(
+    sizes: Sizes, tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(paged_decoding, "TRIED_ON", ("cpu", "cuda"))
-    torch.manual_seed(5)
-    on_cpu, on_gpu = Engine(made(0.3)), Engine(made(0.3, "cuda"), device="cuda")
-    prompt = [on_cpu.queries(700) for _ in range(L)]
-    on_cpu.prompt(700, learn=False)
-    for step in range(30):
-        if step:
-            on_cpu.append(0, 1)
-        on_gpu.keys.copy_(on_cpu.keys)
-        on_gpu.values.copy_(on_cpu.values)
-        on_gpu.lengths, on_gpu.tables = list(on_cpu.lengths), [list(t) for t in on_cpu.tables]
-        if step == 0:
-            on_cpu.learn(0, prompt)
-            on_gpu.learn(0, [query.cuda() for query in prompt])
-            continue
-        last = on_cpu.lengths[0] - 1
-        slot = torch.tensor([on_cpu.tables[0][last // SIZE] * SIZE + last % SIZE], device="cuda")
-        queries = torch.stack([on_cpu.queries(1).transpose(0, 1) for _ in range(L)])
-        expected = on_cpu.step([0], queries)
-        given = queries.cuda()
-        tables = torch.tensor([on_cpu.tables[0]], dtype=torch.int32, device="cuda")
-        lengths = torch.tensor(on_cpu.lengths, dtype=torch.int32, device="cuda")
+    # Of what the device itself has: coordinates of two devices differ by rounding, and a code at
+    # an edge by a whole step then.
+    watched = WatchedSteps(monkeypatch, paged_decoding)
+    engine = Engine(made(0.3, "cuda", sizes=sizes), device="cuda", sizes=sizes)
+    price = paged_decoding._Price(0.3, torch.ones(L, sizes.groups), 8)
+    rows = [engine.prompt(tokens, learn=False), engine.prompt(tokens // 2, learn=False)]
+    prompt = [engine.queries(tokens) for _ in range(L)]
+    engine.learn(0, prompt)
+    for layer, query in enumerate(prompt):
+        check_basis(engine, layer, query)
+    for step in range(1, 30):
+        slots = torch.cat([engine.append(row, 1, write=False) for row in rows])
+        queries, (tables, lengths) = engine.step_queries(2), engine.given(rows)
+        most = max(engine.lengths)
         runs: list[list[torch.Tensor]] = [[], []]
         torch.cuda.set_sync_debug_mode("error" if step > 2 else "default")
         try:
-            on_gpu.decoding.begin_step(lengths)
+            engine.decoding.begin_step(lengths)
             # The same twice: nothing may depend on when kernels run.
             for outs in runs:
                 for layer in range(L):
-                    pools = on_gpu.keys[layer], on_gpu.values[layer]
-                    on_gpu.decoding.write(layer, pools[0], slot)
+                    pools = engine.keys[layer], engine.values[layer]
+                    engine.decoding.write(layer, pools[0], slots)
                     outs.append(
-                        on_gpu.decoding.attend(
-                            *(layer, given[layer], *pools, tables, lengths),
-                            most_tokens=len(on_cpu.tables[0]) * SIZE,
+                        engine.decoding.attend(
+                            *(layer, queries[layer], *pools, tables, lengths),
+                            most_tokens=most,
                             scale=SCALE,
                         )
                     )
         finally:
             torch.cuda.set_sync_debug_mode("default")
-        first, again = map(torch.stack, runs)
-        assert torch.equal(first, again), step
-        # No list of these numbers is near a threshold: the CPU's stay the same if queries, or the
-        # coordinates, change by a ten-thousandth.
-        prices = [engine.decoding._price for engine in (on_cpu, on_gpu)]
-        torch.testing.assert_close(prices[1].worth.cpu(), prices[0].worth, rtol=1e-4, atol=0)
-        assert torch.equal(prices[1].counts.cpu(), prices[0].counts), step
-        torch.testing.assert_close(first.cpu(), expected, rtol=0, atol=1e-3)
+        watched.keep()
+        assert torch.equal(*map(torch.stack, runs)), step
+        found = engine.decoding._price
+        price.settle(None)
+        price.begin(lengths.cpu(), None)
+        torch.testing.assert_close(found.worth.cpu(), price.worth, rtol=1e-4, atol=0)
+        price.counts.copy_(found.counts)
+    for layer in range(L):
+        check_codes(engine, layer)
+    assert watched.check("cpu" if sizes is SMALL else "cuda") == 29 * 2 * L * 2 * sizes.groups
+
+
+def check_basis(engine: Engine, layer: int, query: torch.Tensor) -> None:
+    """The coordinates that the first request's prompt has chosen are those that a CPU chooses."""
+    key, _ = engine.sequence(0, layer)
+    moments = moments_of(
+        basis_rows(query).cpu(), key[0, :, :: basis_step(key.shape[2])].cpu(), engine.sizes.groups
+    )
+    found = engine.decoding._codes[layer].basis
+    expected = make_basis(moments, found.key.shape[1])
+    for mine, theirs in zip(vars(found).values(), vars(expected).values(), strict=True):
+        assert (mine.cpu() - theirs).norm() / theirs.norm() < 1e-3
+
+
+def check_codes(engine: Engine, layer: int) -> None:
+    """Codes beside the pages are those of the keys in the device's own coordinates."""
+    codes = engine.decoding._codes[layer]
+    assert codes.words is not None
+    for row in range(len(engine.tables)):
+        key, _ = engine.sequence(row, layer)
+        steps = (key[0].double() - codes.basis.mean[:, None]) @ codes.basis.key.double().mT
+        pages = PagedBatch(codes.words.mT, engine.given([row])[0], engine.lengths[row])
+        found = coordinates(pages.gathered()[0].mT) + 7.5  # [G, N, r]
+        # A step at an edge to a float32's last bits may have either code.
+        lowest, highest = ((steps + 8 + e).floor().clamp(0, 15) for e in (-1e-3, 1e-3))
+        assert ((found == lowest) | (found == highest)).all()
