@@ -179,9 +179,11 @@ def _wrapped(text: str, width: int) -> list[str]:
 def size_of(count: float) -> str:
     """Bytes in words.
 
-    >>> size_of(300_000_000), size_of(2.5e10)
-    ('300 MB', '25.0 GB')
+    >>> size_of(88_000), size_of(300_000_000), size_of(2.5e10)
+    ('under 1 MB', '300 MB', '25.0 GB')
     """
+    if count < 1e6:
+        return "under 1 MB"
     return f"{count / 1e6:.0f} MB" if count < 1e9 else f"{count / 1e9:.1f} GB"
 
 

@@ -25,6 +25,7 @@ from shareprefill.data.sources import (
 )
 from shareprefill.errors import ConfigError, DataError, did_you_mean
 from shareprefill.files import kind_of, printable
+from shareprefill.plain_tables import prompt_count
 from shareprefill.tokens import Messages, encode, encode_either
 
 MIXTURE = "mixture"
@@ -74,8 +75,8 @@ def make_prompts(config: CalibrateConfig, tokenizer: Any) -> list[Prompt]:
         prompt = next(sources[index], None)
         if prompt is None:
             raise DataError(
-                f"{config.data[index]} has only {number // len(sources)} usable prompts of at "
-                f"least {_least(config)} tokens, {config.samples} samples are wanted in all; lower "
+                f"{config.data[index]} has only {prompt_count(number // len(sources))} of at least "
+                f"{_least(config)} tokens, {config.samples} samples are wanted in all; lower "
                 "--samples or add --data"
             )
         prompts.append(prompt)

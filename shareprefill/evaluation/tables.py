@@ -17,6 +17,7 @@ from shareprefill.evaluation.results import Cell, Evaluation, Summary
 from shareprefill.evaluation.statistics import Estimate
 from shareprefill.evaluation.sweep import Curve
 from shareprefill.files import printable
+from shareprefill.plain_tables import prompt_count
 
 Table = tuple[list[str], list[list[str]]]
 """Columns and rows."""
@@ -257,7 +258,7 @@ def markdown(evaluation: Evaluation) -> str:
     """All tables of an evaluation, for a document."""
     context, config = evaluation.context, evaluation.config
     parts = [
-        f"{context['model']}: {config.samples} prompts of each task and length, "
+        f"{context['model']}: {prompt_count(config.samples)} of each task and length, "
         f"{context['device']}, {context['dtype']}. With 95 % intervals over prompts.\n",
         _section("Policies, over all tasks and lengths", summary_table(evaluation)),
         _section(f"At a mean recall of {TARGET_RECALL}", reached_table(evaluation)),

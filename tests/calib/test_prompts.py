@@ -88,7 +88,12 @@ def test_rows_of_other_writers(tmp_path: Path, tokenizer: Any, name: str) -> Non
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("rows.jsonl", '{"text": "short"}\n' * 9, "only 0 usable prompts of at least 256 tokens"),
+        ("rows.jsonl", '{"text": "short"}\n' * 9, "only 0 prompts of at least 256 tokens"),
+        (
+            "rows.jsonl",
+            json.dumps({"text": TEXT * 40}) + "\n" + '{"text": "short"}\n' * 9,
+            "only 1 prompt of at least 256 tokens",
+        ),
         ("rows.jsonl", '{"label": 3}\n', "no usable rows"),
         ("rows.jsonl", "{", "not valid JSON"),
         ("rows.json", "3", "must hold a list"),
