@@ -146,7 +146,7 @@ class SourceSpread:
     worst: float
 
 
-def spread_by_source(heads: Heads, calibration: Calibration) -> list[SourceSpread]:
+def spread_by_source(calibration: Calibration) -> list[SourceSpread]:
     """The spread of codes, data set by data set, all prompts counted, held-out ones among them."""
     means = calibration.agreed.code.double()
     distances = (calibration.codes.double() - means).norm(dim=-1)  # [P, K]

@@ -120,7 +120,7 @@ def examine(artifact: Artifact, folder: Path | None = None) -> Findings:
         plane=embed_in_plane(heads.code),
         separation=separation,
         noise=find_noise(heads),
-        sources=None if calibration is None else spread_by_source(heads, calibration),
+        sources=None if calibration is None else spread_by_source(calibration),
         thumbnails=None if calibration is None else load_thumbnails(heads, calibration, distances),
         policies=[_policy(heads, policy) for policy in Policy],
     )

@@ -110,7 +110,7 @@ def test_spread_by_data_set(tmp_path: Path) -> None:
     artifact = clustered(folder)
     heads = Heads.of(artifact)
     calibration = open_calibration(folder, artifact, heads)
-    found = spread_by_source(heads, calibration)
+    found = spread_by_source(calibration)
     assert [(s.source, s.prompts) for s in found] == [("retr_kv", 3), ("text", 3)]
     means = calibration.agreed.code.double()
     between = (means - means.mean(0)).square().sum(1).mean().sqrt()

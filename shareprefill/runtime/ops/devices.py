@@ -9,11 +9,6 @@ import torch
 _ALREADY = nullcontext()
 
 
-def device_of(tensor: torch.Tensor) -> AbstractContextManager[object]:
-    """Makes a tensor's GPU the current one for launches; nothing is done where it is already."""
-    return on_device(tensor.device)
-
-
 def on_device(device: torch.device) -> AbstractContextManager[object]:
     """Makes a GPU the current one for launches; nothing is done where it is already."""
     if device.type != "cuda" or device.index == torch.cuda.current_device():

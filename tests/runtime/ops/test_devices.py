@@ -1,12 +1,9 @@
 from __future__ import annotations
 
-from types import SimpleNamespace
-from typing import Any, cast
-
 import pytest
 import torch
 
-from shareprefill.runtime.ops.devices import device_of
+from shareprefill.runtime.ops.devices import on_device
 
 
 def test_only_another_gpu_is_made_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -14,5 +11,5 @@ def test_only_another_gpu_is_made_the_current_one(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
     monkeypatch.setattr(torch.cuda, "device", entered.append)
     for name in ("cpu", "cuda:1", "cuda:0"):
-        device_of(cast(Any, SimpleNamespace(device=torch.device(name))))
+        on_device(torch.device(name))
     assert entered == [torch.device("cuda:0")]

@@ -11,18 +11,16 @@ from torch import Tensor
 from shareprefill.errors import ConfigError
 from shareprefill.runtime.geometry import Geometry
 from shareprefill.runtime.ops.block_selection import LineWeights, select_blocks
-from shareprefill.runtime.ops.blocks import BlockLists
 from shareprefill.runtime.policies import make_policy
 from shareprefill.runtime.policies.antidiagonal import Antidiagonal
 from shareprefill.runtime.policies.base import LayerInputs
 from shareprefill.runtime.policies.decompose import Decompose, densest_blocks, fit_lines
-from shareprefill.runtime.policies.flash import Flash, mean_correction
+from shareprefill.runtime.policies.flash import Flash
 from shareprefill.runtime.policies.flex import Flex
 from shareprefill.runtime.policies.global_threshold import GlobalThreshold
 from shareprefill.runtime.policies.pooled import Pooled
 from shareprefill.runtime.policies.sampled import sampled_maps
 from shareprefill.runtime.policies.smoothed import UNFITTED
-from tests.support.attention import attend_with_lse
 from tests.support.maps import head_pattern, smooth
 
 BLOCK = 4
@@ -129,27 +127,6 @@ def test_flash_has_one_maximum_for_a_query_block() -> None:
     assert Flash(alpha=0.05).select(inputs, ZERO, torch.ones(1)).pattern[0, 0, 0]
     assert not Flash(alpha=0.05).select(inputs, ZERO, torch.ones(1)).pattern[0, 0, 1]
     assert Pooled().estimate(inputs, ZERO)[0, 0, 1] > 0.2
-
-
-@pytest.mark.parametrize("offset", [0, 6])
-def test_mean_correction_is_exact_for_blocks_of_equal_keys(offset: int) -> None:
-    n_query, n_key = 12, 12 + offset
-    key = torch.randn(1, n_key // 2 + 1, 8).repeat_interleave(2, 1)[:, :n_key]
-    inputs = layer(torch.randn(2, n_query, 8), key, 0.5, block=2)
-    value = torch.randn(1, n_key, 5)
-    pattern = torch.rand(2, n_query // 2, n_key // 2) < 0.4
-    geometry = inputs.geometry
-    columns = torch.arange(n_key // 2)
-    diagonal = columns[None, :] == (torch.arange(n_query // 2) + offset // 2)[:, None]
-    pattern = (pattern | diagonal) & geometry.causal
-    lists = BlockLists.from_bitmap(pattern, torch.tensor([0, 1]), 2)
-    out, lse = attend_with_lse(inputs.query, key, value, lists, scale=0.5)
-    found = mean_correction(inputs, value, torch.arange(2), pattern, out, lse)
-    logits = inputs.query @ key.mT * 0.5
-    seen = torch.arange(n_key)[None, :] <= torch.arange(offset, n_key)[:, None]
-    dense = logits.masked_fill(~seen, -torch.inf).softmax(-1) @ value
-    assert (out - dense).abs().max() > 0.01
-    torch.testing.assert_close(found, dense, rtol=1e-4, atol=1e-5)
 
 
 def test_flex_switches_by_how_well_pooling_tells_the_last_block() -> None:
