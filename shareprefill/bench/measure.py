@@ -63,6 +63,7 @@ class BenchResult:
         model: Shape or model, with its layers.
         device: Its name.
         dtype: Of the weights.
+        width: Query heads times their dimension of a layer.
         notes: What has to be known to read the rows.
         rows: By length, dense before share.
     """
@@ -70,6 +71,7 @@ class BenchResult:
     model: str
     device: str
     dtype: str
+    width: int
     notes: tuple[str, ...]
     rows: tuple[BenchRow, ...]
 
@@ -137,11 +139,12 @@ def run_bench(
             if progress is not None:
                 progress(row)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-    layers = model.config.get_text_config(decoder=True).num_hidden_layers
+    sizes = geometry(model)
     return BenchResult(
-        f"{config.model or config.shape}, {layers} layers",
+        f"{config.model or config.shape}, {sizes.layers} layers",
         name,
         str(model.dtype).removeprefix("torch."),
+        sizes.heads * sizes.head_dim,
         (*notes, *bench.notes(rows)),
         tuple(rows),
     )

@@ -45,12 +45,15 @@ class Tuning:
         backend: What computed dense attention: `SDPA`, or a vLLM backend's name.
         source: What was measured, in words.
         timings: By length.
+        width: Query heads times their dimension of a layer; None where what was measured holds
+            whatever the layers.
         table: The file that the crossover went into; None where nothing was faster.
     """
 
     backend: str
     source: str
     timings: tuple[Timing, ...]
+    width: int | None = None
     table: Path | None = None
 
     @property

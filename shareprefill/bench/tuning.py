@@ -38,12 +38,13 @@ def run_tuning(config: TuneConfig) -> Tuning:
         defaults = {"shape": _SHAPES, "layers": _LAYERS}
         missing = {n: of[device.type] for n, of in defaults.items() if getattr(config, n) is None}
         config = replace(config, **missing)
-    found = _in_engine(config, device) if _takes_vllm(config) else _in_session(config, device)
+    found = _in_engine(config, device) if _takes_vllm(config) else _in_session(config)
     if found.tokens is None:
         return found
     table = default_table() if config.table is None else Path(config.table)
     rows = rows_of(found.timings)
-    save_crossover(table, device, found.backend, found.tokens, found.source, rows)
+    what = found.backend, found.tokens, found.source, rows, found.width
+    save_crossover(table, device, *what)
     return replace(found, table=table)
 
 
@@ -54,7 +55,7 @@ def _takes_vllm(config: TuneConfig) -> bool:
     return is_there if config.engine == "auto" else config.engine == "vllm"
 
 
-def _in_session(config: TuneConfig, device: torch.device) -> Tuning:
+def _in_session(config: TuneConfig) -> Tuning:
     """Against the model's own attention in transformers."""
     bench = BenchConfig(
         lengths=config.lengths,
@@ -73,7 +74,7 @@ def _in_session(config: TuneConfig, device: torch.device) -> Tuning:
         assert share.attention == SHARE
         timings.append(Timing(share.tokens, dense.seconds, share.seconds, share.density))
     source = f"sp tune: {result.model}, {result.dtype}, torch {torch.__version__}"
-    return Tuning(SDPA, source, tuple(timings))
+    return Tuning(SDPA, source, tuple(timings), result.width)
 
 
 def _in_engine(config: TuneConfig, device: torch.device) -> Tuning:

@@ -108,7 +108,8 @@ def crossover(device: torch.device, backend: str = SDPA) -> Crossover:
     entry = None if path is None else _entries(path).get(device_name(device), {}).get(backend)
     if entry is None:
         return known
-    return Crossover(entry["tokens"], known.density, entry["source"])
+    width = None if known.width is None else entry.get("width")
+    return Crossover(entry["tokens"], known.density, entry["source"], width=width)
 
 
 def tuned(device: torch.device) -> dict[str, Crossover]:
@@ -143,7 +144,13 @@ def default_table() -> Path:
 
 
 def save_crossover(
-    path: Path, device: torch.device, backend: str, tokens: int, source: str, rows: list[Any]
+    path: Path,
+    device: torch.device,
+    backend: str,
+    tokens: int,
+    source: str,
+    rows: list[Any],
+    width: int | None = None,
 ) -> None:
     """Puts a measured crossover into a table, in place of an earlier one of the same kind.
 
@@ -154,6 +161,7 @@ def save_crossover(
         tokens: Keys from which on sharing is faster.
         source: What was measured, in words.
         rows: The measurements, JSON-ready; nothing reads them but people.
+        width: Query heads times their dimension of the layer, as in `Crossover`; None for any.
 
     Raises:
         DataError: the file is no such table, or cannot be written.
@@ -163,6 +171,8 @@ def save_crossover(
         entries = _entries(path) if kind_of(path) == "file" else {}
         of_device = entries.setdefault(device_name(device), {})
         of_device[backend] = {"tokens": tokens, "source": source, "rows": rows}
+        if width is not None:
+            of_device[backend]["width"] = width
         text = json.dumps({"format": _FORMAT, "devices": entries}, indent=1)
         atomic_write_text(path, text + "\n")
     crossover.cache_clear()
@@ -207,6 +217,8 @@ def _entries(path: Path) -> dict[str, dict[str, Any]]:
                 raise ValueError("no number of tokens")
             if not isinstance(entry["source"], str):
                 raise TypeError("no source")
+            if "width" in entry and (type(entry["width"]) is not int or entry["width"] < 1):
+                raise ValueError("no width")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DataError(
             f"{printable(path)} is no table of crossovers ({printable(error)}): remove it, and "

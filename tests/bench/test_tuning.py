@@ -12,10 +12,12 @@ from typer.testing import CliRunner, Result
 from shareprefill import doctor
 from shareprefill.artifact import save_artifact
 from shareprefill.bench import measure, tuning
+from shareprefill.bench.shapes import build_shape
 from shareprefill.bench.timings import Timing, crossover_of
 from shareprefill.commands.tune import tune_command
 from shareprefill.config import RuntimeConfig
 from shareprefill.errors import ConfigError, UnsupportedError
+from shareprefill.models import geometry
 from shareprefill.runtime import crossover as crossovers
 from shareprefill.runtime.crossover import crossover
 from shareprefill.runtime.session import share_prefill
@@ -88,8 +90,12 @@ def test_what_was_measured_holds_for_sessions(
     checks = {check.name: check for check in doctor._implementations()}
     vllm_s = checks["crossover: CPU_ATTN"]
     assert (vllm_s.state, vllm_s.detail.endswith("by hand")) == ("700 tokens", True)
-    (rows,) = [kinds["SDPA"]["rows"] for kinds in json.loads(table.read_text())["devices"].values()]
+    (kinds,) = json.loads(table.read_text())["devices"].values()
+    rows = kinds["SDPA"]["rows"]
     assert [row["speedup"] for row in rows] == [1 / 1.5, 2.0 / 1.6]
+    sizes = geometry(build_shape("tiny", layers=2, tokens=600, device=CPU, dtype=torch.float32))
+    assert kinds["SDPA"]["width"] == sizes.heads * sizes.head_dim
+    assert "width" not in kinds["CPU_ATTN"]
     model = tiny_llama()
     artifact = tiny_artifact(model)
     for tokens, prefills in ((600, 1), (599, 0)):

@@ -80,6 +80,26 @@ def test_smaller_layers_need_longer_prompts_for_as_much_work(
         crossover.cache_clear()
 
 
+def test_what_was_tuned_for_a_layer_is_longer_for_smaller_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table, cpu = tmp_path / "table.json", torch.device("cpu")
+    monkeypatch.setenv("SHAREPREFILL_CROSSOVERS", str(table))
+    save_crossover(table, cpu, "SDPA", 600, "a layer of 32 heads", [], width=4096)
+    save_crossover(table, cpu, "OTHER", 600, "whatever the layer", [])
+    try:
+        # Where choosing takes as long for layers of any size, as on GPUs, and where it does not.
+        for of_layers in (4096, None):
+            known = replace(crossovers._CPU, width=of_layers)
+            monkeypatch.setattr(crossovers, "_CPU", known)
+            crossover.cache_clear()
+            small = [crossover(cpu, name).tokens_of(32, 32) for name in ("SDPA", "OTHER")]
+            assert small == [600 if of_layers is None else 1200, 600]
+            assert crossover(cpu).tokens_of(32, 128) == 600
+    finally:
+        crossover.cache_clear()
+
+
 @pytest.mark.parametrize(
     "text",
     [
@@ -90,6 +110,8 @@ def test_smaller_layers_need_longer_prompts_for_as_much_work(
         '{"format": "shareprefill crossovers 1", "devices": {"a": 3}}',
         '{"format": "shareprefill crossovers 1", "devices": {"a": {"SDPA": {"tokens": -1}}}}',
         '{"format": "shareprefill crossovers 1", "devices": {"a": {"SDPA": {"tokens": 1}}}}',
+        '{"format": "shareprefill crossovers 1", "devices": {"a": {"SDPA": {"tokens": 1, '
+        '"source": "", "width": 0}}}}',
     ],
 )
 def test_a_table_that_cannot_be_read_is_an_error(
