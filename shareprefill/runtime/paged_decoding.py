@@ -285,8 +285,8 @@ class PagedDecoding:
         Args:
             lengths: Keys of the rows that `attend` is given in the step, the newest among them,
                 int32 `[rows]`; 0 for a row that is none.
-            sparse: Rows that are to be read sparsely, bool `[rows]`; the others read every block
-                that has any attention, in the same kernels, and count for nothing. None: all.
+            sparse: Rows that are to be read sparsely, bool `[rows]`; the others read every block,
+                in the same kernels, and count for nothing. None: all.
         """
         self._price.settle(self._exchange)
         self._price.begin(lengths, sparse)

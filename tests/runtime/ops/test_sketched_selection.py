@@ -10,6 +10,7 @@ import torch
 
 from shareprefill.errors import ConfigError, UnsupportedError
 from shareprefill.runtime.ops.sketched_selection import (
+    Basis,
     Moments,
     make_basis,
     select_blocks,
@@ -104,6 +105,26 @@ def test_triton_equals_the_reference(shape: tuple[int, ...], dtype: torch.dtype)
     expected = select_blocks(*tensors, **options, impl="reference")
     found = select_blocks(*tensors, **options, impl="triton")
     assert listed(*found) == listed(*expected)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_all_blocks_are_read_where_reading_costs_nothing(impl: str) -> None:
+    check_free_reading(impl, (2, 4, 2, 535, 8, 8, 16, 20), "cpu")
+
+
+def check_free_reading(impl: str, shape: tuple[int, ...], device: str) -> None:
+    """A sketch that knows nothing, beside keys that have all attention, hides no block."""
+    (query, key, words, basis, share, worth), options = inputs(shape, torch.float32, device)
+    basis = Basis(*(torch.zeros_like(tensor) for tensor in vars(basis).values()))
+    worth = torch.zeros_like(worth)
+    worth[:, 1] = 1e-20
+    blocks, counts = select_blocks(
+        *(1e3 * query, 1e3 * key, words, basis, share, worth), **options, impl=impl
+    )
+    found, there = listed(blocks, counts), options["lengths"] - options["starts"]
+    for rows, tokens in zip(found, there.tolist(), strict=True):
+        assert rows[0] == list(range(-(-tokens // options["block_size"])))
+    assert len(found[-1][1]) < len(found[-1][0])
 
 
 @pytest.mark.interpreter
@@ -215,6 +236,11 @@ def test_cuda_equals_the_reference(shape: tuple[int, ...], dtype: torch.dtype) -
             assert one == sorted(set(one))
             # A block whose share is a threshold's, to the last bit, may be on either side.
             assert len(set(one) ^ set(other)) <= max(1, len(other) // 500)
+
+
+@pytest.mark.gpu
+def test_cuda_reads_all_blocks_where_reading_costs_nothing() -> None:
+    check_free_reading("triton", (3, 8, 2, 70001, 64, 24, 32, 64), "cuda")
 
 
 @pytest.mark.gpu

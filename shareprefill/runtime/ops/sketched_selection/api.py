@@ -58,7 +58,7 @@ def select_blocks(
             `[pages, G, r / 8, page size]`. Those of blocks that are always read may be anything.
         basis: Of the codes, its tensors `[B, G, ...]`, or `[1, G, ...]` for all, contiguous.
         share: float32 `[H]`: weights of query heads in their KV head, of sum 1 over it.
-        worth: float32 `[B, G]`, at least 0.
+        worth: float32 `[B, G]`; where it is 0, every block is read, whatever the sketch says.
         block_size: Tokens in a block.
         local: Newest tokens whose blocks are always read.
         lengths: int32 `[B]`: keys from there on are not read; 0 for a sequence that reads nothing.

@@ -60,7 +60,8 @@ def select(
             )
             always = always_read(length, block_size, local, key.device)
             places = places_of(mass).masked_fill(always, 0)
-            read = places <= last_place(places, worth[place] / n)
+            # Where reading costs nothing, what a sketch says does not count.
+            read = (worth[place] <= 0) | (places <= last_place(places, worth[place] / n))
             listed = read.nonzero()[:, 0]
             counts[place] = len(listed)
             blocks[place][: len(listed)] = listed

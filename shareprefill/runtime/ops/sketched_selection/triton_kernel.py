@@ -385,9 +385,13 @@ def list_kernel(
     b_lost = tl.cumsum(b_mass, 0, reverse=True) - 0.5 * b_mass
     b_worth = tl.load(p_worth + i_list) / tl.maximum(n, 1)
     m_pays = (o_p > 0) & (b_lost * tl.exp2(-0.5 * o_p.to(tl.float32)) >= b_worth)
-    i_last = tl.sum(m_pays.to(tl.int32), 0)
+    # Where reading costs nothing, blocks count that reach no threshold, too.
+    is_free = b_worth <= 0.0
+    i_last = tl.where(is_free, 64, tl.sum(m_pays.to(tl.int32), 0))
     b_read = tl.sum(tl.where(o_p[None, :] <= i_last, b_counts, 0), 1)  # [CHUNKS]
-    m_read = b_place <= i_last
+    b_there = tl.minimum(tl.maximum(n - o_k * CHUNK, 0), CHUNK)
+    b_read = tl.where(is_free, b_there, b_read)
+    m_read = m_n & (b_place <= i_last)
     o_entry = tl.cumsum(m_read.to(tl.int32), 0) - 1 + tl.sum(tl.where(o_k < i_chunk, b_read, 0), 0)
     tl.store(p_blocks + i_list * n_capacity + o_entry, o_n, mask=m_read)
     if i_chunk == 0:
