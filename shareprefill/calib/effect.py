@@ -14,11 +14,13 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from shareprefill.errors import UnsupportedError
 from shareprefill.runtime.decoding import BLOCK as DECODE_BLOCK
@@ -85,7 +87,9 @@ class _Tracer(HasGradients):
             out = dense_attention(call)
         if not out.requires_grad:
             out = out.detach().requires_grad_()
-        self.calls[call.layer], self.outputs[call.layer] = call, out
+        # A layer that is recomputed for its gradients calls again: they are of the first outputs.
+        if call.layer not in self.outputs:
+            self.calls[call.layer], self.outputs[call.layer] = call, out
         return out
 
 
@@ -153,16 +157,18 @@ def measure_effect(
     device = cast(Any, model).get_input_embeddings().weight.device
     ids = input_ids[None].to(device)
     tracer = _Tracer()
-    with torch.enable_grad(), attached(model, tracer), final_states(model) as states:
-        cast(Any, model)(input_ids=ids, use_cache=False)
-    final = states()
-    if not final.requires_grad:
-        raise UnsupportedError(
-            f"{type(model).__name__} has no gradients from its attention to its predictions, so "
-            "the effect of lost attention cannot be measured: calibrate with --effect-tokens 0"
-        )
-    with _deterministic():
-        gradients = _gradients(model, final, [tracer.outputs[n] for n in layers], seed)
+    with torch.enable_grad(), attached(model, tracer), _recomputed(model):
+        with final_states(model) as states:
+            cast(Any, model)(input_ids=ids, use_cache=False)
+        final = states()
+        if not final.requires_grad:
+            raise UnsupportedError(
+                f"{type(model).__name__} has no gradients from its attention to its predictions, "
+                "so the effect of lost attention cannot be measured: calibrate with "
+                "--effect-tokens 0"
+            )
+        with _deterministic():
+            gradients = _gradients(model, final, [tracer.outputs[n] for n in layers], seed)
     cuts = {
         n: _cut(tracer.calls[n], tracer.outputs[n].detach(), gradient, block_size)
         for n, gradient in zip(layers, gradients, strict=True)
@@ -193,6 +199,32 @@ def measure_effect(
         DIVERGENCE: torch.tensor([divergence], dtype=torch.float32, device="cpu"),
         **({FP8_ERROR: torch.stack([t.cpu() for t in fp8_errors]).float()} if fp8_errors else {}),
     }
+
+
+@contextmanager
+def _recomputed(model: torch.nn.Module) -> Iterator[None]:
+    """Has the model's layers compute anew, one by one, what their gradients need.
+
+    In memory are then the layers' inputs and one layer's activations, at the cost of one more
+    forward pass. A layer of a model's own code that transformers cannot recompute keeps them all.
+    """
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    layers = [
+        module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)
+    ]
+    # Hooks that loading over several devices leaves are attributes of a module's own.
+    own = [vars(layer).get("forward") for layer in layers]
+    try:
+        for layer in layers:
+            options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
+            layer.forward = partial(checkpoint, layer.forward, **options)
+        yield
+    finally:
+        for layer, forward in zip(layers, own, strict=True):
+            del layer.forward
+            if forward is not None:
+                layer.forward = forward
 
 
 @contextmanager

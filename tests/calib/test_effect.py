@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from contextlib import nullcontext
 from functools import cache
 from typing import Any
 
@@ -187,3 +188,26 @@ def test_models_with_soft_caps_or_sinks_have_no_errors_in_fp8(name: str) -> None
     found = measure_effect(model, prompt(), layers, block_size=BLOCK, tokens=TOKENS, seed=0)
     assert "effect_change" in found
     assert "fp8_error" not in found
+
+
+def test_layers_keep_no_activations_and_give_the_same_gradients(model: Any) -> None:
+    saved = list[int]()
+
+    def counted(tensor: torch.Tensor) -> torch.Tensor:
+        saved.append(tensor.untyped_storage().nbytes())
+        return tensor
+
+    def measured() -> tuple[dict[str, torch.Tensor], int]:
+        saved.clear()
+        with torch.autograd.graph.saved_tensors_hooks(counted, lambda tensor: tensor):
+            return effect_of(model, 3), sum(saved)
+
+    layers = list(model.model.layers)
+    found, few = measured()
+    assert not any("forward" in vars(layer) for layer in layers)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(effect, "_recomputed", lambda _: nullcontext())
+        kept, many = measured()
+    assert few < many / 3, (few, many)
+    for name, value in kept.items():
+        torch.testing.assert_close(found[name], value)
