@@ -15,6 +15,7 @@ from shareprefill.artifact import Policy
 from shareprefill.runtime import core
 from shareprefill.runtime.core import SparsePrefill
 from shareprefill.runtime.ops.dispatch import has_fast_kernel
+from shareprefill.runtime.ops.hopper import launch
 from shareprefill.runtime.plan import HeadPlan, RuntimePlan
 from tests.support.plans import D, M, P, R, S, V, layer_plan
 
@@ -29,6 +30,10 @@ PLANS = {
     "vertical-slash": (V,) * HEADS,
     "shareprefill": (D,) * HEADS,
 }
+IN_FP8 = {"some heads in FP8": PLANS["mixed"], "all heads in FP8": PLANS["mixed"]}
+REFUSAL = launch.unavailable(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+needs_hopper = pytest.mark.skipif(REFUSAL is not None, reason=f"FP8 attention {REFUSAL}")
+ON_GPU = [*PLANS, *(pytest.param(name, marks=needs_hopper) for name in IN_FP8)]
 
 
 def plan_of(name: str) -> RuntimePlan:
@@ -43,11 +48,12 @@ def plan_of(name: str) -> RuntimePlan:
             # Far from what is covered, on either side of it: every other head's check fails.
             coverage_slack=0.5 if head % 2 else -0.5,
             cluster=head % 3 - 1,
+            is_fp8=name == "all heads in FP8" or (name in IN_FP8 and head % 2 == 1),
         )
-        for head, policy in enumerate(PLANS[name])
+        for head, policy in enumerate({**PLANS, **IN_FP8}[name])
     )
-    rows = 0 if "all rows" in name else 4
-    return layer_plan(heads, BLOCK, online=name == "shareprefill", pivot_rows=rows)
+    rows, block = 0 if "all rows" in name else 4, 128 if name in IN_FP8 else BLOCK
+    return layer_plan(heads, block, online=name == "shareprefill", pivot_rows=rows)
 
 
 def tensors(n_query: int, n_key: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
@@ -92,7 +98,7 @@ def test_equal_to_the_cpu(name: str, sizes: tuple[int, int]) -> None:
     assert error.quantile(0.95) < 1e-2
 
 
-@pytest.mark.parametrize("name", PLANS)
+@pytest.mark.parametrize("name", ON_GPU)
 def test_nothing_waits_for_the_device(name: str) -> None:
     plan = plan_of(name)
     prefill = SparsePrefill(plan)
@@ -103,7 +109,7 @@ def test_nothing_waits_for_the_device(name: str) -> None:
     assert out.isfinite().all()
 
 
-@pytest.mark.parametrize("name", PLANS)
+@pytest.mark.parametrize("name", ON_GPU)
 def test_a_layer_in_a_cuda_graph(name: str) -> None:
     plan = plan_of(name)
     prefill = SparsePrefill(plan)

@@ -15,8 +15,8 @@ from shareprefill.runtime.ops.block_sparse_attention import reference as exact_r
 from shareprefill.runtime.ops.blocks import BlockLists, causal_lists, count_blocks
 from shareprefill.runtime.ops.fp8_attention import fp8_attention, hopper, reference
 from shareprefill.runtime.ops.hopper import launch
+from tests.support.attention import DEVICE, HOPPER_SIZES, random_inputs, random_lists
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 REFUSAL = launch.unavailable(torch.device(DEVICE))
 needs_hopper = pytest.mark.skipif(REFUSAL is not None, reason=f"the kernel {REFUSAL}")
 # An operand in e4m3 is off by 2.4 % of its norm: half a step of 1/8 is uniform over an octave. Of
@@ -29,22 +29,6 @@ RANDOM_ERROR = 0.06
 KERNEL_ERROR = 0.015
 
 Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-
-
-def random_inputs(
-    heads: int, groups: int, n_q: int, n_k: int, dim: int, dtype: torch.dtype
-) -> Tensors:
-    shapes = ((heads, n_q, dim), (groups, n_k, dim), (groups, n_k, dim))
-    query, key, value = (torch.randn(shape, device=DEVICE, dtype=dtype) for shape in shapes)
-    return query, key, value
-
-
-def random_lists(heads: int, n_q: int, n_k: int, density: float) -> BlockLists:
-    """Lists with blocks past the diagonal, empty rows, shared patterns and left-out heads."""
-    bitmap = torch.rand(3, count_blocks(n_q, 128), count_blocks(n_k, 128)) < density
-    pattern = torch.randint(-1, 3, (heads,))
-    pattern[0] = 0
-    return BlockLists.from_bitmap(bitmap.to(DEVICE), pattern.to(DEVICE), 128)
 
 
 def full_lists(heads: int, n_tokens: int) -> BlockLists:
@@ -167,19 +151,7 @@ class TestOnHopper:
             torch.testing.assert_close(found, wanted, rtol=0.13, atol=1e-3)
         assert (small.key.float()[:, n_tokens:] == 0.0).all()
 
-    @pytest.mark.parametrize(
-        ("heads", "groups", "n_q", "n_k", "dim", "dtype"),
-        [
-            (8, 2, 1, 1, 128, torch.bfloat16),
-            (8, 2, 63, 63, 128, torch.bfloat16),
-            (8, 8, 129, 700, 128, torch.bfloat16),
-            (6, 2, 1111, 1300, 128, torch.bfloat16),
-            (32, 8, 2000, 5000, 128, torch.bfloat16),
-            (5, 1, 128, 128, 64, torch.float16),
-            (6, 3, 777, 1001, 64, torch.bfloat16),
-            (4, 2, 300, 4321, 96, torch.bfloat16),
-        ],
-    )
+    @pytest.mark.parametrize(("heads", "groups", "n_q", "n_k", "dim", "dtype"), HOPPER_SIZES)
     @pytest.mark.parametrize("density", [0.0, 0.1, 0.6, 1.0])
     def test_matches_the_reference_and_float64(
         self, heads: int, groups: int, n_q: int, n_k: int, dim: int, dtype: torch.dtype,

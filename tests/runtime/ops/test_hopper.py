@@ -19,10 +19,10 @@ from shareprefill.runtime.ops.block_sparse_attention import (
     hopper,
     reference,
 )
-from shareprefill.runtime.ops.blocks import BlockLists, causal_blocks, count_blocks
+from shareprefill.runtime.ops.blocks import BlockLists, causal_blocks
 from shareprefill.runtime.ops.hopper import launch
+from tests.support.attention import DEVICE, HOPPER_SIZES, random_inputs, random_lists
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 REFUSAL = launch.unavailable(torch.device(DEVICE))
 needs_hopper = pytest.mark.skipif(REFUSAL is not None, reason=f"the Hopper kernel {REFUSAL}")
 # Relative to float64; about what rounding the weights and the output costs.
@@ -200,22 +200,6 @@ def test_a_cpu_is_refused() -> None:
     assert "needs a Hopper GPU" in (launch.unavailable(torch.device("cpu")) or "")
 
 
-def random_inputs(
-    heads: int, groups: int, n_q: int, n_k: int, dim: int, dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    shapes = ((heads, n_q, dim), (groups, n_k, dim), (groups, n_k, dim))
-    query, key, value = (torch.randn(shape, device=DEVICE, dtype=dtype) for shape in shapes)
-    return query, key, value
-
-
-def random_lists(heads: int, n_q: int, n_k: int, density: float, patterns: int) -> BlockLists:
-    """Lists with blocks past the diagonal, empty rows, shared patterns and left-out heads."""
-    bitmap = torch.rand(patterns, count_blocks(n_q, 128), count_blocks(n_k, 128)) < density
-    pattern = torch.randint(-1, patterns, (heads,))
-    pattern[0] = 0
-    return BlockLists.from_bitmap(bitmap.to(DEVICE), pattern.to(DEVICE), 128)
-
-
 def check(
     inputs: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
     lists: BlockLists,
@@ -253,26 +237,14 @@ def check(
 @needs_hopper
 @pytest.mark.gpu
 class TestOnHopper:
-    @pytest.mark.parametrize(
-        ("heads", "groups", "n_q", "n_k", "dim", "dtype"),
-        [
-            (8, 2, 1, 1, 128, torch.bfloat16),
-            (8, 2, 63, 63, 128, torch.bfloat16),
-            (8, 8, 129, 700, 128, torch.bfloat16),
-            (6, 2, 1111, 1300, 128, torch.bfloat16),
-            (32, 8, 2000, 5000, 128, torch.bfloat16),
-            (5, 1, 128, 128, 64, torch.float16),
-            (6, 3, 777, 1001, 64, torch.float16),
-            (4, 2, 300, 4321, 96, torch.bfloat16),
-        ],
-    )
+    @pytest.mark.parametrize(("heads", "groups", "n_q", "n_k", "dim", "dtype"), HOPPER_SIZES)
     @pytest.mark.parametrize("density", [0.0, 0.1, 0.6, 1.0])
     def test_matches_float64(
         self, heads: int, groups: int, n_q: int, n_k: int, dim: int, dtype: torch.dtype,
         density: float,
     ) -> None:  # fmt: skip
         inputs = random_inputs(heads, groups, n_q, n_k, dim, dtype)
-        check(inputs, random_lists(heads, n_q, n_k, density, 3))
+        check(inputs, random_lists(heads, n_q, n_k, density))
 
     def test_full_lists_are_as_exact_as_dense_attention(self) -> None:
         query, key, value = random_inputs(8, 2, 1500, 1500, 128, torch.bfloat16)
