@@ -5,10 +5,10 @@
 
 Times one layer's attention as models call it, through the seam to transformers and the session, in
 a stream of layers that nothing waits for, so that host and device overlap; `--linear` puts the
-products of an 8B model's linear layers before each. Beside it: the model's own attention without a
-session, the session below its crossover, cuDNN's and FlashAttention-4's. Inputs have structure
-(layer_cases.py); their density falls with length as the goals of bench_layer.py have it. A real
-model's layers have more small kernels, whose host time adds to every line alike.
+products of an 8B model's linear layers before each. Beside it, in turns: the model's own attention
+without a session, the session below its crossover, cuDNN's and FlashAttention-4's. Inputs have
+structure (layer_cases.py); their density falls with length as the goals of bench_layer.py have it.
+A real model's layers have more small kernels, whose host time adds to every line alike.
 
 Then, for two lengths, the density at which block-sparse attention takes as long as dense attention.
 The result goes into shareprefill/runtime/crossover.py.
@@ -18,7 +18,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -122,13 +124,11 @@ class Layers:
         self.linear = _linear(tokens, device) if options.linear else None
 
     def measure(self) -> Row:
-        """Times every kind of attention."""
+        """Times every kind of attention, in turns."""
         query, key, _ = self.tensors
-        ms, missing = {OWN: self._time(self._own())}, {}
-        for name, session in ((BELOW, self.below), (SHARED, self.shared)):
-            with session:
-                ms[name] = self._time(self._seam)
-            session.reset()
+        kinds: dict[str, Attention] = {OWN: self._own(), BELOW: self._seam, SHARED: self._seam}
+        sessions = {BELOW: self.below, SHARED: self.shared}
+        missing: dict[str, str] = {}
         others: dict[str, tuple[str, Callable[[], Attention]]] = {
             CUDNN.name: ("cudnn", self._cudnn),
             FlashAttention4.name: ("fa4", self._fa4),
@@ -137,11 +137,22 @@ class Layers:
             reason = missing_baseline(kind, query[0], key[0])
             if reason is None:
                 try:
-                    ms[name] = self._time(make())
+                    attention = make()
+                    attention(0)
                 except failures() as error:
                     reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+                else:
+                    kinds[name] = attention
             if reason is not None:
                 missing[name] = reason
+        times: dict[str, list[float]] = {name: [] for name in kinds}
+        for _ in range(self.options.repeats):
+            for name, attention in kinds.items():
+                with sessions.get(name, nullcontext()):
+                    times[name].append(self._time(attention))
+        for session in sessions.values():
+            session.reset()
+        ms = {name: statistics.median(found) for name, found in times.items()}
         return Row(query.shape[2], self.facts.density, self.facts.recall, ms, missing)
 
     def _time(self, attention: Attention) -> float:
@@ -153,9 +164,9 @@ class Layers:
                     self.linear()
                 attention(layer)
 
+        # Another kind ran before: what it left in caches is not to count.
         layers_after_each_other()
-        device, repeats = self.options.device, self.options.repeats
-        return stream_ms(layers_after_each_other, device, 1, repeats) / layers
+        return stream_ms(layers_after_each_other, self.options.device, 1, 1) / layers
 
     def _seam(self, layer: int) -> object:
         """As transformers calls a session."""
