@@ -131,7 +131,10 @@ class DecodeSteps:
         known = self._known.get(conversation)
         starts, why = _prompt_of(call)
         if known is None or (why is None and known.state.starts != starts):
-            known = self._known[conversation] = _Known(self.decoding.begin(starts))
+            # Layers before, that said why they are dense, do not know the first keys.
+            reasons = {} if known is None else known.why_dense
+            known = _Known(self.decoding.begin(starts), why_dense=reasons)
+            self._known[conversation] = known
         if why is not None:
             known.why_dense[call.layer] = why
             known.state.forget(call.layer)

@@ -383,6 +383,26 @@ def test_layers_of_another_kind_are_decoded_densely_and_said(name: str) -> None:
     assert (report.steps, report.dense_steps, report.density) == (*KINDS[name], 1.0)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("gemma3_text", "sliding window of 24, 2 of 3 layers"),
+        ("llama4_text", f"{NOT_CAUSAL}, 1 of 2 layers"),
+    ],
+)
+def test_padding_does_not_change_why_layers_of_another_kind_are_dense(name: str, why: str) -> None:
+    model = build(next(family for family in FAMILIES if family.name == name))
+    ids, mask = token_ids(2, 100), torch.ones(2, 100, dtype=torch.long)
+    mask[0, :30] = 0
+    with share_prefill(model, config=replace(ALL, policy="oracle", gamma=1.0)) as session:
+        out = model(input_ids=ids[:, :99], attention_mask=mask[:, :99], use_cache=True)
+        model(input_ids=ids[:, 99:], attention_mask=mask, **cache_of(out))
+    report = session.report().decoding
+    assert report is not None
+    assert (report.steps, report.dense_steps) == (2, {why: 2})
+
+
 def test_answers_by_the_greedy_loop_are_the_models_own(model: Any) -> None:
     class Tokenizer:
         def decode(self, ids: Any, **_: Any) -> str:
