@@ -44,25 +44,27 @@ class Conversation:
 
     def note(self, cache: Any) -> None:
         """Remembers the cache as it is after a pass."""
-        keys, before = _last_keys(cache), self._keys()
+        layer, before = _last_layer(cache), self._keys()
+        keys = None if layer is None else layer.keys
         self._keys = (lambda: None) if keys is None else weakref.ref(keys)
         self._version = None if keys is None else _version(keys)
-        if keys is not None and keys is before and self._version is None:
+        is_kept = keys is before or getattr(layer, "is_compileable", False)
+        if keys is not None and self._version is None and is_kept:
             # Written in place, and uncounted: what others write would not be noticed.
             self._keys = lambda: None
 
     def holds(self, cache: Any) -> bool:
         """Whether the cache is as the last pass left it."""
-        keys = _last_keys(cache)
+        layer = _last_layer(cache)
+        keys = None if layer is None else layer.keys
         return keys is self._keys() and (keys is None or _version(keys) == self._version)
 
 
-def _last_keys(cache: Any) -> Tensor | None:
-    """The keys of the last layer that has any."""
+def _last_layer(cache: Any) -> Any:
+    """The last layer that has keys; None where none has."""
     for layer in reversed(cache.layers):
-        keys = getattr(layer, "keys", None)
-        if isinstance(keys, Tensor):
-            return keys
+        if isinstance(getattr(layer, "keys", None), Tensor):
+            return layer
     return None
 
 

@@ -310,6 +310,23 @@ def test_a_static_cache_that_other_passes_wrote_to_is_not_known(model: Any) -> N
     assert (report.steps, report.dense_steps) == (1, {NO_PROMPT: 1})
 
 
+def test_a_static_cache_of_inference_mode_is_not_known(model: Any) -> None:
+    """Nobody counts what is written into it there, so another prompt would not be noticed."""
+    ids = token_ids(1, 402)
+    with torch.inference_mode():
+        cache = StaticCache(model.config, max_cache_len=500)
+        session = session_of(model, FEW)
+        with session:
+            model(input_ids=ids[:, :400], past_key_values=cache)
+        cache.reset()
+        model(input_ids=ids[:, :401].flip(1), past_key_values=cache)
+        with session:
+            model(input_ids=ids[:, 401:], past_key_values=cache)
+    report = session.report().decoding
+    assert report is not None
+    assert (report.steps, report.dense_steps) == (0, {NO_PROMPT: 1})
+
+
 @torch.no_grad()
 def test_masks_that_hide_keys_are_decoded_densely(model: Any) -> None:
     ids = token_ids(2, 402)
