@@ -5,6 +5,8 @@ Nothing here knows vLLM: another engine's adapter would call the same.
 
 from __future__ import annotations
 
+import logging
+import time
 import weakref
 from collections import Counter, deque
 from collections.abc import Callable
@@ -27,6 +29,9 @@ from shareprefill.vllm.decoding import ServingDecoding
 from shareprefill.vllm.options import OFF
 from shareprefill.vllm.pages import split_pages
 from shareprefill.vllm.rows import Prefill
+
+# vLLM prints what goes to its own logger and those below.
+logger = logging.getLogger("vllm.shareprefill")
 
 # Rows whose records are kept for a report. That of a layer is 3 KiB, but 8,192 of them took 180
 # MiB of a CPU's memory: what is freed between records that stay cannot be given back.
@@ -268,11 +273,15 @@ class ServingCore:
         if self.decoding is not None:
             size += self.decoding.sketch_bytes(n_groups, head_dim, query.element_size())
         torch.empty(size, dtype=torch.uint8, device=query.device)
+        # Where an engine of several processes stands still, these lines tell in which part.
+        logger.info("shareprefill: compiles kernels")
+        begun = time.perf_counter()
         # Loading a kernel may wait for the device. A collective that still ran there would wait for
         # a process which may need this one's answer to go on: so none runs while kernels load.
         torch.cuda.synchronize(query.device)
         self.warm(query, n_groups, page_size, scale=scale, softcap=softcap, sinks=sinks)
         torch.cuda.synchronize(query.device)
+        logger.info("shareprefill: kernels are there (%.1f s)", time.perf_counter() - begun)
 
     def warm(
         self,
@@ -320,6 +329,7 @@ class ServingCore:
         if self.decoding is not None:
             self.decoding.warm(query, n_groups, page_size, scale=scale)
         if self._others is not None:
+            logger.info("shareprefill: has compiled, and waits for the other processes")
             self._others.are_met = True
             self._others.sum(torch.zeros(1, dtype=torch.uint8, device=query.device))
 
