@@ -304,7 +304,8 @@ class RuntimeConfig(Stage):
         sink_blocks: First key blocks that every query block reads.
         local_blocks: Last key blocks, the diagonal one among them, that every query block reads.
         min_tokens: Prompts shorter than this run dense; None: the device's measured crossover, 5120
-            on a CPU and 6144 on a GPU, there for layers of 32 heads of 128, more for smaller ones.
+            on a CPU and 6144 on a GPU (8192 in vLLM), there for layers of 32 heads of 128, more for
+            smaller ones.
         max_density: Heads whose pattern is denser are computed densely; None: measured likewise,
             0.6 on a CPU and 0.7 on a GPU.
         nonfinite: What to do about NaN or Inf in a layer's queries or keys: `dense` (a head whose

@@ -162,7 +162,7 @@ def test_links_lead_somewhere(page: Path) -> None:
 @pytest.mark.parametrize("page", ["README.md", "docs/index.md", "docs/stages/run.md"])
 def test_lengths_from_which_on_sharing_pays_are_those_of_the_package(page: str) -> None:
     text = " ".join((ROOT / page).read_text(encoding="utf-8").split())
-    session, engine = crossover._GPUS[9]
+    session, engine = crossover._GPUS[9][crossover.SDPA], crossover._GPUS[9][None]
     assert f"{crossover._CPU.tokens // 1024}K tokens on a CPU" in text
     assert f"{session.tokens // 1024}K on a GPU" in text
     assert f"{engine.tokens // 1024}K in vLLM" in text

@@ -220,9 +220,11 @@ def time_engine(config: TuneConfig) -> Tuning:
         timings = tuple(
             time_prefills(llm, prompts, length, config.repeats) for length in config.lengths
         )
-        dtype = str(llm.model_config.dtype).removeprefix("torch.")
+        sizes = llm.model_config
+        dtype = str(sizes.dtype).removeprefix("torch.")
+        width = sizes.model_arch_config.total_num_attention_heads * sizes.get_head_size()
     source = f"sp tune: {what}, {dtype}, vLLM {vllm.__version__}, torch {torch.__version__}"
-    return Tuning(inner_backend(), source, timings)
+    return Tuning(inner_backend(), source, timings, width)
 
 
 def _check_maximum(model: str, tokens: int) -> None:

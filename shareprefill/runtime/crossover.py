@@ -84,11 +84,12 @@ _HOPPER = Crossover(
     "one H200: a layer of 32 heads, D=128 (6b73ebe), and sp-ref's answers (5e089ea)",
     width=32 * 128,
 )
-# In vLLM an 8B model gained 4 % at 8K and 19 % at 16K, and lost 8 % at 4K (docs/vllm.md). Decode
-# steps were not measured for it.
-_HOPPER_OTHERS = replace(_HOPPER, tokens=16384, source="one H200: vLLM 0.24, an 8B shape (d708706)")
-# By the first number of the compute capability: against a session's dense attention, and others.
-_GPUS = {9: (_HOPPER, _HOPPER_OTHERS)}
+# In vLLM an 8B model gained 6 % at 8K and 19 % at 16K, and lost 1 % at 6K (docs/vllm.md).
+_HOPPER_ENGINES = replace(_HOPPER, tokens=8192, source="one H200: vLLM 0.24, an 8B shape (e7d7919)")
+# Not measured.
+_HOPPER_STEPS = replace(_HOPPER, tokens=16384, source="no measurement of decode steps")
+# By the first number of the compute capability, then by what is dense; None: an engine's backends.
+_GPUS = {9: {SDPA: _HOPPER, DECODING: _HOPPER_STEPS, None: _HOPPER_ENGINES}}
 
 
 @lru_cache(maxsize=64)
@@ -198,7 +199,7 @@ def _processor() -> str:
 def _known(device: torch.device, backend: str) -> Crossover:
     if device.type == "cpu":
         return _CPU
-    place = int(backend != SDPA)
+    place = backend if backend in _GPUS[9] else None
     if device.type == "cuda":
         found = _GPUS.get(torch.cuda.get_device_capability(device)[0])
         if found is not None:

@@ -97,6 +97,7 @@ class ServingCore:
         config: The engine's own options.
         heads: Query heads of every layer that this process holds; None for all.
         exchange: Of the other processes' heads; None where this one holds all of them.
+        head_dim: Of queries and keys.
         device: Where attention is computed.
         backend: What computes dense attention there, as `sp tune` names it.
         max_rows: Query rows of one step at most.
@@ -119,6 +120,7 @@ class ServingCore:
         *,
         heads: range | None,
         exchange: Exchange | None,
+        head_dim: int,
         device: torch.device,
         backend: str,
         max_rows: int,
@@ -126,7 +128,7 @@ class ServingCore:
         count: Callable[[str, str, int], None] = lambda *_: None,
     ) -> None:
         self._make_plan, self.config = make_plan, config
-        self._heads, self._count = heads, count
+        self._heads, self._head_dim, self._count = heads, head_dim, count
         self._others = None if exchange is None else _Others(exchange)
         self.device, self.max_rows, self.max_keys = device, max_rows, max_keys
         # Read here, so that a table that cannot be read stops the engine's start.
@@ -149,9 +151,9 @@ class ServingCore:
 
     @property
     def min_tokens(self) -> int:
-        """Keys from which on a row runs sparse."""
+        """Keys from which on a whole prompt runs sparse."""
         least = self.config.min_tokens
-        return self.crossover.tokens if least is None else least
+        return self.crossover.tokens_of(*self._sizes) if least is None else least
 
     def is_new_step(self, starts: Tensor) -> bool:
         """True once a step, however many groups of layers ask.
@@ -167,7 +169,7 @@ class ServingCore:
         """Whether a row is computed sparsely."""
         if n_query == 1 and self.decoding is not None:
             return self.decoding.is_sparse(n_key, switch)
-        return n_query >= self.least_rows and self._reason(n_key, switch) is None
+        return n_query >= self.least_rows and self._reason(n_query, n_key, switch) is None
 
     def book(self, n_query: int, n_key: int, switch: str | None) -> None:
         """Counts a row of a step that is computed, once for all of its layers."""
@@ -175,7 +177,7 @@ class ServingCore:
             self.decoding.book(n_key, switch)
         if n_query < self.least_rows:
             return
-        reason = self._reason(n_key, switch)
+        reason = self._reason(n_query, n_key, switch)
         kind, name = ("dense", reason) if reason else ("sparse", self._name(switch))
         self._counts[kind, name] += 1
         self._count(kind, name, n_query)
@@ -386,8 +388,18 @@ class ServingCore:
             self._prefills[policy] = SparsePrefill(plan, self._heads, self._others)
         return self._prefills[policy]
 
-    def _reason(self, n_key: int, switch: str | None) -> str | None:
+    @property
+    def _sizes(self) -> tuple[int, int]:
+        """Query heads of this process, and their dimension."""
+        return len(self._prefill(None).heads), self._head_dim
+
+    def _reason(self, n_query: int, n_key: int, switch: str | None) -> str | None:
         """Why a row of at least a block runs dense; None where it does not."""
         if switch == OFF:
             return "request"
-        return "length" if n_key < self.min_tokens else None
+        least = self.config.min_tokens
+        if least is None:
+            is_long = self.crossover.is_worth_it(n_query, n_key, *self._sizes)
+        else:
+            is_long = n_key >= least
+        return None if is_long else "length"

@@ -23,6 +23,7 @@ from vllm.v1.attention.selector import get_attn_backend
 from shareprefill.artifact import Artifact, load_artifact
 from shareprefill.checkpoint import check_checkpoint
 from shareprefill.errors import ArtifactError, UnsupportedError
+from shareprefill.runtime.crossover import DECODING, crossover
 from shareprefill.runtime.decoding import density_of, effect_of
 from shareprefill.runtime.paged_decoding import PagedDecoding
 from shareprefill.runtime.plan import RuntimePlan, make_plan, plan_without_artifact
@@ -238,6 +239,7 @@ def _make(options: ServingOptions, config: Any) -> ServingCore:
         options.runtime,
         heads=shard and shard.heads(n_heads),
         exchange=shard,
+        head_dim=model.get_head_size(),
         device=torch.device(current_platform.device_type),
         backend=inner_backend(),
         max_rows=config.scheduler_config.max_num_batched_tokens,
@@ -275,13 +277,14 @@ def _make_decoding(
     """
     check_decoding(config)
     model, parallel = config.model_config, config.parallel_config
-    density = density_of(core.config)
+    density, least = density_of(core.config), core.config.min_tokens
+    sizes = model.get_num_attention_heads(parallel), model.get_head_size()
     heads = shard and shard.heads(model.model_arch_config.total_num_attention_heads)
     make = partial(
         PagedDecoding,
-        n_heads=model.get_num_attention_heads(parallel),
+        n_heads=sizes[0],
         n_groups=model.get_num_kv_heads(parallel),
-        head_dim=model.get_head_size(),
+        head_dim=sizes[1],
         device=core.device,
         density=density,
         effect=effect,
@@ -290,7 +293,7 @@ def _make_decoding(
     decoding = ServingDecoding(
         make,
         shard,
-        least_tokens=core.min_tokens,
+        least_tokens=crossover(core.device, DECODING).tokens_of(*sizes) if least is None else least,
         max_rows=config.scheduler_config.max_num_seqs,
         max_keys=core.max_keys,
         room=_most_cache_bytes(config.cache_config),

@@ -23,7 +23,9 @@ def test_kinds_of_devices_have_their_own(monkeypatch: pytest.MonkeyPatch) -> Non
         cpu, hopper, other, meta = map(
             crossover, map(torch.device, ("cpu", "cuda:0", "cuda:1", "meta"))
         )
-        engine = crossover(torch.device("cuda:0"), "FLASH_ATTN")
+        engine, steps = (
+            crossover(torch.device("cuda:0"), kind) for kind in ("FLASH_ATTN", crossovers.DECODING)
+        )
     finally:
         crossover.cache_clear()
     assert cpu != hopper
@@ -33,7 +35,7 @@ def test_kinds_of_devices_have_their_own(monkeypatch: pytest.MonkeyPatch) -> Non
     assert meta == other
     assert (other.tokens, other.density) == (hopper.tokens, hopper.density)
     assert "6b73ebe" in hopper.source
-    assert engine.tokens > hopper.tokens
+    assert hopper.tokens < engine.tokens < steps.tokens
     assert "vLLM" in engine.source
     for check in _crossover(hopper):
         assert check.detail.endswith(f"measured on {hopper.source}")

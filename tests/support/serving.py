@@ -34,6 +34,7 @@ def serving_core(
     *,
     heads: range | None = None,
     exchange: Exchange | None = None,
+    head_dim: int = 32,
 ) -> ServingCore:
     """The core of an engine on a CPU, in one process or in one of several."""
     return ServingCore(
@@ -41,6 +42,7 @@ def serving_core(
         config,
         heads=heads,
         exchange=exchange,
+        head_dim=head_dim,
         device=torch.device("cpu"),
         backend="CPU_ATTN",
         max_rows=1024,

@@ -5,7 +5,7 @@ import torch
 
 from shareprefill.config import RuntimeConfig
 from shareprefill.runtime.core import SparsePrefill
-from shareprefill.runtime.crossover import crossover, save_crossover
+from shareprefill.runtime.crossover import Crossover, crossover, save_crossover
 from shareprefill.runtime.ops.pages import PagedTokens
 from shareprefill.runtime.plan import RuntimePlan, plan_without_artifact
 from shareprefill.vllm.core import ServingCore
@@ -15,14 +15,14 @@ from tests.support.serving import serving_core
 EMPTY = {"rows": {"sparse": {}, "dense": {}}, "recent": {}, "latest": []}
 
 
-def core_with(**options: object) -> ServingCore:
+def core_with(*, heads: range | None = None, **options: object) -> ServingCore:
     config = RuntimeConfig.from_dict({"policy": "pooled", "min_tokens": 0} | options)
 
     def plan_of(policy: str | None) -> RuntimePlan:
         assert policy is None
         return plan_without_artifact(2, 4, config)
 
-    return serving_core(plan_of, config)
+    return serving_core(plan_of, config, heads=heads)
 
 
 def test_a_step_is_new_once_however_many_groups_ask():
@@ -107,3 +107,20 @@ def test_a_tuned_crossover_of_its_backend_holds(tmp_path: Path, monkeypatch: pyt
         assert core_with(min_tokens=200).min_tokens == 200
     finally:
         crossover.cache_clear()
+
+
+def test_a_device_s_crossover_counts_the_work_of_a_row(monkeypatch: pytest.MonkeyPatch):
+    # Of a layer of 4 heads of 32 dims.
+    measured = Crossover(400, 0.7, "here", width=4 * 32)
+    monkeypatch.setattr("shareprefill.vllm.core.crossover", lambda *_: measured)
+    core = core_with(min_tokens=None)
+    assert core.min_tokens == 400
+    assert [core.is_sparse(keys, keys, None) for keys in (399, 400)] == [False, True]
+    # The last rows of a prompt that an engine cut into chunks: 128 * (2 * 688 - 128) < 400 ** 2.
+    assert [core.is_sparse(128, keys, None) for keys in (688, 690)] == [False, True]
+    core.book(128, 688, None)
+    assert core.report()["rows"]["dense"] == {"length": 1}
+    # A process that holds half of the heads has half of the work.
+    assert core_with(min_tokens=None, heads=range(2)).min_tokens == 565
+    # What is asked for counts keys.
+    assert core_with(min_tokens=500).is_sparse(128, 500, None)
