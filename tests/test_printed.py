@@ -68,7 +68,7 @@ PLAIN: tuple[tuple[str, str], ...] = (
     (r"(?<=\s)[-–](?=\s)", "#"),
     (r"\s+", " "),
     (r"# (?:min|h)\b", "# s"),
-    (r"# GB\b", "# MB"),
+    (r"# GB\b|under # MB\b", "# MB"),
     (r"prompts\b", "prompt"),
     (r"POLICY, \w+ #", "POLICY"),
     (r"# \[#, #\]", "#"),
