@@ -72,8 +72,7 @@ def judge_artifact(artifact: Artifact, path: Path) -> Verdict:
         sentences.append(f"attention is predicted to take {cost:.0%} of dense attention's time.")
         if cost > _LITTLE_GAIN:
             warnings.append(
-                "there is little to gain: lower sp cluster --target-recall, or calibrate on "
-                "longer prompts"
+                f"there is little to gain: {_cheaper(artifact)}, or calibrate on longer prompts"
             )
     sentences.append(f"Patterns cover {mean:.1%} of the attention on average")
     if isinstance(worst, float):
@@ -89,7 +88,9 @@ def judge_artifact(artifact: Artifact, path: Path) -> Verdict:
             f"({_listed(held_out)})"
         )
         if further:
-            sentences[-1] += f", and {prompt_count(len(further))} that are not ({_listed(further)})"
+            are = "is" if len(further) == 1 else "are"
+            more = f"{prompt_count(len(further))} that {are} not ({_listed(further)})"
+            sentences[-1] += f", and {more}"
         sentences[-1] += "."
         thin = _thin(tokens, artifact.fingerprint.geometry)
         warnings += [*thin, *_narrow(calibration.get("data", ()))]
@@ -187,6 +188,15 @@ def judge_recall(measured: float, promised: float) -> str:
     """A measured recall beside what held-out prompts had."""
     verdict = "less than promised" if measured < promised - _MISSED else "as promised"
     return f"recall {measured:.3f}, {verdict}: held-out prompts had {promised:.3f}"
+
+
+def _cheaper(artifact: Artifact) -> str:
+    """What makes a plan by the same goal cheaper."""
+    options = artifact.configuration.get("cluster", {})
+    if options.get("max_kl") is not None:
+        return "raise sp cluster --max-kl"
+    by_budget = options.get("budget") is not None
+    return f"lower sp cluster {'--budget' if by_budget else '--target-recall'}"
 
 
 def _thin(tokens: Sequence[int], sizes: ModelGeometry) -> list[str]:

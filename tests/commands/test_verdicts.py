@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -52,6 +53,8 @@ def test_an_artifact_is_judged_by_gain_worst_heads_and_what_it_rests_on() -> Non
     assert "that are not" not in text
     more = judge_artifact(made(further_prompts=["needle", "math_find"]), PATH)
     assert "(retr_kv, text), and 2 prompts that are not (needle, math_find)." in more.sentences[-1]
+    one = judge_artifact(made(further_prompts=["needle"]), PATH)
+    assert one.sentences[-1].endswith("(retr_kv, text), and 1 prompt that is not (needle).")
     assert found.warnings == ()
     assert found.next.startswith("sp run PROMPT.txt --artifact 'my clusters.st' --compare-dense")
 
@@ -67,6 +70,23 @@ def test_an_artifact_is_judged_by_gain_worst_heads_and_what_it_rests_on() -> Non
 def test_what_an_artifact_rests_on_may_be_thin(summary: dict[str, Any], word: str) -> None:
     (warning,) = judge_artifact(made(**summary), PATH).warnings
     assert word in warning
+
+
+@pytest.mark.parametrize(
+    ("options", "remedy"),
+    [
+        ({"target_recall": 0.95, "budget": None, "max_kl": None}, "lower sp cluster --target-rec"),
+        ({"target_recall": 0.95, "budget": 0.9}, "lower sp cluster --budget,"),
+        ({"target_recall": 0.95, "max_kl": 1e-9}, "raise sp cluster --max-kl,"),
+        ({}, "lower sp cluster --target-recall,"),
+    ],
+)
+def test_little_gain_is_put_down_to_the_goal_that_was_given(
+    options: dict[str, Any], remedy: str
+) -> None:
+    artifact = replace(made(cost=0.97), configuration={"cluster": options})
+    (warning,) = judge_artifact(artifact, PATH).warnings
+    assert remedy in warning
 
 
 def test_an_artifact_without_a_summary_says_so() -> None:
