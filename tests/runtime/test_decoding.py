@@ -99,7 +99,13 @@ def test_heads_of_more_effect_read_more() -> None:
     assert second > 1.2 * first
 
 
-def test_a_sketch_that_grew_is_the_one_of_all_keys() -> None:
+@pytest.mark.parametrize("room", [decoding_module._ROOM, 1])
+def test_a_sketch_that_grew_is_the_one_of_all_keys(
+    room: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where there was no room for the tokens, so that its codes are copied."""
+    monkeypatch.setattr(decoding_module, "_ROOM", room)
+    monkeypatch.setattr(decoding_module, "_ROOM_SHARE", PROMPT)
     cache, decoding = Cache(1, PROMPT + 100), SparseDecoding(density=0.3)
     state = cache.run(decoding, STARTS, 100, slice(None))[2]
     grown = state._sketches[0]

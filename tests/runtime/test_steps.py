@@ -225,6 +225,26 @@ def test_conversations_keep_apart(model: Any) -> None:
 
 
 @torch.no_grad()
+def test_a_few_rows_are_no_new_prompt(model: Any) -> None:
+    """Drafts that are verified, a word of the user: coordinates are of more rows than these."""
+    ids, session = token_ids(1, 520), session_of(model, FEW)
+    found = []
+    with session:
+        out = None
+        for start, stop in ((0, 400), (400, 401), (401, 406), (406, 407), (407, 460), (460, 461)):
+            cache = {"use_cache": True} if out is None else cache_of(out)
+            out = model(input_ids=ids[:, start:stop], **cache)
+            assert session.steps is not None
+            (known,) = session.steps._known.values()
+            found.append(known.state._sketches[0])
+    assert found[0] is found[1] is found[2] is found[3]
+    assert found[3] is not found[4]
+    report = session.report().decoding
+    assert report is not None
+    assert (report.steps, report.dense_steps) == (3, {})
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("decode", ["dense", "sparse"])
 def test_only_sessions_with_sparse_steps_follow_caches(model: Any, decode: str) -> None:
     with session_of(model, RuntimeConfig(min_tokens=0, decode=decode)):
