@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from shareprefill.runtime import decoding as decoding_module
-from shareprefill.runtime.decoding import BLOCK, LOCAL, DecodeState, SparseDecoding
+from shareprefill.runtime.decoding import BLOCK, LOCAL, DecodeState, SparseDecoding, head_weights
 from tests.support.decode_steps import WatchedSteps
 
 B, H, G, D, PROMPT, SCALE = 3, 4, 2, 16, 700, 0.25
@@ -97,6 +97,13 @@ def test_heads_of_more_effect_read_more() -> None:
     counts = cache.run(SparseDecoding(density=0.4, effect=effect), (0,), 60, slice(0, 1))[1]
     first, second = counts[20:].double().mean((0, 2, 3))
     assert second > 1.2 * first
+
+
+def test_query_heads_count_by_their_effect_in_their_kv_head() -> None:
+    share, harm = head_weights(torch.tensor([[1.0, 3.0, 2.0, 2.0], [0.5, 0.5, 9.0, 1.0]]), 2)
+    expected = [[0.25, 0.75, 0.5, 0.5], [0.5, 0.5, 0.9, 0.1]]
+    torch.testing.assert_close(share, torch.tensor(expected))
+    torch.testing.assert_close(harm, torch.tensor([[2.0, 2.0], [0.5, 5.0]]))
 
 
 @pytest.mark.parametrize("room", [decoding_module._ROOM, 1])

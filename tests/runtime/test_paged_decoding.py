@@ -20,7 +20,7 @@ from shareprefill.runtime.decoding import (
     moments_of,
 )
 from shareprefill.runtime.ops.pages import PagedBatch, PagedTokens
-from shareprefill.runtime.ops.sketched_selection import make_basis, sketch_keys
+from shareprefill.runtime.ops.sketched_selection import Moments, make_basis, sketch_keys
 from shareprefill.runtime.ops.sketched_selection.sketch import coordinates
 from shareprefill.runtime.paged_decoding import PagedDecoding
 from tests.support.decode_steps import WatchedSteps
@@ -294,6 +294,30 @@ def test_coordinates_of_more_prompts_hold_for_all_keys(monkeypatch: pytest.Monke
     changed = [not torch.equal(*pair) for pair in pairwise(bases)]
     # After the second prompt and the fourth; the second request's was not noted.
     assert changed == [False, True, False, True, False]
+
+
+def test_coordinates_are_of_all_prompts_that_were_noted() -> None:
+    engine = Engine(made(0.3))
+    noted = []
+    for row in range(2):
+        engine.prompt(300 + row, learn=False)
+        queries = [engine.queries(300 + row) for _ in range(L)]
+        engine.learn(row, queries)
+        key, _ = engine.sequence(row, 0)
+        noted.append(moments_of(basis_rows(queries[0]), key[0], G))
+    means = (torch.stack(pair).mean(0) for pair in zip(*map(_of, noted), strict=True))
+    query, mean, square = means
+    square = square - mean[..., None] * mean[..., None, :]
+    found = engine.decoding._codes[0].basis
+    expected = make_basis(Moments(query, mean, square), found.key.shape[1])
+    for mine, theirs in zip(vars(found).values(), vars(expected).values(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-4)
+
+
+def _of(moments: Moments) -> tuple[torch.Tensor, ...]:
+    """Means over prompts of these are those of all together: squares about zero."""
+    mean = moments.mean
+    return moments.query, mean, moments.key + mean[..., None] * mean[..., None, :]
 
 
 def test_a_broken_prompt_spoils_no_other() -> None:

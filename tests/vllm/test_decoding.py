@@ -169,6 +169,12 @@ def test_what_is_dense_says_why_and_is_counted() -> None:
     decoding.reset()
     decoding.book(100, "pooled")
     assert decoding.report() == {"steps": 1, "dense_steps": {}, "density": None}
+    # Counters go on, whatever a report forgets.
+    counted = decoding.counted  # pyright: ignore[reportAttributeAccessIssue]
+    assert counted == {
+        **{("dense", reason): n for reason, n in (("request", 1), ("length", 2), (no_prompt, 1))},
+        ("sparse", "decode"): 1,
+    }
 
 
 @pytest.mark.parametrize(
