@@ -11,6 +11,7 @@ from shareprefill.calib import forecast as forecasts
 from shareprefill.calib.capture import PromptMaps, capture
 from shareprefill.calib.forecast import Forecast, _fit, _Probes, forecast
 from shareprefill.calib.pipeline import capture_maps
+from shareprefill.calib.store import MapStore
 from shareprefill.commands.calibrate import show_forecast
 from shareprefill.config import CalibrateConfig
 from shareprefill.errors import ConfigError
@@ -109,5 +110,9 @@ def test_probes_join_blocks_as_the_longest_prompt_does(
         return capture(*args, **options)
 
     monkeypatch.setattr(forecasts, "capture", noted)
-    forecast(CalibrateConfig(**small), tmp_path / "calibration")
+    monkeypatch.setattr(MapStore, "prompt_bytes", lambda *_: 10**12)
+    found = forecast(CalibrateConfig(**small), tmp_path / "calibration")
     assert sizes == {64}
+    assert found is not None
+    # A prompt's maps are held beside the model while they are joined and written.
+    assert (found.disk, found.host_memory // 10**12) == (3 * 10**12, 6)
