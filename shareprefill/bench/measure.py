@@ -20,6 +20,8 @@ from shareprefill.errors import ConfigError
 from shareprefill.models import fingerprint, geometry, load_model, load_tokenizer, resolve_device
 from shareprefill.runtime.crossover import crossover
 from shareprefill.runtime.generation import chunk_tokens, encode_prompt, prefill
+from shareprefill.runtime.ops.fp8_attention import refuse as refuse_fp8
+from shareprefill.runtime.ops.hopper.launch import unavailable
 from shareprefill.runtime.session import Session
 
 if TYPE_CHECKING:
@@ -106,11 +108,15 @@ def run_bench(
         progress: Called with every row as it is there.
 
     Raises:
-        ConfigError: a model without an artifact, an unknown shape, or lengths that do not fit.
+        ConfigError: a model without an artifact, an unknown shape, one that does not fit into
+            memory, or lengths that do not fit.
+        UnsupportedError: FP8 attention does not run here.
         ModelError: the model cannot be loaded.
         ArtifactError: the artifact is of another model.
     """
     device = resolve_device(config.device)
+    if config.precision == "fp8":
+        refuse_fp8(unavailable(device))
     torch.manual_seed(0)
     if config.model is None:
         model, notes = _random_model(config, device)

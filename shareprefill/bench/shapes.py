@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -53,6 +55,10 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 
 
+# Of free memory; the rest is for a prefill's own numbers.
+_FOR_WEIGHTS = 0.9
+
+
 def layers_of(shape: str) -> int:
     """Layers of a shape.
 
@@ -77,7 +83,7 @@ def build_shape(
         dtype: Of its weights.
 
     Raises:
-        ConfigError: there is no such shape, or it has not so many layers.
+        ConfigError: there is no such shape, it has not so many layers, or they do not fit.
     """
     if not 1 <= layers <= layers_of(shape):
         raise ConfigError(
@@ -93,6 +99,50 @@ def build_shape(
         max_position_embeddings=tokens,
         tie_word_embeddings=False,
     )
+    with torch.device("meta"):
+        _require_room(shape, AutoModelForCausalLM.from_config(config, dtype=dtype), device)
     with torch.device(device), torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(0)
         return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+
+
+def _require_room(shape: str, model: Any, device: torch.device) -> None:
+    """Refuses a model that the device has no memory for: a host would end the process unasked.
+
+    Args:
+        shape: Its name.
+        model: On the meta device.
+        device: Where it is to be made.
+
+    Raises:
+        ConfigError: says how many layers fit.
+    """
+    free, layers = _free_bytes(device), len(model.model.layers)
+    needed, each = (_bytes_of(part) for part in (model, model.model.layers[0]))
+    if free is None or needed <= _FOR_WEIGHTS * free:
+        return
+    fitting = int((_FOR_WEIGHTS * free - needed + layers * each) // each)
+    fewer = f"ask for --layers {fitting}, or " if fitting > 0 else ""
+    kind = str(model.dtype).removeprefix("torch.")
+    raise ConfigError(
+        f"{layers} layers of {shape} take {needed / 1e9:.3g} GB in {kind}, and {free / 1e9:.3g} GB "
+        f"are free: {fewer}name another --shape"
+    )
+
+
+def _bytes_of(module: torch.nn.Module) -> int:
+    return sum(weight.numel() * weight.element_size() for weight in module.parameters())
+
+
+def _free_bytes(device: torch.device) -> int | None:
+    """Memory that a device has left; None where it is not known."""
+    if device.type == "cuda":
+        # What torch keeps for later is free to it.
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + kept
+    try:
+        facts = Path("/proc/meminfo").read_text(encoding="ascii")
+    except OSError:
+        return None
+    found = re.search(r"^MemAvailable:\s*(\d+) kB$", facts, re.MULTILINE)
+    return None if found is None or device.type != "cpu" else 1024 * int(found[1])

@@ -429,8 +429,13 @@ class ModelRunner:
 
         Raises:
             ConfigError: the device has too little memory.
+            ShareprefillError: a session refuses the model or its artifact.
         """
         every = [DENSE_VARIANT, *variants]
+        for variant in variants:
+            # What a session refuses is told before dense attention takes its time.
+            assert variant.runtime is not None
+            Session(self.model, variant.artifact, variant.runtime)
         for job in jobs:
             measurement = PromptMeasurement(
                 self.model,

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from shareprefill.artifact import Artifact, check_fingerprint, load_artifact
 from shareprefill.config import RuntimeConfig
-from shareprefill.errors import ConfigError, UnsupportedError
+from shareprefill.errors import ConfigError
 from shareprefill.models import fingerprint, geometry, text_decoder
 from shareprefill.policy_names import POLICIES, WITHOUT_ARTIFACT
 from shareprefill.runtime.attachment import Attachment, latest
@@ -33,6 +33,7 @@ from shareprefill.runtime.interface import (
     dense_attention,
 )
 from shareprefill.runtime.layers import head_shard
+from shareprefill.runtime.ops.fp8_attention import refuse as refuse_fp8
 from shareprefill.runtime.ops.hopper.launch import refusal_of_kind
 from shareprefill.runtime.plan import RuntimePlan, make_plan, plan_without_artifact
 from shareprefill.runtime.policies import policy_text
@@ -297,9 +298,7 @@ def _require_fp8(model: PreTrainedModel, plan: RuntimePlan) -> None:
         UnsupportedError: says why, and what to do.
     """
     dim = geometry(model).head_dim
-    reason = refusal_of_kind(model.device, model.dtype, (dim, dim), plan.block_size)
-    if reason is not None:
-        raise UnsupportedError(f"FP8 attention {reason}; use precision='model'")
+    refuse_fp8(refusal_of_kind(model.device, model.dtype, (dim, dim), plan.block_size))
 
 
 def _steps_of(

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -8,16 +9,18 @@ import pytest
 import torch
 
 from shareprefill.artifact import Policy, load_artifact, save_artifact
-from shareprefill.bench import measure
+from shareprefill.bench import measure, shapes
 from shareprefill.bench.config import BenchConfig
 from shareprefill.bench.measure import run_bench
 from shareprefill.bench.shapes import SHAPES, build_shape
 from shareprefill.bench.synthetic import synthetic_artifact
 from shareprefill.commands.bench import show_bench
 from shareprefill.commands.options import parse_lengths
-from shareprefill.errors import ArtifactError, ConfigError
+from shareprefill.errors import ArtifactError, ConfigError, UnsupportedError
 from tests.support.checkpoint import save_checkpoint
 from tests.support.tiny import tiny_artifact, tiny_llama
+
+CPU = torch.device("cpu")
 
 
 def tiny(**options: Any) -> BenchConfig:
@@ -161,3 +164,32 @@ def test_lengths_as_written() -> None:
 def test_what_cannot_be_timed_is_refused(options: dict[str, Any], text: str) -> None:
     with pytest.raises(ConfigError, match=text):
         run_bench(tiny(**options))
+
+
+@pytest.mark.parametrize(
+    ("free", "text"),
+    [
+        (10**6, r"2 layers of tiny take 0\.00164 GB .* 0\.001 GB are free: name another --shape"),
+        (1_500_000, r"2 layers of tiny .* are free: ask for --layers 1, or name another --shape"),
+    ],
+)
+def test_a_shape_that_does_not_fit_is_refused_before_it_is_made(
+    free: int, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A machine that runs out of memory ends the process without a word."""
+    monkeypatch.setattr(shapes, "_free_bytes", lambda _: free)
+    with pytest.raises(ConfigError, match=text):
+        build_shape("tiny", layers=2, tokens=64, device=CPU, dtype=torch.float32)
+
+
+def test_memory_that_is_free_is_known_here() -> None:
+    free = shapes._free_bytes(CPU)
+    if sys.platform == "linux":
+        assert free is not None
+        assert 10**6 < free < 10**15
+
+
+def test_fp8_is_refused_before_a_model_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "build_shape", lambda *_, **__: pytest.fail("it was made"))
+    with pytest.raises(UnsupportedError, match="needs a Hopper GPU .*; use precision='model'"):
+        run_bench(tiny(precision="fp8", device="cpu"))

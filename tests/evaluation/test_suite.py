@@ -10,7 +10,8 @@ import torch
 
 from shareprefill.artifact import Artifact, Policy, load_artifact, save_artifact
 from shareprefill.config import RuntimeConfig
-from shareprefill.errors import ArtifactError, ConfigError, DataError
+from shareprefill.errors import ArtifactError, ConfigError, DataError, ShareprefillError
+from shareprefill.evaluation import runner
 from shareprefill.evaluation.config import EvalConfig
 from shareprefill.evaluation.questions import make_questions
 from shareprefill.evaluation.results import Evaluation
@@ -307,6 +308,20 @@ def test_sparse_steps_are_measured_along_the_dense_answer(folder: Path) -> None:
     ):
         with pytest.raises(ConfigError, match=said):
             replace(asked, **changes)
+
+
+def test_what_a_session_refuses_is_told_before_dense_attention_runs(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At 32K tokens that takes minutes."""
+    monkeypatch.setattr(runner, "generate", lambda *_, **__: pytest.fail("a prompt was answered"))
+    artifact = load_artifact(folder / "clusters.st")
+    known = replace(artifact, fp8_error=torch.zeros(artifact.policy.shape))
+    save_artifact(known, folder / "fp8.st")
+    for name, said in (("clusters.st", "needs an artifact"), ("fp8.st", "needs a Hopper GPU")):
+        asked = config(folder, artifact=str(folder / name), precision="fp8", device="cpu")
+        with pytest.raises(ShareprefillError, match=said):
+            evaluate(asked)
 
 
 def test_finished_outcomes_are_used_again(

@@ -64,8 +64,7 @@ def fp8_attention(
         reason = launch.refusal_of_sizes(dims, lists.block_size)
     else:
         reason = launch.refusal(query, key, value, lists.block_size)
-    if reason is not None:
-        raise UnsupportedError(f"FP8 attention {reason}; use precision='model'")
+    refuse(reason)
     if impl == "reference":
         reference.attend(query, key, value, lists, scale, out)
     else:
@@ -73,3 +72,13 @@ def fp8_attention(
 
         hopper.attend(query, key, value, lists, scale, out)
     return out
+
+
+def refuse(reason: str | None) -> None:
+    """Says why FP8 attention cannot be computed; does nothing where there is no reason.
+
+    Raises:
+        UnsupportedError: there is one.
+    """
+    if reason is not None:
+        raise UnsupportedError(f"FP8 attention {reason}; use precision='model'")
