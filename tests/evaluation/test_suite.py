@@ -70,6 +70,8 @@ def evaluation(folder: Path) -> Evaluation:
 
 
 def test_a_cell_for_every_task_policy_and_gamma(evaluation: Evaluation) -> None:
+    # Nothing is told of decode steps, which were those of dense attention.
+    assert all(cell.answer_kl is cell.decode_density is None for cell in evaluation.cells)
     found = [(cell.task, cell.label) for cell in evaluation.cells]
     labels = ["dense", "sampled, gamma 0.6", "sampled, gamma 0.95"]
     labels += ["auto, gamma 0.6", "auto, gamma 0.95"]

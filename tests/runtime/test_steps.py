@@ -16,6 +16,7 @@ from shareprefill import share_prefill
 from shareprefill.config import RuntimeConfig
 from shareprefill.errors import ConfigError
 from shareprefill.runtime import passes
+from shareprefill.runtime import steps as decode_steps
 from shareprefill.runtime.generation import cache_of, generate
 from shareprefill.runtime.session import Session
 from shareprefill.runtime.steps import (
@@ -23,6 +24,7 @@ from shareprefill.runtime.steps import (
     NOT_CAUSAL,
     OTHER_MASK,
     PADDED_INSIDE,
+    TOO_LONG,
     TOO_SHORT,
 )
 from tests.support.families import FAMILIES, build
@@ -383,6 +385,27 @@ def test_short_sequences_are_decoded_densely(model: Any) -> None:
     report = session.report().decoding
     assert report is not None
     assert (report.steps, report.dense_steps) == (3, {TOO_SHORT: 2})
+    # Padding is no part of a sequence: the longest has 393 tokens and more.
+    ids, mask = token_ids(2, 412), torch.ones(2, 412, dtype=torch.long)
+    mask[0, :20], mask[1, :30] = 0, 0
+    options = {"max_new_tokens": 13, "do_sample": False, "eos_token_id": None}
+    with session_of(model, config) as session:
+        model.generate(ids, attention_mask=mask, **options)
+    report = session.report().decoding
+    assert report is not None
+    assert (report.steps, report.dense_steps) == (2 * 2, {TOO_SHORT: 2 * 10})
+
+
+def test_sequences_beyond_a_list_of_blocks_are_decoded_densely(
+    model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(decode_steps, "MOST_BLOCKS", 3)
+    with session_of(model, FEW) as session:
+        model.generate(token_ids(1, 94), max_new_tokens=6, do_sample=False, eos_token_id=None)
+    report = session.report().decoding
+    assert report is not None
+    # 95 and 96 tokens are three blocks of 32.
+    assert (report.steps, report.dense_steps) == (2, {TOO_LONG: 3})
 
 
 # Steps that are sparse in some layer, and those that are dense in some, by the reason.
