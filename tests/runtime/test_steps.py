@@ -372,6 +372,9 @@ def test_masks_that_hide_keys_are_decoded_densely(model: Any) -> None:
     first_hidden = torch.ones(2, 401)
     first_hidden[1, :9] = 0
     assert step(None, first_hidden) == {OTHER_MASK: 2}
+    last_hidden = torch.ones(2, 401)
+    last_hidden[:, 390:] = 0
+    assert step(None, last_hidden) == {OTHER_MASK: 2}
     assert step(own_mask[:, :400], own_mask) == {PADDED_INSIDE: 2}
     behind = torch.ones(2, 401)
     behind[1, 390:400] = 0
