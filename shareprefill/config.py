@@ -297,8 +297,8 @@ class RuntimeConfig(Stage):
             None: the artifact's, 0.2 unless `sp cluster` was told another.
         delta: With `auto` and `shareprefill`, Jensen-Shannon distance to uniform above which a head
             is highly sparse; None: the artifact's, 0.3 unless `sp cluster` was told another.
-        pivot_rows: With both, query rows a block of a pivot's map, 0 for all of them; None: the
-            artifact's.
+        pivot_rows: With `auto` and `shareprefill`, query rows a block of a pivot's map, 0 for all
+            of them; None: the artifact's.
         sample_rows: Query rows a block of the row-sampled estimate.
         check_rows: With `auto`, query rows a block of the check before sharing.
         sink_blocks: First key blocks that every query block reads.
@@ -317,7 +317,7 @@ class RuntimeConfig(Stage):
         fp8_error: With `fp8`, heads whose output was off by more than this in the calibration,
             relative to its norm, stay in the model's own precision; None: 0.1.
         decode: How decode steps attend: `dense`, or `sparse`: each step and KV head reads few key
-            blocks, chosen by a sketch of the keys. No key is dropped. In engines on a CPU alone.
+            blocks, chosen by a sketch of the keys. No key is dropped.
         decode_density: With `sparse`, blocks read over all blocks, mean over steps, layers and
             heads; None: 0.2.
     """

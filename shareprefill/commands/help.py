@@ -14,6 +14,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "Model and data": (
         *("artifact", "model", "calibration", "calibrations", "data", "tasks", "samples"),
         *("length", "lengths", "seed", "cut_middle", "shape", "layers"),
+        *("served_name", "url"),
     ),
     "Patterns": (
         *("policy", "policies", "k", "ks", "metric", "linkage", "min_size"),
@@ -25,10 +26,11 @@ GROUPS: dict[str, tuple[str, ...]] = {
         *("code_size", "resolution", "hidden", "epochs", "patience", "batch_size"),
         "learning_rate",
     ),
-    "Answer": ("chat", "system", "max_new_tokens", "prefill_chunk"),
+    "Answer": (*("chat", "system", "max_new_tokens", "prefill_chunk", "decode", "decode_density"),),
     "Measurement": (
         *("compare_dense", "recall", "measure", "times", "bins", "block_size"),
         *("map_blocks", "effect_tokens", "chunk", "dense", "repeats", "engine"),
+        *("rates", "prompts", "output_tokens"),
     ),
     "Device": ("device", "dtype", "workers", "trust_remote_code"),
     "Selection": ("only", "shard", "listed", "file", "revision", "private"),
@@ -75,7 +77,7 @@ class Command(TyperCommand):
             record = parameter.get_help_record(ctx)
             if record is not None:
                 records.setdefault(_group_of(parameter), []).append(record)
-        titles = [title for title in ("Arguments", "More", *GROUPS) if title in records]
+        titles = [title for title in ("Arguments", *GROUPS) if title in records]
         sections = [(title, records[title]) for title in titles]
         return _page(self.get_usage(ctx), self.help or "", sections)
 
@@ -97,14 +99,14 @@ class Group(TyperGroup):
 def _group_of(parameter: Any) -> str:
     if parameter.param_type_name == "argument":
         return "Arguments"
-    return next((title for title, names in GROUPS.items() if parameter.name in names), "More")
+    return next(title for title, names in GROUPS.items() if parameter.name in names)
 
 
 def _place_of(parameter: Any) -> int:
     """Where an option stands in its group; arguments keep their order."""
     if parameter.param_type_name == "argument":
         return 0
-    return GROUPS.get(_group_of(parameter), (parameter.name,)).index(parameter.name)
+    return GROUPS[_group_of(parameter)].index(parameter.name)
 
 
 def _first_sentence(text: str) -> str:
