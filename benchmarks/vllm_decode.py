@@ -5,11 +5,10 @@
     python benchmarks/vllm_decode.py --tokens 32768 --requests 8 --layers 8 --compiled --plain
 
 Prompts are read once, and lie in the prefix cache then; steps are timed from the moment at which
-all requests have their first token, but for the first `--warm-ups`. Requests with `off` have
-vLLM's own decode steps to the bit. An engine whose decode steps may be sparse has no CUDA graph
-of a whole step, so where that matters (`--compiled`) `--plain` times one without the plug-in. A
-model of a known shape has random weights: only times mean something then, and its steps read more
-blocks than was asked for where no key stands out.
+all requests have their first token, but for the first `--warm-ups`. Requests with `off` are dense,
+in CUDA graphs of whole steps (`--compiled`) by the kernels of sparse ones; `--plain` times vLLM
+without the plug-in. A model of a known shape has random weights: only times mean something then,
+and its steps read more blocks than was asked for where no key stands out.
 """
 
 # vLLM lives in an environment of its own: it is not there where types are checked.

@@ -14,6 +14,7 @@ import math
 from dataclasses import dataclass, fields
 from typing import Any
 
+import torch
 import vllm
 from torch import Tensor
 from vllm.config import get_current_vllm_config
@@ -26,7 +27,13 @@ from shareprefill.errors import UnsupportedError
 from shareprefill.runtime.ops.dispatch import page_in_place
 from shareprefill.runtime.ops.pages import Tokens
 from shareprefill.vllm.core import RowState, ServingCore
-from shareprefill.vllm.decoding import DecodeStep, decode_step
+from shareprefill.vllm.decoding import (
+    MOST_TOKENS,
+    DecodeStep,
+    ServingDecoding,
+    decode_step,
+    uniform_step,
+)
 from shareprefill.vllm.engine import core_of, current_core
 from shareprefill.vllm.options import NAME
 from shareprefill.vllm.pages import all_pages, joined_pages, request_table, split_pages
@@ -92,8 +99,8 @@ class SharePrefillBuilder:
     def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> AttentionCGSupport:
         """At most graphs of uniform batches: a prefill's decisions may not be frozen in one.
 
-        None where decode steps may be sparse: which rows are, changes from step to step. vLLM
-        then captures what lies between layers' attention alone, and says so.
+        Of one token a row where decode steps may be sparse: such a graph decodes all of its rows.
+        Without any where a row may have more tokens than that knows.
         """
         support = super().get_cudagraph_support(vllm_config, kv_cache_spec)
         core = core_of(vllm_config)
@@ -101,7 +108,9 @@ class SharePrefillBuilder:
             return support
         most = AttentionCGSupport.UNIFORM_BATCH
         if core.decoding is not None:
-            most = AttentionCGSupport.NEVER
+            most = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+            if core.decoding.max_keys > MOST_TOKENS:
+                most = AttentionCGSupport.NEVER
         return most if support.value > most.value else support
 
     def __init__(
@@ -152,15 +161,16 @@ class SharePrefillBuilder:
         starts = common.query_start_loc_cpu.tolist()[: common.num_reqs + 1]
         lengths = common.seq_lens_cpu_upper_bound.tolist()[: common.num_reqs]
         division = divide(starts, lengths, is_sparse)
+        decodes, of_rows = None, (lengths, common.seq_lens, common.block_table_tensor)
+        if core.decoding is not None and common.max_query_len == 1:
+            decodes = uniform_step(division.decodes, starts[-1], *of_rows)
+        elif division.decodes:
+            decodes = decode_step(division.decodes, starts, *of_rows)
+        if decodes is not None and books:
+            assert core.decoding is not None
+            core.decoding.begin_step(decodes)
         if not division.prefills and not division.decodes:
             return metadata
-        decodes = None
-        if core.decoding is not None and division.decodes:
-            decodes = decode_step(
-                division.decodes, starts, lengths, common.seq_lens, common.block_table_tensor
-            )
-            if books:
-                core.decoding.begin_step(decodes)
         # Without ahead-of-time schedules: they share one buffer, which the whole step's has.
         runs = ((run, inner.build(0, rows_of(common, run), True)) for run in division.rest)
         tables = common.block_table_tensor
@@ -169,6 +179,26 @@ class SharePrefillBuilder:
             for row in division.prefills
         )
         metadata.shareprefill = StepWork(tuple(prefills), decodes, tuple(runs))
+        return metadata
+
+    def build_for_cudagraph_capture(self, common_attn_metadata: CommonAttentionMetadata) -> Any:
+        """The metadata of a step that a graph is captured of: all rows may be sparse, or none."""
+        common, inner = common_attn_metadata, super()
+        metadata = inner.build_for_cudagraph_capture(common)
+        if self.core is None or self.core.decoding is None:
+            return metadata
+        assert common.max_query_len == 1, "get_cudagraph_support allows no other graphs"
+        n_rows = common.num_reqs
+        step = self.core.decoding.graph_step(
+            common.seq_lens[:n_rows], common.block_table_tensor[:n_rows]
+        )
+        metadata.shareprefill = StepWork((), step, ())
+        # What sketches lie in may not belong to a graph.
+        nowhere = torch.empty(0, dtype=torch.int64, device=common.seq_lens.device)
+        for layer, impl in _impls(self.vllm_config):
+            decoding = impl.decoding_of(layer)
+            if decoding is not None:
+                decoding.write(impl.index(layer), impl.pages(layer, layer.kv_cache)[0], nowhere)
         return metadata
 
 
@@ -250,16 +280,17 @@ class SharePrefillImpl:
                 layer, query, key, value, kv_cache, attn_metadata, output,
                 output_scale, output_block_scale,
             )  # fmt: skip
-        for run, metadata in work.runs:
-            part = [None if t is None else t[run.tokens] for t in (query, key, value)]
-            inner.forward(layer, *part, kv_cache, metadata, output[run.tokens])
-        decoding, index = core.decoding, self._index(layer)
+        decoding, index = core.decoding, self.index(layer)
         if work.decodes is not None:
             assert decoding is not None
             pages = self.pages(layer, kv_cache)
             decoding.attend(
                 *(index, work.decodes, query, pages, output.view(query.shape)), scale=self.scale
             )
+        # Behind it: it writes zeros for rows of a uniform step that are not sparse.
+        for run, metadata in work.runs:
+            part = [None if t is None else t[run.tokens] for t in (query, key, value)]
+            inner.forward(layer, *part, kv_cache, metadata, output[run.tokens])
         # One object a forward pass, over all KV cache groups.
         states: dict[int, RowState] = get_forward_context().additional_kwargs.setdefault(NAME, {})
         for prefill, switch, table in work.prefills:
@@ -320,24 +351,30 @@ class SharePrefillImpl:
             slot_mapping: Places of the tokens in them, int64; negative for padding.
         """
         super().do_kv_cache_update(layer, key, value, kv_cache, slot_mapping)
-        core = self.core
-        if core is not None and core.decoding is not None and self._is_shared(core, layer):
+        decoding = self.decoding_of(layer)
+        if decoding is not None:
             keys = self.pages(layer, kv_cache)[0]
-            core.decoding.write(self._index(layer), keys, slot_mapping)
+            decoding.write(self.index(layer), keys, slot_mapping)
+
+    def decoding_of(self, layer: Any) -> ServingDecoding | None:
+        """What decodes steps of the layer sparsely; None where all are dense."""
+        core = self.core
+        return None if core is None or not self._is_shared(core, layer) else core.decoding
 
     def _arguments(self) -> dict[str, Any]:
         """What the model's attention has beside its tensors."""
         softcap = self.logits_soft_cap or None
         return {"scale": self.scale, "softcap": softcap, "sinks": self.sinks}
 
-    def _index(self, layer: Any) -> int:
+    def index(self, layer: Any) -> int:
+        """The layer's index in the model."""
         if self._layer is None:
             self._layer = int(extract_layer_index(layer.layer_name))
         return self._layer
 
     def _is_shared(self, core: ServingCore, layer: Any) -> bool:
         """Whether the artifact knows the layer (it knows no draft model's), and it is plain."""
-        is_known = self._index(layer) < core.n_layers
+        is_known = self.index(layer) < core.n_layers
         if not is_known:
             logger.info_once("shareprefill: layers of a draft model run dense")
         return is_known and self.why_dense is None

@@ -36,7 +36,8 @@ class DecodeStep:
 
     Attributes:
         place: Of the rows' tokens among the step's: a slice, or numbers, int64 `[rows]`.
-        lengths: Tokens of the rows' requests, int32 `[rows]`.
+        lengths: Tokens of the rows' requests, int32 `[rows]`; 0 for a row that others compute, and
+            that zeros are written for.
         table: Their pages, int32 `[rows, m]`.
         most_tokens: At least the largest of `lengths`.
     """
@@ -77,6 +78,29 @@ def decode_step(
     numbers = torch.tensor(places, dtype=torch.int64, device="cpu")
     place, numbers = numbers.to(lengths.device, non_blocking=True)
     return DecodeStep(place, lengths[numbers], table[numbers], most_tokens)
+
+
+def uniform_step(
+    rows: Sequence[int], n_rows: int, most: Sequence[int], lengths: Tensor, table: Tensor
+) -> DecodeStep:
+    """The rows of a step in which every row has one token, so that a CUDA graph may hold it.
+
+    A row stands where it does in the step: what is told of it in `begin_step` holds in the graph.
+
+    Args:
+        rows: Those that are decoded sparsely, ascending.
+        n_rows: Rows that have a token; those behind them are padding.
+        most: See `decode_step`.
+        lengths: See `decode_step`.
+        table: See `decode_step`.
+    """
+    lengths = lengths[:n_rows]
+    if len(rows) < n_rows:
+        is_sparse = torch.zeros(n_rows, dtype=torch.bool, device="cpu")
+        is_sparse[list(rows)] = True
+        lengths = lengths * is_sparse.to(lengths.device, non_blocking=True)
+    most_tokens = max((most[row] for row in rows), default=1)
+    return DecodeStep(slice(0, n_rows), lengths, table[:n_rows], most_tokens)
 
 
 class ServingDecoding:
@@ -150,6 +174,19 @@ class ServingDecoding:
             step: Its sparse rows.
         """
         self.core.begin_step(step.lengths)
+
+    def graph_step(self, lengths: Tensor, table: Tensor) -> DecodeStep:
+        """The rows of all steps that a CUDA graph of one is replayed for.
+
+        Before a replay `begin_step` says of each row whether it is sparse; the others read every
+        block. No row has more than `MOST_TOKENS`.
+
+        Args:
+            lengths: Tokens of the rows' requests, int32 `[rows]`, where the graph finds them.
+            table: Their pages, int32 `[rows, m]`, where it finds them.
+        """
+        assert self.max_keys <= MOST_TOKENS, "longer rows would be read in part"
+        return DecodeStep(slice(0, len(lengths)), lengths, table, self.max_keys)
 
     def write(self, layer: int, keys: Tensor, slots: Tensor) -> None:
         """Sketches the keys of a step's tokens, which are in the cache by now.

@@ -301,7 +301,7 @@ def _make_decoding(
     )
     logger.info(
         "shareprefill: of requests of %d tokens and more, decode steps read %.3g of the key blocks "
-        "(%s); their attention is in no CUDA graph",
+        "(%s); in CUDA graphs of whole steps the others are dense by the same kernels",
         decoding.least_tokens,
         density,
         "all heads alike" if effect is None else "by the artifact's effects",

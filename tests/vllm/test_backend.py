@@ -151,7 +151,9 @@ def test_decode_steps_are_sparse_in_layers_of_plain_attention_alone(
         found(layer(0, sinks=torch.zeros(4)))
 
 
-def test_no_graph_holds_decode_steps_that_may_be_sparse(monkeypatch: pytest.MonkeyPatch):
+def test_graphs_hold_rows_of_one_token_where_decode_steps_may_be_sparse(
+    monkeypatch: pytest.MonkeyPatch,
+):
     class Inner:
         @classmethod
         def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> AttentionCGSupport:
@@ -164,5 +166,6 @@ def test_no_graph_holds_decode_steps_that_may_be_sparse(monkeypatch: pytest.Monk
     for found, wanted in ((None, "ALWAYS"), (core, "UNIFORM_BATCH")):
         monkeypatch.setattr(backend, "core_of", lambda _, found=found: found)
         assert Builder.get_cudagraph_support(None, None).name == wanted
-    core.decoding = "sparse"
-    assert Builder.get_cudagraph_support(None, None).name == "NEVER"
+    for most, wanted in ((1 << 20, "UNIFORM_SINGLE_TOKEN_DECODE"), ((1 << 20) + 1, "NEVER")):
+        core.decoding = SimpleNamespace(max_keys=most)
+        assert Builder.get_cudagraph_support(None, None).name == wanted

@@ -14,7 +14,12 @@ from shareprefill.errors import UnsupportedError
 from shareprefill.runtime.ops.pages import PagedTokens
 from shareprefill.runtime.paged_decoding import PagedDecoding
 from shareprefill.runtime.plan import plan_without_artifact
-from shareprefill.vllm.decoding import MOST_TOKENS, ServingDecoding, decode_step
+from shareprefill.vllm.decoding import (
+    MOST_TOKENS,
+    ServingDecoding,
+    decode_step,
+    uniform_step,
+)
 from tests.support.serving import serving_core
 
 LAYERS, H, G, D, PAGE, SCALE = 2, 4, 2, 16, 32, 0.25
@@ -122,6 +127,37 @@ def test_rows_of_a_step_are_decoded_as_if_they_were_alone(rows: list[int]) -> No
             torch.testing.assert_close(output[starts[row]], dense, rtol=0, atol=1e-5)
         others = set(range(starts[3])) - {starts[row] for row in rows}
         assert output[list(others)].isnan().all()
+
+
+def test_rows_of_a_step_that_a_graph_may_hold_stand_where_they_do_in_it() -> None:
+    """Before a replay it is said which rows are sparse; the others read every block, or nothing."""
+    decoding, cache = decoding_with(density=0.2), Cache((650, 333, 800))
+    for request, length in enumerate(cache.lengths):
+        cache.write(decoding, request, 0, length)
+    cache.read_prompt(decoding, 0)
+    lengths = torch.tensor([*cache.lengths, 0], dtype=torch.int32)
+    # An engine's tables have room for the longest request.
+    table = F.pad(torch.cat([cache.table, cache.table[:1]]), (0, 7))
+    graph = decoding.graph_step(lengths, table)
+    assert graph.most_tokens == decoding.max_keys
+    assert graph.lengths.data_ptr() == lengths.data_ptr()
+    for rows in ((), (1,), (0, 2), (0, 1, 2)):
+        step = uniform_step(rows, 3, [n + 1 for n in cache.lengths], lengths, table)
+        assert step.lengths.tolist() == [n * (r in rows) for r, n in enumerate(cache.lengths)]
+        assert step.most_tokens == max((cache.lengths[row] + 1 for row in rows), default=1)
+        decoding.begin_step(step)
+        pages, query = (cache.pages[0, 0], cache.pages[0, 1]), cache.query[0]
+        alone, replayed = torch.full((2, 4, H, D), torch.nan)
+        decoding.attend(0, step, query, pages, alone[:3], scale=SCALE)
+        padded = torch.cat([query, query[:1]])
+        decoding.attend(0, graph, padded, pages, replayed, scale=SCALE)
+        assert not replayed[3].any()
+        for row in range(3):
+            if row in rows:
+                assert torch.equal(replayed[row], alone[row])
+            else:
+                assert not alone[row].any()
+                torch.testing.assert_close(replayed[row], cache.dense(0, row), rtol=0, atol=1e-5)
 
 
 def test_steps_come_to_read_the_density_that_was_asked_for() -> None:
