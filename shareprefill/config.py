@@ -19,18 +19,18 @@ Nonfinite = Literal["dense", "error"]
 Precision = Literal["model", "fp8"]
 Decode = Literal["dense", "sparse"]
 
-METRICS: tuple[str, ...] = ("jaccard", "jaccard-raw", "code")
-LINKAGES: tuple[str, ...] = ("average", "complete", "single")
+METRICS: tuple[str, ...] = get_args(Metric)
+LINKAGES: tuple[str, ...] = get_args(Linkage)
 # What `sp calibrate` generates itself: tasks, plain documentation, and all of them in turn.
 DATA_SETS: tuple[str, ...] = (
     *("retr_kv", "retr_passkey", "retr_number", "math_find", "code_run", "variable_tracking"),
     *("needle", "text", "mixture"),
 )
-NONFINITE: tuple[str, ...] = ("dense", "error")
-PRECISIONS: tuple[str, ...] = ("model", "fp8")
+NONFINITE: tuple[str, ...] = get_args(Nonfinite)
+PRECISIONS: tuple[str, ...] = get_args(Precision)
 # Of heads that run in FP8 where no bound is asked for.
 FP8_ERROR = 0.1
-DECODES: tuple[str, ...] = ("dense", "sparse")
+DECODES: tuple[str, ...] = get_args(Decode)
 # Of sparse decode steps where none is asked for.
 DECODE_DENSITY = 0.2
 BLOCK_SIZES: tuple[int, ...] = (16, 32, 64, 128, 256)
