@@ -94,7 +94,8 @@ class Launch:
 
         Args:
             tensors: Of the same dtypes at every call; bool ones are bytes to the kernel. Or TMA
-                descriptors that differ in address alone.
+                descriptors that differ in address alone, None, and numbers that the kernel does not
+                specialise on.
         """
         if _notes.log is not None:
             _notes.log.append((self, tensors))

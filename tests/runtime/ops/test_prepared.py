@@ -5,11 +5,15 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from importlib.util import find_spec
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
+from shareprefill.runtime.ops import prepared
 from shareprefill.runtime.ops.inputs import facts
 from shareprefill.runtime.ops.pages import PagedTokens
 from shareprefill.runtime.ops.prepared import Launch, Prepared
@@ -50,6 +54,46 @@ def _copies(device: torch.device, count: int, factor: float) -> Launch:
     from tests.support.copy_kernel import copy_kernel
 
     return Launch(copy_kernel, device, (4,), (count, factor), {"BLOCK": 64, "num_warps": 1})
+
+
+class Kernel:
+    """Stands for a compiled kernel: notes what Triton is asked for, and what starts without it."""
+
+    arg_names = ("p_source", "k_desc", "p_table", "n_tokens", "stride", "BLOCK")
+    params = ()
+
+    def __init__(self) -> None:
+        self.asked: list[Any] = []
+        self.started: list[Any] = []
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        def ask(*arguments: Any, **_options: Any) -> Any:
+            self.asked.append(arguments)
+            return SimpleNamespace(run=self.start, function=None, packed_metadata=None)
+
+        return ask
+
+    def start(self, *given: Any) -> None:
+        self.started.append(given)
+
+
+@needs_triton
+def test_a_bound_launch_hands_on_numbers_and_none_as_decode_steps_give_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(prepared, "are_kept", lambda _device: True)
+    monkeypatch.setattr(prepared, "on_device", lambda _device: nullcontext())
+    monkeypatch.setattr(prepared, "current_stream", lambda _device: 7)
+    kernel, source, tile = Kernel(), torch.zeros(64), object()
+    launch = Launch(kernel, source.device, (4,), (32,), {"BLOCK": 128})
+    for n_tokens in (9002, 703, 1):
+        launch(source, tile, None, n_tokens)
+    assert kernel.asked == [(source, tile, None, 9002, 32)]
+    address = source.data_ptr()
+    grid, stream, unused = (4, 1, 1), (7,), (None,) * 5
+    assert kernel.started == [
+        (*grid, *stream, *unused, address, tile, None, n_tokens, 32, 128) for n_tokens in (703, 1)
+    ]
 
 
 @needs_triton
