@@ -236,6 +236,16 @@ class Artifact:
         known = [n for n in tokens if type(n) is int] if isinstance(tokens, list) else []
         return max(known, default=None)
 
+    @property
+    def goal(self) -> tuple[str, float] | None:
+        """The option of `ClusterConfig` that heads were planned by; None where it does not say."""
+        options = self.configuration.get("cluster")
+        for name in ("budget", "max_kl", "target_recall"):
+            value = options.get(name) if isinstance(options, dict) else None
+            if isinstance(value, int | float) and not isinstance(value, bool):
+                return name, float(value)
+        return None
+
     def policy_counts(self) -> dict[str, int]:
         """Heads per policy label, in the order of `Policy`, zeros included."""
         counts = torch.bincount(self.policy.flatten().long(), minlength=len(Policy)).tolist()

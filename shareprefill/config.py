@@ -273,6 +273,9 @@ class ClusterConfig(Stage):
             _require(0 < self.max_kl < math.inf, "max_kl", self.max_kl, "above 0 and finite")
             if self.budget is not None:
                 raise ConfigError("budget and max_kl exclude each other: give one of them")
+        for name in ("budget", "max_kl"):
+            if getattr(self, name) is not None and self.target_recall != type(self).target_recall:
+                raise ConfigError(f"target_recall and {name} exclude each other: give one of them")
         _require_fraction("gamma", self.gamma)
         _require_distance("slack", self.slack)
         _require_distance("tau", self.tau)

@@ -62,6 +62,15 @@ def test_the_papers_rule_has_pivots_and_no_check() -> None:
         RuntimeConfig(policy="shareprefill", check_rows=2)
 
 
+@pytest.mark.parametrize(("name", "value"), [("budget", 0.3), ("max_kl", 0.01)])
+def test_a_plan_has_one_goal(name: str, value: float) -> None:
+    with pytest.raises(ConfigError, match=f"target_recall and {name} exclude each other"):
+        ClusterConfig(target_recall=0.9, **{name: value})
+    with pytest.raises(ConfigError, match="budget and max_kl exclude each other"):
+        ClusterConfig(budget=0.3, max_kl=0.01)
+    assert getattr(ClusterConfig(**{name: value}), name) == value
+
+
 def test_another_policy_leaves_out_what_was_chosen_for_the_former() -> None:
     chosen = RuntimeConfig(
         gamma=0.8, slack=0.1, delta=0.2, pivot_rows=4, check_rows=2, local_blocks=3, decode="sparse"

@@ -77,8 +77,7 @@ def _verdict(page: Page, findings: Findings, *, is_doubtful: bool) -> None:
     held_out, tokens = (artifact.summary.get(f"held_out_{name}") for name in ("prompts", "tokens"))
     words = f"{float(artifact.density.double().mean()):.1%} of the blocks hold {recall:.1%} of the "
     words += "attention"
-    if target is not None:
-        words += f"; {target:.1%} were asked for"
+    words += _asked_for(findings)
     if cost is not None:
         words += f". Attention should take {cost:.0%} of dense attention's time"
     words += f". {_count_share(findings, Policy.SHARE)} of the {heads.count} heads share a pattern"
@@ -88,8 +87,19 @@ def _verdict(page: Page, findings: Findings, *, is_doubtful: bool) -> None:
 
 
 def _target(findings: Findings) -> float | None:
-    options = findings.artifact.configuration.get("cluster")
-    return _number(options.get("target_recall")) if isinstance(options, dict) else None
+    """The recall that heads were planned for; None where that was no goal."""
+    name, value = findings.artifact.goal or ("", 0.0)
+    return value if name == "target_recall" else None
+
+
+def _asked_for(findings: Findings) -> str:
+    """What was asked for, as the end of a sentence on recall."""
+    name, value = findings.artifact.goal or ("", 0.0)
+    return {
+        "target_recall": f"; {value:.1%} were asked for",
+        "budget": f"; a density of {value:g} was asked for",
+        "max_kl": f"; a KL of {value:g} nats a position was asked for",
+    }.get(name, "")
 
 
 def _summary(page: Page, findings: Findings) -> None:

@@ -100,7 +100,7 @@ def describe(artifact: Artifact, path: Path) -> dict[str, Any]:
         "policies": rows,
         "clusters": _sharing_clusters(artifact),
         "origin": _origin(artifact.configuration.get("calibrate", {})),
-        "target": _target(artifact.configuration.get("cluster", {})),
+        "target": _target(artifact),
         "verdict": judge_artifact(artifact, path).to_dict(),
         "configuration": artifact.configuration,
         "summary": artifact.summary,
@@ -117,15 +117,16 @@ def _origin(calibration: dict[str, Any]) -> str:
     return f"{calibration['samples']} prompts of {calibration['length']} tokens at most ({data})"
 
 
-def _target(clustering: dict[str, Any]) -> str:
+def _target(artifact: Artifact) -> str:
     """What a clustering aimed at, in words."""
-    if clustering.get("budget") is not None:
-        return f"a density of {clustering['budget']:g}"
-    if clustering.get("max_kl") is not None:
-        return f"a KL divergence of {clustering['max_kl']:g} nats a position"
-    if "target_recall" in clustering:
-        return f"a recall of {clustering['target_recall']:g} in every head"
-    return "a target that the artifact does not name"
+    if artifact.goal is None:
+        return "a target that the artifact does not name"
+    name, value = artifact.goal
+    return {
+        "budget": f"a density of {value:g}",
+        "max_kl": f"a KL divergence of {value:g} nats a position",
+        "target_recall": f"a recall of {value:g} in every head",
+    }[name]
 
 
 def _sharing_clusters(artifact: Artifact) -> list[dict[str, Any]]:

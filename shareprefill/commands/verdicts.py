@@ -192,11 +192,9 @@ def judge_recall(measured: float, promised: float) -> str:
 
 def _cheaper(artifact: Artifact) -> str:
     """What makes a plan by the same goal cheaper."""
-    options = artifact.configuration.get("cluster", {})
-    if options.get("max_kl") is not None:
-        return "raise sp cluster --max-kl"
-    by_budget = options.get("budget") is not None
-    return f"lower sp cluster {'--budget' if by_budget else '--target-recall'}"
+    name, _ = artifact.goal or ("target_recall", 0.0)
+    verb = "raise" if name == "max_kl" else "lower"
+    return f"{verb} sp cluster --{name.replace('_', '-')}"
 
 
 def _thin(tokens: Sequence[int], sizes: ModelGeometry) -> list[str]:

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from html import unescape
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -86,6 +87,25 @@ def test_every_cluster_has_its_maps(page: str, folder: Path) -> None:
         for what in ("mean, and its decoded code", "an unseen prompt, and its reconstruction"):
             assert page.count(f'alt="{role} {name}: {what}"') == 2
         assert 'alt="cluster: consensus"' in page
+
+
+@pytest.mark.parametrize(
+    ("goal", "said"),
+    [
+        ({"budget": 0.7, "max_kl": None}, "; a density of 0.7 was asked for."),
+        ({"budget": None, "max_kl": 0.01}, "; a KL of 0.01 nats a position was asked for."),
+        ({}, "; 95.0% were asked for."),
+    ],
+)
+def test_the_verdict_names_the_goal_that_was_given(goal: dict[str, Any], said: str) -> None:
+    """Not the recall of a plan by a budget, which nobody asked for."""
+    configuration = {"cluster": {"target_recall": 0.95, **goal}}
+    artifact = made_up_artifact(2, 3, configuration=configuration)
+    page = build_page(examine(artifact)).html()
+    assert said in words(page).split("the 6 heads")[0]
+    assert ("target 0.95" in page) == (not goal)
+    low = replace(artifact, recall=torch.full((2, 3), 0.5))
+    assert ('class="verdict doubtful"' in build_page(examine(low)).html()) == (not goal)
 
 
 def test_the_verdict_comes_first_and_heads_have_their_numbers(page: str, folder: Path) -> None:
