@@ -123,6 +123,8 @@ def _add_verdict(page: Page, evaluation: Evaluation) -> None:
     nearest = nearest_labels(evaluation)
     summaries = summarize_cells(evaluation.cells)
     found = [s for s in summaries if s.policy not in (DENSE, ORACLE) and s.label in nearest]
+    # Of sparse steps alone, whose prefills are dense, where there is nothing else.
+    found = found or [s for s in summaries if s.decode_density is not None]
     if not found:
         page.verdict("Dense attention alone was run: there is nothing to compare.", is_good=False)
         return
@@ -136,11 +138,16 @@ def _add_verdict(page: Page, evaluation: Evaluation) -> None:
         parts.append(f"score {100 * best.difference:+.1f} points")
     if best.kl is not None:
         parts.append(f"KL {best.kl:.2g} nats a position")
-    speed = "Nothing was sparse"
+    if best.decode_density is not None:
+        parts.append(f"decode steps read {best.decode_density:.1%} of the blocks")
+    if best.answer_kl is not None:
+        parts.append(f"KL of the answer {best.answer_kl:.2g} nats a token")
+    is_sparse = best.density < 1
+    speed = "Times were not measured" if is_sparse else "No prefill was sparse"
     if best.speedup is not None:
         speed = f"The first token came {best.speedup:.2f} times as fast as with dense attention"
-    lost = best.perplexity_change
-    doubtful = lost is None or lost > _CLOSE or best.speedup is None or best.speedup < 1
+    lost, is_slow = best.perplexity_change, best.speedup is not None and best.speedup < 1
+    doubtful = lost is None or lost > _CLOSE or not is_sparse or is_slow
     page.verdict(f"{best.label}: {', '.join(parts)}. {speed}.", is_good=not doubtful)
 
 

@@ -1,6 +1,10 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
+from typing import Any
+
+import pytest
 
 from shareprefill.evaluation.pages import evaluation_page, sweep_page
 from shareprefill.evaluation.statistics import Estimate
@@ -28,6 +32,37 @@ def test_the_page_of_an_evaluation() -> None:
     assert "of the attention" in verdict
     assert "nan" not in html.lower()
     assert not re.search(r"<script|https?://(?!www\.w3\.org)", html)
+
+
+@pytest.mark.parametrize(
+    ("changes", "speed", "is_doubtful"),
+    [
+        ({}, "The first token came 1.20 times as fast as with dense attention.", False),
+        ({"speedup": None, "ttft_s": None}, "Times were not measured.", False),
+        ({"speedup": None, "density": Estimate(1.0)}, "No prefill was sparse.", True),
+        ({"speedup": Estimate(0.9)}, "The first token came 0.90 times as fast", True),
+    ],
+)
+def test_the_verdict_tells_times_where_there_are_some(
+    changes: dict[str, Any], speed: str, is_doubtful: bool
+) -> None:
+    dense, auto = perplexity_cells(**changes)
+    auto = replace(auto, difference=Estimate(0.005))
+    verdict = evaluation_page(made_evaluation([dense, auto])).split('<div class="verdict')[1]
+    assert speed in verdict.split("</div>")[0]
+    assert verdict.startswith(" doubtful") == is_doubtful
+
+
+def test_the_verdict_is_of_sparse_steps_where_prefills_are_dense() -> None:
+    steps = {"answer_kl": Estimate(0.02), "decode_density": Estimate(0.25)}
+    cells = [dense_cell(), dense_cell(settings={"decode": 0.2}, **steps)]
+    verdict = evaluation_page(made_evaluation(cells)).split('<div class="verdict')[1]
+    verdict = verdict.split("</div>")[0]
+    assert "<p>dense, decode 0.2: " in verdict
+    assert "decode steps read 25.0% of the blocks, KL of the answer 0.02 nats a token" in verdict
+    assert "nothing to compare" not in verdict
+    alone = evaluation_page(made_evaluation([dense_cell()]))
+    assert "Dense attention alone was run: there is nothing to compare." in alone
 
 
 def test_the_verdict_is_of_the_gamma_nearest_to_the_recall() -> None:
