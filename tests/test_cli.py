@@ -97,7 +97,7 @@ def test_no_speedup_where_nothing_was_sparse(work: Path, sp: Sp, tmp_path: Path)
     assert (facts["kl"], facts["top1_agreement"]) == (0.0, 1.0)
     code, out, _ = sp("run", *options, "prompt.txt", "--compare-dense")
     assert code == 0
-    assert "speed-up: nothing was sparse" in out
+    assert "speed-up: no prefill was sparse" in out
 
 
 def test_times_do_not_hold_what_measures_recall(

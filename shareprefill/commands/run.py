@@ -195,7 +195,7 @@ def finish_run(
         same = "the same answer" if facts["same_answer"] else f"answer {facts['dense_text']!r}"
         parts = [f"dense: {same}", f"first token {_times(result.dense_seconds)}"]
         if facts["speedup"] is None:
-            parts.append("no speed-up: nothing was sparse")
+            parts.append("no speed-up: no prefill was sparse")
         else:
             parts += [f"sparse {_times(result.seconds)}", _speedup(facts["speedup"])]
         parts += [

@@ -121,7 +121,9 @@ class SessionReport:
         if self.policies:
             lines.append("heads: " + _counted(self.policies))
         elif self.dense_prefills:
-            lines.append("nothing was sparse: prompts were below min_tokens, or masks not causal")
+            lines.append(
+                "no prefill was sparse: prompts were below min_tokens, or masks not causal"
+            )
         if self.fp8_heads is not None and self.policies:
             heads = sum(len(layer.policies) for layer in self.layers)
             lines.append(f"FP8: {self.fp8_heads} of {heads} heads")
