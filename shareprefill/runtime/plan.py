@@ -144,6 +144,7 @@ def make_plan(artifact: Artifact, config: RuntimeConfig) -> RuntimePlan:
         What every head is to do.
 
     Raises:
+        ConfigError: a row count is above the block size.
         ArtifactError: FP8 is asked for, and the artifact does not say how far heads are off in it.
     """
     forced, labels, selectors = _policy_of_all(config.policy, artifact.estimator)
@@ -212,7 +213,7 @@ def plan_without_artifact(layers: int, heads: int, config: RuntimeConfig) -> Run
         config: Options; None takes what a calibration has by default.
 
     Raises:
-        ConfigError: the policy, or FP8, needs an artifact.
+        ConfigError: the policy, or FP8, needs an artifact, or a row count is above the block size.
     """
     require_no_plan(config.policy)
     if config.precision == "fp8":
@@ -289,7 +290,7 @@ def _plan(
     rows: Rows,
 ) -> RuntimePlan:
     online = config.policy == "shareprefill"
-    return RuntimePlan(
+    plan = RuntimePlan(
         layers=layers,
         labels=labels,
         selectors=selectors,
@@ -308,6 +309,11 @@ def _plan(
         max_density=config.max_density,
         refuse_nonfinite=config.nonfinite == "error",
     )
+    for name in ("pivot_rows", "sample_rows", "check_rows"):
+        count = getattr(plan, name)
+        if count > block_size:
+            raise ConfigError(f"{name} = {count} is not allowed: a block has {block_size} rows")
+    return plan
 
 
 def _chosen(option: T | None, default: T) -> T:

@@ -14,6 +14,17 @@ from tests.support.tiny import tiny_artifact, tiny_llama
 P, S, D = Policy.PIVOT, Policy.SHARE, Policy.DENSE
 
 
+@pytest.mark.parametrize("name", ["pivot_rows", "sample_rows", "check_rows"])
+def test_a_block_has_so_many_rows(name: str) -> None:
+    """Also for engines, which make plans without `share_prefill`."""
+    artifact = tiny_artifact(tiny_llama())
+    rows = {name: artifact.block_size + 1}
+    with pytest.raises(ConfigError, match=f"{name} = 17 is not allowed: a block has 16 rows"):
+        make_plan(artifact, RuntimeConfig.from_dict(rows))
+    with pytest.raises(ConfigError, match="sample_rows = 129 .* a block has 128 rows"):
+        plan_without_artifact(1, 1, RuntimeConfig(policy="sampled", sample_rows=129))
+
+
 @pytest.mark.parametrize("policy", SELECTION_POLICIES)
 def test_a_policy_for_every_head_needs_no_artifact(policy: str):
     """With every block read, a layer gives what dense attention gives."""
