@@ -95,6 +95,7 @@ def inspected_with_many_pivots() -> None:
     policy[0, 0] = Policy.SHARE
     same = {name: torch.zeros(60, 32) for name in ("recall", "density", "cluster")}
     fields = {**vars(artifact), **same, "policy": policy, "heads": policy.numel()}
+    fields["goal"] = artifact.goal
     inspect.summarize(SimpleNamespace(**fields), Path("clusters.st"))  # type: ignore[arg-type]
 
 
@@ -143,7 +144,9 @@ def benched() -> None:
         for kind in ("dense", "share")
     )
     notes = ("random weights: the patterns are made up, and what is timed is their cost alone",)
-    bench.show_bench(BenchResult("llama-3.1-8b, 32 layers", "NVIDIA H200", "bfloat16", notes, rows))
+    bench.show_bench(
+        BenchResult("llama-3.1-8b, 32 layers", "NVIDIA H200", "bfloat16", 4096, notes, rows)
+    )
 
 
 def regenerated() -> None:
