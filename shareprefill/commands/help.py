@@ -26,7 +26,10 @@ GROUPS: dict[str, tuple[str, ...]] = {
         *("code_size", "resolution", "hidden", "epochs", "patience", "batch_size"),
         "learning_rate",
     ),
-    "Answer": (*("chat", "system", "max_new_tokens", "prefill_chunk", "decode", "decode_density"),),
+    "Answer": (
+        *("chat", "system", "max_new_tokens", "prefill_chunk"),
+        *("decode", "decode_density"),
+    ),
     "Measurement": (
         *("compare_dense", "recall", "measure", "times", "bins", "block_size"),
         *("map_blocks", "effect_tokens", "chunk", "dense", "repeats", "engine"),
