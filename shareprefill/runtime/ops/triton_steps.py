@@ -70,9 +70,11 @@ def find_pages(i_batch, o_token, m_token, p_tables, stride_tb, PAGE_SIZE: tl.con
         b_page = i_batch
         o_row = o_token.to(tl.int64)
     else:
+        # Unsigned, so that shifts divide by a power of two.
+        o_place = o_token.to(tl.uint32)
         p_table = p_tables + i_batch * stride_tb
-        b_page = tl.load(p_table + o_token // PAGE_SIZE, mask=m_token, other=0).to(tl.int64)
-        o_row = (o_token % PAGE_SIZE).to(tl.int64)
+        b_page = tl.load(p_table + o_place // PAGE_SIZE, mask=m_token, other=0).to(tl.int64)
+        o_row = (o_place % PAGE_SIZE).to(tl.int64)
     return b_page, o_row
 
 

@@ -23,8 +23,11 @@ _KEYS = 64
 # Programs for each multiprocessor: as many as it holds at once.
 _PROGRAMS = 4
 _MOST_SPLITS = 128
-# Loads of keys wait for those of lists, and in pages for those of tables, which take a stage more.
-_STAGES, _PAGED_STAGES = 3, 4
+# Loads of keys wait for those of lists.
+SPLIT_OPTIONS: dict[str, Any] = {"num_warps": 4, "num_stages": 3}
+# Registers of a thread that finds pages, which would take more: only so are all programs held at
+# once, where shared memory has room for their tiles.
+_REGISTERS = 128
 MERGE_OPTIONS: dict[str, Any] = {"num_warps": 4}
 _prepared = Prepared[tuple[Launch, Launch]]()
 
@@ -61,7 +64,10 @@ def split_constants(
 
 def split_options(constants: dict[str, Any]) -> dict[str, Any]:
     """Options of the launch of `split_kernel`."""
-    return {"num_warps": 4, "num_stages": _PAGED_STAGES if constants["PAGE_SIZE"] else _STAGES}
+    is_small = max(constants["BLOCK_D"], constants["BLOCK_DV"]) <= 128
+    if constants["PAGE_SIZE"] and is_small and constants["PRECISION"] != "ieee":
+        return SPLIT_OPTIONS | {"maxnreg": _REGISTERS}
+    return SPLIT_OPTIONS
 
 
 def merge_constants(constants: dict[str, Any], splits: int) -> dict[str, Any]:
