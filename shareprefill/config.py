@@ -315,8 +315,8 @@ class RuntimeConfig(Stage):
             own pattern rests on them reads every causal block, and no head shares such a pattern)
             or `error` (also for values; waits for the device at every layer).
         precision: Of the operands of sparse attention: `model` (the model's own) or `fp8` (e4m3,
-            on Hopper GPUs). Patterns are chosen in the model's own, and prompts that run dense are
-            computed in it.
+            on Hopper GPUs; not with policy `dense`). Patterns are chosen in the model's own, and
+            prompts that run dense are computed in it.
         fp8_error: With `fp8`, heads whose output was off by more than this in the calibration,
             relative to its norm, stay in the model's own precision; None: 0.1.
         decode: How decode steps attend: `dense`, or `sparse`: each step and KV head reads few key
@@ -363,6 +363,11 @@ class RuntimeConfig(Stage):
         object.__setattr__(self, "policy", current_policy(self.policy))
         _require(self.nonfinite in NONFINITE, "nonfinite", self.nonfinite, f"one of {NONFINITE}")
         check_policy_name(self.policy)
+        if self.policy == "dense" and self.precision != "model":
+            raise ConfigError(
+                f"precision = {self.precision!r} is for sparse attention, and policy 'dense' is "
+                "the model's own: name another policy, or leave it out"
+            )
         if self.gamma is not None:
             _require_fraction("gamma", self.gamma)
         if self.max_density is not None:
@@ -382,9 +387,13 @@ class RuntimeConfig(Stage):
 
     def with_policy(self, policy: str) -> RuntimeConfig:
         """The same under another policy: what was chosen for the former does not hold for it."""
+        of_patterns: dict[str, Any] = {}
+        if policy == "dense":
+            of_patterns = {"precision": "model", "fp8_error": None}
         return replace(
             self,
             policy=policy,
+            **of_patterns,
             gamma=None,
             slack=None,
             tau=None,

@@ -145,6 +145,16 @@ def test_dense_prefills_whose_steps_are_sparse_stay_in_the_models_precision() ->
     assert [r.precision for r in config.runtimes()] == ["model", "fp8"]
 
 
+def test_dense_attention_is_the_models_own() -> None:
+    choices: list[dict[str, Any]] = [{"precision": "fp8"}, {"precision": "fp8", "fp8_error": 0.2}]
+    for precision in choices:
+        with pytest.raises(ConfigError, match="precision = 'fp8' is for sparse .*another policy"):
+            RuntimeConfig(policy="dense", **precision)
+        dense = RuntimeConfig(**precision).with_policy("dense")
+        assert (dense.precision, dense.fp8_error) == ("model", None)
+        assert RuntimeConfig(**precision).with_policy("sampled").precision == "fp8"
+
+
 def test_thresholds_of_sharing() -> None:
     assert RuntimeConfig(slack=-1.0).slack == -1.0
     assert RuntimeConfig(policy="shareprefill", tau=0.0).tau == 0.0
