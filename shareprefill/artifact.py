@@ -5,7 +5,8 @@ artifacts have equal bytes. Loading trusts nothing in the file.
 
 Version 2 added the fingerprint's sketch and checkpoint, effects, and the estimator. Until it is
 released, optional entries may be added to it: a line in `_TENSORS` or `_OBJECTS`, and a field of
-`Artifact` with the default None.
+`Artifact` with the default None. In layers that were not captured, measured tensors are NaN: files
+of before that was so have made-up values there, which loading turns into NaN.
 """
 
 from __future__ import annotations
@@ -16,12 +17,12 @@ import logging
 import math
 import os
 import re
-from collections.abc import Collection
-from dataclasses import asdict, dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import asdict, dataclass, replace
 from enum import IntEnum
 from io import BufferedIOBase
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -64,13 +65,17 @@ _HEXADECIMAL = re.compile(r"[0-9a-f]*")
 
 
 class _Kind(NamedTuple):
-    """A tensor of the file: dtype, shape (L, H, Z: layers, heads, code size), values allowed."""
+    """A tensor of the file: dtype, shape (L, H, Z: layers, heads, code size), values allowed.
+
+    What is measured is NaN in layers that were not captured.
+    """
 
     dtype: torch.dtype
     shape: tuple[str | int, ...] = ("L", "H")
     lowest: float = -math.inf
     highest: float = math.inf
     optional: bool = False
+    measured: bool = False
 
 
 _TENSORS = {
@@ -81,13 +86,13 @@ _TENSORS = {
     "gamma": _Kind(torch.float32, lowest=0, highest=1),
     "fallback_gamma": _Kind(torch.float32, lowest=0, highest=1),
     "slack": _Kind(torch.float32, lowest=-1, highest=1),
-    "recall": _Kind(torch.float32, lowest=0, highest=1),
-    "density": _Kind(torch.float32, lowest=0, highest=1),
-    "instability": _Kind(torch.float32, lowest=0),
-    "effect": _Kind(torch.float32, lowest=0, optional=True),
-    "step_effect": _Kind(torch.float32, lowest=0, optional=True),
-    "fp8_error": _Kind(torch.float32, lowest=0, optional=True),
-    "code": _Kind(torch.float32, ("L", "H", "Z")),
+    "recall": _Kind(torch.float32, lowest=0, highest=1, measured=True),
+    "density": _Kind(torch.float32, lowest=0, highest=1, measured=True),
+    "instability": _Kind(torch.float32, lowest=0, measured=True),
+    "effect": _Kind(torch.float32, lowest=0, optional=True, measured=True),
+    "step_effect": _Kind(torch.float32, lowest=0, optional=True, measured=True),
+    "fp8_error": _Kind(torch.float32, lowest=0, optional=True, measured=True),
+    "code": _Kind(torch.float32, ("L", "H", "Z"), measured=True),
 }
 _ABOVE_ZERO = {"gamma", "fallback_gamma"}
 # JSON objects in the metadata, and whether a file may lack them.
@@ -152,7 +157,9 @@ class Rows:
 class Artifact:
     """The policy of every head of one model, and how it was found.
 
-    A head's id is `layer * H + head`. All tensors lie on the CPU.
+    A head's id is `layer * H + head`. All tensors lie on the CPU. In layers that were not captured
+    (those without full causal attention), heads are DENSE, and what is measured is NaN: `recall`,
+    `density`, `instability`, `code`, `effect`, `step_effect`, `fp8_error`.
 
     Attributes:
         model: The model's name, as the user gave it.
@@ -220,14 +227,31 @@ class Artifact:
             f"<Artifact of {self.model!r}, {sizes.layers} layers of {sizes.heads} heads, blocks of "
             f"{self.block_size} tokens\n"
             f"heads: {', '.join(counts)}\n"
-            f"expected: density {self.density.mean().item():.3f}, recall "
-            f"{self.recall.mean().item():.3f}>"
+            f"expected: density {self.expected('density'):.3f}, recall "
+            f"{self.expected('recall'):.3f}>"
         )
 
     @property
     def heads(self) -> int:
         """Query heads of all layers, L * H."""
         return self.fingerprint.geometry.layers * self.fingerprint.geometry.heads
+
+    @property
+    def measured_layers(self) -> list[int]:
+        """The layers that were captured."""
+        return (~self.recall.isnan().all(1)).nonzero()[:, 0].tolist()
+
+    def expected(
+        self, name: Literal["recall", "density"], layers: Sequence[int] | None = None
+    ) -> float:
+        """The mean over the heads of captured layers; NaN where none of them was captured.
+
+        Args:
+            name: Of what was measured.
+            layers: Those to look at; None: all.
+        """
+        values: Tensor = getattr(self, name)
+        return (values if layers is None else values[[*layers]]).double().nanmean().item()
 
     @property
     def measured_tokens(self) -> int | None:
@@ -455,7 +479,25 @@ def _decode(file: BufferedIOBase, size: int) -> Artifact:
     _check(artifact)
     if metadata.pop("sha256") != _digest(metadata, tensors):
         raise RefusedError("its content does not match its sha256, so it was damaged or edited")
-    return artifact
+    return _with_gaps(artifact)
+
+
+def _with_gaps(artifact: Artifact) -> Artifact:
+    """NaN for what files of earlier versions have where nothing was measured.
+
+    They have codes of zeros there, which no head that was captured has.
+    """
+    dense = (artifact.policy == Policy.DENSE).all(1) & (artifact.cluster < 0).all(1)
+    absent = dense & (artifact.code == 0).flatten(1).all(1)
+    if not absent.any() or absent.all():
+        return artifact
+    measured = {name: getattr(artifact, name) for name, kind in _TENSORS.items() if kind.measured}
+    shown = {
+        name: torch.where(absent.view(-1, *[1] * (values.ndim - 1)), torch.nan, values)
+        for name, values in measured.items()
+        if values is not None
+    }
+    return replace(artifact, **shown)
 
 
 def _digest(metadata: dict[str, Any], tensors: dict[str, Tensor]) -> str:
@@ -561,8 +603,28 @@ def _check_tensors(artifact: Artifact) -> None:
                 f"tensor {name!r} is {tensor.dtype} {list(tensor.shape)}, "
                 f"expected {dtype} {list(shape)}"
             )
+        if _TENSORS[name].measured:
+            tensor = _measured(artifact, name)
         if dtype.is_floating_point:
             _check_range(tensor, name, _TENSORS[name])
+
+
+def _measured(artifact: Artifact, name: str) -> Tensor:
+    """A tensor of the artifact without the layers that were not captured.
+
+    They are the same in all tensors: a stray NaN is left in, for the check of the range to find.
+    """
+    tensor: Tensor = getattr(artifact, name)
+    absent = artifact.recall.isnan().all(1)
+    if not absent.any():
+        return tensor
+    if absent.all():
+        raise RefusedError("recall says that no layer was measured")
+    has_values = ~tensor.flatten(1).isnan().all(1)
+    if (absent & has_values).any():
+        layer = int((absent & has_values).nonzero()[0])
+        raise RefusedError(f"{name} has values of layer {layer}, which recall calls not measured")
+    return tensor[~absent]
 
 
 def _check_range(tensor: Tensor, name: str, kind: _Kind) -> None:
@@ -590,6 +652,8 @@ def _check_graph(artifact: Artifact) -> None:
     head = torch.arange(artifact.heads, device=policy.device)
     _forbid((policy < 0) | (policy >= len(Policy)), heads, "has an unknown policy")
     _forbid((cluster < -1) | (cluster >= artifact.heads), heads, "has a cluster out of range")
+    absent = artifact.recall.isnan().flatten()
+    _forbid(absent & (policy != Policy.DENSE), heads, "was not measured, but is not dense")
     is_pivot, shares = policy == Policy.PIVOT, policy == Policy.SHARE
     _forbid((is_pivot | shares) & (cluster < 0), heads, "is a pivot or shares, but has no cluster")
     _forbid(is_pivot & (pivot != head), heads, "is a pivot, but does not name itself as its pivot")

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import runpy
 import struct
@@ -31,6 +32,7 @@ from shareprefill.artifact import (
     save_artifact,
 )
 from shareprefill.errors import ArtifactError, DataError
+from tests.audit.synthetic import made_up_artifact, with_gaps
 
 FUZZ = runpy.run_path(str(Path(__file__).parents[1] / "tools" / "fuzz_artifact.py"))
 Parts = FUZZ["Parts"]
@@ -67,7 +69,7 @@ def example(**changes: Any) -> Artifact:
     return replace(artifact, **changes)
 
 
-def with_head(name: str, layer: int, head: int, value: float) -> Artifact:
+def with_head(name: str, layer: Any, head: Any, value: float) -> Artifact:
     tensor = getattr(example(), name).clone()
     tensor[layer, head] = value
     return example(**{name: tensor})
@@ -224,10 +226,21 @@ def test_artifacts_that_break_a_rule_are_not_saved(
         ("fp8_error", 0, 0, -0.1, "fp8_error holds -0.1"),
         ("instability", 0, 0, float("inf"), "instability holds values that are not finite"),
         ("code", 1, 3, float("nan"), "code holds values that are not finite"),
+        ("recall", 0, 0, float("nan"), "recall holds values that are not finite"),
+        ("fp8_error", 0, 0, float("nan"), "fp8_error holds values that are not finite"),
+        ("effect", 0, slice(None), float("nan"), "effect holds values that are not finite"),
+        (
+            "recall",
+            0,
+            slice(None),
+            float("nan"),
+            "density has values of layer 0, which recall calls not measured",
+        ),
+        ("recall", slice(None), slice(None), float("nan"), "recall says that no layer"),
     ],
 )
 def test_heads_that_break_a_rule_are_refused_in_memory_and_in_a_file(
-    name: str, layer: int, head: int, value: float, message: str, tmp_path: Path
+    name: str, layer: Any, head: Any, value: float, message: str, tmp_path: Path
 ) -> None:
     broken = with_head(name, layer, head, value)
     with pytest.raises(ArtifactError, match=message):
@@ -241,6 +254,38 @@ def test_heads_that_break_a_rule_are_refused_in_memory_and_in_a_file(
     path = write_parts(tmp_path / "a.st", edit)
     with pytest.raises(ArtifactError, match=rf"a\.st is not usable: {message}.*sp calibrate"):
         load_artifact(path)
+
+
+class TestLayersThatWereNotCaptured:
+    def test_they_are_dense_and_told_from_measured_ones(self, tmp_path: Path) -> None:
+        artifact = with_gaps(made_up_artifact(4, 3), 1, 3)
+        save_artifact(artifact, tmp_path / "a.st")
+        loaded = load_artifact(tmp_path / "a.st")
+        assert loaded.measured_layers == [0, 2]
+        assert loaded.expected("density") == pytest.approx(artifact.density[[0, 2]].mean().item())
+        assert loaded.expected("recall", [2, 3]) == pytest.approx(artifact.recall[2].mean().item())
+        assert math.isnan(loaded.expected("recall", [1]))
+        assert artifact_bytes(loaded) == (tmp_path / "a.st").read_bytes()
+        assert "density nan" not in repr(loaded)
+
+    def test_a_head_there_follows_no_sparse_policy(self) -> None:
+        artifact = with_gaps(made_up_artifact(4, 3), 2)
+        for tensor in (artifact.policy, artifact.fallback):
+            tensor[2, 1] = Policy.SAMPLED
+        with pytest.raises(ArtifactError, match="head 1 of layer 2 was not measured, but is not"):
+            artifact_bytes(artifact)
+
+    def test_made_up_values_of_earlier_versions_are_not_believed(self, tmp_path: Path) -> None:
+        gaps = with_gaps(made_up_artifact(4, 3, fp8_error=torch.rand(4, 3)), 1, 3)
+        filled = {"recall": 1.0, "density": 1.0, "instability": 0.0, "fp8_error": 0.0, "code": 0.0}
+        old = {name: getattr(gaps, name).nan_to_num(value) for name, value in filled.items()}
+        save_artifact(replace(gaps, **old), tmp_path / "a.st")
+        loaded = load_artifact(tmp_path / "a.st")
+        for name in filled:
+            torch.testing.assert_close(
+                getattr(loaded, name), getattr(gaps, name), rtol=0, atol=0, equal_nan=True
+            )
+        assert artifact_bytes(loaded) == artifact_bytes(gaps)
 
 
 def flip_bit_of_code(data: bytes) -> bytes:

@@ -94,9 +94,10 @@ def inspected_with_many_pivots() -> None:
     policy = torch.full((60, 32), int(Policy.PIVOT), dtype=artifact.policy.dtype)
     policy[0, 0] = Policy.SHARE
     same = {name: torch.zeros(60, 32) for name in ("recall", "density", "cluster")}
-    fields = {**vars(artifact), **same, "policy": policy, "heads": policy.numel()}
-    fields["goal"] = artifact.goal
-    inspect.summarize(SimpleNamespace(**fields), Path("clusters.st"))  # type: ignore[arg-type]
+    geometry = replace(artifact.fingerprint.geometry, layers=60, heads=32)
+    made_for = replace(artifact.fingerprint, geometry=geometry)
+    changed = replace(artifact, **same, policy=policy, fingerprint=made_for)
+    inspect.summarize(changed, Path("clusters.st"))
 
 
 def compared() -> None:

@@ -158,8 +158,8 @@ def to_dict(findings: Findings) -> dict[str, Any]:
         "captured_layers": list(heads.layers),
         "captured_heads": heads.count,
         "expected": {
-            "density": float(artifact.density.double().mean()),
-            "recall": float(artifact.recall.double().mean()),
+            "density": artifact.expected("density"),
+            "recall": artifact.expected("recall"),
             "cost": _figure(artifact.summary, "cost"),
             "recall_worst_5_percent": _figure(artifact.summary, "recall_worst_5_percent"),
         },

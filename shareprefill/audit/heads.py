@@ -52,9 +52,8 @@ class Heads:
 
     @classmethod
     def of(cls, artifact: Artifact) -> Self:
-        """The heads of an artifact; layers without a cluster and without a code are left out."""
-        used = (artifact.cluster >= 0).any(1) | (artifact.code != 0).flatten(1).any(1)
-        rows = used.nonzero()[:, 0] if bool(used.any()) else torch.arange(len(used), device="cpu")
+        """The heads of an artifact."""
+        rows = torch.tensor(artifact.measured_layers, device="cpu")
         width = artifact.cluster.shape[1]
 
         def column(name: str, dtype: torch.dtype) -> Tensor:

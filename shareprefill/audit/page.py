@@ -72,11 +72,10 @@ def build_page(findings: Findings, doubts: Sequence[str] = ()) -> Page:
 
 def _verdict(page: Page, findings: Findings, *, is_doubtful: bool) -> None:
     artifact, heads = findings.artifact, findings.heads
-    recall, target = float(artifact.recall.double().mean()), _target(findings)
+    recall, target = artifact.expected("recall"), _target(findings)
     cost = _number(artifact.summary.get("cost"))
     held_out, tokens = (artifact.summary.get(f"held_out_{name}") for name in ("prompts", "tokens"))
-    words = f"{float(artifact.density.double().mean()):.1%} of the blocks hold {recall:.1%} of the "
-    words += "attention"
+    words = f"{artifact.expected('density'):.1%} of the blocks hold {recall:.1%} of the attention"
     words += _asked_for(findings)
     if cost is not None:
         words += f". Attention should take {cost:.0%} of dense attention's time"
@@ -118,8 +117,8 @@ def _summary(page: Page, findings: Findings) -> None:
         ("clusters of one head", sum(size == 1 for size in sizes.values())),
         ("heads that share a pattern", _count_share(findings, Policy.SHARE)),
         ("noise", f"{findings.noise.share:.0%} of the heads"),
-        ("expected density", float(artifact.density.double().mean())),
-        ("expected recall", float(artifact.recall.double().mean())),
+        ("expected density", artifact.expected("density")),
+        ("expected recall", artifact.expected("recall")),
         ("recall of the worst 5 % of heads", _number(summary.get("recall_worst_5_percent"))),
         ("predicted cost, dense attention 1", _number(summary.get("cost"))),
         ("γ, attention mass of a pattern", artifact.thresholds.gamma),

@@ -116,8 +116,8 @@ def compare_artifacts(before: Artifact, after: Artifact) -> Comparison:
         heads=before.heads,
         moved=_moved(before, after, match_clusters(*labels)),
         rand_index=float(adjusted_rand_score(labels[0].numpy(), labels[1].numpy())),
-        density=(_mean(before.density), _mean(after.density)),
-        recall=(_mean(before.recall), _mean(after.recall)),
+        density=(before.expected("density"), after.expected("density")),
+        recall=(before.expected("recall"), after.expected("recall")),
         cost=(_cost(before), _cost(after)),
         values=_values(before, after),
         settings=_settings(before, after),
@@ -191,10 +191,6 @@ def _moved(before: Artifact, after: Artifact, cluster: Tensor) -> tuple[MovedHea
     return tuple(found)
 
 
-def _mean(values: Tensor) -> float:
-    return values.double().mean().item()
-
-
 def _cost(artifact: Artifact) -> float | None:
     cost = artifact.summary.get("cost")
     return float(cost) if isinstance(cost, int | float) and not isinstance(cost, bool) else None
@@ -205,11 +201,11 @@ def _values(before: Artifact, after: Artifact) -> dict[str, int]:
     for name in _VALUES:
         old, new = (_of_heads(artifact, name) for artifact in (before, after))
         # Codes of another size differ everywhere.
-        changed = (
-            len(old)
-            if old.shape != new.shape
-            else int((old != new).reshape(len(old), -1).any(1).sum())
-        )
+        if old.shape != new.shape:
+            changed = len(old)
+        else:
+            differs = (old != new) & ~(old.isnan() & new.isnan())
+            changed = int(differs.reshape(len(old), -1).any(1).sum())
         if changed:
             found[name] = changed
     return found

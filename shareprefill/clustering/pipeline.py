@@ -262,12 +262,12 @@ def _artifact(
             1.0,
         ),
         slack=spread(slacks(choices, evidence, config), torch.float32, 0.0),
-        recall=spread([c.recall for c in choices], torch.float32, 1.0),
-        density=spread([c.density for c in choices], torch.float32, 1.0),
-        instability=spread(means.instability, torch.float32, 0.0),
-        code=spread(means.code, torch.float32, 0.0),
+        recall=spread([c.recall for c in choices], torch.float32, math.nan),
+        density=spread([c.density for c in choices], torch.float32, math.nan),
+        instability=spread(means.instability, torch.float32, math.nan),
+        code=spread(means.code, torch.float32, math.nan),
         **{
-            name: None if values is None else spread(values, torch.float32, 0.0)
+            name: None if values is None else spread(values, torch.float32, math.nan)
             for name, values in further.items()
         },
         block_size=store.config.block_size,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,6 +15,8 @@ from shareprefill.commands.options import JsonOption
 from shareprefill.commands.verdicts import judge_artifact
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from shareprefill.artifact import Artifact
 
 
@@ -41,7 +44,7 @@ def summarize(artifact: Artifact, path: Path) -> None:
 
     facts = describe(artifact, path)
     policies = [
-        (row["policy"], f"{row['heads']}", f"{row['recall']:.3f}", f"{row['density']:.3f}")
+        (row["policy"], f"{row['heads']}", _figure(row["recall"]), _figure(row["density"]))
         for row in facts["policies"]
     ]
     show_table("heads by policy", ("policy", "heads", "recall", "density"), policies)
@@ -63,6 +66,11 @@ def summarize(artifact: Artifact, path: Path) -> None:
         f"{facts['sharing_share']:.0%} of heads share; expected density "
         f"{facts['density']:.3f}, recall {facts['recall']:.3f}"
     )
+    if facts["unmeasured_layers"]:
+        show_line(
+            f"not measured: {_ranges(facts['unmeasured_layers'])}, without full causal attention "
+            "when it was calibrated; figures are of the others"
+        )
     show_line(f"calibrated on {facts['origin']}; planned for {facts['target']}")
     judge_artifact(artifact, path).show()
 
@@ -73,7 +81,8 @@ def describe(artifact: Artifact, path: Path) -> dict[str, Any]:
     from shareprefill.files import printable
 
     policy = artifact.policy.flatten()
-    recall, density = artifact.recall.flatten().double(), artifact.density.flatten().double()
+    measured = artifact.measured_layers
+    recall, density = (values.flatten().double() for values in (artifact.recall, artifact.density))
     rows = []
     for kind in Policy:
         chosen = policy == kind
@@ -82,8 +91,8 @@ def describe(artifact: Artifact, path: Path) -> dict[str, Any]:
                 {
                     "policy": kind.label,
                     "heads": int(chosen.sum()),
-                    "recall": recall[chosen].mean().item(),
-                    "density": density[chosen].mean().item(),
+                    "recall": _mean(recall[chosen]),
+                    "density": _mean(density[chosen]),
                 }
             )
     sharing = policy == Policy.SHARE
@@ -94,8 +103,9 @@ def describe(artifact: Artifact, path: Path) -> dict[str, Any]:
         "block_size": artifact.block_size,
         "thresholds": asdict(artifact.thresholds),
         "rows": asdict(artifact.rows),
-        "density": density.mean().item(),
-        "recall": recall.mean().item(),
+        "density": artifact.expected("density"),
+        "recall": artifact.expected("recall"),
+        "unmeasured_layers": [n for n in range(len(artifact.policy)) if n not in measured],
         "sharing_share": sharing.double().mean().item(),
         "policies": rows,
         "clusters": _sharing_clusters(artifact),
@@ -105,6 +115,32 @@ def describe(artifact: Artifact, path: Path) -> dict[str, Any]:
         "configuration": artifact.configuration,
         "summary": artifact.summary,
     }
+
+
+def _mean(values: Tensor) -> float | None:
+    """Of heads that were measured; None where none was."""
+    mean = values.nanmean().item()
+    return None if math.isnan(mean) else mean
+
+
+def _figure(value: float | None) -> str:
+    return "not measured" if value is None else f"{value:.3f}"
+
+
+def _ranges(layers: list[int]) -> str:
+    """Layers in words, runs as ranges.
+
+    >>> _ranges([0, 1, 2, 4, 6, 7])
+    'layers 0-2, 4, 6-7'
+    """
+    runs = list[list[int]]()
+    for layer in layers:
+        if runs and layer == runs[-1][-1] + 1:
+            runs[-1] = [runs[-1][0], layer]
+        else:
+            runs.append([layer])
+    words = ", ".join("-".join(map(str, run)) for run in runs)
+    return f"layer{'s' * (len(layers) > 1)} {words}"
 
 
 def _origin(calibration: dict[str, Any]) -> str:

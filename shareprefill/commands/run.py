@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
@@ -253,7 +254,9 @@ def _run_facts(result: Answer, config: RuntimeConfig, artifact: Artifact | None)
         facts["recall"] = sum(result.recalls) / len(result.recalls)
         if artifact is not None and config.policy == "auto" and config.gamma is None:
             layers = [layer.layer for layer in report.layers]
-            facts["promised_recall"] = artifact.recall[layers].double().mean().item()
+            promised = artifact.expected("recall", layers)
+            if not math.isnan(promised):
+                facts["promised_recall"] = promised
     if result.dense is not None:
         assert result.fidelity is not None
         facts |= {

@@ -67,7 +67,7 @@ def judge_artifact(artifact: Artifact, path: Path) -> Verdict:
     summary, calibration = artifact.summary, artifact.configuration.get("calibrate", {})
     cost, worst = summary.get("cost"), summary.get("recall_worst_5_percent")
     sentences, warnings = [], []
-    mean = artifact.recall.double().mean().item()
+    mean = artifact.expected("recall")
     if isinstance(cost, float):
         sentences.append(f"attention is predicted to take {cost:.0%} of dense attention's time.")
         if cost > _LITTLE_GAIN:

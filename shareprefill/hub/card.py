@@ -88,9 +88,6 @@ def code(value: object) -> str:
 
 def _model_rows(artifact: Artifact) -> list[tuple[str, ...]]:
     sizes, thresholds = artifact.fingerprint.geometry, artifact.thresholds
-    recall, density = (
-        values.double().mean().item() for values in (artifact.recall, artifact.density)
-    )
     return [
         ("model, as its maker named it", code(artifact.model)),
         ("architecture", code(artifact.fingerprint.model_type)),
@@ -105,21 +102,20 @@ def _model_rows(artifact: Artifact) -> list[tuple[str, ...]]:
             "thresholds",
             f"gamma {thresholds.gamma:g}, tau {thresholds.tau:g}, delta {thresholds.delta:g}",
         ),
-        ("expected density, mean of all heads", f"{density:.4f}"),
-        ("expected recall, mean of all heads", f"{recall:.4f}"),
+        ("expected density, mean of all heads", f"{artifact.expected('density'):.4f}"),
+        ("expected recall, mean of all heads", f"{artifact.expected('recall'):.4f}"),
     ]
 
 
 def _policy_rows(artifact: Artifact) -> list[tuple[str, ...]]:
-    rows = []
+    rows, measured = list[tuple[str, ...]](), (artifact.recall, artifact.density)
     for policy in Policy:
         chosen: torch.Tensor = artifact.policy == policy
         if chosen.any():
-            recall, density = (
-                values[chosen].double().mean().item()
-                for values in (artifact.recall, artifact.density)
-            )
-            rows.append((policy.label, str(int(chosen.sum())), f"{recall:.4f}", f"{density:.4f}"))
+            means = [values[chosen].double().nanmean() for values in measured]
+            # Heads of layers that were not captured are dense, and may be the only ones.
+            cells = ["not measured" if mean.isnan() else f"{mean.item():.4f}" for mean in means]
+            rows.append((policy.label, str(int(chosen.sum())), *cells))
     return rows
 
 

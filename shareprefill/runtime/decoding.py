@@ -167,9 +167,10 @@ def density_of(config: RuntimeConfig) -> float:
 
 
 def relative_effect(effect: Tensor) -> Tensor:
-    """Effects `[L, H]` over their mean; a head without any counts a little."""
+    """Effects `[L, H]` over their mean; a head without any counts a little, an unknown one as 1."""
     effect = effect.double().cpu()
-    return (effect / effect.mean().clamp(min=1e-30)).clamp(min=1e-3)
+    relative = effect / effect.nanmean().clamp(min=1e-30)
+    return relative.clamp(min=1e-3).nan_to_num(1.0)
 
 
 def head_weights(effect: Tensor, groups: int) -> tuple[Tensor, Tensor]:

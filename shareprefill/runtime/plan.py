@@ -189,7 +189,10 @@ def make_plan(artifact: Artifact, config: RuntimeConfig) -> RuntimePlan:
 
 
 def _in_fp8(artifact: Artifact, config: RuntimeConfig) -> list[bool]:
-    """Whether each head is computed in FP8: where its measured error is within the bound."""
+    """Whether each head is computed in FP8: where its measured error is within the bound.
+
+    Errors of layers that were not captured are NaN, which no bound lets through.
+    """
     if config.precision != "fp8":
         return [False] * artifact.heads
     if artifact.fp8_error is None:

@@ -9,14 +9,11 @@ from shareprefill.audit.heads import Heads, has_calibration, open_calibration
 from shareprefill.autoencoder.pipeline import train
 from shareprefill.config import TrainConfig
 from shareprefill.errors import ArtifactError, DataError
-from tests.audit.synthetic import clustered, made_up_artifact, made_up_calibration
+from tests.audit.synthetic import clustered, made_up_artifact, made_up_calibration, with_gaps
 
 
 def test_layers_that_were_not_captured_are_left_out() -> None:
-    artifact = made_up_artifact(4, 3)
-    for row in (0, 2):
-        artifact.cluster[row] = -1
-        artifact.code[row] = 0
+    artifact = with_gaps(made_up_artifact(4, 3), 0, 2)
     heads = Heads.of(artifact)
     assert heads.layers == (1, 3)
     assert heads.ids.tolist() == [3, 4, 5, 9, 10, 11]

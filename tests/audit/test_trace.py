@@ -16,6 +16,7 @@ from shareprefill.audit.trace import trace_heads, trace_page
 from shareprefill.config import RuntimeConfig
 from shareprefill.runtime.reasons import reason
 from shareprefill.runtime.report import LayerReport
+from tests.audit.synthetic import with_gaps
 from tests.report.browser import running_browser
 from tests.support.tiny import tiny_artifact, tiny_llama, token_ids
 
@@ -150,3 +151,14 @@ def test_a_browser_shows_it(tmp_path: Path, page: str, width: int, dark: bool) -
     assert shown.complaints == []
     assert (shown.width, shown.wide) == (width, [])
     assert "check passed" in shown.text
+
+
+def test_held_out_prompts_are_named_where_they_said_something() -> None:
+    artifact, config, report, sketches = traced()
+    measured = artifact.recall.mean().item()
+    text = unescape(page_of(artifact, config, report, sketches))
+    assert f"; held-out prompts had {measured:.1%}." in text
+    report = replace(report, layers=report.layers[1:2])
+    text = unescape(page_of(with_gaps(artifact, 1), config, report, sketches))
+    assert "held-out prompts had" not in text
+    assert "nan" not in text

@@ -17,6 +17,7 @@ from shareprefill.clustering.comparison import (
 )
 from shareprefill.commands.diff import show_comparison
 from shareprefill.errors import ArtifactError
+from tests.audit.synthetic import with_gaps
 from tests.support.tiny import tiny_artifact, tiny_llama
 
 SAMPLED, PIVOT, SHARE, DENSE = Policy.SAMPLED, Policy.PIVOT, Policy.SHARE, Policy.DENSE
@@ -49,6 +50,15 @@ def test_an_artifact_equals_itself(model: Any, capfd: pytest.CaptureFixture[str]
     assert (found.rand_index, found.heads) == (1.0, 12)
     show_comparison(found)
     assert capfd.readouterr().out == "the artifacts are equal: 12 heads of tiny\n"
+
+
+def test_layers_that_were_not_captured_are_equal(model: Any) -> None:
+    gaps = with_gaps(tiny_artifact(model), 1)
+    same = compare_artifacts(gaps, gaps)
+    assert (same.values, same.differs) == ({}, False)
+    captured = compare_artifacts(gaps, tiny_artifact(model))
+    assert captured.values["recall"] == gaps.policy.shape[1]
+    assert captured.recall[0] == pytest.approx(gaps.recall[[0, 2]].mean().item())
 
 
 def test_renumbered_clusters_are_the_same_clusters(model: Any) -> None:

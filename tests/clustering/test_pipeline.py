@@ -23,6 +23,7 @@ from shareprefill.config import CalibrateConfig, ClusterConfig, TrainConfig
 from shareprefill.errors import ConfigError, DataError
 from shareprefill.models import fingerprint, load_model
 from shareprefill.runtime.ops.blocks import always_blocks
+from tests.audit.synthetic import MEASURED, clustered, made_up_calibration
 from tests.support.checkpoint import save_checkpoint, small_calibration
 from tests.support.maps import head_pattern, recall
 
@@ -259,6 +260,18 @@ def test_an_artifact_carries_what_was_fitted_to_the_model(calibration: Path) -> 
     assert artifact.fp8_error is not None
     torch.testing.assert_close(artifact.fp8_error, measured.mean(0))
     assert artifact.summary["kl"] > 0
+
+
+def test_what_was_not_captured_does_not_look_measured(tmp_path: Path) -> None:
+    artifact = clustered(made_up_calibration(tmp_path, captured=(1, 2)))
+    assert artifact.measured_layers == [1, 2]
+    for name in MEASURED:
+        values = getattr(artifact, name)
+        assert values[[0, 3]].isnan().all(), name
+        assert values[[1, 2]].isfinite().all(), name
+    assert (artifact.policy[[0, 3]] == Policy.DENSE).all()
+    assert artifact.expected("density") == pytest.approx(artifact.summary["density"], abs=1e-6)
+    assert artifact.expected("recall") == pytest.approx(artifact.summary["recall"], abs=1e-6)
 
 
 def test_effects_of_a_prompt_add_up_to_what_its_data_set_measured(calibration: Path) -> None:

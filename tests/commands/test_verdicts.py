@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,7 +11,7 @@ import torch
 
 from shareprefill import share_prefill
 from shareprefill.artifact import Policy
-from shareprefill.commands.inspect import summarize
+from shareprefill.commands.inspect import describe, summarize
 from shareprefill.commands.verdicts import (
     judge_artifact,
     judge_calibration,
@@ -20,6 +21,7 @@ from shareprefill.commands.verdicts import (
 )
 from shareprefill.config import RuntimeConfig
 from shareprefill.models import ModelGeometry
+from tests.audit.synthetic import made_up_artifact, with_gaps
 from tests.support.tiny import tiny_artifact, tiny_llama, token_ids
 
 P, S, R = Policy.PIVOT, Policy.SHARE, Policy.SAMPLED
@@ -100,6 +102,25 @@ def test_inspect_tells_data_lengths_and_target(capsys: pytest.CaptureFixture[str
     assert "18 prompts of 20000 tokens at most (mixture)" in out
     assert "a recall of 0.95 in every head" in out
     assert "Verdict: attention is predicted to take 42%" in out
+
+
+def test_inspect_tells_what_was_not_measured(capsys: pytest.CaptureFixture[str]) -> None:
+    whole = made_up_artifact(6, 3)
+    summarize(whole, PATH)
+    assert "not measured" not in capsys.readouterr().out
+    artifact = with_gaps(whole, 0, 1, 2, 4)
+    summarize(artifact, PATH)
+    out = capsys.readouterr().out
+    assert "not measured: layers 0-2, 4, without full causal attention" in out
+    assert "nan" not in out
+    facts = describe(artifact, PATH)
+    assert facts["unmeasured_layers"] == [0, 1, 2, 4]
+    assert facts["recall"] == pytest.approx(artifact.recall[[3, 5]].mean().item())
+    json.dumps(facts, allow_nan=False)
+    # No dense head was measured.
+    artifact.policy[[3, 5]] = Policy.SAMPLED
+    dense = describe(artifact, PATH)["policies"][0]
+    assert (dense["policy"], dense["recall"], dense["density"]) == ("dense", None, None)
 
 
 def calibration(tokens: list[int], data: tuple[str, ...] = ("mixture",)) -> Any:

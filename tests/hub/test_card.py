@@ -6,10 +6,12 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from shareprefill.artifact import Artifact, Policy
 from shareprefill.hub.card import code, model_card
+from tests.audit.synthetic import with_gaps
 from tests.support.tiny import tiny_artifact, tiny_llama
 
 HOSTILE = (
@@ -56,6 +58,13 @@ def test_the_facts_are_the_artifact_s(artifact: Artifact) -> None:
     assert "vertical-slash" not in card
     (facts,) = re.findall(r"\n```json\n(.*?)\n```\n", card, re.DOTALL)
     assert json.loads(facts) == {"configuration": {}, "summary": {"cost": 0.5}}
+
+
+def test_layers_that_were_not_captured_have_no_figures(artifact: Artifact) -> None:
+    sampled = replace(artifact, policy=torch.full_like(artifact.policy, int(Policy.SAMPLED)))
+    card = model_card(with_gaps(sampled, 1), "clusters.st", "me/patterns")
+    assert "| dense | 4 | not measured | not measured |" in card
+    assert "| expected recall, mean of all heads | 0.9500 |" in card
 
 
 @pytest.mark.parametrize("name", ["sp-tiny", "../models/sp-ref", "/home/me/model", "a b/c"])

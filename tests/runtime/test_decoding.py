@@ -7,7 +7,14 @@ import torch
 from torch.nn import functional as F
 
 from shareprefill.runtime import decoding as decoding_module
-from shareprefill.runtime.decoding import BLOCK, LOCAL, DecodeState, SparseDecoding, head_weights
+from shareprefill.runtime.decoding import (
+    BLOCK,
+    LOCAL,
+    DecodeState,
+    SparseDecoding,
+    head_weights,
+    relative_effect,
+)
 from tests.support.decode_steps import WatchedSteps
 
 B, H, G, D, PROMPT, SCALE = 3, 4, 2, 16, 700, 0.25
@@ -97,6 +104,13 @@ def test_heads_of_more_effect_read_more() -> None:
     counts = cache.run(SparseDecoding(density=0.4, effect=effect), (0,), 60, slice(0, 1))[1]
     first, second = counts[20:].double().mean((0, 2, 3))
     assert second > 1.2 * first
+
+
+def test_heads_of_unknown_effect_count_as_the_mean_of_the_others() -> None:
+    effect = torch.tensor([[1.0, 3.0], [torch.nan, torch.nan], [0.0, 0.0]])
+    found = relative_effect(effect)
+    torch.testing.assert_close(found, torch.tensor([[1, 3], [1, 1], [1e-3, 1e-3]]).double())
+    assert (relative_effect(effect[1:2]) == 1).all()
 
 
 def test_query_heads_count_by_their_effect_in_their_kv_head() -> None:

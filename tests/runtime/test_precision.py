@@ -23,6 +23,7 @@ from shareprefill.runtime.ops.fp8_attention import fp8_attention, reference
 from shareprefill.runtime.ops.hopper import launch
 from shareprefill.runtime.plan import HeadPlan, make_plan
 from shareprefill.vllm.options import ServingOptions
+from tests.audit.synthetic import made_up_artifact, with_gaps
 from tests.support.plans import D, R, layer_plan
 from tests.support.tiny import tiny_llama
 
@@ -122,6 +123,11 @@ class TestPlan:
             assert found == (errors <= bound).tolist()
         plan = make_plan(artifact, RuntimeConfig())
         assert not any(head.is_fp8 for layer in plan.layers for head in layer)
+
+    def test_layers_that_were_not_measured_keep_the_models_precision(self) -> None:
+        artifact = made_up_artifact(4, 3, fp8_error=torch.zeros(4, 3))
+        plan = make_plan(with_gaps(artifact, 0, 2), RuntimeConfig(**FP8, fp8_error=1e9))
+        assert [layer[0].is_fp8 for layer in plan.layers] == [False, True, False, True]
 
     def test_without_measured_errors_it_is_refused(self) -> None:
         artifact = replace(synthetic_artifact(tiny_llama(), 0.3), fp8_error=None)
