@@ -270,6 +270,18 @@ class Artifact:
                 return name, float(value)
         return None
 
+    @property
+    def goal_in_words(self) -> str:
+        """What heads were planned for, as in "planned for ..."."""
+        if self.goal is None:
+            return "a goal that the artifact does not name"
+        name, value = self.goal
+        return {
+            "budget": f"a density of {value:g}",
+            "max_kl": f"a KL divergence of {value:g} nats a position",
+            "target_recall": f"a recall of {value:g} in every head",
+        }[name]
+
     def policy_counts(self) -> dict[str, int]:
         """Heads per policy label, in the order of `Policy`, zeros included."""
         counts = torch.bincount(self.policy.flatten().long(), minlength=len(Policy)).tolist()

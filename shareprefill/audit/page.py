@@ -76,7 +76,7 @@ def _verdict(page: Page, findings: Findings, *, is_doubtful: bool) -> None:
     cost = _number(artifact.summary.get("cost"))
     held_out, tokens = (artifact.summary.get(f"held_out_{name}") for name in ("prompts", "tokens"))
     words = f"{artifact.expected('density'):.1%} of the blocks hold {recall:.1%} of the attention"
-    words += _asked_for(findings)
+    words += f", planned for {artifact.goal_in_words}"
     if cost is not None:
         words += f". Attention should take {cost:.0%} of dense attention's time"
     words += f". {_count_share(findings, Policy.SHARE)} of the {heads.count} heads share a pattern"
@@ -89,16 +89,6 @@ def _target(findings: Findings) -> float | None:
     """The recall that heads were planned for; None where that was no goal."""
     name, value = findings.artifact.goal or ("", 0.0)
     return value if name == "target_recall" else None
-
-
-def _asked_for(findings: Findings) -> str:
-    """What was asked for, as the end of a sentence on recall."""
-    name, value = findings.artifact.goal or ("", 0.0)
-    return {
-        "target_recall": f"; {value:.1%} were asked for",
-        "budget": f"; a density of {value:g} was asked for",
-        "max_kl": f"; a KL of {value:g} nats a position was asked for",
-    }.get(name, "")
 
 
 def _summary(page: Page, findings: Findings) -> None:

@@ -110,7 +110,7 @@ def describe(artifact: Artifact, path: Path) -> dict[str, Any]:
         "policies": rows,
         "clusters": _sharing_clusters(artifact),
         "origin": _origin(artifact.configuration.get("calibrate", {})),
-        "target": _target(artifact),
+        "target": artifact.goal_in_words,
         "verdict": judge_artifact(artifact, path).to_dict(),
         "configuration": artifact.configuration,
         "summary": artifact.summary,
@@ -151,18 +151,6 @@ def _origin(calibration: dict[str, Any]) -> str:
         return "data that the artifact does not name"
     data = ", ".join(printable(each, 60) for each in calibration["data"])
     return f"{calibration['samples']} prompts of {calibration['length']} tokens at most ({data})"
-
-
-def _target(artifact: Artifact) -> str:
-    """What a clustering aimed at, in words."""
-    if artifact.goal is None:
-        return "a target that the artifact does not name"
-    name, value = artifact.goal
-    return {
-        "budget": f"a density of {value:g}",
-        "max_kl": f"a KL divergence of {value:g} nats a position",
-        "target_recall": f"a recall of {value:g} in every head",
-    }[name]
 
 
 def _sharing_clusters(artifact: Artifact) -> list[dict[str, Any]]:

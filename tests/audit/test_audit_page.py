@@ -92,9 +92,12 @@ def test_every_cluster_has_its_maps(page: str, folder: Path) -> None:
 @pytest.mark.parametrize(
     ("goal", "said"),
     [
-        ({"budget": 0.7, "max_kl": None}, "; a density of 0.7 was asked for."),
-        ({"budget": None, "max_kl": 0.01}, "; a KL of 0.01 nats a position was asked for."),
-        ({}, "; 95.0% were asked for."),
+        ({"budget": 0.7, "max_kl": None}, "planned for a density of 0.7."),
+        (
+            {"budget": None, "max_kl": 0.01},
+            "planned for a KL divergence of 0.01 nats a position.",
+        ),
+        ({}, "planned for a recall of 0.95 in every head."),
     ],
 )
 def test_the_verdict_names_the_goal_that_was_given(goal: dict[str, Any], said: str) -> None:
@@ -112,7 +115,7 @@ def test_the_verdict_comes_first_and_heads_have_their_numbers(page: str, folder:
     heads = examine(clustered(folder), folder).heads
     first = page.split("<main>")[1][:900]
     assert re.search(r'<div class="verdict[^>]*><p>[\d.]+% of the blocks hold [\d.]+% of', first)
-    assert "80.0% were asked for" in first
+    assert "planned for a recall of 0.8 in every head" in first
     for index in range(heads.count):
         said = f"<title>head {heads.name(index)}: "
         # Recall, density, cluster and policy.
