@@ -18,7 +18,7 @@ from vllm.v1.sample import logits_processor as v1
 from vllm.v1.sample.logits_processor.builtin import process_dict_updates
 
 from shareprefill.errors import ConfigError
-from shareprefill.vllm.options import NAME, SWITCH_VARIABLE, check_switch, switch_is_on
+from shareprefill.vllm.options import NAME, OFF, SWITCH_VARIABLE, check_switch, switch_is_on
 
 try:
     from vllm.v1.worker.gpu.sample import logits_processor as v2
@@ -44,6 +44,8 @@ class RequestSwitch(*_INTERFACES):
     def validate_params(cls, sampling_params: SamplingParams) -> None:
         """Refuses a request whose switch is not known, before it is queued.
 
+        One that is switched off reads no cached prefix: sparse prefills may have left it.
+
         Raises:
             ValueError: as vLLM expects it, for an answer with status 400.
         """
@@ -57,6 +59,8 @@ class RequestSwitch(*_INTERFACES):
             check_switch(switch)
         except ConfigError as error:
             raise ValueError(str(error)) from error
+        if switch == OFF:
+            sampling_params.skip_reading_prefix_cache = True
 
     def apply(self, logits: Tensor, *_context: Any) -> Tensor:
         """Logits as they are."""

@@ -73,15 +73,22 @@ def test_an_ended_engine_frees_its_caches(tmp_path: Path):
 
 
 def test_a_request_that_is_switched_off_is_dense_to_the_bit(tmp_path: Path, dense: dict[str, Any]):
+    """Also where the cache holds keys of its own prompt that a sparse prefill made."""
     off = [request | {"switch": "off"} for request in REQUESTS]
     uncached = {"enable_prefix_caching": False}
-    alone, mixed = run(
+    plain, cached, mixed = run(
         tmp_path,
-        {"options": PLANNED, "batches": [off, *([request] for request in off)]},
+        {
+            "batches": [REQUESTS, *([request] for request in REQUESTS)],
+            "arguments": uncached,
+        },
+        {"options": PLANNED, "batches": [REQUESTS, off, *([request] for request in off)]},
         {"options": PLANNED, "batches": [[off[0], *REQUESTS[1:]]], "arguments": uncached},
     )
-    assert alone["batches"] == dense["batches"]
-    assert alone["reports"][0]["rows"]["sparse"] == {}
+    assert cached["batches"][1:] == plain["batches"]
+    assert cached["batches"][0] != plain["batches"][0]
+    (report,) = cached["reports"]
+    assert report["rows"] == {"sparse": {"auto": 4}, "dense": {"request": 7}}
     (report,) = mixed["reports"]
     assert report["rows"]["sparse"]["auto"] >= 2
     assert report["rows"]["dense"]["request"] >= 1
