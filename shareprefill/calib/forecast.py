@@ -25,8 +25,10 @@ if TYPE_CHECKING:
 
 # Tokens of the first probe, at most.
 _FIRST = 512
-# Seconds of a probe that say enough: shorter ones tell what a launch takes, not what tokens do.
+# Seconds of a probe, at least: shorter ones tell what a launch takes, not what tokens do.
 _ENOUGH = 2.0
+# Longer probes foretell better: they are taken for this share of what they foretell, at most.
+_SHARE = 0.1
 
 
 @dataclass(frozen=True)
@@ -88,8 +90,9 @@ def forecast_prompts(
 ) -> Forecast:
     """The same for a model and prompts that are loaded, of one process.
 
-    Prompts of rising lengths are captured until one takes seconds. Time, and memory on a GPU, are
-    taken for a x N + b x N^2 in the tokens N, and memory of this process for linear in them.
+    Prompts of rising lengths are captured until one takes seconds, and on as long as that is little
+    beside the calibration. Time, and memory on a GPU, are taken for a x N + b x N^2 in the tokens
+    N, and memory of this process for linear in them.
 
     Args:
         model: In eval mode.
@@ -112,12 +115,13 @@ def forecast_prompts(
         measure_effect(model, ids[:tokens], layers, **options, tokens=tokens, seed=config.seed)
 
     left = lengths[len(store.prompts) :]
-    captures = _Probes.of(captured, longest, device)
+    captures = _Probes.of(captured, longest, left, device)
     seconds, host, other = sum(map(captures.seconds, left)), *captures.memory(longest)
     if config.effect_tokens:
         most = min(longest, config.effect_tokens)
-        effects = _Probes.of(measured, most, device)
-        seconds += sum(effects.seconds(min(n, most)) for n in left)
+        cut = [min(n, most) for n in left]
+        effects = _Probes.of(measured, most, cut, device)
+        seconds += sum(map(effects.seconds, cut))
         host, other = map(max, (host, other), effects.memory(most))
     sizes = [store.prompt_bytes(n, len(layers)) for n in lengths]
     return Forecast(
@@ -153,16 +157,39 @@ class _Probes:
     resting: int
 
     @classmethod
-    def of(cls, call: Callable[[int], None], longest: int, device: torch.device) -> Self:
-        """Calls with rising numbers of tokens, at most `longest`, until one takes seconds."""
+    def of(
+        cls,
+        call: Callable[[int], None],
+        longest: int,
+        left: Sequence[int],
+        device: torch.device,
+    ) -> Self:
+        """Calls with rising numbers of tokens, at most `longest`.
+
+        Args:
+            call: With a number of tokens: what is foretold.
+            longest: Tokens of the longest prompt.
+            left: Tokens of the prompts that are to be foretold.
+            device: Of the model.
+        """
         resting = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
         tokens, found = min(_FIRST, longest // 2), list[tuple[int, float, int, int]]()
-        while len(found) < 2 or (found[-1][1] < _ENOUGH and tokens <= longest):
+
+        def probes() -> Self:
+            return cls(*zip(*found[-2:], strict=True), resting=resting)
+
+        def pays() -> bool:
+            if found[-1][1] < _ENOUGH:
+                return True
+            of = probes().seconds
+            return 2 * of(tokens) <= _SHARE * sum(map(of, left))
+
+        while len(found) < 2 or (tokens <= longest and pays()):
             # The first call of a length may load and compile.
             (first, _), (again, peak) = (_timed(call, tokens, device) for _ in range(2))
             found.append((tokens, min(first, again), _peak_bytes(), peak - resting))
             tokens *= 2
-        return cls(*zip(*found[-2:], strict=True), resting=resting)
+        return probes()
 
     def seconds(self, tokens: int) -> float:
         """Of any length."""

@@ -76,16 +76,20 @@ def test_probes_grow_until_one_takes_seconds(monkeypatch: pytest.MonkeyPatch) ->
         return compiling + seconds, 10**6 + 100_000 * tokens
 
     monkeypatch.setattr(forecasts, "_timed", timed)
-    probes = _Probes.of(asked.append, 131072, torch.device("cpu"))
+    cpu = torch.device("cpu")
+    probes = _Probes.of(asked.append, 131072, [131072], cpu)
     assert sorted(asked) == asked
     assert sorted({*asked}) == [512, 1024, 2048, 4096, 8192, 16384, 32768]
     assert probes.tokens == (16384, 32768)
     assert probes.seconds(131072) == pytest.approx(7e-5 * 131072 + 5e-10 * 131072**2)
     assert probes.memory(131072)[1] == pytest.approx(100_000 * 131072, rel=0.01)
+    # For twelve prompts a probe of 64K is a twentieth more, one of 128K would be a sixth.
+    assert _Probes.of(asked.append, 131072, [131072] * 12, cpu).tokens == (32768, 65536)
+    assert _Probes.of(asked.append, 131072, [131072] * 24, cpu).tokens == (65536, 131072)
     asked.clear()
-    assert _Probes.of(asked.append, 1500, torch.device("cpu")).tokens == (512, 1024)
+    assert _Probes.of(asked.append, 1500, [1500], cpu).tokens == (512, 1024)
     assert asked == [512, 512, 1024, 1024]
-    assert _Probes.of(asked.append, 255, torch.device("cpu")).tokens == (127, 254)
+    assert _Probes.of(asked.append, 255, [255], cpu).tokens == (127, 254)
 
 
 def test_memory_of_this_process_grows_with_the_tokens_on_a_cpu_alone() -> None:
