@@ -119,6 +119,7 @@ class SharePrefillBuilder:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self.core: ServingCore | None = core_of(vllm_config)
         if self.core is not None:
+            _leave_wrapped(vllm_config)
             _check_layers(vllm_config)
             if self.core.decoding is not None:
                 layers = _decoded_layers(vllm_config, self.core.n_layers)
@@ -130,6 +131,10 @@ class SharePrefillBuilder:
             if self.core.check_files is not None:
                 self.core.check_files()
                 self.core.check_files = None
+            layers = vllm_config.compilation_config.static_forward_context
+            if any(_is_wrapped(layers[name]) for name in layer_names):
+                # Such a builder hands on rows of its own, not the requests'.
+                self.core = None
 
     def build(
         self,
@@ -390,6 +395,22 @@ def _why_dense(common_prefix_len: int, common: CommonAttentionMetadata) -> str |
         "lengths that only the device knows": common.seq_lens_cpu_upper_bound is None,
     }
     return next((name for name, holds in unknown.items() if holds), None)
+
+
+def _is_wrapped(layer: Any) -> bool:
+    """Whether vLLM puts a backend of its own over ours, which divides rows or moves keys.
+
+    As chunks of local attention do, and sinks that are kept in pages.
+    """
+    return "is_of_shareprefill" not in vars(layer.get_attn_backend())
+
+
+def _leave_wrapped(vllm_config: Any) -> None:
+    """Leaves wrapped layers to the inner backend."""
+    for layer, impl in _impls(vllm_config):
+        if impl.why_dense is None and _is_wrapped(layer):
+            impl.why_dense = f"attention of {layer.get_attn_backend().__name__}"
+            logger.info_once("shareprefill: layers with %s run dense", impl.why_dense)
 
 
 def _check_layers(vllm_config: Any) -> None:

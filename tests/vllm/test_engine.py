@@ -355,9 +355,38 @@ def window_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         max_position_embeddings=4096,
         initializer_range=0.3,
     )
+    return _random_model(Gemma2ForCausalLM, config, tmp_path_factory.mktemp("gemma2"))
+
+
+@pytest.fixture(scope="module")
+def chunk_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Random weights: three of four layers see chunks of 256 tokens alone."""
+    from transformers import Llama4ForCausalLM, Llama4TextConfig
+
+    config = Llama4TextConfig(
+        vocab_size=4096,
+        hidden_size=128,
+        intermediate_size=128,
+        intermediate_size_mlp=256,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        attention_chunk_size=256,
+        moe_layers=[],
+        interleave_moe_layer_step=0,
+        max_position_embeddings=4096,
+        pad_token_id=0,
+        initializer_range=0.3,
+    )
+    config.architectures = ["Llama4ForCausalLM"]
+    return _random_model(Llama4ForCausalLM, config, tmp_path_factory.mktemp("llama4"))
+
+
+def _random_model(kind: Any, config: Any, folder: Path) -> Path:
+    """A model of random weights in a folder, with sp-tiny's tokenizer."""
     torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("gemma2")
-    Gemma2ForCausalLM(config).save_pretrained(folder)
+    kind(config).save_pretrained(folder)
     for file in MODEL.glob("tokenizer*"):
         shutil.copy(file, folder)
     return folder
@@ -387,6 +416,16 @@ def test_layers_with_a_window_stay_dense_and_models_follow_each_other(
     # Two of four layers are shared; both groups of layers build a step's metadata, one books it.
     assert report["rows"]["sparse"] == {"pooled": 3}
     assert report["recent"]["pooled"]["policies"] == {"pooled": 2 * 4 * 3}
+
+
+def test_layers_that_see_chunks_of_their_own_stay_dense(tmp_path: Path, chunk_model: Path):
+    engine = {"model": str(chunk_model), "batches": [REQUESTS], "arguments": WHOLE}
+    options = {"policy": "pooled", "min_tokens": 0, "gamma": 1.0, "max_density": 1.0}
+    plain, found = run(tmp_path, engine, engine | {"options": options})
+    assert difference(found, plain) < 1e-4
+    (report,) = found["reports"]
+    assert report["rows"]["sparse"] == {"pooled": 3}
+    assert report["recent"]["pooled"]["policies"] == {"pooled": 4 * 3}
 
 
 def _artifact_with(folder: Path, name: str, **changes: Any) -> str:
