@@ -7,11 +7,15 @@ from __future__ import annotations
 
 import os
 
-from shareprefill.vllm.options import ARTIFACT_VARIABLE, POLICY_VARIABLE, SWITCH_VARIABLE
+from shareprefill.vllm.options import (
+    ARTIFACT_VARIABLE,
+    INNER_VARIABLE,
+    POLICY_VARIABLE,
+    SWITCH_VARIABLE,
+)
 
 # Versions that the plug-in was written for, [first, first that is not].
 VERSIONS = ((0, 24), (0, 34))
-INNER_VARIABLE = "SHAREPREFILL_INNER_BACKEND"
 _BACKENDS = {
     "CPU_ATTN": "shareprefill.vllm.cpu.SharePrefillCPUBackend",
     "FLASH_ATTN": "shareprefill.vllm.flash.SharePrefillFlashBackend",

@@ -155,6 +155,20 @@ class ServingCore:
         least = self.config.min_tokens
         return self.crossover.tokens_of(*self._sizes) if least is None else least
 
+    def keys_of_chunk(self, rows: int) -> int | None:
+        """Keys from which on prompts have sparse rows; None where none has.
+
+        Args:
+            rows: Of a step at most.
+        """
+        if rows < self.least_rows:
+            return None
+        least = max(self.min_tokens, self.least_rows)
+        if rows < least and not self.is_sparse(rows, least, None):
+            # As many pairs of a row and a key as `Crossover.is_worth_it` asks for.
+            least = -(-(least**2 + rows**2) // (2 * rows))
+        return least
+
     def is_new_step(self, starts: Tensor) -> bool:
         """True once a step, however many groups of layers ask.
 
@@ -184,9 +198,10 @@ class ServingCore:
 
     def begin(self, row: Prefill, switch: str | None, device: torch.device) -> RowState:
         """The state of a row before the first layer of a forward pass."""
-        prefill = self._prefill(switch)
+        policy = self._own(switch)
+        prefill = self._prefill(policy)
         geometry = prefill.plan.geometry(row.n_query, row.n_key, device)
-        record = RowRecord(switch, row.n_query, row.n_key)
+        record = RowRecord(policy, row.n_query, row.n_key)
         return RowState(prefill, prefill.begin(geometry), record)
 
     def attend(
@@ -381,6 +396,10 @@ class ServingCore:
         )
         names = ("prefills", "density", "selection_work", "policies")
         return {name: getattr(report, name) for name in names}
+
+    def _own(self, policy: str | None) -> str | None:
+        """None where a request names the engine's own policy, whose options hold for it, too."""
+        return None if policy == self.config.policy else policy
 
     def _prefill(self, policy: str | None) -> SparsePrefill:
         if policy not in self._prefills:

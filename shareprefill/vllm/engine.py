@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import vllm
 from torch import Tensor
+from vllm import envs
 from vllm.config import get_current_vllm_config, set_current_vllm_config
 from vllm.distributed.parallel_state import get_pp_group, get_tp_group
 from vllm.logger import init_logger
@@ -22,17 +23,23 @@ from vllm.v1.attention.selector import get_attn_backend
 
 from shareprefill.artifact import Artifact, load_artifact
 from shareprefill.checkpoint import check_checkpoint
-from shareprefill.errors import ArtifactError, UnsupportedError
+from shareprefill.errors import ArtifactError, ConfigError, UnsupportedError
 from shareprefill.runtime.crossover import DECODING, crossover
 from shareprefill.runtime.decoding import density_of, effect_of
 from shareprefill.runtime.paged_decoding import PagedDecoding
 from shareprefill.runtime.plan import RuntimePlan, make_plan, plan_without_artifact
 from shareprefill.runtime.tensor_parallel import HeadShard
-from shareprefill.vllm import INNER_VARIABLE, VERSIONS, inner_backend
+from shareprefill.vllm import VERSIONS, inner_backend
 from shareprefill.vllm.core import ServingCore
 from shareprefill.vllm.decoding import ServingDecoding
 from shareprefill.vllm.metrics import count, count_steps
-from shareprefill.vllm.options import SWITCH_VARIABLE, ServingOptions, switch_is_on
+from shareprefill.vllm.options import (
+    INNER_VARIABLE,
+    NAME,
+    SWITCH_VARIABLE,
+    ServingOptions,
+    switch_is_on,
+)
 
 logger = init_logger("vllm.shareprefill")
 
@@ -58,6 +65,8 @@ def core_of(vllm_config: Any) -> ServingCore | None:
     key = id(owner)
     if key not in _cores:
         options = ServingOptions.find(vllm_config.additional_config, os.environ)
+        if options is None:
+            _require_nothing(vllm_config)
         core = None if options is None else _make(options, vllm_config)
         _cores[key] = weakref.ref(owner, lambda _: _cores.pop(key, None)), core
     return _cores[key][1]
@@ -66,6 +75,17 @@ def core_of(vllm_config: Any) -> ServingCore | None:
 def current_core() -> ServingCore | None:
     """The core of the engine whose model is being built."""
     return core_of(get_current_vllm_config())
+
+
+def _require_nothing(config: Any) -> None:
+    """Refuses an engine that names our backend and gives it nothing to do."""
+    named, ours = config.attention_config.backend, "shareprefill.vllm."
+    if named is not None and named.name == "CUSTOM" and named.get_path().startswith(ours):
+        raise ConfigError(
+            "--attention-backend CUSTOM is shareprefill's, and nothing was asked of it: add "
+            f'--additional-config \'{{"{NAME}": {{"artifact": "clusters.st"}}}}\', or leave the '
+            "backend out"
+        )
 
 
 def check_engine(options: ServingOptions, config: Any) -> None:
@@ -90,7 +110,18 @@ def check_engine(options: ServingOptions, config: Any) -> None:
         or getattr(parallel, "prefill_context_parallel_size", 1) > 1,
         "LoRA adapters (their requests would read the base model's patterns: allow that with "
         '"lora": "share")': config.lora_config is not None and options.lora is None,
+        'adapters ("lora": "share") while --enable-lora is not set: set it, or leave "lora" out': (
+            config.lora_config is None and options.lora is not None
+        ),
         "latent attention (MLA)": config.model_config.use_mla,
+        "a model without attention": config.model_config.is_attention_free,
+        "steps that are cut in two (DBO)": parallel.use_ubatching,
+        "batch invariance (VLLM_BATCH_INVARIANT): patterns depend on chunks": bool(
+            envs.VLLM_BATCH_INVARIANT
+        ),
+        "drafts whose number is decided on the device (enable_adaptive_verification)": getattr(
+            config.speculative_config, "enable_adaptive_verification", False
+        ),
         "the switch of single requests, of which this model runner tells nobody: set "
         f"{SWITCH_VARIABLE}=off, or VLLM_USE_V2_MODEL_RUNNER=0": switch_is_on()
         and not _is_told(config),
@@ -119,7 +150,8 @@ def check_decoding(config: Any) -> None:
         "CUDA graphs that hold writes to the cache (use_inductor_graph_partition, FULL, or "
         "splitting_ops of your own: cudagraph_mode PIECEWISE has none)": has_graphs
         and _CACHE_WRITE not in (compilation.splitting_ops or ()),
-        "steps that are cut in two (DBO)": config.parallel_config.use_ubatching,
+        # What is made beside the cache would be thrown away with it.
+        "sleep mode": model.enable_sleep_mode,
         # There vLLM copies a part of a page that a request shares with another one.
         "a prefix cache of parts of pages (prefix_match_unit, or a hybrid model)": bool(
             cache.enable_prefix_caching
@@ -250,13 +282,42 @@ def _make(options: ServingOptions, config: Any) -> ServingCore:
     core.check_files = check_files
     if options.runtime.decode == "sparse":
         core.decoding = _make_decoding(core, effect_of(artifact), shard, config, counts)
-    logger.info(
-        "shareprefill: policy %s, prefills of %d tokens and more are sparse (%s)",
-        options.runtime.policy,
-        core.min_tokens,
-        core.crossover.source if options.runtime.min_tokens is None else "min_tokens",
-    )
+    _check_lengths(core, config)
     return core
+
+
+def _check_lengths(core: ServingCore, config: Any) -> None:
+    """Says from which lengths on an engine is sparse, and refuses one whose prompts are shorter.
+
+    Raises:
+        UnsupportedError: no prompt can be as long.
+    """
+    whole, most = core.min_tokens, core.max_keys
+    # A step takes no more of a prompt.
+    limit = getattr(config.scheduler_config, "long_prefill_token_threshold", 0)
+    rows = min(core.max_rows, limit or core.max_rows)
+    chunked = core.keys_of_chunk(rows)
+    source = core.crossover.source if core.config.min_tokens is None else "min_tokens"
+    if chunked is None or chunked > most:
+        raise UnsupportedError(
+            f"shareprefill would compute nothing in this engine: prompts are sparse from {whole} "
+            f"tokens on ({source}), in steps of {rows} tokens from {chunked or 'no length'} on, "
+            f'and have at most {most}; name a smaller "min_tokens", or a larger --max-model-len or '
+            "--max-num-batched-tokens"
+        )
+    if core.decoding is not None and core.decoding.least_tokens > most:
+        raise UnsupportedError(
+            f"sparse decode steps begin at {core.decoding.least_tokens} tokens, and this engine's "
+            f'requests have at most {most}: name a smaller "min_tokens", or leave out "decode"'
+        )
+    in_chunks = f", in steps of {rows} tokens from {chunked} on" if chunked > whole else ""
+    logger.info(
+        "shareprefill: policy %s, prefills of %d tokens and more are sparse%s (%s)",
+        core.config.policy,
+        whole,
+        in_chunks,
+        source,
+    )
 
 
 def _make_decoding(

@@ -18,7 +18,14 @@ from vllm.v1.sample import logits_processor as v1
 from vllm.v1.sample.logits_processor.builtin import process_dict_updates
 
 from shareprefill.errors import ConfigError
-from shareprefill.vllm.options import NAME, OFF, SWITCH_VARIABLE, check_switch, switch_is_on
+from shareprefill.vllm.options import (
+    NAME,
+    OFF,
+    SWITCH_VARIABLE,
+    check_switch,
+    refuse_misspelt,
+    switch_is_on,
+)
 
 try:
     from vllm.v1.worker.gpu.sample import logits_processor as v2
@@ -56,6 +63,7 @@ class RequestSwitch(*_INTERFACES):
                 f"({SWITCH_VARIABLE}=off)"
             )
         try:
+            refuse_misspelt("the key of extra_args", sampling_params.extra_args or ())
             check_switch(switch)
         except ConfigError as error:
             raise ValueError(str(error)) from error

@@ -95,6 +95,20 @@ def test_a_report_tells_of_each_row_by_itself():
     assert report["recent"]["pooled"]["density"] == pytest.approx((36 * first + 19 * second) / 55)
 
 
+def test_a_request_that_names_the_engine_s_own_policy_gets_its_options():
+    core = core_with(gamma=0.5, max_density=1.0)
+    query, keys = torch.randn(4, 1024, 8), torch.randn(2, 1024, 8)
+    for switch in (None, "pooled"):
+        # `core_with` makes no other plan than the engine's own.
+        state = core.begin(Prefill(0, slice(0, 1024), 1024), switch, query.device)
+        for layer in (0, 1):
+            core.attend(layer, state, query, keys, keys, scale=1, softcap=None, sinks=None)
+    report = core.report()
+    assert report["recent"]["pooled"]["prefills"] == 2
+    first, second = (row["density"] for row in report["latest"])
+    assert first == second < 1
+
+
 def test_a_tuned_crossover_of_its_backend_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     cpu, table = torch.device("cpu"), tmp_path / "table.json"
     save_crossover(table, cpu, "CPU_ATTN", 700, "by hand", [])
@@ -118,9 +132,13 @@ def test_a_device_s_crossover_counts_the_work_of_a_row(monkeypatch: pytest.Monke
     assert [core.is_sparse(keys, keys, None) for keys in (399, 400)] == [False, True]
     # The last rows of a prompt that an engine cut into chunks: 128 * (2 * 688 - 128) < 400 ** 2.
     assert [core.is_sparse(128, keys, None) for keys in (688, 690)] == [False, True]
+    # 690 would do but for the last key, which is half of a pair.
+    assert [core.keys_of_chunk(rows) for rows in (127, 128, 400, 4096)] == [None, 689, 400, 400]
     core.book(128, 688, None)
     assert core.report()["rows"]["dense"] == {"length": 1}
     # A process that holds half of the heads has half of the work.
     assert core_with(min_tokens=None, heads=range(2)).min_tokens == 565
     # What is asked for counts keys.
     assert core_with(min_tokens=500).is_sparse(128, 500, None)
+    assert core_with(min_tokens=500).keys_of_chunk(128) == 500
+    assert core_with(min_tokens=0).keys_of_chunk(4096) == 128

@@ -459,16 +459,29 @@ def test_what_cannot_be_served_fails_at_the_start(tmp_path: Path, window_model: 
         ({"options": {"artifact": other_files}}, "from other files"),
         ({"options": {"artifact": of_nobody}}, "cannot be checked: the artifact holds no"),
         # What comes from the hub is compared when it is there: after the model is loaded.
-        ({"model": "organisation/tiny", "options": {"artifact": other_files}}, "from other files"),
+        (
+            {
+                "model": "organisation/tiny",
+                "options": {"artifact": other_files, "min_tokens": 0},
+            },
+            "from other files",
+        ),
         (
             {
                 "model": str(window_model),
-                "options": {"policy": "pooled"},
+                "options": {"policy": "pooled", "min_tokens": 0},
                 "arguments": {"hf_overrides": window},
             },
             "every layer has a sliding window",
         ),
         ({"options": PLANNED, "arguments": {"enable_lora": True}}, "LoRA"),
+        ({"options": PLANNED | {"lora": "share"}}, "adapters .* while --enable-lora is not set"),
+        ({"options": {"artifact": ARTIFACT}}, "prompts are sparse from 5120 tokens.* at most 4096"),
+        (
+            {"options": PLANNED, "arguments": {"long_prefill_token_threshold": 20}},
+            "in steps of 20 tokens from no length on",
+        ),
+        ({"arguments": {"attention_backend": "CUSTOM"}}, "ConfigError: .*nothing was asked of it"),
     ]
     cache = _hub_cache(tmp_path / "hub", "organisation/tiny")
     offline = {"HF_HUB_CACHE": str(cache), "HF_HUB_OFFLINE": "1"}

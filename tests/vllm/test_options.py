@@ -3,7 +3,7 @@ import pytest
 from shareprefill.config import RuntimeConfig
 from shareprefill.errors import ConfigError
 from shareprefill.vllm import options
-from shareprefill.vllm.options import ServingOptions, check_switch
+from shareprefill.vllm.options import ServingOptions, check_switch, switch_is_on
 
 
 def test_an_engine_that_asks_for_nothing_has_no_options():
@@ -42,7 +42,12 @@ def test_a_policy_of_the_environment_needs_no_artifact():
         ("clusters.st", "must be an object"),
         ({}, "needs an artifact"),
         ({"policy": "auto"}, "needs an artifact"),
-        ({"artefact": "a.st", "policy": "flex"}, "'artefact'"),
+        ({"artefact": "a.st", "policy": "flex"}, "no option 'artefact' .did you mean 'artifact'"),
+        ({"artifact": "a.st", "min-tokens": 0}, "no option 'min-tokens' .did you mean 'min_tok"),
+        ({"artifact": "a.st", 3: 0}, "no option 3; it takes .*, policy"),
+        ({"policy": "dense"}, "leaves nothing to shareprefill"),
+        ({"artifact": "a.st", "nonfinite": "error"}, "would end all others"),
+        ({"policy": "flex", "checkpoint": "unchecked"}, "is for an artifact"),
         ({"artifact": 3}, "must be a path"),
         ({"artifact": "a.st", "policy": "flax"}, "policy = 'flax'"),
         ({"artifact": "a.st", "lora": "yes"}, "lora = 'yes'"),
@@ -57,6 +62,60 @@ def test_wrong_options_are_refused(entry: object, message: str):
         ServingOptions.find({"shareprefill": entry}, {})
 
 
+def test_steps_may_be_sparse_behind_dense_prefills():
+    entry = {"policy": "dense", "decode": "sparse"}
+    found = ServingOptions.find({"shareprefill": entry}, {})
+    assert found is not None
+    assert found.runtime.policy == "dense"
+
+
+@pytest.mark.parametrize(
+    ("additional", "environment", "message"),
+    [
+        ({"share_prefill": {"policy": "flex"}}, {}, "'share_prefill' is unknown .*'shareprefill'"),
+        ({"SharePrefill": {}}, {}, "additional_config's key 'SharePrefill' is unknown"),
+        ({}, {"SHAREPREFILL_ARTEFACT": "a.st"}, "_ARTEFACT is unknown .*mean 'SHAREPREFILL_ARTI"),
+        ({}, {"SHAREPREFILL_MIN_TOKENS": "0"}, "_MIN_TOKENS is unknown.*other options go into"),
+        ({}, {"SHARE_PREFILL_POLICY": "flex"}, "mean 'SHAREPREFILL_POLICY'"),
+        (
+            {"shareprefill": {"min_tokens": 0}},
+            {"SHAREPREFILL_ARTIFACT": "a.st"},
+            "names neither an artifact nor a policy: write {'artifact': 'a.st'}",
+        ),
+    ],
+)
+def test_names_that_are_nearly_ours_are_refused_not_passed_over(
+    additional: dict[str, object], environment: dict[str, str], message: str
+):
+    with pytest.raises(ConfigError, match=message):
+        ServingOptions.find(additional, environment)
+
+
+def test_names_that_are_others_are_passed_over():
+    others = {"chunked_prefill": True, "sparse_prefill": {}, "prefill": 1, "artifact": "a.st"}
+    assert ServingOptions.find(others, {"PREFILL_POLICY": "x", "ARTIFACT": "y"}) is None
+    assert ServingOptions.find({"shareprefill": {"policy": "flex"}} | others, {}) is not None
+
+
+def test_the_switch_of_requests_is_on_or_off(monkeypatch: pytest.MonkeyPatch):
+    found = []
+    for value in ("", "on", "off"):
+        monkeypatch.setenv("SHAREPREFILL_REQUEST_SWITCH", value)
+        found.append(switch_is_on())
+    assert found == [True, True, False]
+    monkeypatch.setenv("SHAREPREFILL_REQUEST_SWITCH", "OFF")
+    with pytest.raises(ConfigError, match="'OFF' is not allowed: it must be on or off"):
+        switch_is_on()
+
+
+def test_an_installed_policy_that_cannot_be_made_is_refused(monkeypatch: pytest.MonkeyPatch):
+    installed = {"gone": "no_such_module:Gone"}
+    monkeypatch.setattr(options, "installed_policies", lambda: installed)
+    monkeypatch.setattr("shareprefill.policy_names.installed_policies", lambda: installed)
+    with pytest.raises(ConfigError, match="no module 'no_such_module'"):
+        check_switch("gone")
+
+
 def test_an_engine_takes_a_policy_from_outside_and_a_request_an_installed_one(
     monkeypatch: pytest.MonkeyPatch,
 ):
@@ -64,7 +123,9 @@ def test_an_engine_takes_a_policy_from_outside_and_a_request_an_installed_one(
     assert found == ServingOptions(
         artifact=None, runtime=RuntimeConfig(policy="strided:Strided:stride=2")
     )
-    monkeypatch.setattr(options, "installed_policies", lambda: {"strided": "strided:Strided"})
+    installed = {"strided": "shareprefill.runtime.policies.streaming:Streaming"}
+    monkeypatch.setattr(options, "installed_policies", lambda: installed)
+    monkeypatch.setattr("shareprefill.policy_names.installed_policies", lambda: installed)
     check_switch("strided")
     for value in ("strided:Strided", "strided:stride=2", "flex:tau=0.2", "os:system"):
         with pytest.raises(ConfigError, match="is not allowed"):
