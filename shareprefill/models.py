@@ -553,6 +553,9 @@ def _load_config(name: str, place: str, options: dict[str, Any]) -> PreTrainedCo
     known = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or "AutoModelForCausalLM" in own_classes
     if not known or getattr(config, "is_encoder_decoder", False):
         raise _not_causal(name, config)
+    # Nobody here reads attention weights, which take memory, and which sessions refuse.
+    for part in (config, config.get_text_config(decoder=True)):
+        part.output_attentions = False
     return config
 
 

@@ -85,6 +85,13 @@ def test_model_and_tokenizer_load(saved: Path) -> None:
     assert model(torch.tensor([tokens])).logits.shape == (1, 2, 48)
 
 
+def test_attention_weights_that_a_configuration_asks_for_are_not_kept(broken: Path) -> None:
+    _rewrite_config(broken, output_attentions=True)
+    model = load_model(str(broken), device="cpu")
+    with torch.no_grad():
+        assert model(input_ids=torch.ones(1, 4, dtype=torch.long)).attentions is None
+
+
 def test_loading_restores_what_transformers_logs(saved: Path) -> None:
     from transformers.utils import logging
 

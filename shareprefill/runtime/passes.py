@@ -19,6 +19,7 @@ from torch import Tensor
 from shareprefill.errors import UnsupportedError
 from shareprefill.runtime.attachment import (
     IMPLEMENTATIONS,
+    attachment_of,
     calls_made,
     follows_caches,
     is_attached,
@@ -108,6 +109,21 @@ def begin_pass(decoder: torch.nn.Module, inputs: tuple[Any, ...], options: dict[
             f"the model was set to the attention implementation {chosen!r} inside a session, which "
             "would leave the session without effect (continuous batching does so): leave the "
             "session first, or use generate() instead of generate_batch()"
+        )
+    _refuse_weights(decoder, options)
+
+
+def _refuse_weights(decoder: torch.nn.Module, options: dict[str, Any]) -> None:
+    """Refuses a pass that is to return attention weights: transformers would return none."""
+    wanted = options.get("output_attentions")
+    if wanted is None:
+        wanted = getattr(cast(Any, decoder).config, "output_attentions", False)
+    attachment = attachment_of(decoder)
+    if wanted and attachment is not None and not attachment.own:
+        raise UnsupportedError(
+            "output_attentions asks for attention weights, which a session does not compute: ask "
+            "inside `with session.dense():`, or outside the session, of a model with "
+            "attn_implementation='eager'; or set output_attentions=False"
         )
 
 

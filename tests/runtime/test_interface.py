@@ -280,6 +280,29 @@ def test_gradients_are_refused(model: Any) -> None:
         model(input_ids=token_ids(1, 8))
 
 
+@pytest.mark.parametrize("where", ["eager", "sdpa", "configuration", "generate", "gpt2"])
+def test_attention_weights_are_refused_and_given_in_a_dense_call(where: str) -> None:
+    model = own_family("gpt2") if where == "gpt2" else tiny_llama()
+    model.set_attn_implementation("sdpa" if where == "sdpa" else "eager")
+    options: dict[str, Any] = {"output_attentions": True}
+    if where == "configuration":
+        model.config.output_attentions, options = True, {}
+    call = model
+    if where == "generate":
+        call, options["return_dict_in_generate"] = model.generate, True
+    ids = token_ids(1, 8, vocabulary=64)
+    with share_prefill(model, policy="smoothed") as session, torch.no_grad():
+        with pytest.raises(UnsupportedError, match=r"output_attentions.*session\.dense\(\)"):
+            call(ids, **options)
+        with session.dense():
+            found = call(ids, **options).attentions
+        model(ids, output_attentions=False)
+    with torch.no_grad():
+        own = call(ids, **options).attentions
+    assert len(found) == len(own)
+    torch.testing.assert_close(found, own, rtol=0, atol=0)
+
+
 def own_family(name: str, **changes: Any) -> Any:
     return build(next(family for family in FAMILIES if family.name == name), **changes)
 
