@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from shareprefill.errors import DataError
 from shareprefill.files import printable
 from shareprefill.regeneration.jobs import Tolerances
 
@@ -103,17 +101,6 @@ class Outcome:
         values["changes"] = [{**asdict(c), "drifted": c.drifted} for c in self.changes]
         return values
 
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Outcome:
-        """The inverse of `to_dict`."""
-        found = {field.name: values[field.name] for field in fields(cls)}
-        found["lines"] = tuple(found["lines"])
-        found["changes"] = tuple(
-            Change(**{name: value for name, value in change.items() if name != "drifted"})
-            for change in found["changes"]
-        )
-        return cls(**found)
-
     def cells(self) -> tuple[str, ...]:
         """The row of a table, in the order of `HEADINGS`."""
         changes = {change.name: change for change in self.changes}
@@ -200,18 +187,6 @@ def to_markdown(outcomes: Sequence[Outcome]) -> str:
             lines += ["", f"**{outcome.name}**: {outcome.status}", ""]
             lines += [f"    {printable(line, 1000)}" for line in outcome.lines]
     return "\n".join(lines) + "\n"
-
-
-def load_outcome(path: Path) -> Outcome:
-    """Reads what a worker wrote.
-
-    Raises:
-        DataError: it is missing or damaged.
-    """
-    try:
-        return Outcome.from_dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{printable(path)} cannot be read: {printable(error)}") from error
 
 
 def _row(cells: Sequence[str]) -> str:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 
 from shareprefill.files import make_folder
 from shareprefill.processes import starting_workers
 from shareprefill.regeneration.jobs import Job, load_jobs, select_jobs
-from shareprefill.regeneration.outcomes import OUTCOME, Outcome, load_outcome
-from shareprefill.regeneration.worker import remove_folder, work_on
+from shareprefill.regeneration.outcomes import Outcome
+from shareprefill.regeneration.worker import work_on
 
 
 def regenerate(
@@ -38,7 +39,7 @@ def regenerate(
         only: Names of models; none: all.
         shard: `i/n`: every n-th of them, from the i-th on.
         update: Write artifacts that differ or are missing.
-        fresh: Delete what is kept of the selected models first.
+        fresh: Keep nothing of an earlier run of the selected models.
         trust_remote_code: Run the model repositories' own code.
         quiet: Say nothing of the stages on standard error.
         on_outcome: Called with each outcome as soon as it is there.
@@ -55,13 +56,12 @@ def regenerate(
     work = make_folder(work).absolute()
     outcomes = []
     for job in jobs:
-        if fresh:
-            remove_folder(work / job.name)
         outcome = _in_process(
             job,
             path,
             work / job.name,
             update=update,
+            fresh=fresh,
             trust_remote_code=trust_remote_code,
             quiet=quiet,
         )
@@ -71,21 +71,24 @@ def regenerate(
     return outcomes
 
 
-def _in_process(
-    job: Job, path: Path, folder: Path, *, update: bool, trust_remote_code: bool, quiet: bool
-) -> Outcome:
-    found = make_folder(folder) / OUTCOME
-    found.unlink(missing_ok=True)
+def _in_process(job: Job, path: Path, folder: Path, **options: bool) -> Outcome:
     started = time.monotonic()
-    options = {"update": update, "trust_remote_code": trust_remote_code, "quiet": quiet}
     with starting_workers() as context:
-        process = context.Process(target=work_on, args=(job, path.parent, folder), kwargs=options)
+        told, tell = context.Pipe(duplex=False)
+        process = context.Process(
+            target=work_on, args=(job, path.parent, folder, tell), kwargs=options
+        )
         process.start()
+    # The worker's end alone is left, so that this one notices when the worker is gone.
+    tell.close()
+    outcome = None
+    with told, suppress(EOFError):
+        outcome = told.recv()
     process.join()
     status = process.exitcode
     assert status is not None
-    if status == 0 and found.exists():
-        return load_outcome(found)
+    if status == 0 and outcome is not None:
+        return outcome
     ended = f"exit status {status}" if status >= 0 else signal.Signals(-status).name
     return Outcome(
         name=job.name,

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from importlib.metadata import version
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from shareprefill.errors import ArtifactError, DataError, ShareprefillError
 from shareprefill.evaluation.config import EvalConfig
 from shareprefill.evaluation.suite import evaluate
 from shareprefill.files import (
+    LOCK_NAME,
     atomic_write_text,
     locked_folder,
     locked_output,
@@ -73,7 +75,12 @@ EVALUATE = (*_CLUSTER, "evaluation")
 
 
 def run_job(
-    job: Job, folder: Path, *, update: bool = False, trust_remote_code: bool = False
+    job: Job,
+    folder: Path,
+    *,
+    update: bool = False,
+    fresh: bool = False,
+    trust_remote_code: bool = False,
 ) -> Outcome:
     """Makes, measures and compares one model's artifact; an expected error is its outcome.
 
@@ -81,19 +88,34 @@ def run_job(
         job: What to do.
         folder: Where its calibration, artifact and outcomes are kept.
         update: Write the artifact where the committed one is, unless that one is equal.
+        fresh: Keep nothing of what is in the folder.
         trust_remote_code: Run the model repository's own code.
     """
     started = time.monotonic()
+
+    def timed(outcome: Outcome) -> Outcome:
+        return replace(outcome, seconds=time.monotonic() - started)
+
+    try:
+        # Nothing is touched before the folder is held: another run may be at it.
+        with locked_folder(folder):
+            empty_folder(folder, () if fresh else (OUTCOME,))
+            outcome = timed(_outcome_of(job, folder, update, trust_remote_code))
+            atomic_write_text(folder / OUTCOME, json.dumps(outcome.to_dict(), indent=1) + "\n")
+    except ShareprefillError as error:
+        outcome = timed(_outcome(job, "failed", [str(error)]))
+    return outcome
+
+
+def _outcome_of(job: Job, folder: Path, update: bool, trust_remote_code: bool) -> Outcome:
     try:
         with ExitStack() as held:
-            held.enter_context(locked_folder(folder))
             if update:
                 make_folder(job.artifact.parent)
                 held.enter_context(locked_output(job.artifact))
-            outcome = _run(job, folder, update, trust_remote_code)
+            return _run(job, folder, update, trust_remote_code)
     except ShareprefillError as error:
-        outcome = _outcome(job, "failed", [str(error)])
-    return replace(outcome, seconds=time.monotonic() - started)
+        return _outcome(job, "failed", [str(error)])
 
 
 def _run(job: Job, folder: Path, update: bool, trust_remote_code: bool) -> Outcome:
@@ -216,17 +238,17 @@ def _announcing(job: Job, doing: str, noun: str, done: str) -> Callable[[int, in
 
 
 def work_on(
-    job: Job, place: Path, folder: Path, *, update: bool, trust_remote_code: bool, quiet: bool
+    job: Job, place: Path, folder: Path, tell: Connection, *, quiet: bool, **options: bool
 ) -> None:
-    """What a job's process does: `run_job`, and its outcome written beside what the job keeps.
+    """What a job's process does: `run_job`, whose outcome it tells the one that started it.
 
     Args:
         job: What to do.
         place: The folder that the job's paths are relative to.
         folder: Where its calibration, artifact and outcome are kept.
-        update: As in `run_job`.
-        trust_remote_code: As in `run_job`.
+        tell: Sends the outcome.
         quiet: Log errors only.
+        options: Of `run_job`.
     """
     end_with_parent()
     # What a library prints does not belong to the command's own output.
@@ -234,12 +256,9 @@ def work_on(
     _log_progress(logging.ERROR if quiet else logging.INFO)
     os.chdir(place)
     try:
-        outcome = run_job(job, folder, update=update, trust_remote_code=trust_remote_code)
-        atomic_write_text(folder / OUTCOME, json.dumps(outcome.to_dict(), indent=1) + "\n")
+        tell.send(run_job(job, folder, **options))
     except KeyboardInterrupt:
         sys.exit(130)
-    except ShareprefillError as error:  # the outcome could not be written
-        sys.exit(f"sp: {error}")
 
 
 def _log_progress(level: int) -> None:
@@ -319,7 +338,7 @@ def _calibrate(job: Job, folder: Path, stamps: Stamps, trust_remote_code: bool) 
     facts = {"config": job.calibrate.to_dict(), "code": code_digest(_CAPTURE)}
     if not stamps.has("calibrate", facts):
         # Emptied before the stamp is set: the stamp says what a begun calibration was begun with.
-        remove_folder(folder / CALIBRATION)
+        remove(folder / CALIBRATION)
         stamps.set("calibrate", facts)
     capture_maps(
         job.calibrate,
@@ -374,17 +393,30 @@ def _cluster(job: Job, folder: Path, stamps: Stamps) -> Artifact:
     return artifact
 
 
-def remove_folder(path: Path) -> None:
-    """Removes a folder, if it is there.
+def remove(path: Path) -> None:
+    """Removes a file or a folder, if it is there.
 
     Raises:
         DataError: it cannot be removed.
     """
     try:
-        if path.exists():
+        if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
     except OSError as error:
         raise DataError(f"cannot remove {printable(path)}: {error.strerror}") from error
+
+
+def empty_folder(path: Path, names: Sequence[str] = ()) -> None:
+    """Removes from a folder what is named, or all but its lock.
+
+    Raises:
+        DataError: something cannot be removed.
+    """
+    for inside in [path / name for name in names] or list(path.iterdir()):
+        if inside.name != LOCK_NAME:
+            remove(inside)
 
 
 def _file_digest(path: Path) -> str:

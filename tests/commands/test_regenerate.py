@@ -137,8 +137,13 @@ def _stat(process: int) -> list[str]:
 @pytest.mark.skipif(sys.platform == "win32", reason="sends signals")
 def test_a_worker_that_dies_is_an_outcome(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pipeline, "work_on", die)
-    found = sp(folder / "models.toml", "--json")
+    kept = Path("artifacts/regenerated/small/stages.json")
+    kept.parent.mkdir(parents=True)
+    kept.touch()
+    found = sp(folder / "models.toml", "--json", "--fresh")
     assert found.exit_code == 1
+    # Nothing is removed by one that does not hold the folder.
+    assert kept.exists()
     for model in json.loads(found.stdout)["models"]:
         assert model["status"] == "failed"
         assert "ended with SIGKILL" in model["lines"][0]

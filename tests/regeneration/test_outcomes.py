@@ -1,12 +1,11 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
+from dataclasses import asdict
 
 import pytest
 
-from shareprefill.errors import DataError
-from shareprefill.regeneration.outcomes import Change, Outcome, load_outcome, to_json, to_markdown
+from shareprefill.regeneration.outcomes import Change, Outcome, to_json, to_markdown
 
 DRIFTED = Outcome(
     name="a",
@@ -21,18 +20,14 @@ DRIFTED = Outcome(
 EQUAL = Outcome(name="b", status="equal", artifact="b.st", heads=12)
 
 
-def test_json_goes_there_and_back(tmp_path: Path) -> None:
+def test_json_has_all_fields() -> None:
     values = json.loads(to_json([DRIFTED, EQUAL]))
     assert values["ok"] is False
     assert values["models"][0]["changes"][0]["drifted"] is True
-    assert Outcome.from_dict(values["models"][0]) == DRIFTED
+    change = {**asdict(DRIFTED.changes[0]), "drifted": True}
+    fields = {**asdict(DRIFTED), "lines": [*DRIFTED.lines], "changes": [change]}
+    assert values["models"][0] == fields
     assert json.loads(to_json([EQUAL]))["ok"] is True
-    (tmp_path / "outcome.json").write_text(json.dumps(DRIFTED.to_dict()))
-    assert load_outcome(tmp_path / "outcome.json") == DRIFTED
-    for text in ("", "[]", "{}", '{"name": 3}'):
-        (tmp_path / "outcome.json").write_text(text)
-        with pytest.raises(DataError, match="cannot be read"):
-            load_outcome(tmp_path / "outcome.json")
 
 
 @pytest.mark.parametrize(

@@ -44,6 +44,12 @@ def work(job: Job) -> Path:
     return job.artifact.parents[1] / "work"
 
 
+def contents(folder: Path) -> dict[str, bytes]:
+    """The files of a folder, by their paths in it."""
+    found = (path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): path.read_bytes() for path in found}
+
+
 def run(job: Job, **options: Any) -> Outcome:
     return run_job(job, work(job), **options)
 
@@ -143,7 +149,10 @@ def test_damaged_stamps_do_everything_again(job: Job) -> None:
     assert (work(job) / "artifact.st").read_bytes() == before
 
 
-def test_a_second_process_fails_clearly(job: Job) -> None:
+@pytest.mark.parametrize("fresh", [False, True])
+def test_a_second_process_fails_clearly_and_changes_nothing(job: Job, fresh: bool) -> None:
+    (work(job) / "outcome.json").write_text("of the first one")
+    before = contents(work(job))
     started, end = threading.Event(), threading.Event()
 
     def hold() -> None:
@@ -155,12 +164,23 @@ def test_a_second_process_fails_clearly(job: Job) -> None:
     thread.start()
     try:
         started.wait()
-        outcome = run(job)
+        outcome = run(job, fresh=fresh)
     finally:
         end.set()
         thread.join()
     assert outcome.status == "failed"
     assert "is in use by another process" in outcome.lines[0]
+    assert contents(work(job)) == before
+
+
+def test_a_fresh_run_keeps_nothing_but_the_lock(job: Job, tmp_path: Path) -> None:
+    folder = tmp_path / "work"
+    (folder / "calibration").mkdir(parents=True)
+    (folder / "calibration" / "index.json").write_text("{")
+    (folder / "stages.json").symlink_to(folder / "calibration")
+    broken = replace(job, calibrate=replace(job.calibrate, model="no/such/model"))
+    assert run_job(broken, folder, fresh=True).status == "failed"
+    assert contents(folder).keys() == {".lock", "stages.json", "outcome.json"}
 
 
 def test_a_stage_that_fails_is_the_outcome(job: Job, tmp_path: Path) -> None:
