@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import logging
 import os
 import pickle
@@ -43,6 +44,12 @@ _PROJECTIONS = ("q_proj", "qkv_proj", "query_key_value", "c_attn", "Wqkv", "W_pa
 _PROJECTIONS += ("q_b_proj", "wq", "query")
 
 
+# What a configuration says of files, and of how a model is loaded.
+_NOT_OF_THE_MODEL = frozenset(
+    ("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version")
+)
+# Pieces of each weight that a digest of the model reads, and values of a piece.
+_DIGEST_PIECES = (16, 4096)
 # Tables of positions, by the names that they have in transformers' decoders.
 _POSITION_TABLES = ("wpe", "embed_positions", "positions_embed", "position_embeddings")
 _POSITION_TABLES += ("position_embedding", "position_embeds_layer", "pos_encoding")
@@ -409,6 +416,45 @@ def fingerprint(model: PreTrainedModel) -> Fingerprint:
     model_type = model.config.get_text_config(decoder=True).model_type
     whole = "".join(sketches) if all(sketches) else ""
     return Fingerprint(model_type, sizes, digest.hexdigest(), whole)
+
+
+@torch.no_grad()
+def model_digest(model: PreTrainedModel) -> str:
+    """SHA-256 of what a model's results come from: its configuration, and samples of all weights.
+
+    What is kept of a model's results is good for this very model. Its fingerprint is too little for
+    that: it does not tell models apart whose attention has the same weights, but whose other
+    weights, positions (RoPE) or end-of-text tokens differ. As there, the dtype does not count. An
+    edit that falls between the samples is not seen.
+    """
+    known: dict[str, Any] = model.config.to_dict()
+    stops = getattr(model.generation_config, "eos_token_id", None)
+    text = json.dumps([_lasting(known), stops], sort_keys=True, default=str)
+    digest = hashlib.sha256(text.encode())
+    for name, weight in attention_weights(model):
+        digest.update(f"{name} {list(weight.shape)}\n".encode())
+        if not weight.is_meta:
+            digest.update(_canonical_bytes(_sampled(weight.reshape(-1))))
+    return digest.hexdigest()
+
+
+def _lasting(values: dict[str, Any]) -> dict[str, Any]:
+    """A configuration without what says how it was saved and loaded."""
+    return {
+        name: _lasting(value) if isinstance(value, dict) else value
+        for name, value in values.items()
+        if name not in _NOT_OF_THE_MODEL
+    }
+
+
+def _sampled(values: Tensor) -> Tensor:
+    """All of a few values `[n]`; of more, pieces at even distances, the first and the last too."""
+    pieces, length = _DIGEST_PIECES
+    if len(values) <= pieces * length:
+        return values
+    last = len(values) - length
+    starts = [last * number // (pieces - 1) for number in range(pieces)]
+    return torch.cat([values[start : start + length] for start in starts])
 
 
 @cache

@@ -25,6 +25,7 @@ from shareprefill.models import (
     load_model,
     load_tokenizer,
     max_length,
+    model_digest,
     model_slug,
     resolve_model,
 )
@@ -328,6 +329,34 @@ def test_fingerprint_tells_attention_weights_apart_and_nothing_else() -> None:
     swapped.model.layers[0].self_attn.load_state_dict(last.self_attn.state_dict())
     swapped.model.layers[2].self_attn.load_state_dict(first.self_attn.state_dict())
     assert fingerprint(swapped).weights != expected.weights
+
+
+@torch.no_grad()
+def test_the_digest_of_a_model_is_of_all_that_its_results_come_from(saved: Path) -> None:
+    model: Any = load_model(str(saved), device="cpu")
+    whole = model_digest(model)
+    assert model_digest(load_model(str(saved), device="cpu", dtype="bfloat16")) == whole
+    model.config._name_or_path = "another"
+    assert model_digest(model) == whole
+    model.generation_config.eos_token_id = 7
+    found = {whole, model_digest(model)}
+    model.config.rope_parameters = {**model.config.rope_parameters, "rope_theta": 5.0}
+    found.add(model_digest(model))
+    # The last value of a weight of more values than are sampled, and one of a norm.
+    for weight in (model.lm_head.weight, model.model.norm.weight):
+        weight.view(-1)[-1] += 1
+        found.add(model_digest(model))
+    assert len(found) == 5
+
+
+def test_a_digest_samples_large_weights_from_end_to_end() -> None:
+    values = torch.zeros(100_000)
+    few = models._sampled(values)
+    assert len(few) == 16 * 4096
+    for place in (0, -1, (100_000 - 4096) * 8 // 15):
+        changed = values.clone()
+        changed[place] = 1
+        assert not torch.equal(models._sampled(changed), few)
 
 
 def test_fingerprint_refuses_weights_that_are_not_in_memory() -> None:

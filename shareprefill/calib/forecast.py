@@ -80,7 +80,7 @@ def forecast(
         if processes.rank > 0:
             return None
         model, prompts, made_for = load_for_capture(config, processes, trust_remote_code)
-        store = open_for_capture(folder, config, made_for, prompts, resume=resume)
+        store = open_for_capture(folder, config, model, made_for, prompts, resume=resume)
         found = forecast_prompts(model, prompts, store)
         return replace(found, seconds=found.seconds / processes.size)
 

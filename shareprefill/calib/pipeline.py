@@ -22,6 +22,7 @@ from shareprefill.models import (
     load_model,
     load_tokenizer,
     max_length,
+    model_digest,
 )
 from shareprefill.processes import Processes, launched
 
@@ -133,7 +134,8 @@ def capture_prompts(
             processes.send(captured(number))
         return None
     with locked_folder(folder):
-        store = MapStore.begin(folder, config, made_for, resume=resume)
+        digest = model_digest(model)
+        store = MapStore.begin(folder, config, made_for, resume=resume, digest=digest)
         check_prompts(store, prompts)
         begun = processes.tell(len(store.prompts))
         for number in range(begun, len(prompts)):
@@ -178,6 +180,7 @@ def load_for_capture(
 def open_for_capture(
     folder: Path,
     config: CalibrateConfig,
+    model: PreTrainedModel,
     made_for: Fingerprint,
     prompts: Sequence[Prompt],
     *,
@@ -191,7 +194,7 @@ def open_for_capture(
     if not resume or not (folder / INDEX).exists():
         return MapStore(folder, config, made_for, [])
     store = MapStore.open(folder)
-    store.refuse_other(config, made_for)
+    store.refuse_other(config, made_for, model_digest(model))
     check_prompts(store, prompts)
     return store
 

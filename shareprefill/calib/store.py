@@ -70,6 +70,7 @@ class MapStore:
         config: What was captured.
         fingerprint: Of the model they were captured from.
         prompts: The finished prompts, in order.
+        digest: Of the whole model (`models.model_digest`); empty where it is not known.
     """
 
     def __init__(
@@ -78,13 +79,20 @@ class MapStore:
         config: CalibrateConfig,
         fingerprint: Fingerprint,
         prompts: list[PromptRecord],
+        digest: str = "",
     ) -> None:
         self.folder, self.config, self.fingerprint = folder, config, fingerprint
-        self.prompts = prompts
+        self.prompts, self.digest = prompts, digest
 
     @classmethod
     def begin(
-        cls, folder: Path, config: CalibrateConfig, fingerprint: Fingerprint, *, resume: bool
+        cls,
+        folder: Path,
+        config: CalibrateConfig,
+        fingerprint: Fingerprint,
+        *,
+        resume: bool,
+        digest: str = "",
     ) -> MapStore:
         """Opens the store to write to: goes on with one of the same configuration, or starts anew.
 
@@ -93,6 +101,7 @@ class MapStore:
             config: What is captured.
             fingerprint: Of the model.
             resume: Go on with what is there; False deletes it.
+            digest: Of the whole model; empty where it is not known.
 
         Raises:
             ConfigError: what is there has another configuration, or is of another model.
@@ -100,15 +109,16 @@ class MapStore:
         """
         if resume and (folder / INDEX).exists():
             store = cls.open(folder)
-            store.refuse_other(config, fingerprint)
-            if asdict(store.fingerprint) != asdict(fingerprint):
+            store.refuse_other(config, fingerprint, digest)
+            known = (asdict(store.fingerprint), store.digest)
+            if known != (asdict(fingerprint), digest):
                 # Equal weights: an earlier version knew less of them, or the files were repacked.
-                store.fingerprint = fingerprint
+                store.fingerprint, store.digest = fingerprint, digest
                 store._write_index()
             store._remove_unnamed("maps-*.safetensors")
             return store
         make_folder(folder)
-        store = cls(folder, config, fingerprint, [])
+        store = cls(folder, config, fingerprint, [], digest)
         # The index first: it must never name what is gone.
         store._write_index()
         store._remove_unnamed("*.safetensors")
@@ -146,6 +156,8 @@ class MapStore:
                     PromptRecord(**{**record, "layers": tuple(record["layers"])})
                     for record in index["prompts"]
                 ],
+                # Earlier versions had none.
+                index.get("model_digest", ""),
             )
         except (KeyError, TypeError, AttributeError, ConfigError) as error:
             raise DataError(f"{path} is damaged ({error}); run sp calibrate --fresh") from error
@@ -243,12 +255,18 @@ class MapStore:
             if digest != record.sha256:
                 raise DataError(f"{path} is damaged (checksum); run sp calibrate --fresh")
 
-    def refuse_other(self, config: CalibrateConfig, fingerprint: Fingerprint) -> None:
+    def refuse_other(self, config: CalibrateConfig, fingerprint: Fingerprint, digest: str) -> None:
         """Refuses to be gone on with by a calibration of another configuration or model.
+
+        Args:
+            config: That of the other calibration.
+            fingerprint: Of its model.
+            digest: Of its whole model; empty where it is not known.
 
         Raises:
             ConfigError: it has another one.
         """
+        way_out = "use --fresh to replace it, or --out for another folder"
         if self.config != config:
             old, new = self.config.to_dict(), config.to_dict()
             changed = ", ".join(
@@ -258,12 +276,22 @@ class MapStore:
             )
             raise ConfigError(
                 f"{self.folder} holds a calibration with another configuration ({changed}); "
-                "use --fresh to replace it, or --out for another folder"
+                f"{way_out}"
             )
         if self.fingerprint != fingerprint:
+            there, now = (
+                f"{model.describe()}, attention weights {model.weights[:12]}"
+                for model in (self.fingerprint, fingerprint)
+            )
             raise ConfigError(
-                f"{self.folder} holds a calibration of another model ({self.fingerprint} there, "
-                f"{fingerprint} now); use --fresh to replace it, or --out for another folder"
+                f"{self.folder} holds a calibration of another model ({there} there; {now} now); "
+                f"{way_out}"
+            )
+        if self.digest and digest and self.digest != digest:
+            raise ConfigError(
+                f"{self.folder} holds a calibration of a model with the same attention weights, "
+                "but other ones elsewhere, or another configuration (as of RoPE): "
+                f"{self.digest[:12]} there, {digest[:12]} now; {way_out}"
             )
 
     def _remove_unnamed(self, pattern: str) -> None:
@@ -277,6 +305,7 @@ class MapStore:
             "format_version": FORMAT_VERSION,
             "config": self.config.to_dict(),
             "fingerprint": asdict(self.fingerprint),
+            "model_digest": self.digest,
             "prompts": [asdict(record) for record in self.prompts],
         }
         atomic_write_text(self.folder / INDEX, json.dumps(index, indent=1, sort_keys=True) + "\n")

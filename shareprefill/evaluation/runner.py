@@ -19,7 +19,14 @@ from shareprefill.config import DECODE_DENSITY, RuntimeConfig
 from shareprefill.errors import ConfigError
 from shareprefill.evaluation.config import DENSE, PERPLEXITY, EvalConfig
 from shareprefill.evaluation.questions import Question
-from shareprefill.models import Fingerprint, fingerprint, load_model, load_tokenizer, max_length
+from shareprefill.models import (
+    Fingerprint,
+    fingerprint,
+    load_model,
+    load_tokenizer,
+    max_length,
+    model_digest,
+)
 from shareprefill.runtime.fidelity import compare_predictions, final_states, token_losses
 from shareprefill.runtime.generation import follow, generate, prefill, relative_error
 from shareprefill.runtime.interface import AttentionCall, dense_attention
@@ -415,6 +422,7 @@ class ModelRunner:
         values = {
             "model": self.name,
             "weights": print_.weights,
+            "model_digest": model_digest(self.model),
             "device": torch.cuda.get_device_name(device) if cuda else "CPU",
             "threads": torch.get_num_threads(),
             "dtype": str(self.model.dtype).removeprefix("torch."),

@@ -11,12 +11,17 @@ from typing import Any
 
 import pytest
 
+from shareprefill.calib.forecast import forecast
 from shareprefill.calib.pipeline import capture_maps
 from shareprefill.calib.store import MapStore
 from shareprefill.config import CalibrateConfig
 from shareprefill.errors import ConfigError, DataError
 from shareprefill.files import locked_folder
-from tests.support.checkpoint import save_checkpoint, small_calibration
+from tests.support.checkpoint import (
+    change_outside_of_attention,
+    save_checkpoint,
+    small_calibration,
+)
 
 KILLS = 3
 WORKER = """
@@ -24,6 +29,7 @@ import sys
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
+from shareprefill.calib.forecast import forecast
 from shareprefill.calib.pipeline import capture_maps
 from shareprefill.config import CalibrateConfig
 capture_maps(CalibrateConfig(**eval(sys.argv[2])), Path(sys.argv[1]))
@@ -86,6 +92,19 @@ def test_a_length_beyond_the_model_is_refused(checkpoint: Path, tmp_path: Path) 
     with pytest.raises(ConfigError, match="maximum of 4096"):
         capture_maps(config(checkpoint, length=5000), tmp_path / "new")
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("part", ["mlp", "rope"])
+def test_a_model_that_changed_outside_of_attention_is_refused(part: str, tmp_path: Path) -> None:
+    folder = save_checkpoint(tmp_path / "model")
+    options = config(folder, samples=3)
+    capture_maps(options, tmp_path / "out")
+    change_outside_of_attention(folder, part)
+    with pytest.raises(ConfigError, match="the same attention weights, but other ones elsewhere"):
+        forecast(options, tmp_path / "out")
+    with pytest.raises(ConfigError, match="the same attention weights, but other ones elsewhere"):
+        capture_maps(options, tmp_path / "out")
+    capture_maps(options, tmp_path / "out", resume=False)
 
 
 def test_changed_data_is_refused(checkpoint: Path, tmp_path: Path) -> None:

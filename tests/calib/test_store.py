@@ -81,10 +81,12 @@ def test_resuming_keeps_what_is_there(tmp_path: Path) -> None:
 def test_resuming_takes_what_is_now_known_of_the_same_model(tmp_path: Path) -> None:
     filled(tmp_path, prompts=2)
     more = replace(MODEL, sketch="0c" * 128, checkpoint="0d" * 32)
-    assert len(MapStore.begin(tmp_path, CONFIG, more, resume=True).prompts) == 2
+    assert len(MapStore.begin(tmp_path, CONFIG, more, resume=True, digest="0e" * 32).prompts) == 2
     found = MapStore.open(tmp_path)
     assert asdict(found.fingerprint) == asdict(more)
     assert len(found.prompts) == 2
+    with pytest.raises(ConfigError, match="other ones elsewhere.*0e0e0e.* there, 0f0f0f.* now"):
+        MapStore.begin(tmp_path, CONFIG, more, resume=True, digest="0f" * 32)
 
 
 def test_resuming_removes_what_the_index_does_not_name(tmp_path: Path) -> None:
@@ -120,7 +122,7 @@ def test_another_configuration_is_refused_with_both_named(tmp_path: Path) -> Non
     with pytest.raises(ConfigError, match="length 512 there, 1024 now"):
         MapStore.begin(tmp_path, replace(CONFIG, length=1024), MODEL, resume=True)
     other = replace(MODEL, geometry=ModelGeometry(3, 4, 2, 16))
-    with pytest.raises(ConfigError, match=r"layers=2.*layers=3"):
+    with pytest.raises(ConfigError, match=r"of 2 layers.*weights 000.* there; .*of 3 layers"):
         MapStore.begin(tmp_path, CONFIG, other, resume=True)
     assert len(MapStore.open(tmp_path).prompts) == 3
 

@@ -23,7 +23,7 @@ from shareprefill.models import load_model, load_tokenizer
 from shareprefill.runtime.generation import generate, relative_error
 from shareprefill.runtime.interface import is_attached
 from shareprefill.runtime.session import share_prefill
-from tests.support.checkpoint import save_checkpoint
+from tests.support.checkpoint import change_outside_of_attention, save_checkpoint
 from tests.support.tiny import tiny_artifact, tiny_llama
 
 LENGTH = 400
@@ -386,6 +386,17 @@ def test_another_seed_model_or_artifact_is_measured_anew(
     ran.clear()
     evaluate(replace(one, artifact=str(tmp_path / "other.st")), out=tmp_path)
     assert ran == ["auto"]
+
+
+@pytest.mark.parametrize("part", ["mlp", "rope"])
+def test_a_model_that_changed_outside_of_attention_is_measured_anew(
+    part: str, folder: Path, tmp_path: Path
+) -> None:
+    place = save_checkpoint(tmp_path / "model")
+    asked = config(folder, model=str(place), tasks=("perplexity",), samples=1, measure=False)
+    before = evaluate(asked, out=tmp_path / "out").cells[0].score
+    change_outside_of_attention(place, part)
+    assert evaluate(asked, out=tmp_path / "out").cells[0].score != before
 
 
 def test_a_damaged_ledger_and_a_folder_in_use(folder: Path, tmp_path: Path) -> None:

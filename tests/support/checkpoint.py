@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import functools
+import json
 import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
+
+from safetensors.torch import load_file, save_file
 
 from tests.support.tiny import tiny_llama
 
@@ -28,6 +31,19 @@ def save_checkpoint(folder: Path) -> Path:
     """Copies a random tiny Llama with sp-tiny's tokenizer to `folder`."""
     shutil.copytree(_saved(), folder, dirs_exist_ok=True)
     return folder
+
+
+def change_outside_of_attention(folder: Path, part: str) -> None:
+    """Changes a saved model without changing an attention weight: `mlp`, or `rope`."""
+    if part == "rope":
+        values = json.loads((folder / "config.json").read_text())
+        values["rope_parameters"]["rope_theta"] *= 8
+        (folder / "config.json").write_text(json.dumps(values))
+        return
+    path = folder / "model.safetensors"
+    weights = load_file(path)
+    weights["model.layers.1.mlp.up_proj.weight"] *= 1.5
+    save_file(weights, path, metadata={"format": "pt"})
 
 
 def small_calibration(model: Path, **changes: Any) -> dict[str, Any]:
