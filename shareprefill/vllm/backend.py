@@ -242,6 +242,19 @@ class SharePrefillImpl:
         }
         return next((name for name, holds in unknown.items() if holds), None)
 
+    def fused_output_quant_supported(self, quant_key: Any) -> bool:
+        """Never where rows may be sparse: our operators write outputs of the model's dtype.
+
+        vLLM would fuse the output's quantisation into attention, which then runs dense.
+        """
+        is_ours = self.core is not None and self.why_dense is None
+        return not is_ours and super().fused_output_quant_supported(quant_key)
+
+    def fused_rope_kvcache_supported(self) -> bool:
+        """Never where decode steps may be sparse: such an operator writes no sketches of keys."""
+        is_ours = self.core is not None and self.core.decoding is not None
+        return not is_ours and super().fused_rope_kvcache_supported()
+
     def forward(
         self,
         layer: Any,

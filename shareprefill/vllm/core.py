@@ -25,6 +25,7 @@ from shareprefill.runtime.plan import RuntimePlan
 from shareprefill.runtime.records import LayerRecord
 from shareprefill.runtime.report import SessionReport, make_report
 from shareprefill.runtime.rules.base import Exchange
+from shareprefill.runtime.tensor_parallel import agree
 from shareprefill.vllm.decoding import ServingDecoding
 from shareprefill.vllm.options import OFF
 from shareprefill.vllm.pages import split_pages
@@ -102,8 +103,12 @@ class ServingCore:
         backend: What computes dense attention there, as `sp tune` names it.
         max_rows: Query rows of one step at most.
         max_keys: Keys of one request at most.
+        told: What else the other processes must have been told alike, in words.
         count: Is told of every row of at least a block: `sparse` or `dense`, its policy or the
             reason, and its query rows.
+
+    Raises:
+        ConfigError: the other processes were started with other options.
 
     Attributes:
         n_layers: Layers of the plan.
@@ -125,6 +130,7 @@ class ServingCore:
         backend: str,
         max_rows: int,
         max_keys: int,
+        told: str = "",
         count: Callable[[str, str, int], None] = lambda *_: None,
     ) -> None:
         self._make_plan, self.config = make_plan, config
@@ -133,6 +139,9 @@ class ServingCore:
         self.device, self.max_rows, self.max_keys = device, max_rows, max_keys
         # Read here, so that a table that cannot be read stops the engine's start.
         self.crossover = crossover(device, backend)
+        if exchange is not None:
+            least = self.crossover.tokens, self.crossover.width
+            agree(exchange, repr((told, config, least, max_rows, max_keys)), device)
         self._prefills: dict[str | None, SparsePrefill] = {}
         self._counts: Counter[tuple[str, str]] = Counter()
         self._is_prepared = False

@@ -5,10 +5,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import weakref
 from functools import partial
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,6 +31,7 @@ from shareprefill.runtime.decoding import density_of, effect_of
 from shareprefill.runtime.paged_decoding import PagedDecoding
 from shareprefill.runtime.plan import RuntimePlan, make_plan, plan_without_artifact
 from shareprefill.runtime.tensor_parallel import HeadShard
+from shareprefill.version import __version__
 from shareprefill.vllm import VERSIONS, inner_backend
 from shareprefill.vllm.core import ServingCore
 from shareprefill.vllm.decoding import ServingDecoding
@@ -272,10 +275,11 @@ def _make(options: ServingOptions, config: Any) -> ServingCore:
         heads=shard and shard.heads(n_heads),
         exchange=shard,
         head_dim=model.get_head_size(),
-        device=torch.device(current_platform.device_type),
+        device=_device(),
         backend=inner_backend(),
         max_rows=config.scheduler_config.max_num_batched_tokens,
         max_keys=model.max_model_len,
+        told="" if shard is None else _told(options),
         # Every process has all rows; counters are of the engine, as vLLM's are.
         **({"count": count} if counts else {}),
     )
@@ -318,6 +322,17 @@ def _check_lengths(core: ServingCore, config: Any) -> None:
         in_chunks,
         source,
     )
+
+
+def _told(options: ServingOptions) -> str:
+    """What every process reads for itself, beside the options in its configuration."""
+    artifact, steps = options.artifact, crossover(_device(), DECODING)
+    content = None if artifact is None else hashlib.sha256(Path(artifact).read_bytes()).hexdigest()
+    return repr((__version__, content, steps.tokens, steps.width))
+
+
+def _device() -> torch.device:
+    return torch.device(current_platform.device_type)
 
 
 def _make_decoding(

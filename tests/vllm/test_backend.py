@@ -21,6 +21,7 @@ from shareprefill.vllm import backend
 from shareprefill.vllm.backend import (
     SharePrefillBackend,
     SharePrefillBuilder,
+    SharePrefillImpl,
     _why_dense,
     rows_of,
 )
@@ -92,6 +93,30 @@ def test_a_row_that_is_sparse_has_a_table_for_which_kernels_are_compiled():
     assert tables[1].data_ptr() % 16
     assert table.data_ptr() % 16 == 0
     assert torch.equal(table, tables[1])
+
+
+def test_what_vllm_fuses_into_attention_takes_no_rows_from_us():
+    class Inner:
+        def fused_output_quant_supported(self, quant_key: Any) -> bool:
+            return quant_key == "fp8"
+
+        def fused_rope_kvcache_supported(self) -> bool:
+            return True
+
+    class Impl(SharePrefillImpl, Inner):
+        pass
+
+    def fused(core: Any, why_dense: str | None) -> tuple[bool, ...]:
+        impl = object.__new__(Impl)
+        impl.core, impl.why_dense = core, why_dense
+        quantised = (impl.fused_output_quant_supported(key) for key in ("fp8", "fp4"))
+        return *quantised, impl.fused_rope_kvcache_supported()
+
+    prefills, steps = SimpleNamespace(decoding=None), SimpleNamespace(decoding=object())
+    assert fused(None, None) == (True, False, True)
+    assert fused(prefills, "a sliding window") == (True, False, True)
+    assert fused(prefills, None) == (False, False, True)
+    assert fused(steps, None) == (False, False, False)
 
 
 def test_metadata_that_nobody_here_knows_is_refused():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from shareprefill.runtime.dense import causal_attention
 from shareprefill.runtime.plan import RuntimePlan, make_plan
 from shareprefill.vllm.pages import joined_pages
 from shareprefill.vllm.rows import Prefill, divide
+from tests.support.processes import run_processes
 from tests.support.serving import serving_core
 from tests.support.tiny import tiny_artifact, tiny_llama
 
@@ -153,6 +155,8 @@ def test_processes_warm_up_by_themselves_and_then_meet_once(
     # The pivots of layers 0 and 1 are in the other process.
     core = serving_core(lambda _: plan, config, heads=range(2, 4), exchange=Noted())
     assert not core.is_alone
+    # Before anything runs on a device.
+    assert events.pop() == "meets"
     core.warm(torch.empty(5, 2, D), 1, PAGE, scale=SCALE, softcap=None, sinks=None)
     told = "shareprefill: has compiled, and waits for the other processes"
     assert events == [0, 1, 2, 0, 1, 2, told, "meets"]
@@ -161,3 +165,37 @@ def test_processes_warm_up_by_themselves_and_then_meet_once(
     query, keys = torch.randn(2, 200, D), torch.randn(1, 200, D)
     core.attend(0, state, query, keys, keys, scale=SCALE, softcap=None, sinks=None)
     assert "meets" in events[8:]
+
+
+UNLIKE = """
+import sys
+import torch
+from shareprefill.config import RuntimeConfig
+from shareprefill.errors import ConfigError
+from shareprefill.runtime.plan import plan_without_artifact
+from shareprefill.runtime.tensor_parallel import HeadShard
+from tests.support.processes import run_processes
+from tests.support.serving import serving_core
+
+torch.distributed.init_process_group("gloo")
+rank = torch.distributed.get_rank()
+shard = HeadShard(rank, 2, torch.distributed.group.WORLD)
+for least in (128, 128 + rank):
+    config = RuntimeConfig(policy="pooled", min_tokens=least)
+    plan = plan_without_artifact(2, 4, config)
+    try:
+        serving_core(lambda _: plan, config, heads=shard.heads(4), exchange=shard)
+    except ConfigError as error:
+        print(error, file=open(f"{sys.argv[1]}/{rank}-{least}", "w"))
+"""
+
+
+@pytest.mark.slow
+def test_processes_that_were_started_unlike_say_so_instead_of_standing_still(
+    tmp_path: Path,
+) -> None:
+    """Where rows are sparse in one process alone, it waits for the other in a sum for ever."""
+    run_processes(2, "-c", UNLIKE, str(tmp_path))
+    texts = {file.name: file.read_text() for file in tmp_path.iterdir()}
+    assert texts.keys() == {"0-128", "1-129"}
+    assert all("2 processes were started with unlike options" in text for text in texts.values())
