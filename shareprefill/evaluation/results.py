@@ -80,7 +80,7 @@ class Cell:
         kl: KL divergence of the predictions from dense attention's, in nats a position, over all
             positions of the prompts; None unless measured.
         top1_agreement: Share of the positions whose most likely next token is dense attention's.
-        bins: Perplexity by position; empty for other tasks.
+        bins: Perplexity by position, where there are tokens; empty for other tasks.
         answer_kl: With sparse decode steps, the KL divergence of the steps that follow dense
             attention's answer, prefill and all, in nats a step; None unless measured.
         answer_agreement: Share of these steps with dense attention's most likely next token.
@@ -300,9 +300,15 @@ def _bins(
     count = len(outcomes[0].bins)
     bins = []
     for number in range(count):
-        score, change = _perplexity(
-            [o.bins[number] for o in outcomes], [o.bins[number] for o in dense]
-        )
+        # A prompt that is shorter than the others has no token in the last ones.
+        losses = [
+            (ours, theirs)
+            for one, other in zip(outcomes, dense, strict=True)
+            if (ours := one.bins[number]) is not None and (theirs := other.bins[number]) is not None
+        ]
+        if not losses:
+            continue
+        score, change = _perplexity(*zip(*losses, strict=True))
         # The first position of a bin: the least one that `position * count // length` gives it.
         edges = [math.ceil(edge * length / count) for edge in (number, number + 1)]
         bins.append(Bin(edges[0], edges[1], score, None if is_dense else change))

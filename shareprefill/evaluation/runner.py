@@ -56,7 +56,7 @@ class Outcome:
         kl: Mean KL divergence from dense attention's predictions over all positions, in nats; None
             unless measured.
         top1_agreement: Share of the positions whose most likely next token is dense attention's.
-        bins: Mean negative log likelihood by position; empty for questions.
+        bins: Mean negative log likelihood by position, None where no token is; empty for questions.
         answer_kl: With sparse decode steps, mean KL divergence of the steps that follow dense
             attention's answer, prefill and all, from dense attention's; None unless measured, or
             where the answer is one token.
@@ -77,7 +77,7 @@ class Outcome:
     hidden_error: float = 0.0
     kl: float | None = None
     top1_agreement: float | None = None
-    bins: tuple[float, ...] = ()
+    bins: tuple[float | None, ...] = ()
     answer_kl: float | None = None
     answer_agreement: float | None = None
     decode_density: float | None = None
@@ -133,7 +133,7 @@ class _Answer:
     seconds: float
     hidden: Tensor
     states: Tensor | None
-    bins: tuple[float, ...] = ()
+    bins: tuple[float | None, ...] = ()
     steps: Tensor | None = None
     tokens: Tensor | None = None
 
@@ -254,8 +254,12 @@ class PromptMeasurement:
         place = torch.arange(1, len(ids), device="cpu") * self.bins // self.length
         sums = torch.zeros(self.bins, dtype=torch.float64, device="cpu")
         sums = sums.index_add(0, place, losses)
-        means = sums / place.bincount(minlength=self.bins).clamp(min=1)
-        hidden, bins = kept[-1].float().cpu(), tuple(means.tolist())
+        counts = place.bincount(minlength=self.bins)
+        bins = tuple(
+            total / count if count else None
+            for total, count in zip(sums.tolist(), counts.tolist(), strict=True)
+        )
+        hidden = kept[-1].float().cpu()
         return _Answer(losses.mean().item(), "", seconds, hidden, kept.cpu(), bins)
 
     def _fidelity(self, dense: _Answer, answer: _Answer) -> tuple[float | None, float | None]:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -56,6 +57,37 @@ def test_no_speedup_where_nothing_was_sparse() -> None:
     assert speedup is not None
     assert speedup.value == 2
     assert cell(0.4, 0.4, 0.4).kl is None
+
+
+def test_what_some_prompts_lack_is_no_figure_of_all() -> None:
+    whole = Outcome(1.0, "x", 400, ttft_s=0.5, dense_ttft_s=1.0, kl=0.1, density=0.5)
+    dense = replace(whole, density=1.0)
+    for name in ("ttft_s", "kl"):
+        part = replace(whole, **{name: None})
+        cell = make_cell("retr_kv", "exact_match", 512, "auto", {}, [whole, part], [dense] * 2)
+        assert getattr(cell, name) is None
+        assert (cell.ttft_s is None) == (cell.speedup is None)
+        assert cell.density.value == 0.5
+
+
+def test_positions_without_a_token_have_no_perplexity() -> None:
+    def read(*bins: float | None) -> Outcome:
+        return Outcome(1.0, "", 80, ttft_s=None, dense_ttft_s=None, bins=bins)
+
+    ours, dense = (
+        [read(None, 2.0, 3.0, None), read(None, 4.0, None, None)],
+        [
+            read(None, 1.0, 3.0, None),
+            read(None, 3.0, None, None),
+        ],
+    )
+    cell = make_cell("perplexity", "perplexity", 90, "auto", {}, ours, dense)
+    # As `position * 4 // 90` says.
+    assert [(b.start, b.stop) for b in cell.bins] == [(23, 45), (45, 68)]
+    assert [math.log(b.score.value) for b in cell.bins] == pytest.approx([3.0, 3.0])
+    assert [b.difference.value for b in cell.bins if b.difference] == pytest.approx(
+        [math.expm1(1.0), 0.0]
+    )
 
 
 def test_files_without_the_newer_figures_are_read(tmp_path: Path) -> None:

@@ -245,6 +245,26 @@ def test_dense_and_sparse_prefills_take_turns(
     assert [replace(asked, samples=n).repeats for n in (1, 2, 3, 20)] == [3, 2, 1, 1]
 
 
+def test_ranges_behind_a_short_text_were_not_read(folder: Path) -> None:
+    model, tokenizer = load_model(str(folder / "model")), load_tokenizer(str(folder / "model"))
+    asked = config(folder, samples=1, policies=("sampled",))
+    (question,) = make_questions("perplexity", LENGTH, asked, tokenizer, longest=None)
+    tokens = len(question.input_ids)
+    options = {"bins": 4, "measure": False, "repeats": 0, "warm_up": False}
+    measurement = PromptMeasurement(model, tokenizer, question, length=2 * tokens, **options)
+    bins = measurement.run(DENSE_VARIANT).bins
+    assert [loss is None for loss in bins] == [False, False, True, True]
+    # The first token of a text is not predicted.
+    measurement = PromptMeasurement(
+        model, tokenizer, question, length=tokens, **{**options, "bins": tokens}
+    )
+    assert [loss is None for loss in measurement.run(DENSE_VARIANT).bins[:3]] == [
+        True,
+        False,
+        False,
+    ]
+
+
 def test_without_times_one_prefill_measures_the_same(
     folder: Path, evaluation: Evaluation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
