@@ -52,6 +52,14 @@ def test_maps_are_the_models_own_attention_by_block(model: Any, tokens: int, blo
     last = probabilities[:, :, -min(block, tokens) :].mean(-2)
     vertical = torch.stack([piece.sum(-1) for piece in last.split(block, dim=-1)], -1)
     torch.testing.assert_close(found.tensors["vertical"].float(), vertical, rtol=2e-3, atol=2e-4)
+    rows_of_block = torch.arange(tokens)[-block:, None]
+    mass = probabilities[:, :, rows_of_block[:, 0]] / len(rows_of_block)
+    distance = (rows_of_block - torch.arange(tokens)).clamp(min=0)
+    part = distance % block / block
+    slash = torch.zeros_like(found.tensors["slash"]).float()
+    slash.index_add_(2, (distance // block).flatten(), (mass * (1 - part)).flatten(2))
+    slash.index_add_(2, (distance // block + 1).flatten(), (mass * part).flatten(2))
+    torch.testing.assert_close(found.tensors["slash"].float(), slash, rtol=2e-3, atol=2e-4)
 
 
 def test_capture_changes_neither_output_nor_model(model: Any) -> None:
@@ -163,3 +171,8 @@ def test_maps_at_larger_blocks_are_the_attention_of_those(model: Any, factor: in
     sums = kept["rows4"].float().sum(-1)
     torch.testing.assert_close(sums, torch.ones_like(sums), rtol=0, atol=2e-3)
     assert torch.equal(kept["lines"], fine["lines"])
+    # Behind the distances stands what no distance holds.
+    for name, end in (("vertical", None), ("slash", -1)):
+        joined = [part.sum(-1) for part in fine[name].float()[..., :end].split(factor, -1)]
+        expected = torch.stack(joined, -1)
+        torch.testing.assert_close(kept[name].float()[..., :end], expected, rtol=5e-3, atol=5e-4)

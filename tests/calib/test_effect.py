@@ -117,6 +117,35 @@ def test_long_prompts_are_cut_in_the_middle_and_equal_seeds_give_equal_bytes(mod
     assert all(torch.equal(short[name], own[name]) for name in short)
 
 
+def test_blocks_lose_what_their_patterns_leave_out(model: Any) -> None:
+    given, cuts = list[Any](), list[Any]()
+    made = effect._cut
+
+    def noted(*call: Any) -> Any:
+        given.append(call)
+        cuts.append(made(*call))
+        return cuts[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(effect, "_cut", noted)
+        effect_of(model, 0)
+    (call, output, gradient, _), cut = given[1], cuts[1]
+    heads, group = call.query.shape[1], call.query.shape[1] // call.key.shape[1]
+    for head in (0, heads - 1):
+        block = int(cut.lost[head].argmax())
+        rows = torch.arange(block * BLOCK, (block + 1) * BLOCK)
+        key, value = call.key[0, head // group], call.value[0, head // group]
+        logits = call.query[0, head, rows] @ key.T * call.scale
+        logits = logits.masked_fill(torch.arange(TOKENS) > rows[:, None], -torch.inf)
+        outside = logits.softmax(-1) * ~cut.pattern[head, block].repeat_interleave(BLOCK)
+        lost = outside.sum(1).mean().item()
+        assert cut.lost[head, block] == pytest.approx(lost, rel=1e-4)
+        own = outside.sum(1, keepdim=True) * output[0, head, rows]
+        moved = ((outside @ value - own) * gradient[0, head, rows]).sum() / (1 - lost)
+        assert lost > 0.01
+        assert cut.change[head, block] == pytest.approx(moved.item(), rel=1e-3)
+
+
 def test_last_rows_lose_what_few_blocks_of_32_do_not_hold(model: Any) -> None:
     given: list[tuple[AttentionCall, torch.Tensor, torch.Tensor]] = []
     made, lost = effect._lost_steps, []

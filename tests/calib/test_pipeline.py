@@ -11,12 +11,14 @@ from typing import Any
 
 import pytest
 
+from shareprefill.calib import pipeline
 from shareprefill.calib.forecast import forecast
-from shareprefill.calib.pipeline import capture_maps
+from shareprefill.calib.pipeline import capture_maps, load_for_capture
 from shareprefill.calib.store import MapStore
 from shareprefill.config import CalibrateConfig
 from shareprefill.errors import ConfigError, DataError
 from shareprefill.files import locked_folder
+from shareprefill.processes import Processes
 from tests.support.checkpoint import (
     change_outside_of_attention,
     save_checkpoint,
@@ -29,7 +31,6 @@ import sys
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-from shareprefill.calib.forecast import forecast
 from shareprefill.calib.pipeline import capture_maps
 from shareprefill.config import CalibrateConfig
 capture_maps(CalibrateConfig(**eval(sys.argv[2])), Path(sys.argv[1]))
@@ -105,6 +106,15 @@ def test_a_model_that_changed_outside_of_attention_is_refused(part: str, tmp_pat
     with pytest.raises(ConfigError, match="the same attention weights, but other ones elsewhere"):
         capture_maps(options, tmp_path / "out")
     capture_maps(options, tmp_path / "out", resume=False)
+
+
+def test_a_length_of_the_models_maximum_is_not(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = config(checkpoint)
+    monkeypatch.setattr(pipeline, "max_length", lambda _: given.length)
+    _, prompts, _ = load_for_capture(given, Processes(), False)
+    assert len(prompts) == given.samples
 
 
 def test_changed_data_is_refused(checkpoint: Path, tmp_path: Path) -> None:

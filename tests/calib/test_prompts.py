@@ -64,12 +64,13 @@ def test_files(tmp_path: Path, tokenizer: Any, name: str, content: str) -> None:
         assert all(256 <= len(p.input_ids) <= 512 for p in prompts)
 
 
-def test_long_rows_lose_their_middle(tmp_path: Path, tokenizer: Any) -> None:
+@pytest.mark.parametrize("length", [512, 511])
+def test_long_rows_lose_their_middle(tmp_path: Path, tokenizer: Any, length: int) -> None:
     path = tmp_path / "rows.json"
     path.write_text(json.dumps([f"first {TEXT}{TEXT} last"] * 4))
-    ids = make_prompts(config(str(path)), tokenizer)[0].input_ids
+    ids = make_prompts(config(str(path), length=length), tokenizer)[0].input_ids
     text = tokenizer.decode(ids, skip_special_tokens=True)
-    assert len(ids) == 512
+    assert len(ids) == length
     assert text.startswith("first")
     assert text.endswith("last")
 

@@ -249,9 +249,16 @@ def test_a_failed_check_falls_back_to_what_the_head_would_do_alone(policy: Polic
     facts = evidence([1.5] * 6, pairs=ALIKE, pivots=[0.2] * 6)
     if policy is not Policy.DENSE:
         facts.alone[policy] = replace(facts.sampled, density=0.2 * facts.sampled.density)
+    # Its own pattern needs another gamma than the pivot's.
+    pairs = facts.pairs.clone()
+    pairs[:5] = 0.0
+    facts.pairs = facts.worst_pairs = pairs
     found = shared(facts, [0] * 6, [0] * 6)
     assert [c.policy for c in found] == [Policy.PIVOT] + [Policy.SHARE] * 5
     assert {c.fallback for c in found[1:]} == {policy}
+    assert {c.gamma for c in found[1:]} == {GAMMAS[5]}
+    own = alone(facts, CONFIG)[1].gamma
+    assert {c.fallback_gamma for c in found[1:]} == {own} != {GAMMAS[5]}
 
 
 def test_a_budget_counts_blocks_not_time() -> None:

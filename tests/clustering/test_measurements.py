@@ -54,6 +54,15 @@ def test_smoothed_maps_are_measured_on_the_exact_ones(store: MapStore) -> None:
     assert found.work == 2 / 64
 
 
+def test_a_head_is_as_sparse_as_on_its_least_sparse_prompt(store: MapStore) -> None:
+    first, second, both = (
+        HeldOutMeasurements(store, prompts, 0, estimator={}).distance_to_uniform
+        for prompts in ([0], [2], [0, 2])
+    )
+    assert not torch.equal(first, second)
+    assert torch.equal(both, torch.minimum(first, second))
+
+
 def test_lost_mass_does_harm_by_the_effects_of_its_own_prompt(store: MapStore) -> None:
     """Of heads alone, too."""
     heads = len(store.layers) * store.fingerprint.geometry.heads

@@ -15,7 +15,7 @@ from shareprefill.calib.store import MapStore
 from shareprefill.checkpoint import check_checkpoint
 from shareprefill.clustering import pipeline
 from shareprefill.clustering.assignment import Choice, Goal
-from shareprefill.clustering.effects import head_effects, prompt_effects
+from shareprefill.clustering.effects import effects_of, head_effects, prompt_effects
 from shareprefill.clustering.estimator import fit_estimator
 from shareprefill.clustering.measurements import GAMMAS, HeldOutMeasurements
 from shareprefill.clustering.pipeline import Clustering, cluster
@@ -123,8 +123,11 @@ def test_more_clusters_than_heads_are_refused(calibration: Path) -> None:
 
 
 def test_pivot_rows_that_were_not_captured_are_refused(calibration: Path) -> None:
-    with pytest.raises(ConfigError, match="pivot_rows = 5 was not captured"):
-        cluster(calibration, ClusterConfig(pivot_rows=5))
+    """Nor may a pivot sample the rows of the check: too few tell where attention lies."""
+    for rows in (5, 1):
+        message = rf"pivot_rows = {rows} was not captured: it must be one of \(0, 2, 4, 8\)"
+        with pytest.raises(ConfigError, match=message):
+            cluster(calibration, ClusterConfig(pivot_rows=rows))
 
 
 def test_an_untrained_calibration_is_refused(tmp_path: Path) -> None:
@@ -290,6 +293,21 @@ def test_effects_of_a_prompt_add_up_to_what_its_data_set_measured(calibration: P
         torch.testing.assert_close(effect / effect.sum(), pooled / pooled.sum())
     # A data set that nothing is known of.
     torch.testing.assert_close(found[3], pooled)
+
+
+def test_a_heads_effect_is_mixed_with_those_of_its_own_layer() -> None:
+    change, lost = (torch.rand(3, 2, 4, dtype=torch.float64) for _ in range(2))
+    lost[:, 0] *= 1e-6
+    found = effects_of(change, lost, torch.ones(3, 1, dtype=torch.float64))
+    assert found[:4].std() > 0.05 * found[:4].mean()
+    lost[:, 1] *= 1000
+    other = effects_of(change, lost, torch.ones(3, 1, dtype=torch.float64))
+    torch.testing.assert_close(found[:4] / found[0], other[:4] / other[0])
+    # One that loses nothing has what its layer has.
+    lost[:, :, 0] = change[:, :, 0] = 0
+    found = effects_of(change, lost, torch.ones(3, 1, dtype=torch.float64)).view(2, 4)
+    means = change.sum((0, 2)) / lost.sum((0, 2))
+    assert (found[0, 0] / found[1, 0]).item() == pytest.approx((means[0] / means[1]).item())
 
 
 def test_calibrations_of_earlier_versions_lack_effects_of_steps_and_errors_in_fp8(

@@ -12,6 +12,7 @@ from typer.testing import CliRunner, Result
 from shareprefill.artifact import save_artifact
 from shareprefill.commands.evaluate import eval_command
 from shareprefill.errors import ArtifactError, ConfigError, DataError
+from shareprefill.evaluation import suite
 from shareprefill.evaluation.results import load_evaluation
 from shareprefill.models import load_model
 from shareprefill.policy_names import POLICIES
@@ -62,6 +63,21 @@ def test_a_table_and_files(folder: Path, tmp_path: Path) -> None:
     again = sp_eval(folder, *options, *gammas, "--out", tmp_path, "--json")
     assert again.stdout == evaluation.to_json()
     assert (tmp_path / "outcomes.jsonl").stat().st_mtime_ns == stamp
+
+
+def test_fresh_forgets_outcomes(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = []
+
+    def evaluate(*_: object, fresh: bool, **__: object) -> None:
+        given.append(fresh)
+        raise DataError("enough")
+
+    monkeypatch.setattr(suite, "evaluate", evaluate)
+    for option in ("--resume", "--fresh"):
+        sp_eval(folder, "--out", tmp_path, option)
+    assert given == [False, True]
 
 
 def test_all_policies_run(folder: Path) -> None:

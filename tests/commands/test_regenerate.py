@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer
@@ -14,6 +15,7 @@ from shareprefill.artifact import load_artifact
 from shareprefill.commands.regenerate import regenerate_command
 from shareprefill.errors import ConfigError, DataError
 from shareprefill.regeneration import pipeline
+from shareprefill.regeneration.outcomes import Outcome
 from tests.support.checkpoint import save_checkpoint
 from tests.support.processes import die
 
@@ -65,6 +67,32 @@ def test_list_and_bad_selections(folder: Path) -> None:
     assert json.loads(sp(folder / "models.toml", "--list", "--shard", "2/2").stdout) == ["broken"]
     assert isinstance(sp(folder / "models.toml", "--only", "x").exception, ConfigError)
     assert list(Path().iterdir()) == []
+
+
+def test_options_reach_the_jobs_that_are_selected(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[tuple[Any, ...]] = []
+
+    def in_process(job: Any, _path: Path, place: Path, **options: bool) -> Outcome:
+        done.append((job.name, place, *options.values()))
+        return Outcome(name=job.name, status="equal", artifact="a.st")
+
+    monkeypatch.setattr(pipeline, "_in_process", in_process)
+    kept = Path("kept").absolute()
+    (kept / "broken").mkdir(parents=True)
+    (kept / "small").mkdir()
+    found = sp(folder / "models.toml", "--work", "kept", "--shard", "2/2", "--update", "--fresh")
+    assert found.exit_code == 0, found.output
+    # Of the others nothing is deleted.
+    assert [path.name for path in kept.iterdir()] == ["small"]
+    assert sp(folder / "models.toml", "--only", "small", "--trust-remote-code").exit_code == 0
+    assert done == [
+        ("broken", kept / "broken", True, False, False),
+        ("small", Path("artifacts/regenerated/small").absolute(), False, True, False),
+    ]
+    names = sp(folder / "models.toml", "--list", "--only", "broken").stdout
+    assert json.loads(names) == ["broken"]
 
 
 def test_a_summary_replaces_no_other_file(folder: Path) -> None:

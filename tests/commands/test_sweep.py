@@ -11,6 +11,7 @@ from typer.testing import CliRunner, Result
 from shareprefill.artifact import save_artifact
 from shareprefill.commands.sweep import sweep_command
 from shareprefill.errors import ConfigError, DataError
+from shareprefill.evaluation import sweep
 from shareprefill.models import load_model
 from tests.support.checkpoint import save_checkpoint
 from tests.support.tiny import tiny_artifact
@@ -61,6 +62,21 @@ def test_bad_options(folder: Path, options: tuple, message: str) -> None:
     result = sp_sweep(folder, *options)
     with pytest.raises(ConfigError, match=message):
         raise result.exception or AssertionError(result.output)
+
+
+def test_fresh_forgets_outcomes(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = []
+
+    def forgetting(*_: object, fresh: bool, **__: object) -> None:
+        given.append(fresh)
+        raise DataError("enough")
+
+    monkeypatch.setattr(sweep, "sweep", forgetting)
+    for option in ("--resume", "--fresh"):
+        sp_sweep(folder, "--slack", 0.2, "--out", tmp_path, option)
+    assert given == [False, True]
 
 
 def test_results_of_another_model_are_not_replaced(folder: Path, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import torch
 from shareprefill import share_prefill
 from shareprefill.artifact import Policy
 from shareprefill.commands.inspect import describe, summarize
+from shareprefill.commands.run import _run_facts
 from shareprefill.commands.verdicts import (
     judge_artifact,
     judge_calibration,
@@ -21,6 +22,7 @@ from shareprefill.commands.verdicts import (
 )
 from shareprefill.config import RuntimeConfig
 from shareprefill.models import ModelGeometry
+from shareprefill.runtime.answering import Answer
 from tests.audit.synthetic import made_up_artifact, with_gaps
 from tests.support.tiny import tiny_artifact, tiny_llama, token_ids
 
@@ -205,3 +207,28 @@ def test_planned_beside_taken_with_reasons() -> None:
 def test_recall_beside_its_promise() -> None:
     assert judge_recall(0.951, 0.953) == "recall 0.951, as promised: held-out prompts had 0.953"
     assert "less than promised" in judge_recall(0.9, 0.953)
+
+
+@torch.no_grad()
+def test_recall_of_another_gamma_was_not_promised() -> None:
+    model = tiny_llama()
+    artifact = tiny_artifact(model)
+    with share_prefill(model, artifact, min_tokens=0) as session:
+        model(input_ids=token_ids(1, 96))
+    said: Any = SimpleNamespace(
+        text="", prompt_tokens=96, new_tokens=1, ttft_s=1.0, decode_tokens_per_s=None
+    )
+    cases: list[tuple[dict[str, Any], float | None]] = [
+        ({}, artifact.recall.mean().item()),
+        ({"gamma": 0.5}, None),
+        ({"policy": "smoothed"}, None),
+    ]
+    for options, promised in cases:
+        result = Answer(said, session.report(), recalls=(0.5,) * 12)
+        facts = _run_facts(result, RuntimeConfig(min_tokens=0, **options), artifact)
+        assert facts["recall"] == 0.5
+        assert facts.get("promised_recall") == (promised and pytest.approx(promised))
+    # Nothing was held out for layers that were not captured.
+    result = Answer(said, session.report(), recalls=(0.5,) * 12)
+    gaps = replace(artifact, recall=torch.full_like(artifact.recall, torch.nan))
+    assert "promised_recall" not in _run_facts(result, RuntimeConfig(min_tokens=0), gaps)

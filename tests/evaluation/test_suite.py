@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,12 +12,17 @@ import torch
 from shareprefill.artifact import Artifact, Policy, load_artifact, save_artifact
 from shareprefill.config import RuntimeConfig
 from shareprefill.errors import ArtifactError, ConfigError, DataError, ShareprefillError
-from shareprefill.evaluation import runner
+from shareprefill.evaluation import runner, suite
 from shareprefill.evaluation.config import EvalConfig
-from shareprefill.evaluation.questions import make_questions
+from shareprefill.evaluation.questions import Question, make_questions
 from shareprefill.evaluation.results import Evaluation
-from shareprefill.evaluation.runner import DENSE_VARIANT, PromptMeasurement, variants_of
-from shareprefill.evaluation.suite import evaluate
+from shareprefill.evaluation.runner import (
+    DENSE_VARIANT,
+    Outcome,
+    PromptMeasurement,
+    variants_of,
+)
+from shareprefill.evaluation.suite import OutcomeCache, evaluate
 from shareprefill.evaluation.tables import markdown
 from shareprefill.files import locked_folder
 from shareprefill.models import load_model, load_tokenizer
@@ -243,6 +249,46 @@ def test_dense_and_sparse_prefills_take_turns(
     assert outcome.kl is None
     assert measurement.run(DENSE_VARIANT).ttft_s == 2.0
     assert [replace(asked, samples=n).repeats for n in (1, 2, 3, 20)] == [3, 2, 1, 1]
+
+
+def test_outcomes_are_those_of_their_own_conditions() -> None:
+    """What was timed otherwise, beside others, or not measured, is measured again."""
+    known: Any = SimpleNamespace(values={"model": "m", "device": "CPU", "threads": 1})
+    asked = EvalConfig(model="m", policies=("sampled",), samples=1)
+
+    def kept(config: EvalConfig, **values: Any) -> Any:
+        context: Any = SimpleNamespace(values={**known.values, **values})
+        return suite._facts(context, variants_of(config, []), config)
+
+    changes: tuple[dict[str, Any], ...] = (
+        *({"times": False}, {"measure": False}, {"workers": 2}),
+        *({"samples": 2}, {"policies": ("smoothed",)}),
+    )
+    for change in changes:
+        assert kept(replace(asked, **change)) != kept(asked), change
+    assert kept(asked, device="GPU") != kept(asked)
+    # Neither more prompts at one time each nor another name of the model is another condition.
+    assert kept(replace(asked, samples=9)) == kept(replace(asked, samples=20), model="n")
+
+
+def test_the_first_prompt_of_a_length_is_warmed_up() -> None:
+    def asked(*numbers: int) -> list[Question]:
+        return [Question(torch.tensor([number]), "perplexity") for number in numbers]
+
+    questions = {("perplexity", 8): asked(1, 2), ("perplexity", 16): asked(1, 2, 2)}
+    cache = OutcomeCache(None)
+
+    def key(question: Question, length: int, column: int) -> dict[str, Any]:
+        return {"prompt": question.digest, "length": length, "column": column}
+
+    cache.add(key(questions["perplexity", 8][1], 8, 0), Outcome(1.0, "", 1, None, None))
+    jobs = suite._missing(questions, key, 2, cache)
+    found = [(job.length, job.columns, job.warm_up) for job in jobs]
+    # A row that stands twice is run once.
+    assert found == [
+        *((8, (0, 1), True), (8, (1,), False)),
+        *((16, (0, 1), True), (16, (0, 1), False)),
+    ]
 
 
 def test_ranges_behind_a_short_text_were_not_read(folder: Path) -> None:

@@ -49,6 +49,9 @@ def test_expected_figures_and_clusters(artifact: Artifact) -> None:
     assert drifted(artifact, after, MEASURED, recall=0.05, density=0.05) == [
         "expected density", "expected recall"
     ]  # fmt: skip
+    # Each by its own tolerance.
+    assert drifted(artifact, after, MEASURED, recall=0.2, density=0.05) == ["expected density"]
+    assert drifted(artifact, after, MEASURED, recall=0.05, density=0.2) == ["expected recall"]
     apart = artifact.cluster.clone()
     apart[0] = 1
     after = replace(artifact, cluster=apart)

@@ -14,7 +14,7 @@ from shareprefill.config import CalibrateConfig, ClusterConfig, TrainConfig
 from shareprefill.files import locked_folder
 from shareprefill.regeneration import worker
 from shareprefill.regeneration.jobs import EvalOptions, Job, Tolerances
-from shareprefill.regeneration.outcomes import Outcome
+from shareprefill.regeneration.outcomes import Figures, Outcome
 from shareprefill.regeneration.worker import run_job
 from tests.support.checkpoint import save_checkpoint, small_calibration
 
@@ -93,6 +93,20 @@ def test_another_threshold_drifts_and_only_its_stage_is_done_again(
     outcome = run(replace(changed, tolerances=wide))
     assert outcome.lines == ("setting configuration.cluster.target_recall 0.8 -> 0.95",)
     assert outcome.status == "drifted"
+
+
+def test_both_artifacts_are_measured(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured = []
+
+    def measure(_job: Job, artifact: Path, _folder: Path, **_: Any) -> Figures:
+        measured.append(artifact)
+        return Figures(accuracy=None, density=0.1 * len(measured), recall=None)
+
+    monkeypatch.setattr(worker, "measure", measure)
+    outcome = run(replace(job, cluster=ClusterConfig(target_recall=0.95)))
+    assert measured == [work(job) / worker.ARTIFACT, job.artifact]
+    (density,) = (change for change in outcome.changes if change.name == "density")
+    assert (density.before, density.after) == (0.2, 0.1)
 
 
 def test_code_that_changed_does_its_stages_again(
