@@ -130,6 +130,7 @@ def steps_of(args: argparse.Namespace) -> list[Step]:
         Step("layer-1m", (million,), 200),
         Step("crossover", (script(*crossover, *files("crossover", "json")),), 200),
         Step("crossover-linear", (script(*crossover, "--linear"),), 200),
+        Step("layers", (script("measure_layers.py", *files("layers", "json"), *commit),), 300),
         Step("ttft", (script("bench_ttft.py", *files("ttft", "json"), *commit),), 400),
         Step("bench", (sp("bench", "--lengths", "8K,32K,128K"),), 300),
         Step("bench-512k", (sp("bench", "--lengths", "512K", "--layers", "2"),), 200),

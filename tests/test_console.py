@@ -37,6 +37,7 @@ from shareprefill.evaluation.config import SweepConfig
 from shareprefill.evaluation.statistics import Estimate
 from shareprefill.evaluation.sweep import Curve, Sweep
 from shareprefill.regeneration.outcomes import Change, Outcome
+from shareprefill.runtime.crossover import LayerSizes
 from tests.support.evaluations import dense_cell, made_cell, made_evaluation, perplexity_cells
 
 Terminal = Callable[[int | None], None]
@@ -140,13 +141,21 @@ def swept() -> None:
 
 def benched() -> None:
     rows = tuple(
-        BenchRow(tokens, kind, chunk, tokens / 1000, 79.5, 0.105, 0.0123)
+        BenchRow(tokens, kind, chunk, tokens / 1000, 79.5, 0.105, 0.0123, (), tokens / 900)
         for tokens, chunk in ((8192, 0), (1048576, 131072))
         for kind in ("dense", "share")
     )
     notes = ("random weights: the patterns are made up, and what is timed is their cost alone",)
     bench.show_bench(
-        BenchResult("llama-3.1-8b, 32 layers", "NVIDIA H200", "bfloat16", 4096, notes, rows)
+        BenchResult(
+            "llama-3.1-8b, 32 layers",
+            "NVIDIA H200",
+            "bfloat16",
+            LayerSizes(32, 128),
+            2.4,
+            notes,
+            rows,
+        )
     )
 
 

@@ -62,7 +62,8 @@ def test_what_ran_dense_says_why() -> None:
             model(input_ids=token_ids(1, 160))
     lines = session.report().summary().splitlines()
     assert lines[0] == "0 sparse prefills, 1 dense, 1 dense as asked for"
-    assert lines[2] == "no prefill was sparse: prompts were below min_tokens, or masks not causal"
+    why = "no prefill was sparse: prompts were below min_tokens (500), or masks not causal"
+    assert lines[2] == why
 
 
 def test_an_evaluation_is_a_line_a_policy() -> None:

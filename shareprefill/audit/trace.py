@@ -103,6 +103,7 @@ def trace_page(
     sketches: dict[int, Sketch],
     *,
     prompt_tokens: int,
+    least_tokens: int,
     device: str,
 ) -> str:
     """The page, as one self-contained HTML file.
@@ -113,6 +114,7 @@ def trace_page(
         report: Of the session, which measured recall.
         sketches: `Session.sketches`.
         prompt_tokens: Of the prompt.
+        least_tokens: Tokens from which on a prompt is computed sparsely there.
         device: Where it ran.
     """
     page = Page(
@@ -122,12 +124,9 @@ def trace_page(
     )
     heads = trace_heads(artifact, config, report, device)
     if not heads:
-        least, sizes = config.min_tokens, artifact.fingerprint.geometry
-        if least is None:
-            least = crossover(torch.device(device)).tokens_of(sizes.heads, sizes.head_dim)
         page.verdict(
-            f"Everything ran dense: no prefill had {least:,} tokens, from which on sharing pays on "
-            "this device. sp run --min-tokens 0 shares from the first block on.",
+            f"Everything ran dense: no prefill had {least_tokens:,} tokens, from which on sharing "
+            "pays on this device. sp run --min-tokens 0 shares from the first block on.",
             is_good=False,
         )
         return page.html()

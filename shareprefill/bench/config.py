@@ -16,8 +16,8 @@ class BenchConfig:
 
     Attributes:
         lengths: Tokens of the prompts.
-        shape: A shape with random weights, `llama-3.1-8b`, `llama-3.2-1b` or `llama-3.1-70b`; not
-            used where a model is named.
+        shape: A shape with random weights, `llama-3.1-8b`, `llama-3.2-1b`, `llama-3.1-70b` or
+            `smollm2-135m`; not used where a model is named.
         model: A model to load instead; it needs an artifact.
         layers: Layers of the shape; None: all of them.
         density: Share of the causal blocks that the synthetic patterns are to cover.

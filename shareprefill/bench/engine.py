@@ -29,6 +29,7 @@ from shareprefill.bench.synthetic import synthetic_artifact
 from shareprefill.bench.timings import Timing, Tuning
 from shareprefill.errors import ConfigError
 from shareprefill.models import load_tokenizer, resolve_model
+from shareprefill.runtime.crossover import LayerSizes
 
 Prompts = Callable[[int], list[int]]
 """Makes token ids of a prompt of about so many tokens."""
@@ -222,9 +223,10 @@ def time_engine(config: TuneConfig) -> Tuning:
         )
         sizes = llm.model_config
         dtype = str(sizes.dtype).removeprefix("torch.")
-        width = sizes.model_arch_config.total_num_attention_heads * sizes.get_head_size()
+        heads = sizes.model_arch_config.total_num_attention_heads
+        layer = LayerSizes(heads, sizes.get_head_size())
     source = f"sp tune: {what}, {dtype}, vLLM {vllm.__version__}, torch {torch.__version__}"
-    return Tuning(inner_backend(), source, timings, width)
+    return Tuning(inner_backend(), source, timings, layer)
 
 
 def _check_maximum(model: str, tokens: int) -> None:

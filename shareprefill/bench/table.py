@@ -5,8 +5,8 @@ from __future__ import annotations
 from shareprefill.bench.measure import SHARE, BenchResult, BenchRow
 
 COLUMNS = (
-    *("tokens", "attention", "first token, s", "speed-up", "peak GiB", "density", "selection"),
-    "chunk",
+    *("tokens", "attention", "first token, s", "new length, s", "speed-up", "peak GiB", "density"),
+    *("selection", "chunk"),
 )
 LESS_IMPORTANT = ("chunk", "selection", "density", "peak GiB")
 """Columns that a narrow terminal goes without, the least important first."""
@@ -23,6 +23,7 @@ def _cells(result: BenchResult, row: BenchRow) -> tuple[str, ...]:
         f"{row.tokens}",
         row.attention,
         f"{row.ttft_s:.3f}",
+        "-" if row.first_s is None else f"{row.first_s:.3f}",
         "-" if speedup is None else f"{speedup:.2f}",
         "-" if row.peak_gib is None else f"{row.peak_gib:.1f}",
         f"{row.density:.3f}",

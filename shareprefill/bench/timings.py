@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from shareprefill.runtime.crossover import LayerSizes
+
 
 @dataclass(frozen=True)
 class Timing:
@@ -45,16 +47,20 @@ class Tuning:
         backend: What computed dense attention: `SDPA`, or a vLLM backend's name.
         source: What was measured, in words.
         timings: By length.
-        width: Query heads times their dimension of a layer; None where what was measured holds
-            whatever the layers.
+        sizes: Of a layer; None where what was measured holds whatever the layers.
+        host_ms: See `BenchResult`; None where it was not measured.
         table: The file that the crossover went into; None where nothing was faster.
+        least_tokens: From which on prompts of what was measured run sparse by that table: longer
+            ones than were faster where the host takes longer for lengths that it has not seen.
     """
 
     backend: str
     source: str
     timings: tuple[Timing, ...]
-    width: int | None = None
+    sizes: LayerSizes | None = None
+    host_ms: float | None = None
     table: Path | None = None
+    least_tokens: int | None = None
 
     @property
     def tokens(self) -> int | None:

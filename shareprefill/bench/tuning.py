@@ -14,7 +14,7 @@ from shareprefill.bench.measure import SHARE, run_bench
 from shareprefill.bench.timings import Timing, Tuning, rows_of
 from shareprefill.errors import ConfigError, UnsupportedError
 from shareprefill.models import resolve_device
-from shareprefill.runtime.crossover import SDPA, default_table, save_crossover
+from shareprefill.runtime.crossover import SDPA, crossover, default_table, save_crossover
 
 # Without a model: sizes whose prefills a machine finishes in minutes, and few layers, as one takes
 # as long as the next.
@@ -42,10 +42,19 @@ def run_tuning(config: TuneConfig) -> Tuning:
     if found.tokens is None:
         return found
     table = default_table() if config.table is None else Path(config.table)
-    rows = rows_of(found.timings)
-    what = found.backend, found.tokens, found.source, rows, found.width
-    save_crossover(table, device, *what)
-    return replace(found, table=table)
+    save_crossover(
+        table,
+        device,
+        found.backend,
+        found.tokens,
+        found.source,
+        rows_of(found.timings),
+        width=None if found.sizes is None else found.sizes.width,
+        host_ms=found.host_ms,
+    )
+    known = crossover(device, found.backend)
+    least = found.tokens if found.sizes is None else known.tokens_of(found.sizes)
+    return replace(found, table=table, least_tokens=least)
 
 
 def _takes_vllm(config: TuneConfig) -> bool:
@@ -74,7 +83,7 @@ def _in_session(config: TuneConfig) -> Tuning:
         assert share.attention == SHARE
         timings.append(Timing(share.tokens, dense.seconds, share.seconds, share.density))
     source = f"sp tune: {result.model}, {result.dtype}, torch {torch.__version__}"
-    return Tuning(SDPA, source, tuple(timings), result.width)
+    return Tuning(SDPA, source, tuple(timings), result.sizes, result.host_ms)
 
 
 def _in_engine(config: TuneConfig, device: torch.device) -> Tuning:

@@ -157,6 +157,7 @@ def trace_of(artifact: Artifact, config: RuntimeConfig, result: Answer) -> str:
         result.measured,
         result.sketches,
         prompt_tokens=result.generation.prompt_tokens,
+        least_tokens=result.least_tokens,
         device=result.device,
     )
 

@@ -61,4 +61,6 @@ def show_tuning(found: Tuning) -> None:
             "longer ones, or set min_tokens."
         )
     else:
-        show_line(f"From {found.tokens} tokens on prompts run sparse: written to {found.table}")
+        show_line(
+            f"From {found.least_tokens} tokens on prompts run sparse: written to {found.table}"
+        )

@@ -201,7 +201,7 @@ def _thin(tokens: Sequence[int], sizes: ModelGeometry) -> list[str]:
     """Why held-out prompts are few, or too short to say much."""
     import torch
 
-    from shareprefill.runtime.crossover import crossover
+    from shareprefill.runtime.crossover import LayerSizes, crossover
 
     warnings = []
     if len(tokens) < _FEWEST_HELD_OUT:
@@ -210,7 +210,7 @@ def _thin(tokens: Sequence[int], sizes: ModelGeometry) -> list[str]:
             "new ones lies below the worst of them; sp calibrate --samples 24 holds 8 out"
         )
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    least = crossover(torch.device(device)).tokens_of(sizes.heads, sizes.head_dim)
+    least = crossover(torch.device(device)).tokens_of(LayerSizes(sizes.heads, sizes.head_dim))
     if max(tokens) < least:
         warnings.append(
             f"prompts this short run dense by themselves here, below {least:,} tokens: calibrate "

@@ -29,6 +29,67 @@ _FORMAT = "shareprefill crossovers 1"
 
 
 @dataclass(frozen=True)
+class LayerSizes:
+    """What a process computes in a model's layer, of those with attention.
+
+    Attributes:
+        heads: Query heads.
+        head_dim: Their dimension.
+        parameters: Of the layer's matrices, as far as one token meets them, the mean over layers;
+            None where only attention is known.
+        hidden: Channels of the hidden state.
+    """
+
+    heads: int
+    head_dim: int
+    parameters: int | None = None
+    hidden: int = 0
+
+    @property
+    def width(self) -> int:
+        """Query heads times their dimension."""
+        return self.heads * self.head_dim
+
+
+@dataclass(frozen=True)
+class LayerTimes:
+    """What a whole layer takes, in seconds.
+
+    Attributes:
+        host: The host, where attention is sparse, for a length that it has not seen. While it
+            prepares a layer, the device works on earlier ones: a device that is done sooner waits.
+        parameter: The device, for a token and a parameter.
+        channel: The device, for a token and a channel of the hidden state: norms, activations.
+        pair: The device in dense attention, for a query row, a key and a channel of all heads.
+    """
+
+    host: float
+    parameter: float
+    channel: float
+    pair: float
+
+    def dense(self, sizes: LayerSizes, rows: int, keys: int) -> float:
+        """Seconds that a dense layer of so many last rows of so many keys takes the device."""
+        pairs = rows * (2 * keys - rows) / 2
+        return rows * self._token(sizes) + pairs * sizes.width * self.pair
+
+    def least_tokens(self, sizes: LayerSizes) -> int:
+        """Tokens of the shortest prompt whose dense layers take the device as long as the host.
+
+        0 where the layer's matrices are not known.
+        """
+        if sizes.parameters is None:
+            return 0
+        # The larger root of half * tokens^2 + token * tokens = host.
+        half, token = sizes.width * self.pair / 2, self._token(sizes)
+        return math.ceil(2 * self.host / (token + math.sqrt(token**2 + 4 * half * self.host)))
+
+    def _token(self, sizes: LayerSizes) -> float:
+        """Seconds of a token, without attention."""
+        return (sizes.parameters or 0) * self.parameter + sizes.hidden * self.channel
+
+
+@dataclass(frozen=True)
 class Crossover:
     """From where on sharing is never slower than dense attention.
 
@@ -40,6 +101,8 @@ class Crossover:
         is_measured: Whether that is this kind of device.
         width: Query heads times their dimension of the layer that was measured, where smaller ones
             need longer prompts; None: the tokens hold whatever the model.
+        times: Of whole layers, where the host of small ones takes longer than the device; None
+            where it was not measured.
     """
 
     tokens: int
@@ -47,28 +110,38 @@ class Crossover:
     source: str
     is_measured: bool = True
     width: int | None = None
+    times: LayerTimes | None = None
 
-    def tokens_of(self, heads: int, head_dim: int) -> int:
-        """Keys below which a prefill runs dense, of layers of so many query heads in a process.
+    def tokens_of(self, sizes: LayerSizes) -> int:
+        """Keys below which a prefill runs dense, of a model with such layers."""
+        by_host = 0 if self.times is None else self.times.least_tokens(sizes)
+        return max(self._by_attention(sizes), by_host)
 
-        Choosing patterns takes the host the same for heads of any number and size. So smaller ones
-        need as much dense work as was measured: heads times dimension times the tokens' square.
-        """
-        width = heads * head_dim
-        if self.width is None or width >= self.width:
-            return self.tokens
-        return math.isqrt(self.tokens**2 * self.width // width)
-
-    def is_worth_it(self, rows: int, keys: int, heads: int, head_dim: int) -> bool:
+    def is_worth_it(self, rows: int, keys: int, sizes: LayerSizes) -> bool:
         """Whether so many last rows of so many keys are computed faster sparse.
 
         A whole prompt is so from `tokens_of` on. Where that is due to the work of dense attention,
-        fewer rows than keys need as much of it: as many pairs of a row and a key.
+        fewer rows than keys need as much of it: as many pairs of a row and a key. And the host must
+        not take longer for a layer than dense ones take the device.
         """
-        least = self.tokens_of(heads, head_dim)
+        least = self._by_attention(sizes)
         if self.width is None:
-            return keys >= least
-        return rows * (2 * keys - rows) >= least**2
+            is_less_work = keys >= least
+        else:
+            is_less_work = rows * (2 * keys - rows) >= least**2
+        if not is_less_work or self.times is None or sizes.parameters is None:
+            return is_less_work
+        return self.times.dense(sizes, rows, keys) >= self.times.host
+
+    def _by_attention(self, sizes: LayerSizes) -> int:
+        """Keys below which attention alone is not faster.
+
+        Choosing patterns takes as long for heads of any number and size. So smaller ones need as
+        much dense work as was measured: heads times dimension times the tokens' square.
+        """
+        if self.width is None or sizes.width >= self.width:
+            return self.tokens
+        return math.isqrt(self.tokens**2 * self.width // sizes.width)
 
 
 # End to end sp-ref gains from 4K tokens on and sp-tiny between 4K and 8K; a block takes 1.5 times
@@ -83,11 +156,15 @@ _HOPPER = Crossover(
     0.7,
     "one H200: a layer of 32 heads, D=128 (6b73ebe), and sp-ref's answers (5e089ea)",
     width=32 * 128,
+    # benchmarks/measure_layers.py (docs/performance.md, "Whole layers").
+    times=LayerTimes(host=3.0e-3, parameter=1.96e-15, channel=1.02e-10, pair=6.87e-15),
 )
 # In vLLM an 8B model gained 6 % at 8K and 19 % at 16K, and lost 1 % at 6K (docs/vllm.md).
-_HOPPER_ENGINES = replace(_HOPPER, tokens=8192, source="one H200: vLLM 0.24, an 8B shape (e7d7919)")
+_HOPPER_ENGINES = replace(
+    _HOPPER, tokens=8192, source="one H200: vLLM 0.24, an 8B shape (e7d7919)", times=None
+)
 # Not measured.
-_HOPPER_STEPS = replace(_HOPPER, tokens=16384, source="no measurement of decode steps")
+_HOPPER_STEPS = replace(_HOPPER_ENGINES, tokens=16384, source="no measurement of decode steps")
 # By the first number of the compute capability, then by what is dense; None: an engine's backends.
 _GPUS = {9: {SDPA: _HOPPER, DECODING: _HOPPER_STEPS, None: _HOPPER_ENGINES}}
 
@@ -110,7 +187,10 @@ def crossover(device: torch.device, backend: str = SDPA) -> Crossover:
     if entry is None:
         return known
     width = None if known.width is None else entry.get("width")
-    return Crossover(entry["tokens"], known.density, entry["source"], width=width)
+    times = known.times
+    if times is not None and "host_ms" in entry:
+        times = replace(times, host=entry["host_ms"] / 1e3)
+    return Crossover(entry["tokens"], known.density, entry["source"], width=width, times=times)
 
 
 def tuned(device: torch.device) -> dict[str, Crossover]:
@@ -152,6 +232,7 @@ def save_crossover(
     source: str,
     rows: list[Any],
     width: int | None = None,
+    host_ms: float | None = None,
 ) -> None:
     """Puts a measured crossover into a table, in place of an earlier one of the same kind.
 
@@ -163,6 +244,8 @@ def save_crossover(
         source: What was measured, in words.
         rows: The measurements, JSON-ready; nothing reads them but people.
         width: Query heads times their dimension of the layer, as in `Crossover`; None for any.
+        host_ms: Milliseconds that the host takes for a layer, as in `LayerTimes`; None where that
+            was not measured.
 
     Raises:
         DataError: the file is no such table, or cannot be written.
@@ -174,6 +257,8 @@ def save_crossover(
         of_device[backend] = {"tokens": tokens, "source": source, "rows": rows}
         if width is not None:
             of_device[backend]["width"] = width
+        if host_ms is not None:
+            of_device[backend]["host_ms"] = host_ms
         text = json.dumps({"format": _FORMAT, "devices": entries}, indent=1)
         atomic_write_text(path, text + "\n")
     crossover.cache_clear()
@@ -220,6 +305,9 @@ def _entries(path: Path) -> dict[str, dict[str, Any]]:
                 raise TypeError("no source")
             if "width" in entry and (type(entry["width"]) is not int or entry["width"] < 1):
                 raise ValueError("no width")
+            host = entry.get("host_ms", 1.0)
+            if type(host) is not float or not 0 < host < math.inf:
+                raise ValueError("no time of the host")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DataError(
             f"{printable(path)} is no table of crossovers ({printable(error)}): remove it, and "

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from shareprefill.errors import UnsupportedError
 from shareprefill.files import printable
-from shareprefill.models import attention_layers, geometry, require_attention
+from shareprefill.models import attention_layers, geometry, require_attention, text_decoder
+from shareprefill.runtime.crossover import LayerSizes
 from shareprefill.runtime.interface import AttentionCall, attached
 from shareprefill.runtime.tensor_parallel import HeadShard
 
@@ -132,6 +133,53 @@ def head_shard(model: torch.nn.Module) -> HeadShard | None:
                         mesh.get_local_rank(dims[0]), mesh.size(dims[0]), mesh.get_group(dims[0])
                     )
     return None
+
+
+def layer_sizes(model: PreTrainedModel, shard: HeadShard | None = None) -> LayerSizes:
+    """What a process computes in a layer of a model.
+
+    Args:
+        model: A transformers decoder.
+        shard: The process's part of it.
+    """
+    sizes = geometry(model)
+    config = model.config.get_text_config(decoder=True)
+    experts = getattr(config, "num_experts_per_tok", None)
+    parameters = _met_by_a_token(text_decoder(model), experts if isinstance(experts, int) else 1)
+    processes = 1 if shard is None else shard.size
+    return LayerSizes(
+        heads=sizes.heads // processes,
+        head_dim=sizes.head_dim,
+        parameters=parameters // (sizes.layers * processes),
+        hidden=getattr(config, "hidden_size", None) or sizes.heads * sizes.head_dim,
+    )
+
+
+def _met_by_a_token(decoder: torch.nn.Module, n_experts: int) -> int:
+    """Parameters of a decoder's matrices, embeddings left out, and of so many experts a layer."""
+    found, listed = 0.0, dict[str, int]()
+    for name, module in decoder.named_modules():
+        if isinstance(module, torch.nn.ModuleList):
+            listed[name] = len(module)
+        parts = name.split(".")
+        is_expert = "experts" in parts
+        holder = ".".join(parts[: parts.index("experts") + 1]) if is_expert else ""
+        for parameters, first_size in _matrices(module):
+            # In a list, or all in one tensor.
+            experts = listed.get(holder, first_size)
+            found += parameters * (min(n_experts / experts, 1) if is_expert else 1)
+    return int(found)
+
+
+def _matrices(module: torch.nn.Module) -> list[tuple[int, int]]:
+    """Parameters of the matrices that a module itself holds, and the first size of each."""
+    if isinstance(module, torch.nn.Embedding):
+        return []
+    rows, columns = (getattr(module, side, None) for side in ("in_features", "out_features"))
+    if isinstance(rows, int) and isinstance(columns, int):
+        # Quantised ones hold their numbers in other shapes.
+        return [(rows * columns, columns)]
+    return [(p.numel(), len(p)) for p in module.parameters(recurse=False) if p.dim() > 1]
 
 
 def _divides(parameter: Any, dim: int, placement: Any) -> bool:

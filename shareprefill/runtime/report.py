@@ -91,6 +91,8 @@ class SessionReport:
         decoding: What decode steps did; None where they are dense as asked for.
         fp8_heads: Heads that ran in FP8, over all layers with sparse prefills; None where that was
             not asked for.
+        least_tokens: Of the shortest prompt that is not too short: `min_tokens`, or the device's
+            crossover for such a model; None where it is not known.
     """
 
     prefills: int
@@ -103,6 +105,7 @@ class SessionReport:
     layers: tuple[LayerReport, ...]
     decoding: DecodingReport | None = None
     fp8_heads: int | None = None
+    least_tokens: int | None = None
 
     def __repr__(self) -> str:
         return f"<SessionReport\n{self.summary()}>"
@@ -121,8 +124,9 @@ class SessionReport:
         if self.policies:
             lines.append("heads: " + _counted(self.policies))
         elif self.dense_prefills:
+            least = "" if self.least_tokens is None else f" ({self.least_tokens:,})"
             lines.append(
-                "no prefill was sparse: prompts were below min_tokens, or masks not causal"
+                f"no prefill was sparse: prompts were below min_tokens{least}, or masks not causal"
             )
         if self.fp8_heads is not None and self.policies:
             heads = sum(len(layer.policies) for layer in self.layers)
@@ -187,6 +191,7 @@ def make_report(
     thresholds: dict[str, float | None],
     decoding: DecodingReport | None = None,
     is_fp8: bool = False,
+    least_tokens: int | None = None,
 ) -> SessionReport:
     """Sums up what was done.
 
@@ -199,6 +204,7 @@ def make_report(
         thresholds: In force.
         decoding: What decode steps did.
         is_fp8: Whether heads were to run in FP8.
+        least_tokens: Of the shortest prompt that is not too short.
     """
     known = on_host([*records])
     totals = [
@@ -228,6 +234,7 @@ def make_report(
         layers=tuple(t.report(heads) for t in totals),
         decoding=decoding,
         fp8_heads=sum(t.fp8_heads(heads) for t in totals) if is_fp8 else None,
+        least_tokens=least_tokens,
     )
 
 

@@ -32,7 +32,7 @@ from shareprefill.runtime.interface import (
     computing_itself,
     dense_attention,
 )
-from shareprefill.runtime.layers import head_shard
+from shareprefill.runtime.layers import head_shard, layer_sizes
 from shareprefill.runtime.ops.fp8_attention import refuse as refuse_fp8
 from shareprefill.runtime.ops.hopper.launch import refusal_of_kind
 from shareprefill.runtime.plan import RuntimePlan, make_plan, plan_without_artifact
@@ -69,7 +69,7 @@ class Session:
         if config.precision == "fp8":
             _require_fp8(model, plan)
         heads = shard and shard.heads(len(plan.layers[0]))
-        self.prefill, self._head_dim = SparsePrefill(plan, heads, shard), geometry(model).head_dim
+        self.prefill, self._sizes = SparsePrefill(plan, heads, shard), layer_sizes(model, shard)
         self.steps = _steps_of(model, artifact, config, self)
         self.measure_recall = measure_recall or keep_maps
         self.keep_maps = keep_maps
@@ -190,6 +190,7 @@ class Session:
             thresholds=thresholds,
             decoding=None if self.steps is None else self.steps.report(),
             is_fp8=self.config.precision == "fp8",
+            least_tokens=self.least_tokens(self.model.device),
         )
 
     def sketches(self) -> dict[int, Sketch]:
@@ -262,14 +263,14 @@ class Session:
         least = 0 if self._pass.is_warm_up else self.config.min_tokens
         if least is not None:
             return keys >= least
-        return crossover(device).is_worth_it(rows, keys, len(self.prefill.heads), self._head_dim)
+        return crossover(device).is_worth_it(rows, keys, self._sizes)
 
     def least_tokens(self, device: torch.device, backend: str = SDPA) -> int:
         """Tokens from which on a sequence is computed sparsely, rather than by such attention."""
         least = self.config.min_tokens
         if least is not None:
             return least
-        return crossover(device, backend).tokens_of(len(self.prefill.heads), self._head_dim)
+        return crossover(device, backend).tokens_of(self._sizes)
 
     def _book_requested(self, layer: int, n_query: int) -> None:
         if n_query > 1:

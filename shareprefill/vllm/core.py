@@ -18,7 +18,7 @@ from torch import Tensor
 
 from shareprefill.config import RuntimeConfig
 from shareprefill.runtime.core import SequenceState, SparsePrefill
-from shareprefill.runtime.crossover import crossover
+from shareprefill.runtime.crossover import LayerSizes, crossover
 from shareprefill.runtime.ops.blocks import count_blocks
 from shareprefill.runtime.ops.pages import Tokens
 from shareprefill.runtime.plan import RuntimePlan
@@ -162,7 +162,7 @@ class ServingCore:
     def min_tokens(self) -> int:
         """Keys from which on a whole prompt runs sparse."""
         least = self.config.min_tokens
-        return self.crossover.tokens_of(*self._sizes) if least is None else least
+        return self.crossover.tokens_of(self._sizes) if least is None else least
 
     def keys_of_chunk(self, rows: int) -> int | None:
         """Keys from which on prompts have sparse rows; None where none has.
@@ -417,9 +417,9 @@ class ServingCore:
         return self._prefills[policy]
 
     @property
-    def _sizes(self) -> tuple[int, int]:
-        """Query heads of this process, and their dimension."""
-        return len(self._prefill(None).heads), self._head_dim
+    def _sizes(self) -> LayerSizes:
+        """A layer's, as far as this process computes it."""
+        return LayerSizes(len(self._prefill(None).heads), self._head_dim)
 
     def _reason(self, n_query: int, n_key: int, switch: str | None) -> str | None:
         """Why a row of at least a block runs dense; None where it does not."""
@@ -427,7 +427,7 @@ class ServingCore:
             return "request"
         least = self.config.min_tokens
         if least is None:
-            is_long = self.crossover.is_worth_it(n_query, n_key, *self._sizes)
+            is_long = self.crossover.is_worth_it(n_query, n_key, self._sizes)
         else:
             is_long = n_key >= least
         return None if is_long else "length"

@@ -26,7 +26,7 @@ from vllm.v1.attention.selector import get_attn_backend
 from shareprefill.artifact import Artifact, load_artifact
 from shareprefill.checkpoint import check_checkpoint
 from shareprefill.errors import ArtifactError, ConfigError, UnsupportedError
-from shareprefill.runtime.crossover import DECODING, crossover
+from shareprefill.runtime.crossover import DECODING, LayerSizes, crossover
 from shareprefill.runtime.decoding import density_of, effect_of
 from shareprefill.runtime.paged_decoding import PagedDecoding
 from shareprefill.runtime.plan import RuntimePlan, make_plan, plan_without_artifact
@@ -354,6 +354,7 @@ def _make_decoding(
     check_decoding(config)
     model, parallel = config.model_config, config.parallel_config
     density, least = density_of(core.config), core.config.min_tokens
+    known = crossover(core.device, DECODING)
     sizes = model.get_num_attention_heads(parallel), model.get_head_size()
     heads = shard and shard.heads(model.model_arch_config.total_num_attention_heads)
     make = partial(
@@ -369,7 +370,7 @@ def _make_decoding(
     decoding = ServingDecoding(
         make,
         shard,
-        least_tokens=crossover(core.device, DECODING).tokens_of(*sizes) if least is None else least,
+        least_tokens=known.tokens_of(LayerSizes(*sizes)) if least is None else least,
         max_rows=config.scheduler_config.max_num_seqs,
         max_keys=core.max_keys,
         room=_most_cache_bytes(config.cache_config),

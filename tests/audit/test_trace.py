@@ -35,7 +35,7 @@ def traced(config: RuntimeConfig = CONFIG, tokens: int = 160, **changes: Any) ->
 
 
 def page_of(*found: Any) -> str:
-    return trace_page(*found, prompt_tokens=160, device="cpu")
+    return trace_page(*found, prompt_tokens=160, least_tokens=500, device="cpu")
 
 
 @pytest.fixture(scope="module")

@@ -137,7 +137,7 @@ def test_shapes_and_their_synthetic_artifacts(shape: str) -> None:
     heads = sizes["num_attention_heads"]
     assert artifact.policy.shape == (1, heads)
     taken = artifact.policy_counts()
-    assert taken["share"] == heads * 10 // 16
+    assert abs(taken["share"] - heads * 10 / 16) < 1
     pivots = artifact.pivot[artifact.policy == int(Policy.SHARE)]
     assert artifact.policy.flatten()[pivots.long()].eq(int(Policy.PIVOT)).all()
 

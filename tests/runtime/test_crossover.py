@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import torch
@@ -10,8 +12,10 @@ from shareprefill.doctor import _crossover, _pages
 from shareprefill.errors import ConfigError, DataError
 from shareprefill.models import geometry
 from shareprefill.runtime import crossover as crossovers
-from shareprefill.runtime.crossover import crossover, save_crossover
+from shareprefill.runtime.crossover import LayerSizes, LayerTimes, crossover, save_crossover
+from shareprefill.runtime.layers import _met_by_a_token, layer_sizes
 from shareprefill.runtime.session import share_prefill
+from shareprefill.runtime.tensor_parallel import HeadShard
 from tests.support.tiny import tiny_llama, token_ids
 
 
@@ -48,12 +52,9 @@ def test_smaller_layers_need_longer_prompts_for_as_much_work(
 ) -> None:
     known = crossovers.Crossover(600, 0.7, "a test", width=4096)
     # Work is heads times dimension times tokens squared.
-    assert [known.tokens_of(*sizes) for sizes in ((64, 128), (32, 128), (32, 32))] == [
-        600,
-        600,
-        1200,
-    ]
-    assert replace(known, width=None).tokens_of(1, 32) == 600
+    sizes = [LayerSizes(*of) for of in ((64, 128), (32, 128), (32, 32), (1, 32))]
+    assert [known.tokens_of(of) for of in sizes[:3]] == [600, 600, 1200]
+    assert replace(known, width=None).tokens_of(sizes[3]) == 600
     # So many pairs of a row and a key as a whole prompt has, whatever the rows.
     for rows, keys, found in (
         (600, 600, True),
@@ -61,9 +62,9 @@ def test_smaller_layers_need_longer_prompts_for_as_much_work(
         (100, 1850, True),
         (100, 1849, False),
     ):
-        assert known.is_worth_it(rows, keys, 32, 128) is found
-    assert replace(known, width=None).is_worth_it(1, 600, 32, 128)
-    assert not replace(known, width=None).is_worth_it(599, 599, 32, 128)
+        assert known.is_worth_it(rows, keys, sizes[1]) is found
+    assert replace(known, width=None).is_worth_it(1, 600, sizes[1])
+    assert not replace(known, width=None).is_worth_it(599, 599, sizes[1])
     known = replace(known, tokens=60)
     monkeypatch.setattr(crossovers, "_CPU", known)
     monkeypatch.setenv("SHAREPREFILL_CROSSOVERS", "")
@@ -72,7 +73,7 @@ def test_smaller_layers_need_longer_prompts_for_as_much_work(
         session = share_prefill(tiny_llama(), policy="smoothed")
         model = geometry(session.model)
         least = session.least_tokens(torch.device("cpu"))
-        assert least == known.tokens_of(model.heads, model.head_dim) > 60
+        assert least == known.tokens_of(LayerSizes(model.heads, model.head_dim)) > 60
         for tokens, sparse in ((least - 1, 0), (least, 1)):
             session.reset()
             with session, torch.no_grad():
@@ -80,6 +81,83 @@ def test_smaller_layers_need_longer_prompts_for_as_much_work(
             assert session.report().prefills == sparse
     finally:
         crossover.cache_clear()
+
+
+def test_the_host_is_hidden_by_a_layer_s_whole_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = LayerTimes(host=2e-3, parameter=1e-12, channel=1e-9, pair=1e-9)
+    known = crossovers.Crossover(60, 0.7, "a test", width=64, times=times)
+    # By attention alone, 60 tokens; a token takes 1e-6 s, and attention 32e-9 a token squared.
+    small = LayerSizes(8, 8, parameters=900_000, hidden=100)
+    assert known.tokens_of(replace(small, parameters=None)) == 60
+    least = known.tokens_of(small)
+    assert least == math.ceil((-1e-6 + math.sqrt(1e-12 + 4 * 32e-9 * 2e-3)) / (2 * 32e-9))
+    assert times.dense(small, least, least) >= times.host > times.dense(small, least - 1, least - 1)
+    for tokens, found in ((least - 1, False), (least, True)):
+        assert known.is_worth_it(tokens, tokens, small) is found
+    # Last rows of a prompt have less work, and the host as much.
+    assert not known.is_worth_it(least // 2, least, small)
+    assert known.is_worth_it(least // 2, 2 * least, small)
+    # A large layer keeps the device busy; attention alone says from where on.
+    assert known.tokens_of(LayerSizes(8, 8, parameters=10**9, hidden=100)) == 60
+    monkeypatch.setattr(crossovers, "_CPU", known)
+    monkeypatch.setenv("SHAREPREFILL_CROSSOVERS", "")
+    crossover.cache_clear()
+    try:
+        session = share_prefill(tiny_llama(), policy="smoothed")
+        least = known.tokens_of(layer_sizes(session.model))
+        assert least > known.tokens_of(replace(layer_sizes(session.model), parameters=None))
+        assert session.least_tokens(torch.device("cpu")) == least
+        for tokens, sparse in ((least - 1, 0), (least, 1)):
+            session.reset()
+            with session, torch.no_grad():
+                session.model(token_ids(tokens)[None])
+            assert session.report().prefills == sparse
+    finally:
+        crossover.cache_clear()
+
+
+def test_parameters_are_those_that_a_token_meets() -> None:
+    model = tiny_llama()
+    layer = model.model.layers[0]
+    sizes = geometry(model)
+    known = layer_sizes(model)
+    assert known.parameters == sum(p.numel() for p in layer.parameters() if p.dim() > 1)
+    assert known.hidden == model.config.hidden_size
+    assert layer_sizes(model, HeadShard(0, 2, cast(Any, None))) == LayerSizes(
+        sizes.heads // 2, sizes.head_dim, known.parameters // 2, known.hidden
+    )
+
+
+class Listed(torch.nn.Module):
+    def __init__(self, experts: torch.nn.Module) -> None:
+        super().__init__()
+        self.tokens, self.router = torch.nn.Embedding(90, 6), torch.nn.Linear(6, 4, bias=True)
+        self.experts, self.shared_experts = experts, torch.nn.Linear(6, 5)
+
+
+class Stacked(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.bias = (torch.nn.Parameter(torch.ones(4, *n)) for n in ((6, 5), (5,)))
+
+
+class Packed(torch.nn.Module):
+    """A quantised matrix of 6 x 5, two numbers a byte."""
+
+    in_features, out_features = 6, 5
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(15, 1))
+
+
+@pytest.mark.parametrize(
+    "experts", [torch.nn.ModuleList([torch.nn.Linear(6, 5) for _ in range(4)]), Stacked()]
+)
+def test_of_experts_a_token_meets_a_few(experts: torch.nn.Module) -> None:
+    biases = 2 * 5 if isinstance(experts, Stacked) else 0
+    assert _met_by_a_token(Listed(experts), 2) == 6 * 4 + 6 * 5 + 2 * 6 * 5 + biases
+    assert _met_by_a_token(Packed(), 1) == 30
 
 
 def test_what_was_tuned_for_a_layer_is_longer_for_smaller_ones(
@@ -95,9 +173,11 @@ def test_what_was_tuned_for_a_layer_is_longer_for_smaller_ones(
             known = replace(crossovers._CPU, width=of_layers)
             monkeypatch.setattr(crossovers, "_CPU", known)
             crossover.cache_clear()
-            small = [crossover(cpu, name).tokens_of(32, 32) for name in ("SDPA", "OTHER")]
+            small = [
+                crossover(cpu, name).tokens_of(LayerSizes(32, 32)) for name in ("SDPA", "OTHER")
+            ]
             assert small == [600 if of_layers is None else 1200, 600]
-            assert crossover(cpu).tokens_of(32, 128) == 600
+            assert crossover(cpu).tokens_of(LayerSizes(32, 128)) == 600
     finally:
         crossover.cache_clear()
 
@@ -114,6 +194,8 @@ def test_what_was_tuned_for_a_layer_is_longer_for_smaller_ones(
         '{"format": "shareprefill crossovers 1", "devices": {"a": {"SDPA": {"tokens": 1}}}}',
         '{"format": "shareprefill crossovers 1", "devices": {"a": {"SDPA": {"tokens": 1, '
         '"source": "", "width": 0}}}}',
+        '{"format": "shareprefill crossovers 1", "devices": {"a": {"SDPA": {"tokens": 1, '
+        '"source": "", "host_ms": 0.0}}}}',
     ],
 )
 def test_a_table_that_cannot_be_read_is_an_error(
