@@ -11,18 +11,20 @@ from shareprefill.runtime.ops.block_sparse_attention import block_sparse_attenti
 from shareprefill.runtime.ops.blocks import causal_lists, count_blocks, count_causal_blocks
 from shareprefill.runtime.ops.dispatch import has_fast_kernel
 from shareprefill.runtime.ops.hopper import launch
-from shareprefill.runtime.ops.triton_tiles import multiprocessors
+from shareprefill.runtime.ops.triton_tiles import device_capability, multiprocessors
 
 # Rows of a masked dense attention computed at once: bounds the mask at this many rows of all keys.
 _DENSE_ROWS = 1024
 
-# From where on lists of all causal blocks take less time than SDPA does for whole sequences: one
-# H100, 32 / 8 heads, D=128, commit 30d13c9: .227 ms a layer against .262 at 4096 tokens, .185
-# against .163 at 3072, where they wait for the host. What a launch costs there is the same for
-# fewer or smaller heads: they need as much work as was measured, D times the causal blocks of all
-# heads.
-_WHOLE_TOKENS = 4096
-_WHOLE_WORK = 128 * 32 * count_causal_blocks(_WHOLE_TOKENS, 0, launch.BLOCK)
+# From where on lists of all causal blocks are taken for whole sequences on Hopper GPUs. Beside
+# FlashAttention-2 they take the host 60 us more, and the device half the time: 70 us instead of
+# 170 for 32 / 8 heads, D=128, at 2027 tokens (one H200, 7d97b39). Fewer or smaller heads need as
+# much work, D times the causal blocks of all heads. Where heads are as wide as these, linear layers
+# hide the host from fewer tokens on: an 8B shape's pass of 1024 takes 31.6 ms instead of 32.6.
+_WHOLE_TOKENS, _WIDE_TOKENS, _WIDTH = 2048, 1024, 32 * 128
+_WHOLE_WORK = _WIDTH * count_causal_blocks(_WHOLE_TOKENS, 0, launch.BLOCK)
+# First number of the compute capability of GPUs on which SDPA's plans were measured.
+_PLANS = 9
 
 
 def whole_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
@@ -39,6 +41,9 @@ def whole_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> 
     """
     if _is_faster_in_blocks(query, key, value):
         return _in_blocks(query, key, value, scale)
+    if _is_plan_longer(query, key, value):
+        flash = torch.ops.aten._scaled_dot_product_flash_attention
+        return flash(query, key, value, 0.0, True, False, scale=scale)[0]
     return sdpa(query, key, value, None, True, scale)
 
 
@@ -90,7 +95,7 @@ def causal_attention(
 
 
 def _is_faster_in_blocks(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    """Whether lists of all causal blocks take less time than SDPA does.
+    """Whether lists of all causal blocks take less time than SDPA and FlashAttention-2.
 
     For whole sequences SDPA has cuDNN's kernel, which is slower from some work on. For fewer rows
     than keys it has FlashAttention-2 (docs/performance.md), which divides the keys among programs
@@ -105,11 +110,32 @@ def _is_faster_in_blocks(query: Tensor, key: Tensor, value: Tensor) -> bool:
     if n_query < key.shape[2]:
         tiles = heads * count_blocks(n_query, launch.BLOCK)
         is_enough = tiles >= multiprocessors(query.device)
-    elif n_query < _WHOLE_TOKENS:
+    elif n_query < _WIDE_TOKENS:
         is_enough = False
     else:
-        is_enough = dim * heads * count_causal_blocks(n_query, 0, launch.BLOCK) >= _WHOLE_WORK
+        is_enough = heads * dim >= _WIDTH or _work(query) >= _WHOLE_WORK
     return is_enough and has_fast_kernel(query[0], key[0], value[0], launch.BLOCK)
+
+
+def _work(query: Tensor) -> int:
+    """D times the causal blocks of all heads of a whole sequence."""
+    _, heads, n_query, dim = query.shape
+    return dim * heads * count_causal_blocks(n_query, 0, launch.BLOCK)
+
+
+def _is_plan_longer(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether SDPA would plan for longer than attention of whole sequences takes.
+
+    On Hopper GPUs it prefers cuDNN's kernel, which is planned for every length anew: once in a
+    process, for 60 ms (docs/performance.md). FlashAttention-2 needs no plan.
+    """
+    is_planned = device_capability(query.device)[0] == _PLANS
+    if not is_planned or query.shape[2] == 1 or query.shape[-1] != value.shape[-1]:
+        return False
+    is_shared = query.shape[1] != key.shape[1]
+    return _work(query) < _WHOLE_WORK and can_use_flash_attention(
+        SDPAParams(query, key, value, None, 0.0, True, is_shared)
+    )
 
 
 def _in_blocks(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:

@@ -52,14 +52,14 @@ def test_few_query_tiles_stay_with_sdpa(
     ("heads", "tokens", "dim", "faster"),
     [
         (32, 1, 128, False),
-        (32, 4095, 128, False),
-        (32, 4096, 128, True),
-        (64, 4095, 128, False),
-        # As much work as 32 heads of 4096 tokens, D=128.
-        (32, 5760, 64, False),
-        (32, 5761, 64, True),
-        (8, 8192, 128, False),
-        (8, 8193, 128, True),
+        (32, 1023, 128, False),
+        (32, 1024, 128, True),
+        (64, 1023, 128, False),
+        # As much work as 32 heads of 2048 tokens, D=128.
+        (32, 2816, 64, False),
+        (32, 2817, 64, True),
+        (8, 4096, 128, False),
+        (8, 4097, 128, True),
     ],
 )
 def test_short_prompts_stay_with_sdpa(
@@ -69,6 +69,28 @@ def test_short_prompts_stay_with_sdpa(
     for fast in (True, False):
         monkeypatch.setattr(dense, "has_fast_kernel", lambda *_, fast=fast: fast)
         assert dense._is_faster_in_blocks(*sizes(heads, tokens, tokens, dim)) is (fast and faster)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "capability", "can_be", "taken"),
+    [
+        (1, 9, True, False),
+        (2, 9, True, True),
+        (1920, 9, True, True),
+        (1921, 9, True, False),
+        (1920, 8, True, False),
+        (1920, 10, True, False),
+        (1920, 9, False, False),
+    ],
+)
+def test_short_prompts_wait_for_no_plan(
+    tokens: int, capability: int, can_be: bool, taken: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dense, "device_capability", lambda _: (capability, 0))
+    monkeypatch.setattr(dense, "can_use_flash_attention", lambda _: can_be)
+    assert dense._is_plan_longer(*sizes(32, tokens, tokens, 128)) is taken
+    query, key, value = sizes(32, tokens, tokens, 128)
+    assert not dense._is_plan_longer(query, key, value[..., :64])
 
 
 def test_the_kernel_is_asked_about_one_sequence_in_blocks_of_its_size(
@@ -93,7 +115,7 @@ def in_blocks_from(tokens: int, monkeypatch: pytest.MonkeyPatch) -> list[tuple[i
         return block_sparse_attention(query, *arguments, **options)
 
     monkeypatch.setattr(dense, "has_fast_kernel", lambda *_: True)
-    monkeypatch.setattr(dense, "_WHOLE_TOKENS", tokens)
+    monkeypatch.setattr(dense, "_WIDE_TOKENS", tokens)
     monkeypatch.setattr(dense, "_WHOLE_WORK", 0)
     monkeypatch.setattr(dense, "block_sparse_attention", attend)
     return launches
@@ -177,7 +199,9 @@ def test_chunks_on_a_gpu(
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("tokens", "dim"), [(4129, 128), (4737, 96), (5793, 64), (4000, 128)])
+@pytest.mark.parametrize(
+    ("tokens", "dim"), [(1029, 128), (4129, 128), (4737, 96), (5793, 64), (1000, 128)]
+)
 def test_whole_prompts_on_a_gpu(
     tokens: int, dim: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -200,7 +224,7 @@ def test_whole_prompts_on_a_gpu(
     for _ in range(2):
         launches.clear()
         found = dense_attention(call)
-        in_blocks = tokens >= 4096 and launch.unavailable(query.device) is None
+        in_blocks = tokens >= 1024 and launch.unavailable(query.device) is None
         assert len(launches) == 2 * in_blocks
         assert found.transpose(1, 2).is_contiguous() or not in_blocks
         for row in range(2):
@@ -215,3 +239,29 @@ def test_whole_prompts_on_a_gpu(
                 )
                 error = (found[row, heads] - exact).norm()
                 assert error <= 1.2 * (theirs[row, heads] - exact).norm()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("heads", "groups", "dim"), [(9, 3, 64), (32, 8, 128), (4, 4, 256)])
+@pytest.mark.parametrize("tokens", [2, 129, 1000, 2047])
+def test_short_prompts_on_a_gpu(
+    tokens: int, heads: int, groups: int, dim: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As exact as SDPA, without it on Hopper GPUs, where each length would wait for a plan."""
+    query, key, value = (
+        torch.randn(2, tokens, n, dim, device="cuda", dtype=torch.bfloat16).transpose(1, 2)
+        for n in (heads, groups, groups)
+    )
+    theirs = dense.sdpa(query, key, value, None, True, 0.1)
+    if torch.cuda.get_device_capability()[0] == 9:
+        monkeypatch.setattr(dense, "sdpa", None)
+    found = dense.whole_attention(query, key, value, 0.1)
+    exact = F.scaled_dot_product_attention(
+        *(tensor.double() for tensor in (query, key, value)),
+        is_causal=True,
+        scale=0.1,
+        enable_gqa=True,
+    )
+    assert (found - exact).norm() <= 1.2 * (theirs - exact).norm()
+    # Tokens first, as the model reads it.
+    assert found.transpose(1, 2).is_contiguous()
