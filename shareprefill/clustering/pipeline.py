@@ -110,44 +110,56 @@ def cluster(folder: Path, config: ClusterConfig) -> tuple[Artifact, list[Cluster
     )
     counts = candidate_counts(heads) if config.k is None else [config.k]
     labels = {k: cut(linkage, k) for k in counts}
-    silhouettes = {k: silhouette(distances, labels[k]) for k in counts}
     known = sorted((*training.split.train, *training.split.validation))
-    estimator = fit_estimator(store, known)
-
-    first_rows, *further_rows = _pivot_rows(store, config)
-    prompts = [*training.split.held_out, *_further_prompts(store, training)]
-    effect = prompt_effects(store, known, prompts)
-    measured = HeldOutMeasurements(store, prompts, first_rows, estimator=estimator, effect=effect)
-    fewest, first_scored = counts[0], dict[Goal, Scored]()
-    _, first_goal = choose(labels[fewest], layers, measured, config, first_scored)
-
-    def judged(
-        evidence: HeldOutMeasurements, scored: dict[Goal, Scored]
-    ) -> tuple[float, HeldOutMeasurements, dict[Goal, Scored]]:
-        found = choose_by(first_goal, labels[fewest], layers, evidence, config, scored)
-        return first_goal.mean(found), evidence, scored
-
-    # Two at a time are kept: measurements take memory.
-    further = (judged(measured.with_pivots(rows), {}) for rows in further_rows)
-    first = judged(measured, first_scored)
-    _, evidence, scored = min(chain([first], further), key=itemgetter(0))
-    _, goal = choose(labels[fewest], layers, evidence, config, scored)
+    evidence, scored, goal = _best_rows(store, training, known, labels[counts[0]], layers, config)
 
     def plan(k: int) -> _Plan:
         choices = choose_by(goal, labels[k], layers, evidence, config, scored)
-        return _Plan(goal.mean(choices), choices, silhouettes[k])
+        return _Plan(goal.mean(choices), choices, silhouette(distances, labels[k]))
 
     plans = {k: plan(k) for k in counts}
     taken = _best(plans)
     choices, _ = choose(labels[taken], layers, evidence, config, scored)
     plans[taken] = replace(plans[taken], choices=choices)
-    further = {
+    effects = {
         "effect": head_effects(store, known),
         "step_effect": step_effects(store, known),
         "fp8_error": fp8_errors(store, known),
     }
-    artifact = _artifact(store, training, config, evidence, choices, labels[taken], means, further)
+    artifact = _artifact(store, training, config, evidence, choices, labels[taken], means, effects)
     return artifact, [plans[k].summary(k, is_best=k == taken) for k in counts]
+
+
+def _best_rows(
+    store: MapStore,
+    training: Training,
+    known: list[int],
+    labels: Tensor,
+    layers: Tensor,
+    config: ClusterConfig,
+) -> tuple[HeldOutMeasurements, dict[Goal, Scored], Goal]:
+    """Measurements with the rows that pivots sample best for a clustering, and its goal with them.
+
+    All are compared at the goal that the clustering has with the first ones.
+    """
+    first, *others = _pivot_rows(store, config)
+    prompts = [*training.split.held_out, *_further_prompts(store, training)]
+    effect = prompt_effects(store, known, prompts)
+    estimator = fit_estimator(store, known)
+    measured = HeldOutMeasurements(store, prompts, first, estimator=estimator, effect=effect)
+    of_first = dict[Goal, Scored]()
+    _, goal = choose(labels, layers, measured, config, of_first)
+
+    def judged(
+        evidence: HeldOutMeasurements, scored: dict[Goal, Scored]
+    ) -> tuple[float, HeldOutMeasurements, dict[Goal, Scored]]:
+        found = choose_by(goal, labels, layers, evidence, config, scored)
+        return goal.mean(found), evidence, scored
+
+    # Two at a time are kept: measurements take memory.
+    further = (judged(measured.with_pivots(rows), {}) for rows in others)
+    _, evidence, scored = min(chain([judged(measured, of_first)], further), key=itemgetter(0))
+    return evidence, scored, choose(labels, layers, evidence, config, scored)[1]
 
 
 @dataclass(frozen=True)
@@ -231,7 +243,7 @@ def _artifact(
     choices: list[Choice],
     labels: Tensor,
     means: Consensus,
-    further: dict[str, Tensor | None],
+    effects: dict[str, Tensor | None],
 ) -> Artifact:
     geometry = store.fingerprint.geometry
     layers, heads = geometry.layers, geometry.heads
@@ -268,7 +280,7 @@ def _artifact(
         code=spread(means.code, torch.float32, math.nan),
         **{
             name: None if values is None else spread(values, torch.float32, math.nan)
-            for name, values in further.items()
+            for name, values in effects.items()
         },
         block_size=store.config.block_size,
         thresholds=Thresholds(gamma=config.gamma, tau=config.tau, delta=config.delta),
