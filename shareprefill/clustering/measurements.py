@@ -86,11 +86,6 @@ class PolicyCurve:
     work: float
     harm: Tensor | None = None
 
-    @property
-    def cost(self) -> Tensor:
-        """Predicted cost, float64 `[gammas, K]`."""
-        return predicted_cost(self.density, self.work)
-
 
 class HeldOutMeasurements:
     """Measures the policies on held-out prompts, with the choices of blocks that prefills make.

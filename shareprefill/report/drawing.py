@@ -26,8 +26,8 @@ INK, MUTED, RULE, PAPER = "#1b1c1e", "#5d626b", "#d6d9de", "#fefefd"
 # both). Use with MARKERS or labels: never colour alone.
 SERIES = ("#2f9fd8", "#e58a0c", "#146b45", "#e0245e", "#86600f", "#2450dd", "#7746b0", "#989da4")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
-# Sequential and diverging maps of even lightness steps.
-SEQUENTIAL, DIVERGING = "viridis", "RdBu_r"
+# A map of even lightness steps.
+SEQUENTIAL = "viridis"
 
 PIXELS_PER_INCH = 96  # of CSS
 FILE_KINDS = ("svg", "png")
