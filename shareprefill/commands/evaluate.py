@@ -135,10 +135,7 @@ def eval_command(
             trust_remote_code=trust_remote_code,
             progress=advance,
         )
-    if out is not None:
-        atomic_write_text(out / "evaluation.json", found.to_json())
-        if html:
-            atomic_write_text(out / "evaluation.html", evaluation_page(found))
+    write_results(out, EVALUATION, found.to_json(), evaluation_page(found) if html else None)
     if plot is not None:
         mark = mark_of(EVALUATION, name)
         drawn = figure_file(frontier_figure(found), plot.suffix[1:], mark)
@@ -165,6 +162,16 @@ def show_evaluation(found: Evaluation) -> None:
     ):
         if rows:
             show_table(title, columns, rows, less_important=tables.LESS_IMPORTANT)
+
+
+def write_results(out: Path | None, name: str, json_text: str, page: str | None) -> None:
+    """Writes results, and a page of them, into the folder of the outcomes, where there is one."""
+    from shareprefill.files import atomic_write_text
+
+    if out is not None:
+        atomic_write_text(out / f"{name}.json", json_text)
+        if page is not None:
+            atomic_write_text(out / f"{name}.html", page)
 
 
 def require_folder(out: Path | None, *, html: bool) -> None:

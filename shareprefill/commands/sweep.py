@@ -13,6 +13,7 @@ from shareprefill.commands.evaluate import (
     ReplaceOption,
     require_folder,
     require_own_results,
+    write_results,
 )
 from shareprefill.commands.known import ArtifactOption, artifact_here, model_of
 from shareprefill.commands.options import (
@@ -80,7 +81,6 @@ def sweep_command(
     from shareprefill.console import progress
     from shareprefill.evaluation.pages import sweep_page
     from shareprefill.evaluation.sweep import sweep
-    from shareprefill.files import atomic_write_text
 
     with progress("outcomes") as advance:
         found = sweep(
@@ -90,10 +90,7 @@ def sweep_command(
             trust_remote_code=trust_remote_code,
             progress=advance,
         )
-    if out is not None:
-        atomic_write_text(out / "sweep.json", found.to_json())
-        if html:
-            atomic_write_text(out / "sweep.html", sweep_page(found))
+    write_results(out, SWEEP, found.to_json(), sweep_page(found) if html else None)
     if as_json:
         typer.echo(found.to_json(), nl=False)
         return

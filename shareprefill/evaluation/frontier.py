@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypeVar
 
 from shareprefill.evaluation.config import DENSE, PERPLEXITY
 from shareprefill.evaluation.results import Cell, Evaluation, Summary
@@ -13,6 +14,7 @@ from shareprefill.evaluation.results import Cell, Evaluation, Summary
 TARGET_RECALL = 0.95
 TARGET_DENSITIES = (0.25, 0.35)
 ORACLE = "oracle"
+P = TypeVar("P")
 
 
 @dataclass(frozen=True)
@@ -60,28 +62,33 @@ def reached(evaluation: Evaluation, target: float = TARGET_RECALL) -> list[Reach
     Returns:
         By task and length, in the order of the policies.
     """
+    # What was measured has errors of layers beside recall.
+    cells = [cell for cell in evaluation.cells if cell.recall is not None and cell.layer_errors]
     found = []
-    groups = _by_line(cell for cell in evaluation.cells if cell.recall is not None)
-    for (task, length), policies in groups.items():
-        points = {policy: _at(cells, target) for policy, cells in policies.items()}
-        oracle = points.get(ORACLE)
-        for policy, point in points.items():
-            if point is not None:
-                density, work, worst, error = point
-                ratio = None
-                if oracle is not None and policy != ORACLE:
-                    ratio = (density + work) / oracle[0]
-                found.append(Reached(task, length, policy, density, work, worst, error, ratio))
+    for task, length, policy, point, oracle in _points(cells, partial(_at, target=target)):
+        density, work, worst, error = point
+        ratio = None if oracle is None else (density + work) / oracle[0]
+        found.append(Reached(task, length, policy, density, work, worst, error, ratio))
     return found
 
 
-def _by_line(cells: Iterable[Cell]) -> dict[tuple[str, int], dict[str, list[Cell]]]:
-    """Cells by task and length, and there by line, in their order."""
+def _points(
+    cells: Iterable[Cell], at: Callable[[list[Cell]], P | None]
+) -> Iterator[tuple[str, int, str, P, P | None]]:
+    """Points of the lines that reach them, by task and length, in the order of the policies.
+
+    Yields:
+        Task, length, line, its point, and the oracle's: None for the oracle itself, and without it.
+    """
     groups: dict[tuple[str, int], dict[str, list[Cell]]] = {}
     for cell in cells:
-        policies = groups.setdefault((cell.task, cell.length), {})
-        policies.setdefault(cell.line, []).append(cell)
-    return groups
+        lines = groups.setdefault((cell.task, cell.length), {})
+        lines.setdefault(cell.line, []).append(cell)
+    for (task, length), lines in groups.items():
+        points = {line: at(of_line) for line, of_line in lines.items()}
+        for line, point in points.items():
+            if point is not None:
+                yield task, length, line, point, None if line == ORACLE else points.get(ORACLE)
 
 
 def _at(cells: list[Cell], target: float) -> tuple[float, float, float, float] | None:
@@ -102,7 +109,7 @@ def _figures(cell: Cell) -> tuple[float, float, float, float]:
         cell.density.value,
         cell.selection_work.value,
         cell.recall_worst.value,
-        sum(errors) / len(errors) if errors else 0.0,
+        sum(errors) / len(errors),
     )
 
 
@@ -143,18 +150,16 @@ def at_density(evaluation: Evaluation, density: float) -> list[AtDensity]:
     Returns:
         By task and length, in the order of the policies.
     """
+    cells = [cell for cell in evaluation.cells if cell.policy != DENSE]
     found = []
-    groups = _by_line(cell for cell in evaluation.cells if cell.policy != DENSE)
-    for (task, length), policies in groups.items():
-        points = {policy: _fidelity_at(cells, density) for policy, cells in policies.items()}
-        oracle = points.get(ORACLE)
-        for policy, point in points.items():
-            if point is not None:
-                kl, change, agreement, recall = point
-                bound = None if oracle is None or policy == ORACLE else oracle[0]
-                ratio = kl / bound if kl is not None and bound else None
-                figures = (density, kl, ratio, change, agreement, recall)
-                found.append(AtDensity(task, length, policy, *figures))
+    for task, length, policy, point, oracle in _points(
+        cells, partial(_fidelity_at, density=density)
+    ):
+        kl, change, agreement, recall = point
+        bound = None if oracle is None else oracle[0]
+        ratio = kl / bound if kl is not None and bound else None
+        figures = (density, kl, ratio, change, agreement, recall)
+        found.append(AtDensity(task, length, policy, *figures))
     return found
 
 
