@@ -166,7 +166,7 @@ class Session:
             self._pass.is_warm_up = False
 
     def reset(self) -> None:
-        """Forgets what the report counts."""
+        """Forgets what the report counts, and frees what is kept for it of every sparse prefill."""
         with self._lock:
             self._records.clear()
             self._dense.clear()
