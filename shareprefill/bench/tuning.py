@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,8 +14,18 @@ from shareprefill.bench.config import BenchConfig, TuneConfig
 from shareprefill.bench.measure import SHARE, run_bench
 from shareprefill.bench.timings import Timing, Tuning, rows_of
 from shareprefill.errors import ConfigError, UnsupportedError
+from shareprefill.files import printable
 from shareprefill.models import resolve_device
-from shareprefill.runtime.crossover import SDPA, crossover, default_table, save_crossover
+from shareprefill.runtime.crossover import (
+    SDPA,
+    check_table,
+    crossover,
+    default_table,
+    save_crossover,
+    saved_tokens,
+)
+
+logger = logging.getLogger(__name__)
 
 # Without a model: sizes whose prefills a machine finishes in minutes, and few layers, as one takes
 # as long as the next.
@@ -31,17 +42,26 @@ def run_tuning(config: TuneConfig) -> Tuning:
     Raises:
         ConfigError: options that do not fit together.
         UnsupportedError: vLLM was asked for and is not installed.
-        DataError: the table cannot be written.
+        DataError: the table is damaged or cannot be written, which is known before it is measured.
     """
     device = resolve_device(config.device)
     if config.model is None:
         defaults = {"shape": _SHAPES, "layers": _LAYERS}
         missing = {n: of[device.type] for n, of in defaults.items() if getattr(config, n) is None}
         config = replace(config, **missing)
+    table = default_table() if config.table is None else Path(config.table)
+    check_table(table)
     found = _in_engine(config, device) if _takes_vllm(config) else _in_session(config)
     if found.tokens is None:
+        earlier = saved_tokens(table, device, found.backend)
+        if earlier is not None:
+            logger.warning(
+                "%s still says %d tokens, from an earlier run: remove the file, or measure longer "
+                "prompts",
+                printable(table),
+                earlier,
+            )
         return found
-    table = default_table() if config.table is None else Path(config.table)
     save_crossover(
         table,
         device,

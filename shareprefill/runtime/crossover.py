@@ -224,6 +224,27 @@ def default_table() -> Path:
     return Path(caches) / "shareprefill" / "crossovers.json"
 
 
+def check_table(path: Path) -> None:
+    """Checks that a table can be written, before what it is to hold is measured.
+
+    Raises:
+        DataError: the file is no such table, or cannot be written.
+    """
+    if kind_of(path) == "file":
+        _entries(path)
+    # A missing folder is made when there is something to be written.
+    if kind_of(path.parent) is not None:
+        with locked_output(path):
+            pass
+
+
+def saved_tokens(path: Path, device: torch.device, backend: str) -> int | None:
+    """The keys that a table names for a device and a backend; None where it does not."""
+    entries = _entries(path) if kind_of(path) == "file" else {}
+    entry = entries.get(device_name(device), {}).get(backend)
+    return None if entry is None else entry["tokens"]
+
+
 def save_crossover(
     path: Path,
     device: torch.device,

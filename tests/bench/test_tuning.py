@@ -16,7 +16,7 @@ from shareprefill.bench.shapes import build_shape
 from shareprefill.bench.timings import Timing, crossover_of
 from shareprefill.commands.tune import tune_command
 from shareprefill.config import RuntimeConfig
-from shareprefill.errors import ConfigError, UnsupportedError
+from shareprefill.errors import ConfigError, DataError, UnsupportedError
 from shareprefill.models import geometry
 from shareprefill.runtime import crossover as crossovers
 from shareprefill.runtime.crossover import crossover
@@ -136,6 +136,36 @@ def test_where_nothing_is_faster_nothing_is_written(
     assert result.exit_code == 1
     assert "not faster" in result.output
     assert not (tmp_path / "caches").exists()
+
+
+def test_an_earlier_entry_is_named_where_nothing_is_faster_now(
+    seconds: dict[tuple[int, str], float], tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    table = tmp_path / "table.json"
+    crossovers.save_crossover(table, CPU, "SDPA", 300, "an earlier run", [])
+    before = table.read_bytes()
+    seconds |= {(400, "dense"): 1.0, (400, "share"): 1.0}
+    assert sp_tune(*SMALL, "--lengths", 400, "--table", table).exit_code == 1
+    assert "table.json still says 300 tokens" in caplog.text
+    assert table.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("damaged.json", "no table of crossovers"),
+        (".", "it is a folder"),
+        ("damaged.json/table.json", "is a file, not a folder"),
+    ],
+)
+def test_a_table_that_cannot_be_written_is_told_before_anything_is_timed(
+    name: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "damaged.json").write_text("{}")
+    monkeypatch.setattr(tuning, "run_bench", lambda *_, **__: pytest.fail("it was timed"))
+    with pytest.raises(DataError, match=message):
+        raise sp_tune(*SMALL, "--lengths", 400, "--table", tmp_path / name).exception or SystemExit
+    assert (tmp_path / "damaged.json").read_text() == "{}"
 
 
 @pytest.mark.parametrize(
