@@ -227,8 +227,8 @@ def make_report(
         prefills=sum(r.layer == first for r in known),
         dense_prefills=sum(n for (layer, _, _), n in dense.items() if layer == first),
         requested_dense=requested_dense,
-        density=_ratio(computed + skipped_nothing, causal + skipped_nothing),
-        selection_work=_ratio(work, causal + skipped_nothing),
+        density=_ratio(computed + skipped_nothing, causal + skipped_nothing, none=1.0),
+        selection_work=_ratio(work, causal + skipped_nothing, none=0.0),
         policies=dict(sorted(taken.items())),
         thresholds=thresholds,
         layers=tuple(t.report(heads) for t in totals),
@@ -286,5 +286,5 @@ class _LayerTotals:
         )
 
 
-def _ratio(part: float, whole: float) -> float:
-    return part / whole if whole else 1.0
+def _ratio(part: float, whole: float, *, none: float) -> float:
+    return part / whole if whole else none

@@ -388,10 +388,12 @@ def share_prefill(
 
     Raises:
         ArtifactError: the artifact cannot be read, or is of another model.
-        ConfigError: an option is not allowed, the policy needs an artifact, a row count is above
-            the block size, or the processes of a tensor-parallel group do not divide the heads.
+        ConfigError: an argument is of another kind, an option is not allowed, the policy needs an
+            artifact, a row count is above the block size, or the processes of a tensor-parallel
+            group do not divide the heads.
         UnsupportedError: the model's family is not supported, or FP8 attention cannot compute it.
     """
+    _require_kinds(model, artifact, config)
     config = _config_of(config, options, is_planned=artifact is not None)
     if isinstance(artifact, (str, Path)):
         if artifact in POLICIES and not Path(artifact).exists():
@@ -410,6 +412,23 @@ def share_prefill(
         keep_maps=keep_maps,
         weights_distance=distance,
     )
+
+
+def _require_kinds(model: object, artifact: object, config: object) -> None:
+    """Refuses what is no model, artifact or configuration, before its parts are asked for."""
+    if not (isinstance(model, torch.nn.Module) and hasattr(model, "config")):
+        # A pipeline holds a model, and what is parallel over its data wraps one.
+        held = [n for n in ("model", "module") if hasattr(getattr(model, n, None), "config")]
+        way_out = f"give its .{held[0]}" if held else "load one, as with AutoModelForCausalLM"
+        raise ConfigError(f"{type(model).__name__} is no model of transformers: {way_out}")
+    for name, value, kinds, expected in (
+        ("artifact", artifact, (str, Path, Artifact), "a path, or what load_artifact gives"),
+        ("config", config, (RuntimeConfig,), "a RuntimeConfig; or give its fields by name"),
+    ):
+        if value is not None and not isinstance(value, kinds):
+            raise ConfigError(
+                f"{name} = {type(value).__name__} is not allowed: it must be {expected}"
+            )
 
 
 def _config_of(

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import threading
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -125,6 +126,38 @@ def test_what_needs_an_artifact_or_is_no_option_is_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         share_prefill(model, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["gpt2", "clusters.st"], "str is no model of transformers: load one"),
+        ([torch.nn.Linear(2, 2)], "Linear is no model of transformers: load one"),
+        (["DataParallel"], r"DataParallel is no model of transformers: give its \.module"),
+        (["pipeline"], r"SimpleNamespace is no model of transformers: give its \.model"),
+        (["model", {"gamma": 0.9}], "artifact = dict is not allowed: it must be a path"),
+        (["model", RuntimeConfig()], "artifact = RuntimeConfig is not allowed"),
+        (["model", None, {"gamma": 0.9}], "config = dict is not allowed.*fields by name"),
+    ],
+)
+def test_arguments_of_other_kinds_are_refused(
+    model: Any, arguments: list[Any], message: str
+) -> None:
+    made = {
+        "model": model,
+        "DataParallel": torch.nn.DataParallel(model),
+        "pipeline": SimpleNamespace(model=model),
+    }
+    first, *others = arguments
+    with pytest.raises(ConfigError, match=message):
+        share_prefill(made.get(first, first) if isinstance(first, str) else first, *others)
+
+
+def test_where_nothing_ran_no_work_was_done(model: Any) -> None:
+    with share_prefill(model, policy="smoothed") as session:
+        pass
+    report = session.report()
+    assert (report.density, report.selection_work) == (1.0, 0.0)
 
 
 def test_everything_selected_gives_the_models_own_logits(model: Any) -> None:
