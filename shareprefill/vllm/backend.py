@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -119,8 +120,9 @@ class SharePrefillBuilder:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self.core: ServingCore | None = core_of(vllm_config)
         if self.core is not None:
+            self.core.is_called = True
             _leave_wrapped(vllm_config)
-            _check_layers(vllm_config)
+            _check_layers(vllm_config, self.core.n_heads)
             if self.core.decoding is not None:
                 layers = _decoded_layers(vllm_config, self.core.n_layers)
                 if layers:
@@ -151,11 +153,14 @@ class SharePrefillBuilder:
         if core.decoding is None and common.max_query_len < core.least_rows:
             return metadata
         why_dense = _why_dense(common_prefix_len, common)
-        if why_dense is not None:
-            logger.info_once("shareprefill: steps with %s run dense", why_dense)
-            return metadata
         # Every KV cache group builds metadata of a step; the first one books it.
         books = core.is_new_step(common.query_start_loc_cpu)
+        starts = common.query_start_loc_cpu.tolist()[: common.num_reqs + 1]
+        if why_dense is not None:
+            logger.info_once("shareprefill: steps with %s run dense", why_dense)
+            for first, stop in pairwise(starts if books else ()):
+                core.book_dense(stop - first, why_dense)
+            return metadata
 
         def is_sparse(row: int, n_query: int, n_key: int) -> bool:
             switch = _switch_of(core, common, row)
@@ -163,7 +168,6 @@ class SharePrefillBuilder:
                 core.book(n_query, n_key, switch)
             return core.is_sparse(n_query, n_key, switch)
 
-        starts = common.query_start_loc_cpu.tolist()[: common.num_reqs + 1]
         lengths = common.seq_lens_cpu_upper_bound.tolist()[: common.num_reqs]
         division = divide(starts, lengths, is_sparse)
         decodes, of_rows = None, (lengths, common.seq_lens, common.block_table_tensor)
@@ -214,6 +218,7 @@ class SharePrefillImpl:
     scale: float
     attn_type: str
     alibi_slopes: Any
+    num_heads: int
     num_kv_heads: int
     kv_cache_dtype: str
     kv_sharing_target_layer_name: str | None
@@ -426,17 +431,27 @@ def _leave_wrapped(vllm_config: Any) -> None:
             logger.info_once("shareprefill: layers with %s run dense", impl.why_dense)
 
 
-def _check_layers(vllm_config: Any) -> None:
-    """Refuses an engine in which nothing would be sparse.
+def _check_layers(vllm_config: Any, n_heads: int) -> None:
+    """Refuses an engine in which nothing would be sparse, or layers have unlike heads.
 
     A rank of a pipeline may hold dense layers alone; where there is one rank, it holds them all.
 
+    Args:
+        vllm_config: vLLM's configuration.
+        n_heads: Query heads of a layer that the plan has for this process.
+
     Raises:
-        UnsupportedError: says why its layers run dense.
+        UnsupportedError: says why its layers run dense, or which heads they have.
     """
+    impls = [impl for _, impl in _impls(vllm_config)]
+    found = sorted({impl.num_heads for impl in impls if not impl.why_dense} - {n_heads})
+    if found:
+        raise UnsupportedError(
+            f"shareprefill plans {n_heads} query heads a layer in this process, and layers have "
+            f"{', '.join(map(str, found))}: models whose layers differ in that run without it"
+        )
     if vllm_config.parallel_config.pipeline_parallel_size > 1:
         return
-    impls = [impl for _, impl in _impls(vllm_config)]
     if all(impl.why_dense for impl in impls):
         reasons = ", ".join(sorted({str(impl.why_dense) for impl in impls}))
         raise UnsupportedError(
@@ -466,10 +481,11 @@ def _decoded_layers(vllm_config: Any, n_layers: int) -> list[int]:
 
 
 def _impls(vllm_config: Any) -> list[tuple[Any, SharePrefillImpl]]:
-    """The layers of an engine that are ours, each with its implementation."""
+    """The layers of an engine that are ours, each with its implementation; no draft model's."""
     layers = vllm_config.compilation_config.static_forward_context.values()
     both = ((layer, getattr(layer, "impl", None)) for layer in layers)
-    return [(layer, impl) for layer, impl in both if isinstance(impl, SharePrefillImpl)]
+    ours = ((layer, impl) for layer, impl in both if isinstance(impl, SharePrefillImpl))
+    return [(layer, impl) for layer, impl in ours if impl.core is not None]
 
 
 def _switch_of(core: ServingCore, common: CommonAttentionMetadata, row: int) -> str | None:

@@ -116,6 +116,7 @@ class ServingCore:
         switches: Of requests that carry one, by their places in the engine's batch.
         check_files: What is still to be checked once the model is loaded; None for nothing.
         decoding: Sparse decode steps; None where the engine leaves them all to the inner backend.
+        is_called: Whether any layer of the engine calls us.
     """
 
     def __init__(
@@ -149,6 +150,7 @@ class ServingCore:
         self.switches: dict[int, str] = {}
         self.check_files: Callable[[], None] | None = None
         self.decoding: ServingDecoding | None = None
+        self.is_called = False
         plan = self._prefill(None).plan
         self.n_layers, self.least_rows = len(plan.layers), plan.block_size
         self._recent: deque[RowRecord] = deque(maxlen=_RECENT_ROWS)
@@ -157,6 +159,11 @@ class ServingCore:
     def is_alone(self) -> bool:
         """Whether this process holds all heads."""
         return self._others is None
+
+    @property
+    def n_heads(self) -> int:
+        """Query heads of a layer that this process holds."""
+        return len(self._prefill(None).heads)
 
     @property
     def min_tokens(self) -> int:
@@ -201,9 +208,18 @@ class ServingCore:
         if n_query < self.least_rows:
             return
         reason = self._reason(n_query, n_key, switch)
-        kind, name = ("dense", reason) if reason else ("sparse", self._name(switch))
-        self._counts[kind, name] += 1
-        self._count(kind, name, n_query)
+        if reason is not None:
+            self.book_dense(n_query, reason)
+            return
+        name = self._name(switch)
+        self._counts["sparse", name] += 1
+        self._count("sparse", name, n_query)
+
+    def book_dense(self, n_query: int, reason: str) -> None:
+        """Counts a row that the inner backend computes, if it has at least a block."""
+        if n_query >= self.least_rows:
+            self._counts["dense", reason] += 1
+            self._count("dense", reason, n_query)
 
     def begin(self, row: Prefill, switch: str | None, device: torch.device) -> RowState:
         """The state of a row before the first layer of a forward pass."""
@@ -419,7 +435,7 @@ class ServingCore:
     @property
     def _sizes(self) -> LayerSizes:
         """A layer's, as far as this process computes it."""
-        return LayerSizes(len(self._prefill(None).heads), self._head_dim)
+        return LayerSizes(self.n_heads, self._head_dim)
 
     def _reason(self, n_query: int, n_key: int, switch: str | None) -> str | None:
         """Why a row of at least a block runs dense; None where it does not."""

@@ -125,8 +125,8 @@ def check_engine(options: ServingOptions, config: Any) -> None:
         "drafts whose number is decided on the device (enable_adaptive_verification)": getattr(
             config.speculative_config, "enable_adaptive_verification", False
         ),
-        "the switch of single requests, of which this model runner tells nobody: set "
-        f"{SWITCH_VARIABLE}=off, or VLLM_USE_V2_MODEL_RUNNER=0": switch_is_on()
+        "the switch of single requests, of which this engine tells nobody (a pooling model, or a "
+        f"model runner): set {SWITCH_VARIABLE}=off, or VLLM_USE_V2_MODEL_RUNNER=0": switch_is_on()
         and not _is_told(config),
     }
     for mode, holds in refused.items():
@@ -171,6 +171,8 @@ def check_decoding(config: Any) -> None:
 
 def _is_told(config: Any) -> bool:
     """Whether an engine tells every process's logits processors of its requests."""
+    if config.model_config.runner_type == "pooling":
+        return False
     if config.use_v2_model_runner:
         # 0.24's has none; there only the last pipeline rank samples, and asks them.
         has_them = find_spec("vllm.v1.worker.gpu.sample.logits_processor") is not None

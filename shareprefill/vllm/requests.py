@@ -17,7 +17,7 @@ from vllm import SamplingParams
 from vllm.v1.sample import logits_processor as v1
 from vllm.v1.sample.logits_processor.builtin import process_dict_updates
 
-from shareprefill.errors import ConfigError
+from shareprefill.errors import ConfigError, UnsupportedError
 from shareprefill.vllm.options import (
     NAME,
     OFF,
@@ -46,6 +46,9 @@ class RequestSwitch(*_INTERFACES):
 
         core = core_of(vllm_config)
         self._switches: dict[int, str] = {} if core is None else core.switches
+        # A rank of a pipeline may hold no attention.
+        is_whole = vllm_config.parallel_config.pipeline_parallel_size == 1
+        self._uncalled = core if is_whole else None
 
     @classmethod
     def validate_params(cls, sampling_params: SamplingParams) -> None:
@@ -80,15 +83,30 @@ class RequestSwitch(*_INTERFACES):
 
     def update_state(self, batch_update: Any) -> None:
         """V1: follows a change of the batch, before a step's metadata is made."""
+        self._require_calls()
         process_dict_updates(self._switches, batch_update, lambda params, *_: _switch_of(params))
 
     def add_request(self, req_idx: int, sampling_params: SamplingParams) -> bool:
         """V2: a request takes a slot over. False: its logits stay as they are."""
+        self._require_calls()
         self._switches.pop(req_idx, None)
         switch = _switch_of(sampling_params)
         if switch is not None:
             self._switches[req_idx] = switch
         return False
+
+    def _require_calls(self) -> None:
+        """Refuses requests, once the model is loaded, where a backend of its own is all it has.
+
+        Raises:
+            UnsupportedError: no layer calls us.
+        """
+        core, self._uncalled = self._uncalled, None
+        if core is not None and not core.is_called:
+            raise UnsupportedError(
+                "shareprefill would compute nothing in this engine: no layer of the model takes "
+                "the backend that --attention-backend names; run it without shareprefill"
+            )
 
 
 def _switch_of(params: SamplingParams) -> str | None:

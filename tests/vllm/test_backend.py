@@ -176,6 +176,63 @@ def test_decode_steps_are_sparse_in_layers_of_plain_attention_alone(
         found(layer(0, sinks=torch.zeros(4)))
 
 
+def config_of(*layers: tuple[str, Any]) -> Any:
+    """A configuration with layers by name, each with its implementation."""
+    found = {name: SimpleNamespace(layer_name=name, impl=impl) for name, impl in layers}
+    return SimpleNamespace(
+        compilation_config=SimpleNamespace(static_forward_context=found),
+        parallel_config=SimpleNamespace(pipeline_parallel_size=1),
+    )
+
+
+def impl_of(core: Any, **attributes: Any) -> SharePrefillImpl:
+    impl = object.__new__(SharePrefillImpl)
+    plain = {"why_dense": None, "num_heads": 4, "logits_soft_cap": 0, "sinks": None}
+    vars(impl).update(plain | {"core": core} | attributes)
+    return impl
+
+
+def test_a_draft_model_with_layers_of_its_own_is_not_taken_for_the_model():
+    """Its layers count from 0, too; it has no core."""
+    core, window = object(), {"why_dense": "a sliding window"}
+    layers = [(f"model.layers.{n}.self_attn.attn", impl_of(core)) for n in (0, 1)]
+    drafts = [(f"draft_model.layers.{n}.self_attn.attn", impl_of(None)) for n in (0, 1)]
+    assert backend._decoded_layers(config_of(*layers, *drafts), 2) == [0, 1]
+    dense = [(name, impl_of(core, **window)) for name, _ in layers]
+    with pytest.raises(UnsupportedError, match="every layer has a sliding window"):
+        backend._check_layers(config_of(*dense, *drafts), 4)
+
+
+def test_layers_with_unlike_heads_are_refused_at_the_start():
+    core, window = object(), {"why_dense": "a sliding window"}
+    names = [f"model.layers.{n}.self_attn.attn" for n in range(3)]
+    alike, unlike = impl_of(core), impl_of(core, num_heads=6)
+    backend._check_layers(config_of((names[0], alike), (names[1], impl_of(core, **window))), 4)
+    with pytest.raises(UnsupportedError, match="plans 4 query heads .* layers have 6"):
+        backend._check_layers(config_of((names[0], alike), (names[1], unlike)), 4)
+
+
+def test_rows_of_a_step_that_is_dense_as_a_whole_are_counted_once():
+    class Inner:
+        def build(self, *arguments: Any, **options: Any) -> Any:
+            return SimpleNamespace()
+
+    class Builder(SharePrefillBuilder, Inner):
+        pass
+
+    builder, booked, new = object.__new__(Builder), [], [True, False]
+    core: Any = SimpleNamespace(
+        least_rows=2,
+        decoding=None,
+        is_new_step=lambda starts: new.pop(0),
+        book_dense=lambda n_query, reason: booked.append((n_query, reason)),
+    )
+    builder.core = core
+    for _ in range(2):
+        assert not hasattr(builder.build(0, step(causal=False)), "shareprefill")
+    assert booked == [(n, "attention that is not causal") for n in (1, 300, 2)]
+
+
 def test_graphs_hold_rows_of_one_token_where_decode_steps_may_be_sparse(
     monkeypatch: pytest.MonkeyPatch,
 ):

@@ -26,6 +26,7 @@ def config(part: str = "", **changes: Any) -> Any:
             "use_ubatching": False,
         },
         "model_config": {
+            "runner_type": "generate",
             "use_mla": False,
             "is_attention_free": False,
             "is_hybrid": False,
@@ -75,6 +76,30 @@ def test_drafts_whose_number_the_device_decides_are_refused(monkeypatch: pytest.
     check_engine(options(), config("speculative_config", enable_adaptive_verification=False))
     with pytest.raises(UnsupportedError, match="enable_adaptive_verification"):
         check_engine(options(), config("speculative_config", enable_adaptive_verification=True))
+
+
+def test_a_pooling_model_is_served_without_the_switch(monkeypatch: pytest.MonkeyPatch):
+    pooling = config("model_config", runner_type="pooling")
+    with pytest.raises(UnsupportedError, match="tells nobody .a pooling model"):
+        check_engine(options(), pooling)
+    monkeypatch.setenv("SHAREPREFILL_REQUEST_SWITCH", "off")
+    check_engine(options(), pooling)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_model_whose_layers_never_call_us_is_refused(monkeypatch: pytest.MonkeyPatch, ranks: int):
+    core = SimpleNamespace(switches={}, is_called=False)
+    monkeypatch.setattr("shareprefill.vllm.engine.core_of", lambda _: core)
+    engine = config("parallel_config", pipeline_parallel_size=ranks)
+    if ranks == 1:
+        with pytest.raises(UnsupportedError, match="no layer of the model takes the backend"):
+            RequestSwitch(engine).update_state(None)
+        core.is_called = True
+    switch = RequestSwitch(engine)
+    for _ in range(2):
+        switch.update_state(None)
+        assert not switch.add_request(0, SamplingParams(extra_args={"shareprefill": "off"}))
+    assert core.switches == {0: "off"}
 
 
 def test_sparse_steps_refuse_an_engine_that_throws_its_cache_away():
