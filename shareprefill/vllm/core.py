@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import time
 import weakref
+from bisect import bisect_left
 from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -172,18 +173,14 @@ class ServingCore:
         return self.crossover.tokens_of(self._sizes) if least is None else least
 
     def keys_of_chunk(self, rows: int) -> int | None:
-        """Keys from which on prompts have sparse rows; None where none has.
+        """Keys from which on a prompt's last rows are sparse; None where those of none are.
 
         Args:
             rows: Of a step at most.
         """
-        if rows < self.least_rows:
-            return None
-        least = max(self.min_tokens, self.least_rows)
-        if rows < least and not self.is_sparse(rows, least, None):
-            # As many pairs of a row and a key as `Crossover.is_worth_it` asks for.
-            least = -(-(least**2 + rows**2) // (2 * rows))
-        return least
+        keys = range(self.least_rows, self.max_keys + 1)
+        place = bisect_left(keys, True, key=lambda n: self.is_sparse(min(rows, n), n, None))
+        return keys[place] if place < len(keys) else None
 
     def is_new_step(self, starts: Tensor) -> bool:
         """True once a step, however many groups of layers ask.

@@ -304,11 +304,11 @@ def _check_lengths(core: ServingCore, config: Any) -> None:
     rows = min(core.max_rows, limit or core.max_rows)
     chunked = core.keys_of_chunk(rows)
     source = core.crossover.source if core.config.min_tokens is None else "min_tokens"
-    if chunked is None or chunked > most:
+    if chunked is None:
         raise UnsupportedError(
             f"shareprefill would compute nothing in this engine: prompts are sparse from {whole} "
-            f"tokens on ({source}), in steps of {rows} tokens from {chunked or 'no length'} on, "
-            f'and have at most {most}; name a smaller "min_tokens", or a larger --max-model-len or '
+            f"tokens on ({source}), in chunks at more, and have at most {most}, of which a step "
+            f'takes {rows}; name a smaller "min_tokens", or a larger --max-model-len or '
             "--max-num-batched-tokens"
         )
     if core.decoding is not None and core.decoding.least_tokens > most:

@@ -479,7 +479,7 @@ def test_what_cannot_be_served_fails_at_the_start(tmp_path: Path, window_model: 
         ({"options": {"artifact": ARTIFACT}}, "prompts are sparse from 5120 tokens.* at most 4096"),
         (
             {"options": PLANNED, "arguments": {"long_prefill_token_threshold": 20}},
-            "in steps of 20 tokens from no length on",
+            "have at most 4096, of which a step takes 20",
         ),
         ({"arguments": {"attention_backend": "CUSTOM"}}, "ConfigError: .*nothing was asked of it"),
     ]
