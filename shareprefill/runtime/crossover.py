@@ -133,6 +133,12 @@ class Crossover:
             return is_less_work
         return self.times.dense(sizes, rows, keys) >= self.times.host
 
+    def or_from(self, tokens: int | None) -> Crossover:
+        """From so many keys on instead, whatever the rows and the model; None: as it is."""
+        if tokens is None:
+            return self
+        return replace(self, tokens=tokens, source="min_tokens", width=None, times=None)
+
     def _by_attention(self, sizes: LayerSizes) -> int:
         """Keys below which attention alone is not faster.
 

@@ -261,16 +261,11 @@ class Session:
         if rows < self.plan.block_size:
             return False
         least = 0 if self._pass.is_warm_up else self.config.min_tokens
-        if least is not None:
-            return keys >= least
-        return crossover(device).is_worth_it(rows, keys, self._sizes)
+        return crossover(device).or_from(least).is_worth_it(rows, keys, self._sizes)
 
     def least_tokens(self, device: torch.device, backend: str = SDPA) -> int:
         """Tokens from which on a sequence is computed sparsely, rather than by such attention."""
-        least = self.config.min_tokens
-        if least is not None:
-            return least
-        return crossover(device, backend).tokens_of(self._sizes)
+        return crossover(device, backend).or_from(self.config.min_tokens).tokens_of(self._sizes)
 
     def _book_requested(self, layer: int, n_query: int) -> None:
         if n_query > 1:

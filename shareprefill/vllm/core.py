@@ -140,7 +140,7 @@ class ServingCore:
         self._others = None if exchange is None else _Others(exchange)
         self.device, self.max_rows, self.max_keys = device, max_rows, max_keys
         # Read here, so that a table that cannot be read stops the engine's start.
-        self.crossover = crossover(device, backend)
+        self.crossover = crossover(device, backend).or_from(config.min_tokens)
         if exchange is not None:
             least = self.crossover.tokens, self.crossover.width
             agree(exchange, repr((told, config, least, max_rows, max_keys)), device)
@@ -169,8 +169,7 @@ class ServingCore:
     @property
     def min_tokens(self) -> int:
         """Keys from which on a whole prompt runs sparse."""
-        least = self.config.min_tokens
-        return self.crossover.tokens_of(self._sizes) if least is None else least
+        return self.crossover.tokens_of(self._sizes)
 
     def keys_of_chunk(self, rows: int) -> int | None:
         """Keys from which on a prompt's last rows are sparse; None where those of none are.
@@ -438,9 +437,5 @@ class ServingCore:
         """Why a row of at least a block runs dense; None where it does not."""
         if switch == OFF:
             return "request"
-        least = self.config.min_tokens
-        if least is None:
-            is_long = self.crossover.is_worth_it(n_query, n_key, self._sizes)
-        else:
-            is_long = n_key >= least
+        is_long = self.crossover.is_worth_it(n_query, n_key, self._sizes)
         return None if is_long else "length"

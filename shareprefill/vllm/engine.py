@@ -298,12 +298,11 @@ def _check_lengths(core: ServingCore, config: Any) -> None:
     Raises:
         UnsupportedError: no prompt can be as long.
     """
-    whole, most = core.min_tokens, core.max_keys
+    whole, most, source = core.min_tokens, core.max_keys, core.crossover.source
     # A step takes no more of a prompt.
     limit = getattr(config.scheduler_config, "long_prefill_token_threshold", 0)
     rows = min(core.max_rows, limit or core.max_rows)
     chunked = core.keys_of_chunk(rows)
-    source = core.crossover.source if core.config.min_tokens is None else "min_tokens"
     if chunked is None:
         raise UnsupportedError(
             f"shareprefill would compute nothing in this engine: prompts are sparse from {whole} "
@@ -355,8 +354,8 @@ def _make_decoding(
     """
     check_decoding(config)
     model, parallel = config.model_config, config.parallel_config
-    density, least = density_of(core.config), core.config.min_tokens
-    known = crossover(core.device, DECODING)
+    density = density_of(core.config)
+    known = crossover(core.device, DECODING).or_from(core.config.min_tokens)
     sizes = model.get_num_attention_heads(parallel), model.get_head_size()
     heads = shard and shard.heads(model.model_arch_config.total_num_attention_heads)
     make = partial(
@@ -372,7 +371,7 @@ def _make_decoding(
     decoding = ServingDecoding(
         make,
         shard,
-        least_tokens=known.tokens_of(LayerSizes(*sizes)) if least is None else least,
+        least_tokens=known.tokens_of(LayerSizes(*sizes)),
         max_rows=config.scheduler_config.max_num_seqs,
         max_keys=core.max_keys,
         room=_most_cache_bytes(config.cache_config),

@@ -83,6 +83,20 @@ def test_smaller_layers_need_longer_prompts_for_as_much_work(
         crossover.cache_clear()
 
 
+def test_a_users_least_tokens_go_before_what_was_measured() -> None:
+    times = LayerTimes(host=2e-3, parameter=1e-12, channel=1e-9, pair=1e-9)
+    known = crossovers.Crossover(600, 0.7, "a test", width=4096, times=times)
+    small = LayerSizes(8, 8, parameters=900_000, hidden=100)
+    assert known.or_from(None) == known
+    for tokens in (0, 50, 10**6):
+        named = known.or_from(tokens)
+        assert named.tokens_of(small) == tokens
+        # However few of its rows come at a time.
+        assert named.is_worth_it(1, max(tokens, 1), small)
+        assert not named.is_worth_it(tokens, tokens - 1, small)
+        assert (named.density, named.source) == (0.7, "min_tokens")
+
+
 def test_the_host_is_hidden_by_a_layer_s_whole_work(monkeypatch: pytest.MonkeyPatch) -> None:
     times = LayerTimes(host=2e-3, parameter=1e-12, channel=1e-9, pair=1e-9)
     known = crossovers.Crossover(60, 0.7, "a test", width=64, times=times)
