@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 from typing import Any, Protocol, cast
 
 import torch
@@ -422,8 +422,13 @@ def _implied_mask(
         return None
     if additive:
         return torch.ones(1, 1, rows, keys, dtype=torch.bool, device=query.device)
-    facts = MaskFacts(0, 0, None, None)
-    return FactMask.make((1, 1, rows, keys), query.device, facts) if rows <= keys else None
+    return _causal_mask(rows, keys, query.device) if rows <= keys else None
+
+
+@lru_cache(maxsize=8)
+def _causal_mask(rows: int, keys: int, device: torch.device) -> FactMask:
+    """A causal mask that layers, and passes of as many rows, have in common: none writes to it."""
+    return FactMask.make((1, 1, rows, keys), device, MaskFacts(0, 0, None, None))
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:

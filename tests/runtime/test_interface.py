@@ -702,3 +702,24 @@ def test_layers_that_look_whether_there_is_a_mask_see_what_they_see_without_us(
     inputs = {"input_ids": token_ids(2, 40), "attention_mask": mask}
     found, own = logits(model, dense_attention, **inputs), logits(model, **inputs)
     torch.testing.assert_close(found[mask.bool()], own[mask.bool()], **CLOSE)
+
+
+def test_calls_without_a_mask_have_a_causal_one_in_common(model: Any) -> None:
+    seen: list[Any] = []
+
+    def watch(call: AttentionCall) -> torch.Tensor:
+        seen.append(call.mask)
+        return dense_attention(call)
+
+    ids = token_ids(1, 50)
+    own = logits(model, input_ids=ids)
+    with torch.inference_mode():
+        logits(model, watch, input_ids=ids, use_cache=False)
+    torch.testing.assert_close(logits(model, watch, input_ids=ids, use_cache=False), own, **CLOSE)
+    assert len(seen) == 6
+    assert {id(mask) for mask in seen} == {id(seen[0])}
+    assert seen[0].facts.is_plain
+    # Nobody asked for its numbers, which would stay in memory.
+    assert seen[0]._real is None
+    logits(model, watch, input_ids=ids[:, :49], use_cache=False)
+    assert seen[-1].sizes == (1, 1, 49, 49)
