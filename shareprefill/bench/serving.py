@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 import tempfile
+import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.error import HTTPError
 from uuid import uuid4
 
 from shareprefill.bench.config import ServeBenchConfig
@@ -55,6 +58,8 @@ class ServeRow:
         between_tokens_p99_ms: Its 99th percentile.
         requests_per_s: Requests that ended.
         output_tokens_per_s: Tokens that were generated.
+        sparse_rows: Prompts, or chunks of them, that the server computed sparsely meanwhile; None
+            where it shows no counters.
     """
 
     tokens: int
@@ -66,6 +71,7 @@ class ServeRow:
     between_tokens_p99_ms: float
     requests_per_s: float
     output_tokens_per_s: float
+    sparse_rows: int | None
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready values."""
@@ -84,7 +90,7 @@ def run_serve_bench(config: ServeBenchConfig, run: RunVllm | None = None) -> Ite
 
     Raises:
         UnsupportedError: vLLM is not installed here.
-        DataError: a benchmark failed, or a request of it did.
+        DataError: a benchmark failed, or a request of it did, or no shared one was sparse.
     """
     run = run or _vllm()
     seed = config.seed
@@ -116,6 +122,7 @@ def _row(
         if config.served_name is not None:
             options["--served-model-name"] = config.served_name
         pairs = [word for pair in options.items() for word in map(str, pair)]
+        before = _sparse_rows(config.url) or 0
         run(["--ignore-eos", "--save-result", "--disable-tqdm", *pairs])
         found = json.loads((Path(folder) / "result.json").read_text(encoding="utf-8"))
     if found["completed"] != config.prompts:
@@ -123,8 +130,41 @@ def _row(
             f"{config.prompts - found['completed']} of {config.prompts} requests of {tokens} "
             f"tokens failed ({attention}): see the server's log"
         )
+    after = _sparse_rows(config.url)
+    sparse = None if after is None else after - before
+    if attention == SHARED and sparse == 0:
+        raise DataError(
+            f"the server computed no prompt of {tokens} tokens sparsely: its log says from how "
+            'many on it does; send longer ones, or start it with a smaller "min_tokens"'
+        )
     figures = {name: float(found[key]) for name, key in _FIGURES.items()}
-    return ServeRow(tokens, rate, attention, **figures)
+    return ServeRow(tokens, rate, attention, **figures, sparse_rows=sparse)
+
+
+def _sparse_rows(url: str) -> int | None:
+    """Rows that a server computed sparsely so far; None where it shows no counters of ours."""
+    counters = re.findall(r"(?m)^shareprefill_rows_total\{(.*)\} (\S+)$", _metrics(url))
+    if not counters:
+        return None
+    return round(sum(float(value) for labels, value in counters if 'kind="sparse"' in labels))
+
+
+def _metrics(url: str) -> str:
+    """What a server shows at /metrics; nothing where it has no such page.
+
+    Raises:
+        DataError: there is no server.
+    """
+    try:
+        # The address begins with http.
+        with urllib.request.urlopen(f"{url}/metrics", timeout=60) as answer:  # noqa: S310
+            return answer.read().decode()
+    except HTTPError:
+        return ""
+    except OSError as error:
+        raise DataError(
+            f"no server answers at {url} ({error}): start one, or name it by --url"
+        ) from error
 
 
 def _vllm() -> RunVllm:

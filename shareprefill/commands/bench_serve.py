@@ -67,6 +67,11 @@ def bench_serve_command(
             typer.echo(json.dumps([row.to_dict() for row in rows], indent=1))
         elif rows:
             show_rows(config.model, rows)
+    if any(row.sparse_rows is None for row in rows):
+        note(
+            "the server shows no counters, so whether shared prompts were sparse is not known: "
+            "start it with PROMETHEUS_MULTIPROC_DIR naming an empty folder (docs/vllm.md)"
+        )
     if plot is not None:
         with figure_style():
             mark = mark_of(LOAD, config.model)

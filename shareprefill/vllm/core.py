@@ -142,8 +142,7 @@ class ServingCore:
         # Read here, so that a table that cannot be read stops the engine's start.
         self.crossover = crossover(device, backend).or_from(config.min_tokens)
         if exchange is not None:
-            least = self.crossover.tokens, self.crossover.width
-            agree(exchange, repr((told, config, least, max_rows, max_keys)), device)
+            agree(exchange, repr((told, config, self.crossover, max_rows, max_keys)), device)
         self._prefills: dict[str | None, SparsePrefill] = {}
         self._counts: Counter[tuple[str, str]] = Counter()
         self._is_prepared = False

@@ -327,9 +327,9 @@ def _check_lengths(core: ServingCore, config: Any) -> None:
 
 def _told(options: ServingOptions) -> str:
     """What every process reads for itself, beside the options in its configuration."""
-    artifact, steps = options.artifact, crossover(_device(), DECODING)
+    artifact = options.artifact
     content = None if artifact is None else hashlib.sha256(Path(artifact).read_bytes()).hexdigest()
-    return repr((__version__, content, steps.tokens, steps.width))
+    return repr((__version__, content, crossover(_device(), DECODING)))
 
 
 def _device() -> torch.device:

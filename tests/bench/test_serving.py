@@ -39,7 +39,43 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, str]]:
         Path(options["--result-dir"], options["--result-filename"]).write_text(json.dumps(result))
 
     monkeypatch.setattr(serving, "_vllm", lambda: run)
+    monkeypatch.setattr(serving, "_metrics", lambda url: "")
     return found
+
+
+def counters(monkeypatch: pytest.MonkeyPatch, calls: list[dict[str, str]], sparse: int) -> None:
+    """A server that shows counters from its first request on, so many sparse rows a load."""
+
+    def metrics(url: str) -> str:
+        shared = sum("vllm_xargs" not in call["--extra-body"] for call in calls)
+        rows = f'{{kind="sparse",name="auto"}} {float(shared * sparse)}\n'
+        dense = '{kind="dense",name="request"} 3.0\n'
+        text = f"shareprefill_rows_total{dense}"
+        return (
+            text + f"shareprefill_rows_total{rows}" * bool(shared) if calls else "vllm:other 1.0\n"
+        )
+
+    monkeypatch.setattr(serving, "_metrics", metrics)
+
+
+def test_a_load_tells_how_many_rows_were_sparse(
+    calls: list[dict[str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unknown = bench_serve(*SMALL)
+    assert "whether shared prompts were sparse is not known" in unknown.stderr
+    calls.clear()
+    counters(monkeypatch, calls, 5)
+    known = bench_serve(*SMALL, "--json")
+    assert "not known" not in known.stderr
+    assert [row["sparse_rows"] for row in json.loads(known.stdout)] == [0, 5] * 4
+
+
+def test_a_load_of_which_nothing_was_sparse_is_no_result(
+    calls: list[dict[str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counters(monkeypatch, calls, 0)
+    with pytest.raises(DataError, match="computed no prompt of 1024 tokens sparsely"):
+        raise bench_serve(*SMALL).exception or AssertionError
 
 
 def test_every_load_is_sent_dense_and_shared(calls: list[dict[str, str]], tmp_path: Path) -> None:
@@ -115,6 +151,11 @@ def test_what_fails_is_said(
     monkeypatch.setattr(serving.json, "loads", lambda text: read(text) | {"completed": 1})
     fails(r"2 of 3 requests of 1024 tokens failed \(dense\)", DataError, *SMALL)
     monkeypatch.undo()
+    monkeypatch.setattr(serving, "_vllm", lambda: None)
+    nobody = "http://127.0.0.1:9"
+    fails(f"no server answers at {nobody}", DataError, *SMALL, "--url", nobody)
+    monkeypatch.undo()
+    monkeypatch.setattr(serving, "_metrics", lambda url: "")
     is_there: list[object] = [None, True]
     monkeypatch.setattr(serving.importlib.util, "find_spec", lambda _: is_there.pop(0))
     fails("not installed here", UnsupportedError, *SMALL)
