@@ -75,7 +75,8 @@ def agree(exchange: Exchange, told: str, device: torch.device) -> None:
         ConfigError: in every process, where one of them was told something else.
     """
     numbers = [1, *hashlib.sha256(told.encode()).digest()]
-    sums = torch.tensor([numbers, [n * n for n in numbers]], dtype=torch.int64).to(device)
+    squares = [number * number for number in numbers]
+    sums = torch.tensor([numbers, squares], dtype=torch.int64, device=device)
     exchange.sum(sums)
     # The mean of squares is the square of the mean where all numbers are alike, and there alone.
     if bool((sums[0, 0] * sums[1] != sums[0] ** 2).any()):
