@@ -72,6 +72,8 @@ _CAPTURE = (
 _TRAIN = (*_CAPTURE, "autoencoder")
 _CLUSTER = (*_TRAIN, "clustering")
 EVALUATE = (*_CLUSTER, "evaluation")
+# What figures come from besides: prompts are divided into tokens, and clusters are scipy's.
+_LIBRARIES = ("numpy", "scipy", "tokenizers", "torch", "transformers")
 
 
 def run_job(
@@ -277,7 +279,7 @@ def code_digest(parts: Iterable[str]) -> str:
         for path in sorted(place.rglob("*.py")) if place.is_dir() else [place]:
             digest.update(f"{path.relative_to(_PACKAGE)}\n".encode())
             digest.update(path.read_bytes())
-    digest.update(" ".join(version(name) for name in ("torch", "transformers")).encode())
+    digest.update(" ".join(version(name) for name in _LIBRARIES).encode())
     return digest.hexdigest()
 
 

@@ -122,6 +122,16 @@ def test_code_that_changed_does_its_stages_again(
     assert worker.code_digest(["calib"]) != first
 
 
+@pytest.mark.parametrize("library", ["numpy", "scipy", "tokenizers", "torch", "transformers"])
+def test_another_version_of_a_library_does_stages_again(
+    library: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = worker.code_digest(["config.py"])
+    version = worker.version
+    monkeypatch.setattr(worker, "version", lambda name: "0" if name == library else version(name))
+    assert worker.code_digest(["config.py"]) != first
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
