@@ -10,6 +10,16 @@ from shareprefill.errors import ConfigError, require
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
+def _require_random_weights(config: BenchConfig | TuneConfig, names: tuple[str, ...]) -> None:
+    """Refuses what a model that is named makes useless."""
+    for name in names:
+        if config.model is not None and getattr(config, name) != getattr(type(config), name):
+            raise ConfigError(
+                f"{name} is for a shape of random weights: a model that is named has its own, so "
+                "leave it out"
+            )
+
+
 @dataclass(frozen=True, kw_only=True)
 class BenchConfig:
     """What `sp bench` times.
@@ -17,7 +27,7 @@ class BenchConfig:
     Attributes:
         lengths: Tokens of the prompts.
         shape: A shape with random weights, `llama-3.1-8b`, `llama-3.2-1b`, `llama-3.1-70b` or
-            `smollm2-135m`; not used where a model is named.
+            `smollm2-135m`; only without a model.
         model: A model to load instead; it needs an artifact.
         layers: Layers of the shape; None: all of them.
         density: Share of the causal blocks that the synthetic patterns are to cover.
@@ -50,8 +60,7 @@ class BenchConfig:
             raise ConfigError(f"dtype = {self.dtype!r} is not allowed: one of {', '.join(DTYPES)}")
         if self.chunk is not None and self.chunk < 0:
             raise ConfigError(f"chunk = {self.chunk} is not allowed: 0 (all at once) or more")
-        if self.model is not None and self.layers is not None:
-            raise ConfigError("layers is for a shape: a model that is named keeps its own")
+        _require_random_weights(self, ("layers", "shape", "density"))
 
 
 ENGINES = ("auto", "session", "vllm")
@@ -96,8 +105,7 @@ class TuneConfig:
         require(self.dtype in DTYPES, "dtype", self.dtype, f"one of {', '.join(DTYPES)}")
         if (self.model is None) != (self.artifact is None):
             raise ConfigError("a model and its artifact go together: give both, or neither")
-        if self.model is not None and (self.shape is not None or self.layers is not None):
-            raise ConfigError("shape and layers are for random weights: a model has its own")
+        _require_random_weights(self, ("layers", "shape", "density"))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -120,8 +120,8 @@ def run_bench(
         progress: Called with every row as it is there.
 
     Raises:
-        ConfigError: a model without an artifact, an unknown shape, one that does not fit into
-            memory, or lengths that do not fit.
+        ConfigError: a model without an artifact or the other way round, an unknown shape, one that
+            does not fit into memory, or lengths that do not fit.
         UnsupportedError: FP8 attention does not run here.
         ModelError: the model cannot be loaded.
         ArtifactError: the artifact is of another model.
@@ -129,6 +129,10 @@ def run_bench(
     device = resolve_device(config.device)
     if config.precision == "fp8":
         refuse_fp8(unavailable(device))
+    if config.model is None and artifact is not None:
+        raise ConfigError(
+            "an artifact is timed with its model: name that, too (--model), or leave --artifact out"
+        )
     torch.manual_seed(0)
     if config.model is None:
         model, notes = _random_model(config, device)

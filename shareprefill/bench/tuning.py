@@ -89,7 +89,7 @@ def _in_session(config: TuneConfig) -> Tuning:
     bench = BenchConfig(
         lengths=config.lengths,
         model=config.model,
-        density=config.density,
+        density=BenchConfig.density if config.model is not None else config.density,
         chunk=0,
         device=config.device,
         dtype=config.dtype,

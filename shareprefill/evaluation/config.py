@@ -7,7 +7,7 @@ from pathlib import Path
 
 from shareprefill.config import BLOCK_SIZES, Decode, Precision, RuntimeConfig, Stage
 from shareprefill.errors import ConfigError, require
-from shareprefill.policy_names import current_policy, require_no_plan
+from shareprefill.policy_names import PolicyName, current_policy, require_no_plan
 
 DENSE = "dense"
 PERPLEXITY = "perplexity"
@@ -111,6 +111,10 @@ class EvalConfig(Stage):
             self._runtime("auto", gamma)
         self.runtimes()
         self._require_patterns()
+        if self.cut_middle and not any(_is_benchmark(task) for task in self.tasks):
+            raise ConfigError(
+                "cut_middle is for rows of benchmarks: name one, as ruler:FILE, or leave it out"
+            )
         reads = all(task.partition(":")[0] == PERPLEXITY for task in self.tasks)
         if self.decode == "sparse" and reads:
             raise ConfigError(
@@ -166,10 +170,15 @@ class EvalConfig(Stage):
         )
 
     def _require_patterns(self) -> None:
-        """Refuses options of patterns where dense attention is all that is asked for."""
+        """Refuses options that do nothing to any of the policies."""
+        if self.gammas and not any(map(_has_gamma, self.policies)):
+            raise ConfigError(
+                f"gammas = {self.gammas!r} does nothing to {', '.join(self.policies)}: name a "
+                "policy that covers so much attention, or leave it out"
+            )
         if any(policy != DENSE for policy in self.policies):
             return
-        for name in ("gammas", "max_density", "precision"):
+        for name in ("max_density", "precision"):
             value = getattr(self, name)
             if value != getattr(type(self), name):
                 raise ConfigError(
@@ -179,8 +188,16 @@ class EvalConfig(Stage):
 
     def _gammas_of(self, policy: str) -> tuple[float | None, ...]:
         is_planned = policy == "auto" and self.others
-        is_planned = is_planned or policy == DENSE
-        return (None,) if is_planned or not self.gammas else self.gammas
+        varies = _has_gamma(policy) and not is_planned
+        return self.gammas if self.gammas and varies else (None,)
+
+
+def _has_gamma(policy: str) -> bool:
+    return PolicyName.parse(policy).name not in (DENSE, "streaming")
+
+
+def _is_benchmark(task: str) -> bool:
+    return ":" in task and task.partition(":")[0] != PERPLEXITY
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -248,12 +265,19 @@ class SweepConfig(Stage):
                 "another block size or number of clusters is clustered with an artifact's other "
                 "settings: name the artifact"
             )
+        if self.calibrations and not (self.block_sizes or self.ks):
+            raise ConfigError(
+                "a calibration is for other block sizes and numbers of clusters: give --k or "
+                "--block-size, or leave --calibration out"
+            )
         if (self.block_sizes or self.ks) and not self.calibrations:
             raise ConfigError(
                 "another block size or number of clusters needs the calibration that it is "
                 "clustered from: name its folder with --calibration"
             )
         require(self.policy != DENSE, "policy", self.policy, "another than dense")
+        if self.gammas and not _has_gamma(self.policy):
+            raise ConfigError(f"gamma does nothing to policy {self.policy!r}: leave it out")
         self.runtime()
         for name, values in self.of_sessions().items():
             for value in values:

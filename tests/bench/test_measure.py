@@ -105,6 +105,11 @@ def test_dense_and_shared_take_turns_and_the_median_counts(
     assert any("medians of 3 prefills" in note for note in result.notes)
 
 
+def test_an_artifact_without_its_model_is_refused() -> None:
+    with pytest.raises(ConfigError, match="timed with its model"):
+        run_bench(tiny(), tiny_artifact(tiny_llama()))
+
+
 def test_a_model_with_its_artifact(tmp_path: Path) -> None:
     model = save_checkpoint(tmp_path / "model")
     network = tiny_llama(vocab_size=tiny_vocabulary(model))
@@ -159,6 +164,8 @@ def test_lengths_as_written() -> None:
         ({"layers": 3}, "layers = 3 .* tiny has 1 to 2"),
         ({"shape": "huge"}, "no shape 'huge'"),
         ({"model": "sp-tiny", "layers": 2}, "layers is for a shape"),
+        ({"model": "sp-tiny"}, "shape is for a shape"),
+        ({"model": "sp-tiny", "shape": BenchConfig.shape, "density": 0.2}, "density is for a shap"),
     ],
 )
 def test_what_cannot_be_timed_is_refused(options: dict[str, Any], text: str) -> None:

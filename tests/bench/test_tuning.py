@@ -174,6 +174,7 @@ def test_a_table_that_cannot_be_written_is_told_before_anything_is_timed(
         (("--engine", "tgi"), ConfigError, "engine = 'tgi'.*session, vllm"),
         (("--model", "m"), ConfigError, "go together"),
         (("--model", "m", "--artifact", "a", "--layers", 2), ConfigError, "has its own"),
+        (("--model", "m", "--artifact", "a", "--density", 0.3), ConfigError, "has its own"),
         (("--repeats", 0), ConfigError, "repeats = 0"),
         (("--engine", "vllm"), UnsupportedError, "vLLM is not installed.*--engine session"),
     ],

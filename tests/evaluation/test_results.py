@@ -128,6 +128,11 @@ def test_what_is_no_evaluation_is_refused(content: str, tmp_path: Path) -> None:
         ({"samples": 0}, "samples = 0"),
         ({"seed": -1}, "seed = -1"),
         ({"artifact": ""}, "artifact = ''"),
+        ({"cut_middle": True, "tasks": ("retr_kv", "perplexity:a.txt")}, "cut_middle is for rows"),
+        (
+            {"policies": ("dense", "streaming:local_blocks=4"), "gammas": (0.9,)},
+            r"gammas = \(0.9,\) does nothing to dense, streaming:local_blocks=4",
+        ),
     ],
 )
 def test_bad_options(options: dict, message: str) -> None:
@@ -135,15 +140,15 @@ def test_bad_options(options: dict, message: str) -> None:
         EvalConfig(**{"artifact": "a.st", **options})
 
 
-def test_every_policy_gets_every_gamma_but_dense() -> None:
-    config = EvalConfig(
-        artifact="a.st", policies=("dense", "auto", "shareprefill"), gammas=(0.8, 0.9)
-    )
+def test_every_policy_gets_every_gamma_but_those_that_have_none() -> None:
+    policies = ("dense", "auto", "shareprefill", "streaming:local_blocks=4")
+    config = EvalConfig(artifact="a.st", policies=policies, gammas=(0.8, 0.9))
     assert [(r.policy, r.gamma, r.min_tokens) for r in config.runtimes()] == [
         ("auto", 0.8, 0),
         ("auto", 0.9, 0),
         ("shareprefill", 0.8, 0),
         ("shareprefill", 0.9, 0),
+        ("streaming:local_blocks=4", None, 0),
     ]
     assert EvalConfig.from_dict(config.to_dict()) == config
     assert EvalConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
@@ -156,6 +161,8 @@ def test_every_policy_gets_every_gamma_but_dense() -> None:
         ({"ks": (4,)}, "needs the calibration"),
         ({"block_sizes": (48,), "calibrations": ("x",)}, "block_size = 48"),
         ({"gammas": (0.9,), "policy": "dense"}, "policy = 'dense'"),
+        ({"gammas": (0.9,), "policy": "streaming"}, "gamma does nothing to policy"),
+        ({"gammas": (0.9,), "calibrations": ("c",)}, "calibration is for other block sizes"),
         ({"taus": (2.0,), "policy": "shareprefill"}, "tau = 2.0"),
         ({"taus": (0.2,)}, "tau = 0.2 is for policy 'shareprefill', .* use slack"),
         ({"slacks": (0.1, 0.1)}, "slacks = .* without repetitions"),
