@@ -112,7 +112,7 @@ class Lengths:
         self.device: torch.device = model.device
         self.all_layers = len(model.model.layers)
         self.artifact = synthetic_artifact(model, 0.1)
-        _register_attention()
+        register_attention()
 
     def measure(self, tokens: int, layers: int) -> Row:
         """Times one length; those to come cannot have more layers."""
@@ -247,7 +247,7 @@ def _layers(model: Any, count: int) -> Iterator[None]:
         model.model.layers = every
 
 
-def _register_attention() -> None:
+def register_attention() -> None:
     """FlashAttention-4's dense call, and none at all, as attention of transformers' models."""
     from transformers import AttentionInterface, AttentionMaskInterface
 

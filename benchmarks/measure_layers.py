@@ -10,8 +10,8 @@ Three tables, of shapes with random weights, in transformers' eager mode:
    activations read and write those), and for a pair of tokens and a channel of all query heads.
    Least squares of relative errors over all shapes and lengths.
 2. The host alone, a layer, until a pass returns; and 3. passes from end to end. Both by the
-   model's own attention, by a session's dense one, and by its sparse one, in turns; of lengths that
-   were not seen before, and again (the third pass of each).
+   model's own attention, FlashAttention-4 where it is installed, a session's dense one, and its
+   sparse one, in turns; of lengths that were not seen before, and again (the third pass of each).
 
 The result goes into shareprefill/runtime/crossover.py.
 """
@@ -22,13 +22,15 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from bench_ttft import register_attention
+from kernel_cases import FlashAttention4, missing_baseline
 from provenance import provenance
 from timing import device_ms, host_ms
 
@@ -113,19 +115,36 @@ class Model:
         Returns:
             Host ms a layer and seconds of a length that is new, then the same of it again.
         """
-        kinds = {OWN: nullcontext(), DENSE: self.dense, SPARSE: self.session}
+        kinds: dict[str, Callable[[], AbstractContextManager[object]]] = {
+            OWN: nullcontext,
+            DENSE: lambda: self.dense,
+            SPARSE: lambda: self.session,
+        }
+        query = torch.empty(1, 1, self.model.config.head_dim, device=self.device)
+        if missing_baseline("fa4", query.bfloat16(), query.bfloat16()) is None:
+            kinds[FlashAttention4.name] = self._fa4
         found: dict[str, list[list[float]]] = {name: [] for name in kinds}
         for _ in range(repeats):
             for name, context in kinds.items():
                 self.taken += 1
                 length = tokens - self.taken * _STEP
-                with context:
+                with context():
                     times = [self._pass(length) for _ in range(3)]
                 found[name].append([*times[0], *times[2]])
         return {
             name: tuple(map(statistics.median, zip(*rows, strict=True)))
             for name, rows in found.items()
         }
+
+    @contextmanager
+    def _fa4(self) -> Iterator[None]:
+        """The model with FlashAttention-4's dense attention."""
+        register_attention()
+        self.model.set_attn_implementation("fa4")
+        try:
+            yield
+        finally:
+            self.model.set_attn_implementation("sdpa")
 
     def _pass(self, tokens: int) -> tuple[float, float]:
         """Milliseconds of the host, a layer, and seconds until the device is done."""
