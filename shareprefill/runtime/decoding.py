@@ -46,9 +46,9 @@ _PIECE = 16384
 # Room of a sketch for tokens to come: at least so many, and a share of those it has.
 _ROOM, _ROOM_SHARE = 1024, 8
 # The price of reading that sequences begin with, in powers of 2: most blocks are worth it.
-FIRST_PRICE = -10.0
+_FIRST_PRICE = -10.0
 # What a step reads above the density that was asked for, over it, counts up to here.
-MOST_ABOVE = 2.0
+_MOST_ABOVE = 2.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -186,12 +186,48 @@ def head_weights(effect: Tensor, groups: int) -> tuple[Tensor, Tensor]:
     return (effect / effect.sum(2, keepdim=True)).flatten(1), effect.mean(2)
 
 
-class _Budget:
-    """What reading a block costs the sequences, so that they read the density asked for on average.
+class Price:
+    """What reading a block costs, so that steps read the density asked for on average.
 
-    One price holds for the layers and heads of a device, and changes from step to step by what they
-    have read: so blocks are read where they change the predictions most. Neighbours in a batch have
-    prices of their own.
+    It holds for many layers and heads, and changes from step to step by what they have read: so
+    blocks are read where they change the predictions most. Its tensors stay where they are, as
+    graphs want it.
+
+    Args:
+        density: Asked for.
+        shape: Of the prices, if each of some has one of its own.
+        device: Where steps are.
+    """
+
+    def __init__(self, density: float, shape: tuple[int, ...], device: torch.device) -> None:
+        self._density = density
+        first = _FIRST_PRICE if density < 1 else -torch.inf
+        self._log2 = torch.full(shape, first, dtype=torch.float32, device=device)
+        self._steps = torch.zeros(1, dtype=torch.float32, device=device)
+
+    def settle(self, share: Tensor, was_step: Tensor | float = 1.0) -> None:
+        """Sets the price of the next step.
+
+        Args:
+            share: Blocks that the last step read over those that there were, in the prices' shape.
+            was_step: 0: there was none, and nothing changes; otherwise 1.
+        """
+        # Large steps at first, small ones later: a step that needs more than others may have it.
+        gain = (8 / (8 + self._steps)).clamp(min=1 / 4)
+        # By the difference, not the ratio: it is the mean over steps that is asked for.
+        above = (share / self._density - 1).clamp(max=_MOST_ABOVE)
+        self._log2.add_(gain * above * was_step).clamp_(max=40)
+        self._steps.add_(was_step)
+
+    def over(self, harm: Tensor) -> Tensor:
+        """What blocks must be worth to be read: the price by the harm of losing them."""
+        return self._log2.exp2() / harm
+
+
+class _Budget:
+    """What the steps of some sequences have read, and may read next.
+
+    Neighbours in a batch have prices of their own.
 
     Args:
         batch: B, sequences.
@@ -199,17 +235,14 @@ class _Budget:
         harm: What lost attention of KV heads does, float32 `[L, 1, G]`; one for all layers: `[1]`.
 
     Attributes:
-        worth: What blocks must be worth, float32 `[L, B, G]`: the price by the harm.
+        worth: What blocks must be worth, float32 `[L, B, G]`.
     """
 
     def __init__(self, batch: int, density: float, harm: Tensor) -> None:
-        self.density, self._harm = density, harm
-        first = FIRST_PRICE if density < 1 else -torch.inf
-        self._log2 = torch.full((batch, 1), first, dtype=torch.float32, device=harm.device)
-        self.worth = self._log2.exp2() / harm
+        self._price, self._harm = Price(density, (batch, 1), harm.device), harm
+        self.worth = self._price.over(harm)
         self._counts: list[Tensor] = []
         self._blocks: Tensor | int = 1
-        self._steps = 0
 
     def spend(self, counts: Tensor, blocks: Tensor | int) -> None:
         """Notes what a layer read.
@@ -226,13 +259,9 @@ class _Budget:
         if not self._counts:
             return
         counts = torch.cat(self._counts, 1).float()
-        read = counts.mean(1, keepdim=True) / (self._blocks * self.density)
-        # Large steps at first, small ones later: a step that needs more than others may have it.
-        gain = max(1 / 4, 8 / (8 + self._steps))
-        # By the difference, not the ratio: it is the mean over steps that is asked for.
-        self._log2 = (self._log2 + gain * (read - 1).clamp(max=MOST_ABOVE)).clamp(max=40)
-        self.worth = self._log2.exp2() / self._harm
-        self._counts, self._steps = [], self._steps + 1
+        self._price.settle(counts.mean(1, keepdim=True) / self._blocks)
+        self.worth = self._price.over(self._harm)
+        self._counts = []
 
 
 @dataclass(eq=False)

@@ -25,10 +25,9 @@ from torch import Tensor
 from shareprefill.errors import UnsupportedError
 from shareprefill.runtime.decoding import (
     BLOCK,
-    FIRST_PRICE,
     LEAST_COORDINATES,
     LOCAL,
-    MOST_ABOVE,
+    Price,
     basis_rows,
     basis_step,
     head_weights,
@@ -127,8 +126,8 @@ def _some_keys(key: Tokens) -> Tensor:
     return key.pool[pages, :, places % key.page_size].transpose(0, 1)
 
 
-class _Price:
-    """What reading a block costs all rows, so that steps read the density asked for on average.
+class _Budget:
+    """What the rows of a step read, and may read next, at one price.
 
     Args:
         density: Asked for.
@@ -141,14 +140,11 @@ class _Price:
     """
 
     def __init__(self, density: float, harm: Tensor, rows: int) -> None:
-        self.density, self._harm = density, harm
+        self._price, self._harm = Price(density, (1,), harm.device), harm
         layers, groups = harm.shape
         device = harm.device
         self.counts = torch.zeros((layers, rows, groups), dtype=torch.int32, device=device)
-        self._first = FIRST_PRICE if density < 1 else -torch.inf
         make = {"dtype": torch.float32, "device": device}
-        self._log2 = torch.full((1,), self._first, **make)
-        self._steps = torch.zeros(1, **make)
         self.worth = torch.zeros((layers, rows, groups), **make)
         # Rows whose reading counts, and the blocks that they have.
         self._counted = torch.zeros(rows, **make)
@@ -164,12 +160,7 @@ class _Price:
         if exchange is not None:
             exchange.sum(read)
         read, there = read
-        # Large changes at first, small ones later, and none by a step without rows.
-        gain = (8 / (8 + self._steps)).clamp(min=1 / 4)
-        above = (read / (there * self.density).clamp(min=1) - 1).clamp(max=MOST_ABOVE)
-        was_step = there > 0
-        self._log2.add_(torch.where(was_step, gain * above, 0)).clamp_(max=40)
-        self._steps.add_(was_step)
+        self._price.settle(read / there.clamp(min=1), there > 0)
         self.totals.add_(torch.cat((self._rows, read, there)))
         self.counts.zero_()
 
@@ -185,7 +176,7 @@ class _Price:
         self._counted.zero_()
         rows = len(lengths)
         self._counted[:rows] = counted
-        worth = self._log2.exp2() / self._harm
+        worth = self._price.over(self._harm)
         # Whatever its worth, every block is read where none need be worth anything.
         self.worth[:, :rows] = worth[:, None] * self._counted[:rows, None]
 
@@ -235,7 +226,7 @@ class PagedDecoding:
             mine = relative_effect(effect[list(layers)])
             mine = mine if heads is None else mine[:, heads.start : heads.stop]
         share, harm = (t.to(device) for t in head_weights(mine, n_groups))
-        self._share, self._price = share, _Price(density, harm, max_rows)
+        self._share, self._budget = share, _Budget(density, harm, max_rows)
         self._places = {layer: place for place, layer in enumerate(layers)}
         self._codes = [_LayerCodes(n_groups, head_dim, device) for _ in layers]
         self._exchange = exchange
@@ -288,8 +279,8 @@ class PagedDecoding:
             sparse: Rows that are to be read sparsely, bool `[rows]`; the others read every block,
                 in the same kernels, and count for nothing. None: all.
         """
-        self._price.settle(self._exchange)
-        self._price.begin(lengths, sparse)
+        self._budget.settle(self._exchange)
+        self._budget.begin(lengths, sparse)
 
     def attend(
         self,
@@ -327,12 +318,12 @@ class PagedDecoding:
         basis = Basis(*(t[None] for t in (codes.basis.mean, codes.basis.query, codes.basis.key)))
         key, value = (PagedBatch(pool, tables, most_tokens) for pool in (keys, values))
         blocks, counts = select_blocks(
-            *(query, key, codes.words, basis, self._share[place], self._price.worth[place, :rows]),
+            *(query, key, codes.words, basis, self._share[place], self._budget.worth[place, :rows]),
             block_size=BLOCK,
             local=LOCAL,
             lengths=lengths,
             scale=scale,
-            counts=self._price.counts[place, :rows],
+            counts=self._budget.counts[place, :rows],
         )
         return block_sparse_decoding(
             *(query, key, value, blocks, counts),
@@ -347,9 +338,9 @@ class PagedDecoding:
 
         The newest step counts with the next one.
         """
-        rows, read, there = self._price.totals.tolist()
+        rows, read, there = self._budget.totals.tolist()
         return int(rows), read / there if there else 1.0
 
     def reset(self) -> None:
         """Forgets what the report says."""
-        self._price.totals.zero_()
+        self._budget.totals.zero_()

@@ -207,7 +207,7 @@ def test_one_request_reads_what_it_would_in_a_session() -> None:
                 layer, state, queries[layer], *engine.sequence(row, layer), scale=SCALE
             )
             torch.testing.assert_close(out[layer], expected, rtol=0, atol=1e-5)
-            assert torch.equal(engine.decoding._price.counts[layer, :1], record.counts)
+            assert torch.equal(engine.decoding._budget.counts[layer, :1], record.counts)
 
 
 def test_rows_may_be_dense_beside_sparse_ones() -> None:
@@ -375,9 +375,9 @@ def test_processes_that_share_heads_read_what_one_reads() -> None:
         lengths = torch.tensor([700], dtype=torch.int32)
         for part in parts:
             # What both have read, as a collective gives it to each.
-            read = sum(float(p._price.counts.sum()) for p in parts if p._price.counts.any())
+            read = sum(float(p._budget.counts.sum()) for p in parts if p._budget.counts.any())
             total[0] = read if part is parts[0] else total[0]
-            total[1] = sum(float(p._price._there) for p in parts) if part is parts[0] else total[1]
+            total[1] = sum(float(p._budget._there) for p in parts) if part is parts[0] else total[1]
             part.begin_step(lengths)
         for layer in range(L):
             halves = [
@@ -435,7 +435,7 @@ def test_a_gpu_reads_what_the_reference_reads_and_waits_for_nothing(
     # an edge by a whole step then.
     watched = WatchedSteps(monkeypatch, paged_decoding)
     engine = Engine(made(0.3, "cuda", sizes=sizes), device="cuda", sizes=sizes)
-    price = paged_decoding._Price(0.3, torch.ones(L, sizes.groups), 8)
+    budget = paged_decoding._Budget(0.3, torch.ones(L, sizes.groups), 8)
     rows = [engine.prompt(tokens, learn=False), engine.prompt(tokens // 2, learn=False)]
     prompt = [engine.queries(tokens) for _ in range(L)]
     engine.learn(0, prompt)
@@ -465,11 +465,11 @@ def test_a_gpu_reads_what_the_reference_reads_and_waits_for_nothing(
             torch.cuda.set_sync_debug_mode("default")
         watched.keep()
         assert torch.equal(*map(torch.stack, runs)), step
-        found = engine.decoding._price
-        price.settle(None)
-        price.begin(lengths.cpu(), None)
-        torch.testing.assert_close(found.worth.cpu(), price.worth, rtol=1e-4, atol=0)
-        price.counts.copy_(found.counts)
+        found = engine.decoding._budget
+        budget.settle(None)
+        budget.begin(lengths.cpu(), None)
+        torch.testing.assert_close(found.worth.cpu(), budget.worth, rtol=1e-4, atol=0)
+        budget.counts.copy_(found.counts)
     for layer in range(L):
         check_codes(engine, layer)
     assert watched.check("cpu" if sizes is SMALL else "cuda") == 29 * 2 * L * 2 * sizes.groups
