@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from shareprefill.runtime.ops.devices import current_stream, on_device
 from shareprefill.runtime.ops.prepared import Launch, Prepared, noted_launches
-from shareprefill.runtime.records import map_tensors
+from shareprefill.runtime.records import Maker, maker, map_tensors
 
 R = TypeVar("R")
 
@@ -200,8 +200,9 @@ class _Repeat(Generic[R]):
         # Descriptors by the base that they are of and all else that they are.
         self._descriptors: list[tuple[int, Any]] = []
         self._steps = [self._step(places, *launch) for launch in launches]
-        self._placed: dict[int, int] = {}
-        self._result = map_tensors(result, lambda tensor: self._stand_in(places, tensor))
+        self._dtypes: set[torch.dtype] = set()
+        make_result = maker(result, lambda tensor: self._of_kept(places, tensor))
+        self._make_result = (lambda _: result) if make_result is None else make_result
         # Launches that start without Triton's search once do so for every address of this kind.
         if any(not step.launch.is_kept for step in self._steps):
             raise _NotRepeatableError
@@ -229,17 +230,19 @@ class _Repeat(Generic[R]):
         self._descriptors.append((base, _described(descriptor, None)))
         return len(self._descriptors) - 1
 
-    def _stand_in(self, places: _Places, tensor: Tensor) -> Tensor:
-        """What stands for a tensor of a result until it is made; those that stay as they are."""
+    def _of_kept(self, places: _Places, tensor: Tensor) -> Maker | None:
+        """What gives a tensor of a result, of views of what is kept by dtype; None where it stays.
+
+        It holds no tensor, whose memory would be in use for good.
+        """
         if _start(tensor) in places.parts:
             raise _NotRepeatableError
         if tensor.data_ptr() and _start(tensor) not in places.made:
-            return tensor
-        found = torch.empty_strided(
-            tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta"
-        )
-        self._placed[id(found)] = places.of(tensor)[1] // tensor.element_size()
-        return found
+            return None
+        place = places.of(tensor)[1] // tensor.element_size()
+        dtype, shape, stride = tensor.dtype, tensor.shape, tensor.stride()
+        self._dtypes.add(dtype)
+        return lambda views: views[dtype].as_strided(shape, stride, place)
 
     def __call__(self, given: Sequence[Tensor]) -> tuple[Tensor, R] | None:
         """Launches; None where launches have to go through Triton, as hooks are set."""
@@ -260,14 +263,7 @@ class _Repeat(Generic[R]):
                 for place, number in step.descriptors:
                     arguments[place] = made[number]
                 step.launch.repeat(stream, arguments)
-        return output, map_tensors(self._result, lambda tensor: self._filled(tensor, kept))
-
-    def _filled(self, tensor: Tensor, kept: Tensor) -> Tensor:
-        """A tensor of a result in its place in memory."""
-        place = self._placed.get(id(tensor))
-        if place is None:
-            return tensor
-        return kept.view(tensor.dtype).as_strided(tensor.shape, tensor.stride(), place)
+        return output, self._make_result({dtype: kept.view(dtype) for dtype in self._dtypes})
 
 
 def _described(descriptor: Any, base: Tensor | None) -> Any:
