@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -10,7 +9,6 @@ import torch
 from torch import Tensor
 
 from shareprefill.errors import ConfigError
-from shareprefill.runtime.rules.base import Exchange
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -58,29 +56,3 @@ class HeadShard:
     def sum(self, tensor: Tensor) -> None:
         """Adds the tensors of all processes, in place in each."""
         torch.distributed.all_reduce(tensor, group=self.group)
-
-
-def agree(exchange: Exchange, told: str, device: torch.device) -> None:
-    """Makes sure that all processes were told the same; waits for them.
-
-    Those that were not would sum at other steps than the rest, and all would stand still. NCCL
-    makes a group's communicator at its first sum: here, while no process has anything else to do.
-
-    Args:
-        exchange: Of the processes.
-        told: What must be alike, in words.
-        device: Where they compute.
-
-    Raises:
-        ConfigError: in every process, where one of them was told something else.
-    """
-    numbers = [1, *hashlib.sha256(told.encode()).digest()]
-    squares = [number * number for number in numbers]
-    sums = torch.tensor([numbers, squares], dtype=torch.int64, device=device)
-    exchange.sum(sums)
-    # The mean of squares is the square of the mean where all numbers are alike, and there alone.
-    if bool((sums[0, 0] * sums[1] != sums[0] ** 2).any()):
-        raise ConfigError(
-            f"the {int(sums[0, 0])} processes were started with unlike options: give all of them "
-            "the same options, artifact, version of shareprefill and table of crossovers"
-        )

@@ -5,6 +5,7 @@ Nothing here knows vLLM: another engine's adapter would call the same.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import time
 import weakref
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from shareprefill.config import RuntimeConfig
+from shareprefill.errors import ConfigError
 from shareprefill.runtime.core import SequenceState, SparsePrefill
 from shareprefill.runtime.crossover import LayerSizes, crossover
 from shareprefill.runtime.ops.blocks import count_blocks
@@ -26,7 +28,6 @@ from shareprefill.runtime.plan import RuntimePlan
 from shareprefill.runtime.records import LayerRecord
 from shareprefill.runtime.report import SessionReport, make_report
 from shareprefill.runtime.rules.base import Exchange
-from shareprefill.runtime.tensor_parallel import agree
 from shareprefill.vllm.decoding import ServingDecoding
 from shareprefill.vllm.options import OFF
 from shareprefill.vllm.pages import split_pages
@@ -57,6 +58,30 @@ class _Others:
         """Adds the tensors of all processes, in place in each."""
         if self.are_met:
             self._exchange.sum(tensor)
+
+    def agree(self, told: str, device: torch.device) -> None:
+        """Makes sure that all processes were told the same; waits for them.
+
+        Those that were not would sum at other steps than the rest, and all would stand still. NCCL
+        makes a group's communicator at its first sum: here, while nothing else runs.
+
+        Args:
+            told: What must be alike, in words.
+            device: Where they compute.
+
+        Raises:
+            ConfigError: in every process, where one of them was told something else.
+        """
+        numbers = [1, *hashlib.sha256(told.encode()).digest()]
+        squares = [number * number for number in numbers]
+        sums = torch.tensor([numbers, squares], dtype=torch.int64, device=device)
+        self._exchange.sum(sums)
+        # The mean of squares is the square of the mean where all numbers are alike, there alone.
+        if bool((sums[0, 0] * sums[1] != sums[0] ** 2).any()):
+            raise ConfigError(
+                f"the {int(sums[0, 0])} processes were started with unlike options: give all of "
+                "them the same options, artifact, version of shareprefill and table of crossovers"
+            )
 
 
 @dataclass(frozen=True)
@@ -141,8 +166,9 @@ class ServingCore:
         self.device, self.max_rows, self.max_keys = device, max_rows, max_keys
         # Read here, so that a table that cannot be read stops the engine's start.
         self.crossover = crossover(device, backend).or_from(config.min_tokens)
-        if exchange is not None:
-            agree(exchange, repr((told, config, self.crossover, max_rows, max_keys)), device)
+        if self._others is not None:
+            told = repr((told, config, self.crossover, max_rows, max_keys))
+            self._others.agree(told, device)
         self._prefills: dict[str | None, SparsePrefill] = {}
         self._counts: Counter[tuple[str, str]] = Counter()
         self._is_prepared = False
