@@ -315,7 +315,8 @@ def _check_lengths(core: ServingCore, config: Any) -> None:
             f"sparse decode steps begin at {core.decoding.least_tokens} tokens, and this engine's "
             f'requests have at most {most}: name a smaller "min_tokens", or leave out "decode"'
         )
-    in_chunks = f", in steps of {rows} tokens from {chunked} on" if chunked > whole else ""
+    is_later = chunked > max(whole, core.least_rows)
+    in_chunks = f", in steps of {rows} tokens from {chunked} on" if is_later else ""
     logger.info(
         "shareprefill: policy %s, prefills of %d tokens and more are sparse%s (%s)",
         core.config.policy,
