@@ -256,6 +256,15 @@ def test_heads_that_break_a_rule_are_refused_in_memory_and_in_a_file(
         load_artifact(path)
 
 
+@pytest.mark.parametrize(
+    ("tokens", "longest"),
+    [([100, 300, 200], 300), ([100, "9", True, 2.5], 100), ([], None), ("300", None)],
+)
+def test_the_longest_prompt_that_was_measured(tokens: Any, longest: int | None) -> None:
+    assert example(summary={"held_out_tokens": tokens}).measured_tokens == longest
+    assert example().measured_tokens is None
+
+
 class TestLayersThatWereNotCaptured:
     def test_they_are_dense_and_told_from_measured_ones(self, tmp_path: Path) -> None:
         artifact = with_gaps(made_up_artifact(4, 3), 1, 3)

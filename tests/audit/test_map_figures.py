@@ -14,16 +14,19 @@ from shareprefill.autoencoder.dataset import resample_maps
 from tests.audit.synthetic import clustered, made_up_artifact, made_up_calibration
 
 
-def test_the_pivot_with_most_sharers_stands_for_its_cluster() -> None:
+@pytest.mark.parametrize("most", [0, 1])
+def test_the_pivot_with_most_sharers_stands_for_its_cluster(most: int) -> None:
     artifact = made_up_artifact(2, 6, families=1)
     pivots = torch.tensor([[0, 1, 1, 0, 1, 1], [1, 1, 0, 1, 1, 1]], dtype=torch.int32)
+    pivots = torch.where(pivots == 1, most, 1 - most).int()
+    pivots[0, :2] = torch.tensor([0, 1])
     artifact.policy.fill_(int(Policy.SHARE))
     artifact.policy[0, :2] = int(Policy.PIVOT)
     artifact.pivot.copy_(pivots)
     distances = (torch.arange(12)[:, None] - torch.arange(12)).abs().double()
     (found,) = pick_heads(Heads.of(artifact), distances)
-    assert (found.head, found.is_pivot, found.size, found.sharing) == (1, True, 12, 10)
-    assert found.members == (0, 4, 8, 11)  # by distance to head 1, ends included
+    assert (found.head, found.is_pivot, found.size, found.sharing) == (most, True, 12, 10)
+    assert found.members == (1 - most, 4, 8, 11)  # by distance to the pivot, ends included
 
 
 def test_without_a_pivot_the_middle_head_stands_for_its_cluster() -> None:

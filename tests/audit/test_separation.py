@@ -52,6 +52,7 @@ def test_the_tree_is_the_one_that_was_cut(folder: Path, metric: str, linkage: st
     assert tree.cut_height is not None
     clusters = int(heads.cluster.max()) + 1
     assert int((tree.merges[:, 2] > tree.cut_height).sum()) == clusters - 1
+    assert int((tree.merges[:, 2] < tree.cut_height).sum()) == len(tree.merges) - clusters + 1
 
 
 def test_without_a_calibration_distances_are_those_of_codes(folder: Path) -> None:

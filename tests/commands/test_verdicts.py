@@ -74,6 +74,9 @@ def test_an_artifact_is_judged_by_gain_worst_heads_and_what_it_rests_on() -> Non
 def test_what_an_artifact_rests_on_may_be_thin(summary: dict[str, Any], word: str) -> None:
     (warning,) = judge_artifact(made(**summary), PATH).warnings
     assert word in warning
+    # One prompt that is long enough says something.
+    some = made(held_out_tokens=[2_000] * 5 + [20_000])
+    assert judge_artifact(some, PATH).warnings == ()
 
 
 @pytest.mark.parametrize(

@@ -97,4 +97,5 @@ def test_policies_at_equal_density() -> None:
     assert sampled.perplexity_change is None
     assert [point.perplexity_change for point in readings] == [pytest.approx(0.015)] * 2
     assert at_density(made_evaluation(cells), 0.4) == []
+    assert at_density(made_evaluation(cells), 0.05) == []
     assert at_density(made_evaluation(cells[:1]), 0.1) == []

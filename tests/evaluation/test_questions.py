@@ -11,8 +11,9 @@ from shareprefill.calib.tasks import TASKS, generate
 from shareprefill.config import CalibrateConfig
 from shareprefill.errors import ConfigError, DataError
 from shareprefill.evaluation.config import EvalConfig
-from shareprefill.evaluation.questions import Question, make_questions
+from shareprefill.evaluation.questions import Question, _pieces, make_questions
 from shareprefill.models import load_tokenizer
+from shareprefill.tokens import encode
 
 
 @pytest.fixture(scope="module")
@@ -247,6 +248,19 @@ def test_rows_that_are_too_long(tokenizer, tmp_path: Path) -> None:
     (question,) = ask(tokenizer, file, 100, samples=1, cut_middle=True)
     whole = tokenizer(row["input"]).input_ids
     assert question.input_ids.tolist() == whole[:50] + whole[-50:]
+    (question,) = ask(tokenizer, file, 101, samples=1, cut_middle=True)
+    assert question.input_ids.tolist() == whole[:50] + whole[-51:]
+
+
+def test_a_text_is_cut_into_all_pieces_that_it_holds(tokenizer) -> None:
+    text = "One line of the text, and another one. " * 20
+    (whole,) = _pieces(iter([text]), len(encode(tokenizer, text)), tokenizer)
+    assert whole.tolist() == encode(tokenizer, text).tolist()
+    first = int(whole[0] == tokenizer.bos_token_id)
+    pieces = [*_pieces(iter([text]), 50, tokenizer)]
+    assert len(pieces) == (len(whole) - first) // (50 - first)
+    joined = [token for piece in pieces for token in piece[first:].tolist()]
+    assert joined == whole[first : first + len(joined)].tolist()
 
 
 def test_a_length_beyond_the_model(tokenizer) -> None:

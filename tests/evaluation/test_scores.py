@@ -39,6 +39,7 @@ MENU = Reference(("soup",), options=("bread", "soup", "cake", "tea"))
         ("choice", "I think the answer is: soup", MENU, 1),
         ("choice", "I think the answer is D", MENU, 0),
         ("choice", "maybe B or C", MENU, 1),
+        ("choice", "maybe A, but the option is B", MENU, 1),
         ("choice", "no idea", MENU, 0),
         ("choice", "", MENU, 0),
         ("debug_choice", "B. or so", MENU, 1),
