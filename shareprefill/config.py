@@ -11,7 +11,13 @@ from typing import Any, Literal, Self, Union, get_args, get_origin, get_type_hin
 
 from shareprefill.errors import ConfigError, did_you_mean
 from shareprefill.errors import require as _require
-from shareprefill.policy_names import PLANNED_POLICIES, check_policy_name, current_policy
+from shareprefill.policy_names import (
+    PLANNED_POLICIES,
+    WITHOUT_GAMMA,
+    PolicyName,
+    check_policy_name,
+    current_policy,
+)
 
 Metric = Literal["jaccard", "jaccard-raw", "code"]
 Linkage = Literal["average", "complete", "single"]
@@ -370,6 +376,10 @@ class RuntimeConfig(Stage):
             )
         if self.gamma is not None:
             _require_fraction("gamma", self.gamma)
+            if PolicyName.parse(self.policy).name in WITHOUT_GAMMA:
+                raise ConfigError(
+                    f"gamma = {self.gamma!r} does nothing to policy {self.policy!r}: leave it out"
+                )
         if self.max_density is not None:
             _require_fraction("max_density", self.max_density)
         self._require_threshold_of_policy()

@@ -25,6 +25,8 @@ SELECTION_POLICIES: tuple[str, ...] = (
     *("flash", "flex", "oracle", "pooled", "streaming"),
 )
 POLICIES: tuple[str, ...] = (*PLANNED_POLICIES, "dense", *SELECTION_POLICIES)
+# Policies whose blocks do not depend on how much attention they are to cover.
+WITHOUT_GAMMA: tuple[str, ...] = ("dense", "streaming")
 # What a session without an artifact does where no policy is named.
 WITHOUT_ARTIFACT = "smoothed"
 # Words that still work in this version.

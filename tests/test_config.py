@@ -56,6 +56,12 @@ def test_what_only_plans_have_is_refused_with_other_policies(policy: str, option
     assert getattr(RuntimeConfig.from_dict({option: 1}), option) == 1
 
 
+@pytest.mark.parametrize("policy", ["dense", "streaming", "streaming:local_blocks=4"])
+def test_a_gamma_is_refused_where_it_does_nothing(policy: str) -> None:
+    with pytest.raises(ConfigError, match=rf"gamma = 0\.9 does nothing to policy '{policy}'"):
+        RuntimeConfig(policy=policy, gamma=0.9)
+
+
 def test_the_papers_rule_has_pivots_and_no_check() -> None:
     assert RuntimeConfig(policy="shareprefill", delta=0.5, pivot_rows=4).pivot_rows == 4
     with pytest.raises(ConfigError, match="check_rows = 2 is for policy 'auto', not for 'share"):

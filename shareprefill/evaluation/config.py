@@ -7,7 +7,12 @@ from pathlib import Path
 
 from shareprefill.config import BLOCK_SIZES, Decode, Precision, RuntimeConfig, Stage
 from shareprefill.errors import ConfigError, require
-from shareprefill.policy_names import PolicyName, current_policy, require_no_plan
+from shareprefill.policy_names import (
+    WITHOUT_GAMMA,
+    PolicyName,
+    current_policy,
+    require_no_plan,
+)
 
 DENSE = "dense"
 PERPLEXITY = "perplexity"
@@ -193,7 +198,7 @@ class EvalConfig(Stage):
 
 
 def _has_gamma(policy: str) -> bool:
-    return PolicyName.parse(policy).name not in (DENSE, "streaming")
+    return PolicyName.parse(policy).name not in WITHOUT_GAMMA
 
 
 def _is_benchmark(task: str) -> bool:
@@ -276,8 +281,6 @@ class SweepConfig(Stage):
                 "clustered from: name its folder with --calibration"
             )
         require(self.policy != DENSE, "policy", self.policy, "another than dense")
-        if self.gammas and not _has_gamma(self.policy):
-            raise ConfigError(f"gamma does nothing to policy {self.policy!r}: leave it out")
         self.runtime()
         for name, values in self.of_sessions().items():
             for value in values:

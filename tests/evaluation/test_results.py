@@ -161,7 +161,7 @@ def test_every_policy_gets_every_gamma_but_those_that_have_none() -> None:
         ({"ks": (4,)}, "needs the calibration"),
         ({"block_sizes": (48,), "calibrations": ("x",)}, "block_size = 48"),
         ({"gammas": (0.9,), "policy": "dense"}, "policy = 'dense'"),
-        ({"gammas": (0.9,), "policy": "streaming"}, "gamma does nothing to policy"),
+        ({"gammas": (0.9,), "policy": "streaming"}, "gamma = 0.9 does nothing to policy"),
         ({"gammas": (0.9,), "calibrations": ("c",)}, "calibration is for other block sizes"),
         ({"taus": (2.0,), "policy": "shareprefill"}, "tau = 2.0"),
         ({"taus": (0.2,)}, "tau = 0.2 is for policy 'shareprefill', .* use slack"),

@@ -4,7 +4,7 @@ import torch
 from shareprefill.artifact import Policy
 from shareprefill.config import RuntimeConfig
 from shareprefill.errors import ConfigError
-from shareprefill.policy_names import SELECTION_POLICIES
+from shareprefill.policy_names import SELECTION_POLICIES, WITHOUT_GAMMA
 from shareprefill.runtime.core import SparsePrefill
 from shareprefill.runtime.ops.block_sparse_attention import block_sparse_attention
 from shareprefill.runtime.ops.blocks import causal_lists
@@ -28,7 +28,8 @@ def test_a_block_has_so_many_rows(name: str) -> None:
 @pytest.mark.parametrize("policy", SELECTION_POLICIES)
 def test_a_policy_for_every_head_needs_no_artifact(policy: str):
     """With every block read, a layer gives what dense attention gives."""
-    config = RuntimeConfig(policy=policy, gamma=1.0, max_density=0.01)
+    gamma = None if policy in WITHOUT_GAMMA else 1.0
+    config = RuntimeConfig(policy=policy, gamma=gamma, max_density=0.01)
     plan = plan_without_artifact(2, 4, config)
     assert [head.head for layer in plan.layers for head in layer] == [*range(8)]
     query, key, value = torch.randn(4, 300, 16), torch.randn(2, 300, 16), torch.randn(2, 300, 16)
