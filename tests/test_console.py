@@ -284,18 +284,29 @@ def test_work_without_a_terminal_is_told_in_lines(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(console, "_LINES_EVERY_S", 0.02)
+    # However slow the machine is.
+    monkeypatch.setattr(console.time, "monotonic", lambda: 0.0)
+    told = ""
+
+    def wait_for(line: str) -> None:
+        nonlocal told
+        end = time.perf_counter() + 30
+        while f"{line}\n" not in told and time.perf_counter() < end:
+            time.sleep(0.01)
+            told += capsys.readouterr().err
+
     with console.progress("prompts") as advance:
-        time.sleep(0.1)
+        wait_for("loading the model: 0 s")
         advance(2, 10)
-        time.sleep(0.1)
+        wait_for("prompts: 2 of 10, 0 s")
         advance(6, 10)
-        time.sleep(0.1)
+        wait_for("prompts: 6 of 10, 0 s, about 0 s left")
     with console.status("clustering") as say:
-        time.sleep(0.1)
+        wait_for("clustering: 0 s")
         say(None)
         time.sleep(0.1)
-    lines = [*dict.fromkeys(capsys.readouterr().err.splitlines())]
-    assert lines == [
+    told += capsys.readouterr().err
+    assert [*dict.fromkeys(told.splitlines())] == [
         *("loading the model: 0 s", "prompts: 2 of 10, 0 s"),
         *("prompts: 6 of 10, 0 s, about 0 s left", "clustering: 0 s"),
     ]
