@@ -101,7 +101,7 @@ def test_the_paper_s_rule_and_policies_of_no_artifact_are_told() -> None:
     html = unescape(page_of(*traced(replace(CONFIG, policy="shareprefill", delta=1.0, slack=None))))
     assert "by the paper's rule" in html
     assert "JS distance to its pivot" in html
-    assert "streaming" in page_of(*traced(replace(CONFIG, policy="streaming", slack=None)))
+    assert "streaming" in page_of(*traced(CONFIG.with_policy("streaming")))
 
 
 def layer(planned: Policy, taken: Policy, covered: float = math.nan, **changes: Any) -> LayerReport:
