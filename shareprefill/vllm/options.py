@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
@@ -24,6 +25,8 @@ SWITCH_VARIABLE = "SHAREPREFILL_REQUEST_SWITCH"
 # Names vLLM's backend under ours.
 INNER_VARIABLE = "SHAREPREFILL_INNER_BACKEND"
 _VARIABLES = (ARTIFACT_VARIABLE, POLICY_VARIABLE, SWITCH_VARIABLE, INNER_VARIABLE, TABLE_VARIABLE)
+# What Kubernetes sets in every container for a service called shareprefill.
+_OF_A_SERVICE = re.compile(r"SHAREPREFILL_(SERVICE_HOST|(SERVICE_)?PORT)(_\w+)?")
 # A request with this value of the switch is computed by the inner backend alone.
 OFF = "off"
 
@@ -96,7 +99,8 @@ class ServingOptions:
         """
         refuse_misspelt("additional_config's key", additional_config or {})
         for name in environment:
-            if _plain(name).startswith(NAME) and name not in _VARIABLES:
+            is_ours = _plain(name).startswith(NAME) and not _OF_A_SERVICE.fullmatch(name)
+            if is_ours and name not in _VARIABLES:
                 raise ConfigError(
                     f"the environment variable {name} is unknown{did_you_mean(name, _VARIABLES)}: "
                     f"shareprefill reads {', '.join(_VARIABLES)}; other options go into "

@@ -11,6 +11,12 @@ def test_an_engine_that_asks_for_nothing_has_no_options():
     assert ServingOptions.find({"other": {}}, {"SHAREPREFILL_ARTIFACT": ""}) is None
 
 
+def test_variables_of_a_service_with_our_name_are_no_options() -> None:
+    """Kubernetes sets them in every container beside a service called shareprefill."""
+    names = ("SERVICE_HOST", "SERVICE_PORT", "SERVICE_PORT_HTTP", "PORT", "PORT_80_TCP_ADDR")
+    assert ServingOptions.find({}, {f"SHAREPREFILL_{name}": "1" for name in names}) is None
+
+
 def test_options_come_from_the_configuration_before_the_environment():
     environment = {"SHAREPREFILL_ARTIFACT": "a.st"}
     assert ServingOptions.find({}, environment) == ServingOptions(artifact="a.st")
