@@ -22,7 +22,7 @@ def tokenizer():
 
 
 def ask(tokenizer, task: str, length: int = 600, **options: Any) -> list[Question]:
-    config = EvalConfig(**{"artifact": "a.st", "samples": 2, **options})
+    config = EvalConfig(**{"artifact": "a.st", "samples": 2, "tasks": (task,), **options})
     return make_questions(task, length, config, tokenizer, None)
 
 
