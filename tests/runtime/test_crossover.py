@@ -19,6 +19,24 @@ from shareprefill.runtime.tensor_parallel import HeadShard
 from tests.support.tiny import tiny_llama, token_ids
 
 
+def shares_from(known: crossovers.Crossover, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, int]:
+    """A small model where that was measured of CPUs, and the tokens its session shares from."""
+    monkeypatch.setattr(crossovers, "_CPU", known)
+    monkeypatch.setenv("SHAREPREFILL_CROSSOVERS", "")
+    crossover.cache_clear()
+    try:
+        session = share_prefill(tiny_llama(), policy="smoothed")
+        least = session.least_tokens(torch.device("cpu"))
+        for tokens, sparse in ((least - 1, 0), (least, 1)):
+            session.reset()
+            with session, torch.no_grad():
+                session.model(token_ids(tokens)[None])
+            assert session.report().prefills == sparse
+    finally:
+        crossover.cache_clear()
+    return session.model, least
+
+
 def test_kinds_of_devices_have_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
     capability = {"cuda:0": (9, 0), "cuda:1": (10, 0)}
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda d: capability[str(d)])
@@ -66,21 +84,9 @@ def test_smaller_layers_need_longer_prompts_for_as_much_work(
     assert replace(known, width=None).is_worth_it(1, 600, sizes[1])
     assert not replace(known, width=None).is_worth_it(599, 599, sizes[1])
     known = replace(known, tokens=60)
-    monkeypatch.setattr(crossovers, "_CPU", known)
-    monkeypatch.setenv("SHAREPREFILL_CROSSOVERS", "")
-    crossover.cache_clear()
-    try:
-        session = share_prefill(tiny_llama(), policy="smoothed")
-        model = geometry(session.model)
-        least = session.least_tokens(torch.device("cpu"))
-        assert least == known.tokens_of(LayerSizes(model.heads, model.head_dim)) > 60
-        for tokens, sparse in ((least - 1, 0), (least, 1)):
-            session.reset()
-            with session, torch.no_grad():
-                session.model(token_ids(tokens)[None])
-            assert session.report().prefills == sparse
-    finally:
-        crossover.cache_clear()
+    model, least = shares_from(known, monkeypatch)
+    found = geometry(model)
+    assert least == known.tokens_of(LayerSizes(found.heads, found.head_dim)) > 60
 
 
 def test_a_users_least_tokens_go_before_what_was_measured() -> None:
@@ -113,21 +119,9 @@ def test_the_host_is_hidden_by_a_layer_s_whole_work(monkeypatch: pytest.MonkeyPa
     assert known.is_worth_it(least // 2, 2 * least, small)
     # A large layer keeps the device busy; attention alone says from where on.
     assert known.tokens_of(LayerSizes(8, 8, parameters=10**9, hidden=100)) == 60
-    monkeypatch.setattr(crossovers, "_CPU", known)
-    monkeypatch.setenv("SHAREPREFILL_CROSSOVERS", "")
-    crossover.cache_clear()
-    try:
-        session = share_prefill(tiny_llama(), policy="smoothed")
-        least = known.tokens_of(layer_sizes(session.model))
-        assert least > known.tokens_of(replace(layer_sizes(session.model), parameters=None))
-        assert session.least_tokens(torch.device("cpu")) == least
-        for tokens, sparse in ((least - 1, 0), (least, 1)):
-            session.reset()
-            with session, torch.no_grad():
-                session.model(token_ids(tokens)[None])
-            assert session.report().prefills == sparse
-    finally:
-        crossover.cache_clear()
+    model, least = shares_from(known, monkeypatch)
+    assert least == known.tokens_of(layer_sizes(model))
+    assert least > known.tokens_of(replace(layer_sizes(model), parameters=None))
 
 
 def test_parameters_are_those_that_a_token_meets() -> None:

@@ -70,7 +70,9 @@ def test_a_run_has_the_metadata_of_its_rows():
     assert part.slot_mapping.tolist() == [301, 302]
 
 
-def test_a_row_that_is_sparse_has_a_table_for_which_kernels_are_compiled():
+def builder_of_nothing() -> Any:
+    """Our builder, whose inner one makes empty metadata; it has no core yet."""
+
     class Inner:
         def build(self, *arguments: Any, **options: Any) -> Any:
             return SimpleNamespace()
@@ -78,7 +80,11 @@ def test_a_row_that_is_sparse_has_a_table_for_which_kernels_are_compiled():
     class Builder(SharePrefillBuilder, Inner):
         pass
 
-    builder, tables = object.__new__(Builder), torch.arange(15, dtype=torch.int32).view(3, 5)
+    return object.__new__(Builder)
+
+
+def test_a_row_that_is_sparse_has_a_table_for_which_kernels_are_compiled():
+    builder, tables = builder_of_nothing(), torch.arange(15, dtype=torch.int32).view(3, 5)
     core: Any = SimpleNamespace(
         least_rows=2,
         decoding=None,
@@ -213,14 +219,7 @@ def test_layers_with_unlike_heads_are_refused_at_the_start():
 
 
 def test_rows_of_a_step_that_is_dense_as_a_whole_are_counted_once():
-    class Inner:
-        def build(self, *arguments: Any, **options: Any) -> Any:
-            return SimpleNamespace()
-
-    class Builder(SharePrefillBuilder, Inner):
-        pass
-
-    builder, booked, new = object.__new__(Builder), [], [True, False]
+    builder, booked, new = builder_of_nothing(), [], [True, False]
     core: Any = SimpleNamespace(
         least_rows=2,
         decoding=None,
