@@ -77,7 +77,7 @@ class SharePrefillBackend:
 
     @classmethod
     def get_preferred_block_size(cls, default_block_size: int) -> int:
-        """Tokens of a page where the user names none: of pages that our kernels read in place.
+        """Tokens of a page where the user names none: of pages that our kernels read fastest.
 
         Where heads are divided over processes the inner backend's size stays: with pages of 128
         some such engines stood still at their start, and nobody knows why (docs/vllm.md).

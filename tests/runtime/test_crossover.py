@@ -231,8 +231,9 @@ def test_a_table_that_is_named_must_be_there(monkeypatch: pytest.MonkeyPatch) ->
     ("implementation", "size", "state", "why"),
     [
         ("hopper", 128, "in place", "hopper reads"),
-        ("hopper", 16, "gathered", "hopper reads pages of a multiple of 128 tokens, got 16"),
+        ("hopper", 16, "in place", "hopper reads a vLLM cache of these where it is"),
         ("triton", 16, "in place", "triton reads"),
+        ("hopper", 48, "gathered", "or of a multiple of 128, got 48"),
         ("triton", 48, "gathered", "a power of two"),
     ],
 )

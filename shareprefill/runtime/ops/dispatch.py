@@ -121,8 +121,9 @@ def page_refusal(impl: str, tokens: PagedTokens) -> str | None:
 
 
 def page_in_place(device: torch.device) -> int:
-    """Tokens of which a page has a multiple where a device's fastest kernel reads it in place.
+    """Tokens of which a page has a multiple where a device's fastest kernel reads it at full speed.
 
+    On Hopper a key block: smaller pages are read in place, too, but in parts, which takes longer.
     1 where the Triton kernel is the fastest: it reads all usual sizes.
     """
     from shareprefill.runtime.ops.hopper import launch

@@ -17,7 +17,7 @@ import torch
 from shareprefill.errors import ConfigError, UnsupportedError
 from shareprefill.runtime.ops.blocks import count_blocks
 
-# Tokens of the smallest page that kernels of decode steps read in place.
+# Tokens of the smallest page that kernels of decode steps, and those for Hopper, read in place.
 LEAST_PAGE = 16
 
 

@@ -183,10 +183,11 @@ def test_a_layer_in_pages_does_what_it_does_on_tensors(policy: str) -> None:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_page_is_where_a_descriptor_of_the_pool_has_it(layout: str) -> None:
-    pools = empty_pools(layout, 5, 128, 3, 64, dtype=torch.float16)
+@pytest.mark.parametrize("size", [16, 128])
+def test_a_page_is_where_a_descriptor_of_the_pool_has_it(layout: str, size: int) -> None:
+    pools = empty_pools(layout, 5, size, 3, 128, dtype=torch.float16)
     for pool in pools:
-        tokens = PagedTokens(pool, torch.arange(5, dtype=torch.int32), 600)
+        tokens = PagedTokens(pool, torch.arange(5, dtype=torch.int32), 4 * size + 3)
         assert launch.page_refusal(tokens) is None
         step, strides = launch.page_step(tokens), [pool.stride(1), pool.stride(2), 1]
         for page in range(5):
@@ -195,7 +196,8 @@ def test_a_page_is_where_a_descriptor_of_the_pool_has_it(layout: str) -> None:
                 assert slot * strides[0] == page * pool.stride(0) + head * pool.stride(1)
         if find_spec("triton") is not None:
             descriptor = launch.describe_tiles(tokens, 128)
-            assert descriptor.shape == [4 * step + 3, 128, 64]
+            assert descriptor.block_shape == [1, size, 128 if size == 128 else 64]
+            assert descriptor.shape == [4 * step + 3, size, 128]
             assert descriptor.strides == strides
             assert descriptor.base is pool
 
@@ -206,9 +208,10 @@ def paged(size: int, groups: int = 2, dim: int = 64, **options: Any) -> PagedTok
 
 
 def test_which_pages_are_read_where_they_are() -> None:
-    assert page_refusal("hopper", paged(128)) is None
-    assert page_refusal("hopper", paged(384)) is None
-    assert "multiple of 128 tokens, got 16" in (page_refusal("hopper", paged(16)) or "")
+    for size in (16, 32, 64, 128, 384):
+        assert page_refusal("hopper", paged(size)) is None
+    for size in (8, 48, 192):
+        assert f"a multiple of 128, got {size}" in (page_refusal("hopper", paged(size)) or "")
     for size in (1, 16, 64, 512):
         assert page_refusal("triton", paged(size)) is None
     assert "power of two of tokens, got 48" in (page_refusal("triton", paged(48)) or "")
@@ -293,6 +296,13 @@ def check_on_gpu(
         ((6, 2, 1111, 1300, 128), 256, torch.bfloat16),
         ((4, 4, 130, 640, 96), 384, torch.bfloat16),
         ((32, 8, 2000, 5001, 128), 128, torch.bfloat16),
+        ((8, 2, 1, 1, 128), 16, torch.bfloat16),
+        ((8, 2, 63, 129, 128), 16, torch.bfloat16),
+        ((8, 1, 300, 1009, 128), 16, torch.bfloat16),
+        ((6, 3, 777, 2049, 64), 32, torch.float16),
+        ((6, 2, 1111, 1328, 128), 64, torch.bfloat16),
+        ((4, 4, 130, 600, 96), 16, torch.float16),
+        ((32, 8, 2000, 5001, 128), 16, torch.bfloat16),
     ],
 )
 def test_hopper_kernels_read_pages(
@@ -325,7 +335,7 @@ def test_triton_kernels_read_pages(
 def test_pages_of_another_size_are_gathered_for_the_hopper_kernels() -> None:
     query, key, value = random_inputs(8, 2, 300, 1000, 128, 128, torch.bfloat16)
     lists = random_lists(8, 300, 1000, 128, 0.5)
-    pages = in_pages(key, value, 16)
+    pages = in_pages(key, value, 48)
     found = block_sparse_attention(query, *pages, lists, impl="hopper")
     assert "gathered" in vars(pages[0])
     assert torch.equal(found, block_sparse_attention(query, key, value, lists, impl="hopper"))
@@ -333,12 +343,13 @@ def test_pages_of_another_size_are_gathered_for_the_hopper_kernels() -> None:
 
 @pytest.mark.gpu
 @needs_hopper
-def test_a_new_size_of_a_pool_compiles_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("size", [16, 128])
+def test_a_new_size_of_a_pool_compiles_nothing(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
     import triton
 
     def run(heads: int, groups: int, n_q: int, n_k: int) -> None:
         query, key, value = random_inputs(heads, groups, n_q, n_k, 128, 128, torch.bfloat16)
-        pages = in_pages(key, value, 128, LAYOUTS[n_q % 2])
+        pages = in_pages(key, value, size, LAYOUTS[n_q % 2])
         lists = random_lists(heads, n_q, n_k, 128, 0.5)
         rows = sample_rows(n_q, 128, 3, device=DEVICE)
         block_sparse_attention(query, *pages, lists, impl="hopper")

@@ -9,7 +9,7 @@ import torch
 
 from shareprefill.runtime.ops.blocks import BlockLists
 from shareprefill.runtime.ops.hopper import launch as hopper
-from shareprefill.runtime.ops.pages import Tokens, page_table
+from shareprefill.runtime.ops.pages import Tokens, page_table, page_tokens
 from shareprefill.runtime.ops.prepared import Launch
 from shareprefill.runtime.ops.triton_tiles import logit_factors, multiprocessors
 
@@ -29,7 +29,7 @@ def kernel_constants(
     has_lse: bool,
     has_softcap: bool = False,
     has_sinks: bool = False,
-    page_blocks: int = 0,
+    page_size: int = 0,
 ) -> dict[str, Any]:
     """Compile-time arguments of `block_sparse_hopper_kernel`."""
     block_d = hopper.padded_head_dim(head_dim)
@@ -41,7 +41,7 @@ def kernel_constants(
         "HAS_LSE": has_lse,
         "HAS_SOFTCAP": has_softcap,
         "HAS_SINKS": has_sinks,
-        "PAGE_BLOCKS": page_blocks,
+        "PAGE_SIZE": page_size,
     }
 
 
@@ -88,7 +88,7 @@ def prepare(
         has_lse=has_lse,
         has_softcap=has_softcap,
         has_sinks=has_sinks,
-        page_blocks=hopper.blocks_of_page(key),
+        page_size=page_tokens(key),
     )
     numbers = (
         *(out.stride(0), out.stride(1), n_heads, n_heads // len(key)),

@@ -103,7 +103,7 @@ def _consume(
     HAS_LSE: gl.constexpr,
     HAS_SOFTCAP: gl.constexpr,
     HAS_SINKS: gl.constexpr,
-    PAGE_BLOCKS: gl.constexpr,
+    PAGE_SIZE: gl.constexpr,
 ):
     """One warpgroup: half of the query rows of each tile against the keys that arrive.
 
@@ -131,9 +131,7 @@ def _consume(
     if i_head >= 0:
         b_logits = first_logits(q_ring, k_ring, HALF, s_layout)  # [M, N]
         b_logits = cap_logits(b_logits, scales, HAS_SOFTCAP)
-        b_logits = hide_in_last(
-            b_logits, i_tile * BLOCK + i_offset, i_last, n_k_tokens, PAGE_BLOCKS
-        )
+        b_logits = hide_in_last(b_logits, i_tile * BLOCK + i_offset, i_last, n_k_tokens, PAGE_SIZE)
     b_weights, b_max, b_sum, b_rescale = _softmax(b_logits, b_unseen, scales, HAS_SOFTCAP)
     while i_head >= 0:
         # The weights of the tile's last block are there.
@@ -181,7 +179,7 @@ def _consume(
             free_tile(k_free, i_step)
             b_logits = cap_logits(b_logits, scales, HAS_SOFTCAP)
             b_logits = hide_in_last(
-                b_logits, n_tile * BLOCK + i_offset, i_last, n_k_tokens, PAGE_BLOCKS
+                b_logits, n_tile * BLOCK + i_offset, i_last, n_k_tokens, PAGE_SIZE
             )
             b_weights, b_max, b_sum, b_rescale = _softmax(b_logits, b_unseen, scales, HAS_SOFTCAP)
             wait_tile(v_ready, i_step - 1)
@@ -246,14 +244,14 @@ def block_sparse_hopper_kernel(
     HAS_LSE: gl.constexpr,
     HAS_SOFTCAP: gl.constexpr,
     HAS_SINKS: gl.constexpr,
-    PAGE_BLOCKS: gl.constexpr,
+    PAGE_SIZE: gl.constexpr,
 ):
     """A persistent program: tiles of `BLOCK` query rows of one head, drawn from `p_next`.
 
     `p_next` is an int32 that is zero before the launch and after it.
     """
     rings = make_rings(q_desc, k_desc, v_desc, BLOCK, BLOCK_D, STAGES)
-    queue, _q_ring, _k_ring, _v_ring = rings
+    queue, q_ring, k_ring, v_ring = rings
     output = (p_out, p_lse, p_sinks, stride_oh, stride_on, n_q_tokens)
     scales = (scale_log2, softcap_log2)
     pages = (p_table, page_step)
@@ -262,22 +260,26 @@ def block_sparse_hopper_kernel(
         [
             (_consume, (
                 0, rings, output, n_k_tokens, scales, HEAD_DIM, BLOCK_D, BLOCK, HAS_LSE,
-                HAS_SOFTCAP, HAS_SINKS, PAGE_BLOCKS,
+                HAS_SOFTCAP, HAS_SINKS, PAGE_SIZE,
             )),
             (_consume, (
                 1, rings, output, n_k_tokens, scales, HEAD_DIM, BLOCK_D, BLOCK, HAS_LSE,
-                HAS_SOFTCAP, HAS_SINKS, PAGE_BLOCKS,
+                HAS_SOFTCAP, HAS_SINKS, PAGE_SIZE,
             )),
             (produce, (
-                rings, q_desc, k_desc, v_desc, p_indices, n_shared, pages, n_k_tokens, BLOCK,
-                STAGES, True, PAGE_BLOCKS,
+                queue, k_ring, k_desc, q_ring, q_desc, p_indices, n_shared, pages, n_k_tokens,
+                BLOCK, True, True, PAGE_SIZE,
+            )),
+            (produce, (
+                queue, v_ring, v_desc, None, None, p_indices, n_shared, pages, n_k_tokens, BLOCK,
+                False, True, PAGE_SIZE,
             )),
             (schedule, (
                 queue, output, p_next, p_offsets, p_indices, p_head_to_list, n_heads, n_at_once,
                 n_q, n_k_tokens, HEAD_DIM, BLOCK_D, BLOCK, HAS_LSE, HAS_SINKS,
             )),
         ],
-        [4, 1, 1],
-        [240, 24, 24],
+        [4, 1, 1, 1],
+        [240, 24, 24, 24],
     )
     # fmt: on

@@ -234,8 +234,8 @@ def fp8_attention_kernel(
 
     `p_next` is an int32 that is zero before the launch and after it.
     """
-    rings = make_rings(q_desc, k_desc, v_desc, BLOCK, BLOCK_D, STAGES)
-    queue, _q_ring, _k_ring, _v_ring = rings
+    rings = make_rings(q_desc, k_desc, v_desc, BLOCK, BLOCK_D, STAGES, True)
+    queue, q_ring, k_ring, v_ring = rings
     SMALL: gl.constexpr = gl.NVMMASharedLayout(
         swizzle_byte_width=BLOCK_D, element_bitwidth=8, rank=3
     )
@@ -253,15 +253,19 @@ def fp8_attention_kernel(
                 BLOCK_D, BLOCK,
             )),
             (produce, (
-                rings, q_desc, k_desc, v_desc, p_indices, n_shared, None, n_k_tokens, BLOCK,
-                STAGES, True, 0,
+                queue, k_ring, k_desc, q_ring, q_desc, p_indices, n_shared, None, n_k_tokens,
+                BLOCK, True, True, 0,
+            )),
+            (produce, (
+                queue, v_ring, v_desc, None, None, p_indices, n_shared, None, n_k_tokens, BLOCK,
+                False, True, 0,
             )),
             (schedule, (
                 queue, output, p_next, p_offsets, p_indices, p_head_to_list, n_heads, n_at_once,
                 n_q, n_k_tokens, HEAD_DIM, BLOCK_D, BLOCK, False, False,
             )),
         ],
-        [4, 1, 1],
-        [240, 24, 24],
+        [4, 1, 1, 1],
+        [240, 24, 24, 24],
     )
     # fmt: on

@@ -8,12 +8,13 @@ from typing import Any
 import torch
 
 from shareprefill.runtime.ops.devices import stream_of_tables
-from shareprefill.runtime.ops.pages import PagedTokens, Tokens
+from shareprefill.runtime.ops.pages import LEAST_PAGE, PagedTokens, Tokens
 from shareprefill.runtime.ops.prepared import triton_version
 from shareprefill.runtime.ops.triton_tiles import device_capability
 
 HEAD_DIMS = (64, 96, 128)
 BLOCK = 128  # query rows and keys of a tile
+SWIZZLE_BYTES = 128  # of a row, in a band of columns of a tile in shared memory
 
 
 def unavailable(device: torch.device) -> str | None:
@@ -82,8 +83,12 @@ def refusal_of_sizes(dims: tuple[int, int], block_size: int) -> str | None:
 
 def page_refusal(tokens: PagedTokens) -> str | None:
     """Why the kernels do not read tokens in their pages; None where they do."""
-    if tokens.page_size % BLOCK:
-        return f"reads pages of a multiple of {BLOCK} tokens, got {tokens.page_size}"
+    size = tokens.page_size
+    if size % BLOCK and (BLOCK % size or size < LEAST_PAGE):
+        return (
+            f"reads pages of {LEAST_PAGE}, twice as many tokens and so on up to {BLOCK}, or of a "
+            f"multiple of {BLOCK}, got {size}"
+        )
     pool = tokens.pool
     pages, heads, rows, last = pool.stride()
     if last != 1 or pool.data_ptr() % 16 or any(step % 8 or step <= 0 for step in (pages, rows)):
@@ -106,11 +111,6 @@ def page_step(tokens: Tokens) -> int:
     return 1 if len(tokens) == 1 else tokens.pool.stride(0) // tokens.pool.stride(1)
 
 
-def blocks_of_page(tokens: Tokens) -> int:
-    """Key blocks of a page; 0 for a tensor."""
-    return tokens.page_size // BLOCK if isinstance(tokens, PagedTokens) else 0
-
-
 def padded_head_dim(head_dim: int) -> int:
     """Columns of the tiles, of which those past the head dim are zero."""
     return 64 if head_dim <= 64 else 128
@@ -120,16 +120,20 @@ def describe_tiles(tokens: Tokens, rows: int) -> Any:
     """A TMA descriptor of tiles of `rows` rows of `[H, N, D]`, which `refusal` lets pass.
 
     Of pages, which `page_refusal` lets pass, it is one of the whole pool, `[slots, page size, D]`:
-    page p of head g is slot `p * page_step + g`.
+    page p of head g is slot `p * page_step + g`. Of pages of fewer rows it is one of tiles of a
+    page and of the columns that lie together in shared memory.
     """
     shape = list(tokens.shape)
+    columns = padded_head_dim(shape[2])
     if isinstance(tokens, PagedTokens):
         pool, step = tokens.pool, page_step(tokens)
         shape = [(len(pool) - 1) * step + len(tokens), tokens.page_size, shape[2]]
         strides = [pool.stride(0) // step, pool.stride(2), 1]
+        if tokens.page_size < rows:
+            rows, columns = tokens.page_size, SWIZZLE_BYTES // tokens.element_size()
     else:
         pool, strides = tokens, tile_strides(tokens)
-    kind, fields = _described(rows, padded_head_dim(shape[2]), tokens.dtype)
+    kind, fields = _described(rows, columns, tokens.dtype)
     # A descriptor's own checks, which `refusal` has made, take longer than all the rest.
     descriptor = object.__new__(kind)
     descriptor.__dict__.update(fields, base=pool, shape=shape, strides=strides)
@@ -143,7 +147,7 @@ def _described(rows: int, columns: int, dtype: torch.dtype) -> tuple[type, dict[
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
     layout = gl.NVMMASharedLayout(
-        swizzle_byte_width=min(128, columns * dtype.itemsize),
+        swizzle_byte_width=min(SWIZZLE_BYTES, columns * dtype.itemsize),
         element_bitwidth=8 * dtype.itemsize,
         rank=3,
     )

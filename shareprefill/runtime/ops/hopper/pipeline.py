@@ -15,9 +15,12 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-# Triton 3.6 knows `async_copy_global_to_shared` and `thread_barrier`, 3.9 the other names only.
+# Triton 3.6 knows `async_copy_global_to_shared`, `thread_barrier` and `_reinterpret`, 3.9 the other
+# names only.
 load_tile = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 barrier = gl.thread_barrier if hasattr(gl, "thread_barrier") else gl.barrier
+_memory = gl.shared_memory_descriptor
+reinterpret = _memory.reinterpret if hasattr(_memory, "reinterpret") else _memory._reinterpret
 
 QUERIES = gl.constexpr(2)  # query tiles in shared memory
 
@@ -110,51 +113,111 @@ def hide_later_keys(b_logits, i_position, i_key):
 
 
 @gluon.jit
-def tokens_before(i_block, n_k_tokens, BLOCK: gl.constexpr, PAGE_BLOCKS: gl.constexpr):
-    """Tokens of blocks before that the tile of a key block begins with.
-
-    In pages a sequence's last tile ends with its last token, as what lies behind it may be NaN,
-    which a weight of zero does not take away: the tile begins with tokens of the block before, or
-    with zeros where the page begins.
-    """
-    n_before = 0
-    if PAGE_BLOCKS > 0:
-        n_before = gl.maximum((i_block + 1) * BLOCK - n_k_tokens, 0)
-    return n_before
-
-
-@gluon.jit
-def hide_in_last(b_logits, i_position, i_block, n_k_tokens, PAGE_BLOCKS: gl.constexpr):
-    """`hide_later_keys` in what may be a sequence's last block, and tokens of blocks before."""
+def hide_in_last(b_logits, i_position, i_block, n_k_tokens, PAGE_SIZE: gl.constexpr):
+    """`hide_later_keys` in what may be a sequence's last block, as `load_keys` lays that out."""
     BLOCK: gl.constexpr = b_logits.shape[1]
-    n_before = tokens_before(i_block, n_k_tokens, BLOCK, PAGE_BLOCKS)
-    b_logits = hide_later_keys(b_logits, i_position, i_block * BLOCK - n_before)
-    if PAGE_BLOCKS > 0:
-        o_key = gl.arange(0, BLOCK, layout=gl.SliceLayout(0, b_logits.type.layout))
-        b_logits = gl.where((o_key >= n_before)[None, :], b_logits, float("-inf"))
+    if PAGE_SIZE == 0:
+        return hide_later_keys(b_logits, i_position, i_block * BLOCK)
+    if (i_block + 1) * BLOCK <= n_k_tokens:
+        b_logits = hide_later_keys(b_logits, i_position, i_block * BLOCK)
+    else:
+        layout: gl.constexpr = b_logits.type.layout
+        PART: gl.constexpr = PAGE_SIZE if PAGE_SIZE < BLOCK else BLOCK
+        i_last, n_behind = last_part(n_k_tokens, PART)
+        o_row = i_position + gl.arange(0, b_logits.shape[0], layout=gl.SliceLayout(1, layout))
+        o_place = i_block * BLOCK + gl.arange(0, BLOCK, layout=gl.SliceLayout(0, layout))
+        # What the last part begins with stands past every row.
+        m_before = (o_place >= i_last * PART) & (o_place < i_last * PART + n_behind)
+        o_key = gl.where(o_place >= i_last * PART, o_place - n_behind, o_place)
+        o_key = gl.where(m_before, 2**31 - 1, o_key)
+        b_logits = gl.where(o_key[None, :] <= o_row[:, None], b_logits, float("-inf"))  # [M, N]
     return b_logits
 
 
 @gluon.jit
-def find_tile(pages, i_page, i_group, i_block, BLOCK: gl.constexpr, PAGE_BLOCKS: gl.constexpr):
-    """Where a key block's tile begins: its place in a descriptor's first dim, and its token."""
-    i_place = i_group
-    i_token = i_block * BLOCK
-    if PAGE_BLOCKS > 0:
-        _table, page_step = pages
-        i_place = i_page * page_step + i_group
-        i_token = (i_block % PAGE_BLOCKS) * BLOCK
-    return i_place, i_token
+def last_part(n_k_tokens, PART: gl.constexpr):
+    """The part of `PART` tokens that holds a sequence's last, and how many it has behind that."""
+    i_last = (n_k_tokens - 1) // PART
+    return i_last, (i_last + 1) * PART - n_k_tokens
 
 
 @gluon.jit
-def load_page(pages, i_block, PAGE_BLOCKS: gl.constexpr):
-    """The page of a key block; 0 without pages."""
+def load_pages(pages, i_block, n_k_tokens, BLOCK: gl.constexpr, PAGE_SIZE: gl.constexpr):
+    """The page of a key block, or those of its parts, `[32]`, again and again; 0 without pages.
+
+    Of a block before the first or behind the last one: a page of the sequence.
+    """
     i_page = 0
-    if PAGE_BLOCKS > 0:
+    if PAGE_SIZE > 0:
         p_table, _step = pages
-        i_page = gl.load(p_table + gl.maximum(i_block, 0) // PAGE_BLOCKS).to(gl.int32)
+        # A sequence's table may end with its last page.
+        i_last, _behind = last_part(n_k_tokens, PAGE_SIZE)
+        i_block = gl.maximum(i_block, 0)
+        if PAGE_SIZE >= BLOCK:
+            o_page = i_block // (PAGE_SIZE // BLOCK)
+        else:
+            PARTS: gl.constexpr = BLOCK // PAGE_SIZE
+            lane = gl.arange(0, 32, layout=gl.BlockedLayout([1], [32], [1], [0]))
+            o_page = i_block * PARTS + lane % PARTS
+        i_page = gl.load(p_table + gl.minimum(o_page, i_last)).to(gl.int32)
     return i_page
+
+
+@gluon.jit
+def load_keys(
+    desc,
+    ring,
+    i_step,
+    pages,
+    i_page,
+    i_group,
+    i_block,
+    n_k_tokens,
+    ENDS_WITH_LAST: gl.constexpr,
+    BLOCK: gl.constexpr,
+    PAGE_SIZE: gl.constexpr,
+):
+    """Start to load a block of keys or values into the free place of a step, from one warp.
+
+    Whole, out of a tensor or a page that holds it, or in parts, a page each; parts behind the
+    sequence's last one repeat it. What lies behind the last token in its page may be NaN, which a
+    weight of zero does not take away: so with `ENDS_WITH_LAST` its part ends with it, and begins
+    with as many tokens before, or with zeros where the page begins.
+    """
+    tiles, ready, _free = ring
+    slot = i_step % tiles.shape[0]
+    bar = ready.index(slot)
+    if PAGE_SIZE == 0:
+        mbarrier.expect(bar, desc.block_type.nbytes)
+        load_tile(desc, [i_group, i_block * BLOCK, 0], bar, tiles.index(slot))
+    else:
+        PART: gl.constexpr = PAGE_SIZE if PAGE_SIZE < BLOCK else BLOCK
+        PARTS: gl.constexpr = BLOCK // PART
+        # A tile lies in memory as bands of columns, each with the rows of all parts.
+        COLUMNS: gl.constexpr = desc.block_type.shape[2]
+        BANDS: gl.constexpr = tiles.shape[3] // COLUMNS
+        shape: gl.constexpr = [tiles.shape[0] * BANDS * PARTS, 1, PART, COLUMNS]
+        places = reinterpret(tiles, tiles.dtype, shape, desc.layout)
+        _table, page_step = pages
+        b_place = i_page * page_step + i_group
+        i_last, n_behind = last_part(n_k_tokens, PART)
+        i_last -= i_block * PARTS
+        mbarrier.expect(bar, desc.block_type.nbytes * (BANDS * PARTS))
+        for i_part in gl.static_range(PARTS):
+            i_place = b_place
+            if PARTS > 1:
+                lane = gl.arange(0, 32, layout=b_place.type.layout)
+                i_place = gl.max(gl.where(lane == i_part, b_place, 0), 0)
+            i_token = (i_block * PARTS + i_part) % (PAGE_SIZE // PART) * PART
+            if ENDS_WITH_LAST:
+                i_token -= gl.where(i_part >= i_last, n_behind, 0)
+            for i_band in gl.static_range(BANDS):
+                load_tile(
+                    desc,
+                    [i_place, i_token, i_band * COLUMNS],
+                    bar,
+                    places.index((slot * BANDS + i_band) * PARTS + i_part),
+                )
 
 
 @gluon.jit

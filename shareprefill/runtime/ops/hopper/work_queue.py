@@ -1,4 +1,4 @@
-"""What feeds the Hopper kernels: a queue of work items, and the warp that loads tiles by TMA.
+"""What feeds the Hopper kernels: a queue of work items, and the warps that load tiles by TMA.
 
 A work item is a tile of query rows of one head. One warp writes items, the others read them.
 """
@@ -11,11 +11,10 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 from shareprefill.runtime.ops.hopper.pipeline import (
     QUERIES,
-    find_tile,
-    load_page,
+    load_keys,
+    load_pages,
     load_tile,
     make_barriers,
-    tokens_before,
     wait_free,
     wait_tile,
 )
@@ -25,20 +24,28 @@ ROUNDS = gl.constexpr(2)  # work items between the scheduler and the others
 
 @gluon.jit
 def make_rings(
-    q_desc, k_desc, v_desc, BLOCK: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr
+    q_desc,
+    k_desc,
+    v_desc,
+    BLOCK: gl.constexpr,
+    BLOCK_D: gl.constexpr,
+    STAGES: gl.constexpr,
+    TRANSPOSED: gl.constexpr = False,
 ):
-    """The queue of work items, and the rings of query, key and value tiles, in shared memory."""
+    """The queue of work items, and the rings of query, key and value tiles, in shared memory.
+
+    `TRANSPOSED`: value tiles are `[D, N]`.
+    """
     Q_SHAPE: gl.constexpr = [QUERIES * 2, 1, BLOCK // 2, BLOCK_D]
     q_tiles = gl.allocate_shared_memory(q_desc.dtype, Q_SHAPE, q_desc.layout)
     k_tiles = gl.allocate_shared_memory(k_desc.dtype, [STAGES, 1, BLOCK, BLOCK_D], k_desc.layout)
-    # Values may be transposed.
-    ROWS: gl.constexpr = v_desc.block_type.shape[1]
-    COLUMNS: gl.constexpr = v_desc.block_type.shape[2]
+    ROWS: gl.constexpr = BLOCK_D if TRANSPOSED else BLOCK
+    COLUMNS: gl.constexpr = BLOCK if TRANSPOSED else BLOCK_D
     v_tiles = gl.allocate_shared_memory(v_desc.dtype, [STAGES, 1, ROWS, COLUMNS], v_desc.layout)
     line: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[0])
     items = gl.allocate_shared_memory(gl.int32, [ROUNDS, 32], line)
-    # Places are freed by both warpgroups, work items by the loading warp too.
-    queue = (items, make_barriers(ROUNDS, 1), make_barriers(ROUNDS, 3))
+    # Places are freed by both warpgroups, work items by the two loading warps too.
+    queue = (items, make_barriers(ROUNDS, 1), make_barriers(ROUNDS, 4))
     q_ring = (q_tiles, make_barriers(QUERIES, 1), make_barriers(QUERIES, 2))
     k_ring = (k_tiles, make_barriers(STAGES, 1), make_barriers(STAGES, 2))
     v_ring = (v_tiles, make_barriers(STAGES, 1), make_barriers(STAGES, 2))
@@ -139,62 +146,61 @@ def zero_rows(
 
 @gluon.jit
 def produce(
-    rings,
+    queue,
+    ring,
+    desc,
+    q_ring,
     q_desc,
-    k_desc,
-    v_desc,
     p_indices,
     n_shared,
     pages,
     n_k_tokens,
     BLOCK: gl.constexpr,
-    STAGES: gl.constexpr,
+    HAS_QUERIES: gl.constexpr,
     HAS_LISTS: gl.constexpr,
-    PAGE_BLOCKS: gl.constexpr,
+    PAGE_SIZE: gl.constexpr,
 ):
-    """One warp: loads query, key and value tiles by TMA as their places in the rings get free.
+    """One warp: loads key or value tiles by TMA as their places in the ring get free.
 
-    With lists an item's blocks stand in `p_indices`; without they are its last and all before it.
-    Pages hold `PAGE_BLOCKS` blocks; 0: keys and values are tensors.
+    One of the two loads the query tiles too. With lists an item's blocks stand in `p_indices`;
+    without they are its last and all before it. Pages hold `PAGE_SIZE` tokens; 0: keys and values
+    are tensors.
     """
-    queue, q_ring, k_ring, v_ring = rings
-    q_tiles, q_ready, q_free = q_ring
-    k_tiles, k_ready, k_free = k_ring
-    v_tiles, v_ready, v_free = v_ring
+    _tiles, _ready, free = ring
     i_step = 0
     i_round = 0
-    i_head, i_tile, i_start, n_listed, i_block, _second = read_work(queue, i_round)
+    i_head, i_tile, i_start, n_listed, i_block, i_next = read_work(queue, i_round)
     while i_head >= 0:
-        q_slot = i_round % QUERIES
-        wait_free(q_free, i_round)
-        mbarrier.expect(q_ready.index(q_slot), q_desc.block_type.nbytes * 2)
-        for i_half in gl.static_range(2):
-            load_tile(
-                q_desc,
-                [i_head, i_tile * BLOCK + i_half * (BLOCK // 2), 0],
-                q_ready.index(q_slot),
-                q_tiles.index(q_slot * 2 + i_half),
-            )
+        if HAS_QUERIES:
+            q_tiles, q_ready, q_free = q_ring
+            q_slot = i_round % QUERIES
+            wait_free(q_free, i_round)
+            mbarrier.expect(q_ready.index(q_slot), q_desc.block_type.nbytes * 2)
+            for i_half in gl.static_range(2):
+                load_tile(
+                    q_desc,
+                    [i_head, i_tile * BLOCK + i_half * (BLOCK // 2), 0],
+                    q_ready.index(q_slot),
+                    q_tiles.index(q_slot * 2 + i_half),
+                )
         i_group = i_head // n_shared
-        i_page = load_page(pages, i_block, PAGE_BLOCKS)
-        p_entry = p_indices + i_start + n_listed - 2
+        i_page = load_pages(pages, i_block, n_k_tokens, BLOCK, PAGE_SIZE)
+        p_entry = p_indices + i_start + n_listed - 3
         for i_entry in range(n_listed):
-            i_next = i_block - 1
+            # The next page arrives while this block's place gets free; so its index, which came
+            # with the work item or in the round before, must be there.
+            i_page_next = load_pages(pages, i_next, n_k_tokens, BLOCK, PAGE_SIZE)
+            i_after = i_next - 1
             if HAS_LISTS:
-                # The next index arrives while this one's places get free.
-                i_next = gl.load(p_entry - i_entry, mask=i_entry + 1 < n_listed, other=0)
-            slot = i_step % STAGES
-            i_place, i_token = find_tile(pages, i_page, i_group, i_block, BLOCK, PAGE_BLOCKS)
-            i_token -= tokens_before(i_block, n_k_tokens, BLOCK, PAGE_BLOCKS)
-            wait_free(k_free, i_step)
-            mbarrier.expect(k_ready.index(slot), k_desc.block_type.nbytes)
-            load_tile(k_desc, [i_place, i_token, 0], k_ready.index(slot), k_tiles.index(slot))
-            # Its page arrives while the values' place gets free.
-            i_page = load_page(pages, i_next, PAGE_BLOCKS)
-            wait_free(v_free, i_step)
-            mbarrier.expect(v_ready.index(slot), v_desc.block_type.nbytes)
-            load_tile(v_desc, [i_place, i_token, 0], v_ready.index(slot), v_tiles.index(slot))
+                i_after = gl.load(p_entry - i_entry, mask=i_entry + 2 < n_listed, other=0)
+            wait_free(free, i_step)
+            load_keys(
+                *(desc, ring, i_step, pages, i_page, i_group, i_block, n_k_tokens),
+                *(True, BLOCK, PAGE_SIZE),
+            )
             i_step += 1
             i_block = i_next
+            i_next = i_after
+            i_page = i_page_next
         i_round += 1
-        i_head, i_tile, i_start, n_listed, i_block, _second = read_work(queue, i_round)
+        i_head, i_tile, i_start, n_listed, i_block, i_next = read_work(queue, i_round)

@@ -10,14 +10,13 @@ import torch
 from shareprefill.runtime.ops.hopper import launch as hopper
 from shareprefill.runtime.ops.hopper.launch import (
     BLOCK,
-    blocks_of_page,
     describe_tiles,
     draw_counter,
     heads_at_once,
     padded_head_dim,
     page_step,
 )
-from shareprefill.runtime.ops.pages import Tokens, page_table
+from shareprefill.runtime.ops.pages import Tokens, page_table, page_tokens
 from shareprefill.runtime.ops.pooled_attention.launches import Attended, Division, Masses
 from shareprefill.runtime.ops.prepared import Launch
 from shareprefill.runtime.ops.triton_tiles import multiprocessors
@@ -30,7 +29,7 @@ ROWS = (BLOCK // 2, BLOCK, BLOCK)
 
 
 def kernel_constants(
-    head_dim: int, *, has_heads: bool, has_sinks: bool, page_blocks: int = 0
+    head_dim: int, *, has_heads: bool, has_sinks: bool, page_size: int = 0
 ) -> dict[str, Any]:
     """Compile-time arguments of `pooled_hopper_kernel`."""
     block_d = padded_head_dim(head_dim)
@@ -41,11 +40,11 @@ def kernel_constants(
         "STAGES": 256 // block_d,
         "HAS_HEADS": has_heads,
         "HAS_SINKS": has_sinks,
-        "PAGE_BLOCKS": page_blocks,
+        "PAGE_SIZE": page_size,
     }
 
 
-def mass_constants(constants: dict[str, Any], page_blocks: int = 0) -> dict[str, Any]:
+def mass_constants(constants: dict[str, Any], page_size: int = 0) -> dict[str, Any]:
     """Compile-time arguments of `mass_hopper_kernel`, from those of `mass_kernel`."""
     shared = ("SHARED", "PACKED", "ROWS", "PARTS", "SEGMENTS", "HEAD_DIM", "BLOCK_M")
     block_d = padded_head_dim(constants["HEAD_DIM"])
@@ -53,7 +52,7 @@ def mass_constants(constants: dict[str, Any], page_blocks: int = 0) -> dict[str,
         "BLOCK_D": block_d,
         "BLOCK": BLOCK,
         "STAGES": 512 // block_d,
-        "PAGE_BLOCKS": page_blocks,
+        "PAGE_SIZE": page_size,
     }
 
 
@@ -98,7 +97,7 @@ def prepare_masses(attended: Attended, masses: Masses) -> Callable[..., None]:
             *(query.stride(0), query.stride(1), *masses.sizes),
             *(page_step(attended.key), attended.logit_factors()[0]),
         ),
-        mass_constants(masses.constants, blocks_of_page(attended.key)) | {"num_warps": 4},
+        mass_constants(masses.constants, page_tokens(attended.key)) | {"num_warps": 4},
     )
 
     def run(query: torch.Tensor, key: Tokens, *others: torch.Tensor) -> None:
@@ -123,9 +122,9 @@ def _prepare_output(
         *(page_step(key), attended.logit_factors()[0]),
     )
     has_heads, has_sinks = attended.heads is not None, sinks is not None
-    pages = blocks_of_page(key)
+    pages = page_tokens(key)
     constants = kernel_constants(
-        head_dim, has_heads=has_heads, has_sinks=has_sinks, page_blocks=pages
+        head_dim, has_heads=has_heads, has_sinks=has_sinks, page_size=pages
     )
     options = constants | {"num_warps": 4}
     launch = Launch(pooled_hopper_kernel, device, (programs,), numbers, options)

@@ -183,7 +183,7 @@ def _consume(
     BLOCK_D: gl.constexpr,
     BLOCK: gl.constexpr,
     HAS_SINKS: gl.constexpr,
-    PAGE_BLOCKS: gl.constexpr,
+    PAGE_SIZE: gl.constexpr,
 ):
     """One warpgroup: half of the query rows of each tile against the keys that arrive.
 
@@ -211,9 +211,7 @@ def _consume(
     b_logits = gl.zeros([ROWS, BLOCK], gl.float32, s_layout)  # [M, N]
     if i_head >= 0:
         b_logits = first_logits(q_ring, k_ring, HALF, s_layout)  # [M, N]
-        b_logits = hide_in_last(
-            b_logits, i_tile * BLOCK + i_offset, i_last, n_k_tokens, PAGE_BLOCKS
-        )
+        b_logits = hide_in_last(b_logits, i_tile * BLOCK + i_offset, i_last, n_k_tokens, PAGE_SIZE)
     b_weights, b_max, b_mass, b_sum, _rescale = _softmax(b_logits, b_unseen, b_none, scale_log2)
     while i_head >= 0:
         # The weights of the tile's last block are there.
@@ -262,7 +260,7 @@ def _consume(
             b_logits = warpgroup_mma_wait(1, deps=[b_logits])
             free_tile(k_free, i_step)
             b_logits = hide_in_last(
-                b_logits, n_tile * BLOCK + i_offset, i_last, n_k_tokens, PAGE_BLOCKS
+                b_logits, n_tile * BLOCK + i_offset, i_last, n_k_tokens, PAGE_SIZE
             )
             b_weights, b_max, b_mass, b_sum, _rescale = _softmax(
                 b_logits, b_unseen, b_none, scale_log2
@@ -330,14 +328,14 @@ def pooled_hopper_kernel(
     STAGES: gl.constexpr,
     HAS_HEADS: gl.constexpr,
     HAS_SINKS: gl.constexpr,
-    PAGE_BLOCKS: gl.constexpr,
+    PAGE_SIZE: gl.constexpr,
 ):
     """A persistent program: tiles of `BLOCK` query rows of one head, drawn from `p_next`.
 
     `p_next` is an int32 that is zero before the launch and after it.
     """
     rings = make_rings(q_desc, k_desc, v_desc, BLOCK, BLOCK_D, STAGES)
-    queue, _q_ring, _k_ring, _v_ring = rings
+    queue, q_ring, k_ring, v_ring = rings
     sizes = (n_slots, n_q, n_k, n_q_tokens, n_k_tokens)
     results = (p_out, p_maps, p_mass, p_sinks, stride_oh, stride_on, scale_log2)
     pages = (p_table, page_step)
@@ -345,21 +343,25 @@ def pooled_hopper_kernel(
     gl.warp_specialize(
         [
             (_consume, (
-                0, rings, sizes, results, HEAD_DIM, BLOCK_D, BLOCK, HAS_SINKS, PAGE_BLOCKS,
+                0, rings, sizes, results, HEAD_DIM, BLOCK_D, BLOCK, HAS_SINKS, PAGE_SIZE,
             )),
             (_consume, (
-                1, rings, sizes, results, HEAD_DIM, BLOCK_D, BLOCK, HAS_SINKS, PAGE_BLOCKS,
+                1, rings, sizes, results, HEAD_DIM, BLOCK_D, BLOCK, HAS_SINKS, PAGE_SIZE,
             )),
             (produce, (
-                rings, q_desc, k_desc, v_desc, p_heads, n_shared, pages, n_k_tokens, BLOCK, STAGES,
-                False, PAGE_BLOCKS,
+                queue, k_ring, k_desc, q_ring, q_desc, p_heads, n_shared, pages, n_k_tokens, BLOCK,
+                True, False, PAGE_SIZE,
+            )),
+            (produce, (
+                queue, v_ring, v_desc, None, None, p_heads, n_shared, pages, n_k_tokens, BLOCK,
+                False, False, PAGE_SIZE,
             )),
             (_schedule, (
                 queue, sizes, results, p_next, p_heads, n_at_once, HEAD_DIM, BLOCK_D, BLOCK,
                 HAS_HEADS,
             )),
         ],
-        [4, 1, 1],
-        [240, 24, 24],
+        [4, 1, 1, 1],
+        [240, 24, 24, 24],
     )
     # fmt: on

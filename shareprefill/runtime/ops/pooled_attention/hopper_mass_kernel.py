@@ -11,17 +11,15 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
-    mbarrier,
     warpgroup_mma_wait,
 )
 
 from shareprefill.runtime.ops.hopper.pipeline import (
     barrier,
-    find_tile,
     free_tile,
     issue_logits,
-    load_page,
-    load_tile,
+    load_keys,
+    load_pages,
     make_barriers,
     max_of_rows,
     sum_of_threads,
@@ -74,22 +72,32 @@ def _place_rows(
 
 
 @gluon.jit
-def _produce(ring, k_desc, span, i_group, pages, BLOCK: gl.constexpr, PAGE_BLOCKS: gl.constexpr):
-    """One warp: loads key tiles by TMA as their places in the ring get free.
+def _produce(
+    i_warp,
+    ring,
+    k_desc,
+    span,
+    i_group,
+    pages,
+    n_k_tokens,
+    BLOCK: gl.constexpr,
+    PAGE_SIZE: gl.constexpr,
+):
+    """One warp of two: loads every other key tile by TMA as their places in the ring get free.
 
     What lies behind the last token in its page is hidden with the keys that rows do not see.
     """
-    tiles, ready, free = ring
+    _tiles, _ready, free = ring
     i_first, i_end, _full = span
-    i_page = load_page(pages, i_first, PAGE_BLOCKS)
-    for i_unit in range(i_first, i_end):
-        i_step = i_unit - i_first
-        i_place, i_token = find_tile(pages, i_page, i_group, i_unit, BLOCK, PAGE_BLOCKS)
-        wait_free(free, i_step)
-        slot = i_step % tiles.shape[0]
-        mbarrier.expect(ready.index(slot), k_desc.block_type.nbytes)
-        load_tile(k_desc, [i_place, i_token, 0], ready.index(slot), tiles.index(slot))
-        i_page = load_page(pages, gl.minimum(i_unit + 1, i_end - 1), PAGE_BLOCKS)
+    i_page = load_pages(pages, i_first + i_warp, n_k_tokens, BLOCK, PAGE_SIZE)
+    for i_unit in range(i_first + i_warp, i_end, 2):
+        i_next = load_pages(pages, i_unit + 2, n_k_tokens, BLOCK, PAGE_SIZE)
+        wait_free(free, i_unit - i_first)
+        load_keys(
+            *(k_desc, ring, i_unit - i_first, pages, i_page, i_group, i_unit, n_k_tokens),
+            *(False, BLOCK, PAGE_SIZE),
+        )
+        i_page = i_next
 
 
 @gluon.jit
@@ -239,7 +247,7 @@ def mass_hopper_kernel(
     STAGES: gl.constexpr,
     HAS_ROWS: gl.constexpr,
     HAS_HEADS: gl.constexpr,
-    PAGE_BLOCKS: gl.constexpr,
+    PAGE_SIZE: gl.constexpr,
 ):
     """One program: the log masses of one tile of rows in `split_units` tiles of keys.
 
@@ -278,6 +286,7 @@ def mass_hopper_kernel(
     p_mass += i_place * n_units * BLOCK_M
     p_peaks += (i_place * n_splits + i_split) * 2 * BLOCK_M
     results = (p_mass, p_peaks)
+    pages = (p_table, page_step)
     # fmt: off
     gl.warp_specialize(
         [
@@ -289,9 +298,10 @@ def mass_hopper_kernel(
                 1, ring, q_tiles, span, place, source, results, PACKED, ROWS, PARTS, SEGMENTS,
                 HEAD_DIM, BLOCK_M, BLOCK, HAS_ROWS, HAS_HEADS,
             )),
-            (_produce, (ring, k_desc, span, i_group, (p_table, page_step), BLOCK, PAGE_BLOCKS)),
+            (_produce, (0, ring, k_desc, span, i_group, pages, n_k_tokens, BLOCK, PAGE_SIZE)),
+            (_produce, (1, ring, k_desc, span, i_group, pages, n_k_tokens, BLOCK, PAGE_SIZE)),
         ],
-        [4, 1],
-        [240, 24],
+        [4, 1, 1],
+        [240, 24, 24],
     )
     # fmt: on
