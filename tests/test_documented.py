@@ -11,6 +11,7 @@ import ast
 import importlib
 import re
 import shlex
+import subprocess
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
@@ -196,3 +197,24 @@ def test_calls_are_found(text: str, words: list[list[str]]) -> None:
 def test_a_wrong_command_is_found(words: list[str]) -> None:
     with pytest.raises((AssertionError, pytest.fail.Exception)):
         parse(words)
+
+
+def git(*arguments: str) -> str | None:
+    """What git prints; None where it fails."""
+    run = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+    return run.stdout.strip() if run.returncode == 0 else None
+
+
+def test_commits_that_gave_figures_are_in_the_repository() -> None:
+    """All but those beside which `not kept` stands."""
+    if git("rev-parse", "--is-shallow-repository") != "false":
+        pytest.skip("needs the whole history")
+    history = set((git("log", "--format=%h", "--abbrev=7") or "").split())
+    found = 0
+    for page in PAGES:
+        # Of a letter and a digit: no word and no number.
+        pattern = r"\b(?=[0-9a-f]*[a-f])(?=[0-9a-f]*[0-9])[0-9a-f]{7}\b(?![^(]{0,3}\(?not kept)"
+        for commit in re.findall(pattern, " ".join(page.read_text(encoding="utf-8").split())):
+            found += 1
+            assert commit in history, f"{name_of(page)} has a figure of {commit}, which is not kept"
+    assert found > 100

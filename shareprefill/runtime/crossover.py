@@ -167,7 +167,7 @@ _HOPPER = Crossover(
 )
 # In vLLM an 8B model gained 6 % at 8K and 19 % at 16K, and lost 1 % at 6K (docs/vllm.md).
 _HOPPER_ENGINES = replace(
-    _HOPPER, tokens=8192, source="one H200: vLLM 0.24, an 8B shape (e7d7919)", times=None
+    _HOPPER, tokens=8192, source="one H200: vLLM 0.24, an 8B shape (docs/vllm.md)", times=None
 )
 # Not measured.
 _HOPPER_STEPS = replace(_HOPPER_ENGINES, tokens=16384, source="no measurement of decode steps")
