@@ -6,6 +6,7 @@ import errno
 import hashlib
 import os
 import secrets
+import shutil
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -101,6 +102,21 @@ def make_folder(path: str | Path) -> Path:
     except (OSError, ValueError) as error:
         raise _cannot_write(path, error) from error
     return path
+
+
+def remove(path: Path) -> None:
+    """Removes a file or a folder, if it is there.
+
+    Raises:
+        DataError: it cannot be removed.
+    """
+    try:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+    except OSError as error:
+        raise DataError(f"cannot remove {printable(path)}: {error.strerror}") from error
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -29,12 +30,16 @@ from shareprefill.files import (
     kind_of,
     make_folder,
     printable,
+    remove,
 )
 from shareprefill.models import Fingerprint, ModelGeometry
 from shareprefill.runtime.ops.blocks import count_blocks
 
 FORMAT_VERSION = 2
 INDEX = "index.json"
+_SHARD = re.compile(r"maps-\d{5,}\.safetensors")
+# Beside the shards, of the training on them.
+_TRAINED = ("autoencoder.safetensors", "codes.safetensors")
 # Of the maps of one prompt.
 _PROMPT_BYTES = 300_000_000
 
@@ -100,7 +105,7 @@ class MapStore:
             folder: The store's folder; made where it is missing.
             config: What is captured.
             fingerprint: Of the model.
-            resume: Go on with what is there; False deletes it.
+            resume: Go on with what is there; False deletes it, and no other file of the folder.
             digest: Of the whole model; empty where it is not known.
 
         Raises:
@@ -115,13 +120,13 @@ class MapStore:
                 # Equal weights: an earlier version knew less of them, or the files were repacked.
                 store.fingerprint, store.digest = fingerprint, digest
                 store._write_index()
-            store._remove_unnamed("maps-*.safetensors")
+            store._remove_unnamed()
             return store
         make_folder(folder)
         store = cls(folder, config, fingerprint, [], digest)
         # The index first: it must never name what is gone.
         store._write_index()
-        store._remove_unnamed("*.safetensors")
+        store._remove_unnamed(*_TRAINED)
         return store
 
     @classmethod
@@ -294,11 +299,12 @@ class MapStore:
                 f"{self.digest[:12]} there, {digest[:12]} now; {way_out}"
             )
 
-    def _remove_unnamed(self, pattern: str) -> None:
+    def _remove_unnamed(self, *others: str) -> None:
+        """Removes shards that the index does not name, and others by name; no one else's files."""
         named = {record.file for record in self.prompts}
-        for path in self.folder.glob(pattern):
-            if path.name not in named:
-                path.unlink()
+        for path in [*self.folder.iterdir()]:
+            if path.name in others or (_SHARD.fullmatch(path.name) and path.name not in named):
+                remove(path)
 
     def _write_index(self) -> None:
         index: dict[str, Any] = {

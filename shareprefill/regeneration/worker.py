@@ -6,7 +6,6 @@ import hashlib
 import json
 import logging
 import os
-import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -29,12 +28,13 @@ from shareprefill.errors import ArtifactError, DataError, ShareprefillError
 from shareprefill.evaluation.config import EvalConfig
 from shareprefill.evaluation.suite import evaluate
 from shareprefill.files import (
-    LOCK_NAME,
     atomic_write_text,
+    kind_of,
     locked_folder,
     locked_output,
     make_folder,
     printable,
+    remove,
 )
 from shareprefill.processes import end_with_parent
 from shareprefill.regeneration.jobs import Job
@@ -55,6 +55,9 @@ _POLICY = "auto"
 ARTIFACT = "artifact.st"
 CALIBRATION = "calibration"
 _STAMPS = "stages.json"
+_EVALUATION = "evaluation"
+# All that a run writes.
+_OURS = (OUTCOME, _STAMPS, ARTIFACT, CALIBRATION, _EVALUATION)
 _PACKAGE = Path(__file__).parents[1]
 # What a stage runs besides what its own configuration says: a change of it makes the stage stale.
 _CAPTURE = (
@@ -90,7 +93,7 @@ def run_job(
         job: What to do.
         folder: Where its calibration, artifact and outcomes are kept.
         update: Write the artifact where the committed one is, unless that one is equal.
-        fresh: Keep nothing of what is in the folder.
+        fresh: Keep nothing of an earlier run in the folder.
         trust_remote_code: Run the model repository's own code.
     """
     started = time.monotonic()
@@ -101,12 +104,23 @@ def run_job(
     try:
         # Nothing is touched before the folder is held: another run may be at it.
         with locked_folder(folder):
-            empty_folder(folder, () if fresh else (OUTCOME,))
+            _refuse_others(folder)
+            for name in _OURS if fresh else (OUTCOME,):
+                remove(folder / name)
             outcome = timed(_outcome_of(job, folder, update, trust_remote_code))
             atomic_write_text(folder / OUTCOME, json.dumps(outcome.to_dict(), indent=1) + "\n")
     except ShareprefillError as error:
         outcome = timed(_outcome(job, "failed", [str(error)]))
     return outcome
+
+
+def _refuse_others(folder: Path) -> None:
+    """Refuses a folder whose calibration is not ours to replace."""
+    if kind_of(folder / CALIBRATION) is not None and kind_of(folder / _STAMPS) is None:
+        raise DataError(
+            f"{printable(folder / CALIBRATION)} was not made by sp regenerate, which would replace "
+            "it: name another folder with --work, or move it away"
+        )
 
 
 def _outcome_of(job: Job, folder: Path, update: bool, trust_remote_code: bool) -> Outcome:
@@ -209,7 +223,7 @@ def measure(job: Job, artifact: Path, folder: Path, *, trust_remote_code: bool =
         }
     )
     # Outcomes of other code are not this code's.
-    out = folder / "evaluation" / code_digest(EVALUATE)[:16]
+    out = folder / _EVALUATION / code_digest(EVALUATE)[:16]
     found = evaluate(
         config,
         out=out,
@@ -393,32 +407,6 @@ def _cluster(job: Job, folder: Path, stamps: Stamps) -> Artifact:
     save_artifact(artifact, path)
     stamps.set("cluster", {**facts, "artifact": _file_digest(path)})
     return artifact
-
-
-def remove(path: Path) -> None:
-    """Removes a file or a folder, if it is there.
-
-    Raises:
-        DataError: it cannot be removed.
-    """
-    try:
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
-    except OSError as error:
-        raise DataError(f"cannot remove {printable(path)}: {error.strerror}") from error
-
-
-def empty_folder(path: Path, names: Sequence[str] = ()) -> None:
-    """Removes from a folder what is named, or all but its lock.
-
-    Raises:
-        DataError: something cannot be removed.
-    """
-    for inside in [path / name for name in names] or list(path.iterdir()):
-        if inside.name != LOCK_NAME:
-            remove(inside)
 
 
 def _file_digest(path: Path) -> str:

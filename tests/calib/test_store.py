@@ -98,6 +98,18 @@ def test_resuming_removes_what_the_index_does_not_name(tmp_path: Path) -> None:
     assert kept == ["codes.safetensors", *(record.file for record in store.prompts)]
 
 
+@pytest.mark.parametrize("resume", [True, False])
+def test_a_start_deletes_no_file_of_others(tmp_path: Path, resume: bool) -> None:
+    """Such as the weights of the model, in whose folder a calibration is begun."""
+    others = {"model.safetensors", "model-00001-of-00002.safetensors", "maps-of-mine.safetensors"}
+    for name in others:
+        (tmp_path / name).write_bytes(b"weights")
+    store = MapStore.begin(tmp_path, CONFIG, MODEL, resume=resume)
+    store.add("needle", torch.arange(1), "digest", maps())
+    MapStore.begin(tmp_path, CONFIG, MODEL, resume=resume)
+    assert others <= {path.name for path in tmp_path.glob("*.safetensors")}
+
+
 def test_a_fresh_start_killed_at_its_first_deletion_can_be_resumed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

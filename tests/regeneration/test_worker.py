@@ -207,6 +207,23 @@ def test_a_fresh_run_keeps_nothing_but_the_lock(job: Job, tmp_path: Path) -> Non
     assert contents(folder).keys() == {".lock", "stages.json", "outcome.json"}
 
 
+@pytest.mark.parametrize("fresh", [False, True])
+def test_what_no_run_has_made_is_kept(job: Job, tmp_path: Path, fresh: bool) -> None:
+    """Such as a calibration of `sp calibrate`, or a model, in a folder of the job's name."""
+    (tmp_path / "model.safetensors").write_text("weights")
+    (tmp_path / "calibration").mkdir()
+    (tmp_path / "calibration" / "index.json").write_text("{")
+    before = contents(tmp_path)
+    outcome = run_job(job, tmp_path, fresh=fresh)
+    assert outcome.status == "failed"
+    assert "was not made by sp regenerate" in outcome.lines[0]
+    assert contents(tmp_path).items() >= before.items()
+    (tmp_path / "stages.json").write_text("{}")
+    broken = replace(job, calibrate=replace(job.calibrate, model="no/such/model"))
+    assert run_job(broken, tmp_path, fresh=fresh).status == "failed"
+    assert (tmp_path / "model.safetensors").read_text() == "weights"
+
+
 def test_a_stage_that_fails_is_the_outcome(job: Job, tmp_path: Path) -> None:
     outcome = run_job(
         replace(job, calibrate=replace(job.calibrate, model="no/such/model")), tmp_path / "work"
