@@ -233,7 +233,7 @@ def test_a_table_that_is_named_must_be_there(monkeypatch: pytest.MonkeyPatch) ->
         ("hopper", 128, "in place", "hopper reads"),
         ("hopper", 16, "in place", "hopper reads a vLLM cache of these where it is"),
         ("triton", 16, "in place", "triton reads"),
-        ("hopper", 48, "gathered", "or of a multiple of 128, got 48"),
+        ("hopper", 40, "gathered", "a multiple of 16 tokens, got 40"),
         ("triton", 48, "gathered", "a power of two"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 from typing import Any
 
@@ -83,12 +84,8 @@ def refusal_of_sizes(dims: tuple[int, int], block_size: int) -> str | None:
 
 def page_refusal(tokens: PagedTokens) -> str | None:
     """Why the kernels do not read tokens in their pages; None where they do."""
-    size = tokens.page_size
-    if size % BLOCK and (BLOCK % size or size < LEAST_PAGE):
-        return (
-            f"reads pages of {LEAST_PAGE}, twice as many tokens and so on up to {BLOCK}, or of a "
-            f"multiple of {BLOCK}, got {size}"
-        )
+    if tokens.page_size % LEAST_PAGE:
+        return f"reads pages of a multiple of {LEAST_PAGE} tokens, got {tokens.page_size}"
     pool = tokens.pool
     pages, heads, rows, last = pool.stride()
     if last != 1 or pool.data_ptr() % 16 or any(step % 8 or step <= 0 for step in (pages, rows)):
@@ -120,8 +117,8 @@ def describe_tiles(tokens: Tokens, rows: int) -> Any:
     """A TMA descriptor of tiles of `rows` rows of `[H, N, D]`, which `refusal` lets pass.
 
     Of pages, which `page_refusal` lets pass, it is one of the whole pool, `[slots, page size, D]`:
-    page p of head g is slot `p * page_step + g`. Of pages of fewer rows it is one of tiles of a
-    page and of the columns that lie together in shared memory.
+    page p of head g is slot `p * page_step + g`. Where pages end within tiles it is one of parts of
+    tiles, of the rows that both hold whole and of the columns that lie together in shared memory.
     """
     shape = list(tokens.shape)
     columns = padded_head_dim(shape[2])
@@ -129,8 +126,9 @@ def describe_tiles(tokens: Tokens, rows: int) -> Any:
         pool, step = tokens.pool, page_step(tokens)
         shape = [(len(pool) - 1) * step + len(tokens), tokens.page_size, shape[2]]
         strides = [pool.stride(0) // step, pool.stride(2), 1]
-        if tokens.page_size < rows:
-            rows, columns = tokens.page_size, SWIZZLE_BYTES // tokens.element_size()
+        if tokens.page_size % rows:
+            rows = math.gcd(tokens.page_size, rows)
+            columns = SWIZZLE_BYTES // tokens.element_size()
     else:
         pool, strides = tokens, tile_strides(tokens)
     kind, fields = _described(rows, columns, tokens.dtype)

@@ -6,6 +6,8 @@ is filled and one that says it was read. Runs on Triton 3.6 and compiles on 3.7 
 
 from __future__ import annotations
 
+import math
+
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -122,7 +124,7 @@ def hide_in_last(b_logits, i_position, i_block, n_k_tokens, PAGE_SIZE: gl.conste
         b_logits = hide_later_keys(b_logits, i_position, i_block * BLOCK)
     else:
         layout: gl.constexpr = b_logits.type.layout
-        PART: gl.constexpr = PAGE_SIZE if PAGE_SIZE < BLOCK else BLOCK
+        PART: gl.constexpr = part_tokens(PAGE_SIZE, BLOCK)
         i_last, n_behind = last_part(n_k_tokens, PART)
         o_row = i_position + gl.arange(0, b_logits.shape[0], layout=gl.SliceLayout(1, layout))
         o_place = i_block * BLOCK + gl.arange(0, BLOCK, layout=gl.SliceLayout(0, layout))
@@ -132,6 +134,12 @@ def hide_in_last(b_logits, i_position, i_block, n_k_tokens, PAGE_SIZE: gl.conste
         o_key = gl.where(m_before, 2**31 - 1, o_key)
         b_logits = gl.where(o_key[None, :] <= o_row[:, None], b_logits, float("-inf"))  # [M, N]
     return b_logits
+
+
+@gluon.constexpr_function
+def part_tokens(PAGE_SIZE, BLOCK):
+    """Tokens of the largest part of which both a page and a key block hold whole ones."""
+    return math.gcd(PAGE_SIZE, BLOCK)
 
 
 @gluon.jit
@@ -150,16 +158,15 @@ def load_pages(pages, i_block, n_k_tokens, BLOCK: gl.constexpr, PAGE_SIZE: gl.co
     i_page = 0
     if PAGE_SIZE > 0:
         p_table, _step = pages
+        PART: gl.constexpr = part_tokens(PAGE_SIZE, BLOCK)
+        PARTS: gl.constexpr = BLOCK // PART
         # A sequence's table may end with its last page.
-        i_last, _behind = last_part(n_k_tokens, PAGE_SIZE)
-        i_block = gl.maximum(i_block, 0)
-        if PAGE_SIZE >= BLOCK:
-            o_page = i_block // (PAGE_SIZE // BLOCK)
-        else:
-            PARTS: gl.constexpr = BLOCK // PAGE_SIZE
-            lane = gl.arange(0, 32, layout=gl.BlockedLayout([1], [32], [1], [0]))
-            o_page = i_block * PARTS + lane % PARTS
-        i_page = gl.load(p_table + gl.minimum(o_page, i_last)).to(gl.int32)
+        i_last, _behind = last_part(n_k_tokens, PART)
+        o_part = gl.maximum(i_block, 0) * PARTS
+        if PARTS > 1:
+            o_part += gl.arange(0, 32, layout=gl.BlockedLayout([1], [32], [1], [0])) % PARTS
+        o_page = gl.minimum(o_part, i_last) // (PAGE_SIZE // PART)
+        i_page = gl.load(p_table + o_page).to(gl.int32)
     return i_page
 
 
@@ -179,10 +186,10 @@ def load_keys(
 ):
     """Start to load a block of keys or values into the free place of a step, from one warp.
 
-    Whole, out of a tensor or a page that holds it, or in parts, a page each; parts behind the
-    sequence's last one repeat it. What lies behind the last token in its page may be NaN, which a
-    weight of zero does not take away: so with `ENDS_WITH_LAST` its part ends with it, and begins
-    with as many tokens before, or with zeros where the page begins.
+    Whole, out of a tensor or a page that holds it, or in parts, as pages end within it; parts
+    behind the sequence's last one repeat it. What lies behind the last token in its page may be
+    NaN, which a weight of zero does not take away: so with `ENDS_WITH_LAST` its part ends with it,
+    and begins with as many tokens before, or with zeros where the page begins.
     """
     tiles, ready, _free = ring
     slot = i_step % tiles.shape[0]
@@ -191,7 +198,7 @@ def load_keys(
         mbarrier.expect(bar, desc.block_type.nbytes)
         load_tile(desc, [i_group, i_block * BLOCK, 0], bar, tiles.index(slot))
     else:
-        PART: gl.constexpr = PAGE_SIZE if PAGE_SIZE < BLOCK else BLOCK
+        PART: gl.constexpr = part_tokens(PAGE_SIZE, BLOCK)
         PARTS: gl.constexpr = BLOCK // PART
         # A tile lies in memory as bands of columns, each with the rows of all parts.
         COLUMNS: gl.constexpr = desc.block_type.shape[2]
@@ -201,16 +208,16 @@ def load_keys(
         _table, page_step = pages
         b_place = i_page * page_step + i_group
         i_last, n_behind = last_part(n_k_tokens, PART)
-        i_last -= i_block * PARTS
         mbarrier.expect(bar, desc.block_type.nbytes * (BANDS * PARTS))
         for i_part in gl.static_range(PARTS):
             i_place = b_place
             if PARTS > 1:
                 lane = gl.arange(0, 32, layout=b_place.type.layout)
                 i_place = gl.max(gl.where(lane == i_part, b_place, 0), 0)
-            i_token = (i_block * PARTS + i_part) % (PAGE_SIZE // PART) * PART
+            i_own = gl.minimum(i_block * PARTS + i_part, i_last)
+            i_token = i_own % (PAGE_SIZE // PART) * PART
             if ENDS_WITH_LAST:
-                i_token -= gl.where(i_part >= i_last, n_behind, 0)
+                i_token -= gl.where(i_own == i_last, n_behind, 0)
             for i_band in gl.static_range(BANDS):
                 load_tile(
                     desc,
