@@ -17,6 +17,7 @@ from shareprefill.runtime.geometry import Geometry
 from shareprefill.runtime.policies import make_policy
 from shareprefill.runtime.policies.base import SelectionPolicy
 from shareprefill.runtime.policies.smoothed import FewRows, line_weights
+from shareprefill.runtime.policies.streaming import Streaming
 
 T = TypeVar("T")
 
@@ -293,6 +294,11 @@ def _plan(
     rows: Rows,
 ) -> RuntimePlan:
     online = config.policy == "shareprefill"
+    sink_blocks, local_blocks = config.sink_blocks, config.local_blocks
+    for selector in selectors.values():
+        if isinstance(selector, Streaming):
+            # Its parameters say all that it reads.
+            sink_blocks, local_blocks = selector.sink_blocks, selector.local_blocks
     plan = RuntimePlan(
         layers=layers,
         labels=labels,
@@ -307,8 +313,8 @@ def _plan(
         pivot_rows=_chosen(config.pivot_rows, 0 if online else rows.pivot),
         sample_rows=_chosen(config.sample_rows, rows.sample),
         check_rows=_chosen(config.check_rows, rows.check),
-        sink_blocks=config.sink_blocks,
-        local_blocks=config.local_blocks,
+        sink_blocks=sink_blocks,
+        local_blocks=local_blocks,
         max_density=config.max_density,
         refuse_nonfinite=config.nonfinite == "error",
     )

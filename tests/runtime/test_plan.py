@@ -7,8 +7,10 @@ from shareprefill.errors import ConfigError
 from shareprefill.policy_names import SELECTION_POLICIES, WITHOUT_GAMMA
 from shareprefill.runtime.core import SparsePrefill
 from shareprefill.runtime.ops.block_sparse_attention import block_sparse_attention
-from shareprefill.runtime.ops.blocks import causal_lists
+from shareprefill.runtime.ops.blocks import always_blocks, causal_lists
 from shareprefill.runtime.plan import make_plan, plan_without_artifact
+from shareprefill.runtime.policies import make_policy
+from shareprefill.runtime.records import on_host
 from tests.support.tiny import tiny_artifact, tiny_llama
 
 P, S, D = Policy.PIVOT, Policy.SHARE, Policy.DENSE
@@ -40,6 +42,24 @@ def test_a_policy_for_every_head_needs_no_artifact(policy: str):
     expected = block_sparse_attention(query, key, value, lists, scale=0.25)
     torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
     assert record.layer == 1
+
+
+@pytest.mark.parametrize(("sink_blocks", "local_blocks"), [(0, 1), (1, 1), (2, 3)])
+def test_streaming_reads_what_its_parameters_say_and_no_more(sink_blocks: int, local_blocks: int):
+    policy = f"streaming:sink_blocks={sink_blocks},local_blocks={local_blocks}"
+    plan = plan_without_artifact(1, 4, RuntimeConfig(policy=policy, max_density=1.0))
+    query, key, value = torch.randn(4, 900, 16), torch.randn(2, 900, 16), torch.randn(2, 900, 16)
+    prefill, geometry = SparsePrefill(plan), plan.geometry(900, 900, query.device)
+    _, record = prefill.attend(0, prefill.begin(geometry), query, key, value, scale=0.25)
+    reads = {"sink_blocks": sink_blocks, "local_blocks": local_blocks}
+    expected = always_blocks(900, 0, plan.block_size, **reads).sum().item()
+    assert on_host([record])[0].blocks.tolist() == [expected] * 4
+
+
+@pytest.mark.parametrize("parameter", ["sink_blocks=-1", "local_blocks=0"])
+def test_streaming_reads_at_least_the_diagonal(parameter: str):
+    with pytest.raises(ConfigError, match=f"{parameter.replace('=', ' = ')} is not allowed"):
+        make_policy(f"streaming:{parameter}")
 
 
 @pytest.mark.parametrize("policy", ["auto", "shareprefill"])
