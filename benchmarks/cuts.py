@@ -31,7 +31,7 @@ from shareprefill.calib.store import MapStore
 from shareprefill.clustering.effects import head_effects
 from shareprefill.clustering.estimator import fit_estimator
 from shareprefill.clustering.measurements import GAMMAS
-from shareprefill.config import RuntimeConfig
+from shareprefill.config import LOCAL_BLOCKS, SINK_BLOCKS
 from shareprefill.runtime.geometry import Geometry
 from shareprefill.runtime.ops.block_selection import head_blocks, select_blocks, smooth_maps
 from shareprefill.runtime.ops.blocks import always_blocks
@@ -78,10 +78,9 @@ class Study:
     def measure(self, cut: str, rows: int, number: int) -> Curve:
         """A prompt's curve of one cut of maps of so many rows."""
         record = self.store.prompts[number]
-        options = RuntimeConfig()
         reads: dict[str, Any] = {
-            "sink_blocks": options.sink_blocks,
-            "local_blocks": options.local_blocks,
+            "sink_blocks": SINK_BLOCKS,
+            "local_blocks": LOCAL_BLOCKS,
         }
         size, cpu = record.map_block, torch.device("cpu")
         geometry = Geometry(record.tokens, record.tokens, cpu, block_size=size, **reads)

@@ -17,7 +17,7 @@ from shareprefill.calib.store import MapStore
 from shareprefill.clustering.assignment import Choice, choose, slacks, total_cost
 from shareprefill.clustering.estimator import fit_estimator
 from shareprefill.clustering.measurements import GAMMAS, HeldOutMeasurements, PolicyCurve
-from shareprefill.config import ClusterConfig, RuntimeConfig
+from shareprefill.config import LOCAL_BLOCKS, SINK_BLOCKS, ClusterConfig
 from shareprefill.runtime.geometry import Geometry
 from shareprefill.runtime.ops.block_selection import head_blocks, js_distances, smooth_maps
 from shareprefill.runtime.policies.global_threshold import GlobalThreshold
@@ -76,14 +76,14 @@ class Captured:
         self.device = device
         self.task, self.pivot_rows = store.prompts[number].source, pivot_rows
         self.block_size = store.config.block_size
-        runtime, tokens = RuntimeConfig(), store.prompts[number].tokens
+        tokens = store.prompts[number].tokens
         self._geometry = Geometry(
             tokens,
             tokens,
             torch.device(device),
             block_size=self.block_size,
-            sink_blocks=runtime.sink_blocks,
-            local_blocks=runtime.local_blocks,
+            sink_blocks=SINK_BLOCKS,
+            local_blocks=LOCAL_BLOCKS,
         )
         names = map_names(store.config)
         maps = {

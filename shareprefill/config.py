@@ -12,11 +12,12 @@ from typing import Any, Literal, Self, Union, get_args, get_origin, get_type_hin
 from shareprefill.errors import ConfigError, did_you_mean
 from shareprefill.errors import require as _require
 from shareprefill.policy_names import (
-    PLANNED_POLICIES,
-    WITHOUT_GAMMA,
-    PolicyName,
+    NOT_READ_BY,
+    READ_BY,
     check_policy_name,
     current_policy,
+    reads,
+    require_read,
 )
 
 Metric = Literal["jaccard", "jaccard-raw", "code"]
@@ -39,6 +40,9 @@ FP8_ERROR = 0.1
 DECODES: tuple[str, ...] = get_args(Decode)
 # Of sparse decode steps where none is asked for.
 DECODE_DENSITY = 0.2
+# First and last causal key blocks that every query block reads, where no others are asked for.
+SINK_BLOCKS = 1
+LOCAL_BLOCKS = 2
 BLOCK_SIZES: tuple[int, ...] = (16, 32, 64, 128, 256)
 MIN_RESOLUTION = 8
 
@@ -294,6 +298,8 @@ class ClusterConfig(Stage):
 class RuntimeConfig(Stage):
     """What a session may change; None takes the artifact's value.
 
+    An option that the policy does not read is refused (`policy_names.reads`).
+
     Attributes:
         policy: `auto` (each head as the artifact says), `shareprefill` (the paper's online rule
             on the artifact's clusters), or one policy for every head. Only the first two need an
@@ -306,12 +312,13 @@ class RuntimeConfig(Stage):
             None: the artifact's, 0.2 unless `sp cluster` was told another.
         delta: With `auto` and `shareprefill`, Jensen-Shannon distance to uniform above which a head
             is highly sparse; None: the artifact's, 0.3 unless `sp cluster` was told another.
-        pivot_rows: With `auto` and `shareprefill`, query rows a block of a pivot's map, 0 for all
-            of them; None: the artifact's.
-        sample_rows: Query rows a block of the row-sampled estimate.
+        pivot_rows: With `auto`, query rows a block of a pivot's map, 0 for all of them; None: the
+            artifact's.
+        sample_rows: With `auto` and `sampled`, query rows a block of the row-sampled estimate.
         check_rows: With `auto`, query rows a block of the check before sharing.
-        sink_blocks: First key blocks that every query block reads.
-        local_blocks: Last key blocks, the diagonal one among them, that every query block reads.
+        sink_blocks: First key blocks that every query block reads; None: 1.
+        local_blocks: Last key blocks, the diagonal one among them, that every query block reads;
+            None: 2.
         min_tokens: Prompts shorter than this run dense; None: the device's measured crossover, 5120
             on a CPU and 6144 on a GPU (8192 in vLLM), there for layers of 32 heads of 128, more for
             smaller ones.
@@ -339,8 +346,8 @@ class RuntimeConfig(Stage):
     pivot_rows: int | None = None
     sample_rows: int | None = None
     check_rows: int | None = None
-    sink_blocks: int = 1
-    local_blocks: int = 2
+    sink_blocks: int | None = None
+    local_blocks: int | None = None
     min_tokens: int | None = None
     max_density: float | None = None
     nonfinite: Nonfinite = "dense"
@@ -369,77 +376,36 @@ class RuntimeConfig(Stage):
         object.__setattr__(self, "policy", current_policy(self.policy))
         _require(self.nonfinite in NONFINITE, "nonfinite", self.nonfinite, f"one of {NONFINITE}")
         check_policy_name(self.policy)
-        if self.policy == "dense" and self.precision != "model":
-            raise ConfigError(
-                f"precision = {self.precision!r} is for sparse attention, and policy 'dense' is "
-                "the model's own: name another policy, or leave it out"
-            )
-        if self.gamma is not None:
-            _require_fraction("gamma", self.gamma)
-            if PolicyName.parse(self.policy).name in WITHOUT_GAMMA:
-                raise ConfigError(
-                    f"gamma = {self.gamma!r} does nothing to policy {self.policy!r}: leave it out"
-                )
-        if self.max_density is not None:
-            _require_fraction("max_density", self.max_density)
-        self._require_threshold_of_policy()
-        if self.delta is not None:
-            _require_distance("delta", self.delta)
-        for name in ("pivot_rows", "min_tokens"):
-            value = getattr(self, name)
-            _require(value is None or value >= 0, name, value, "0 or more")
-        for name in ("sample_rows", "check_rows"):
-            value = getattr(self, name)
-            _require(value is None or value >= 1, name, value, "at least 1")
-        self._require_planned()
-        _require(self.sink_blocks >= 0, "sink_blocks", self.sink_blocks, "0 or more")
-        _require(self.local_blocks >= 1, "local_blocks", self.local_blocks, "at least 1")
-
-    def with_policy(self, policy: str) -> RuntimeConfig:
-        """The same under another policy: what was chosen for the former does not hold for it."""
-        of_patterns: dict[str, Any] = {}
-        if policy == "dense":
-            of_patterns = {"precision": "model", "fp8_error": None}
-        return replace(
-            self,
-            policy=policy,
-            **of_patterns,
-            gamma=None,
-            slack=None,
-            tau=None,
-            delta=None,
-            pivot_rows=None,
-            check_rows=None,
-        )
-
-    def _require_planned(self) -> None:
-        """Refuses what does nothing where no plan is followed; the paper's rule has no check."""
-        for name, policies in (
-            ("delta", PLANNED_POLICIES),
-            ("pivot_rows", PLANNED_POLICIES),
-            ("check_rows", PLANNED_POLICIES[:1]),
-        ):
-            value = getattr(self, name)
-            if value is not None and self.policy not in policies:
-                of = " or ".join(map(repr, policies))
-                raise ConfigError(
-                    f"{name} = {value!r} is for policy {of}, not for {self.policy!r}: leave it out"
-                )
-
-    def _require_threshold_of_policy(self) -> None:
-        """Each of the two rules of sharing has a threshold of its own."""
+        for name in ("gamma", "max_density"):
+            if (value := getattr(self, name)) is not None:
+                _require_fraction(name, value)
         if self.slack is not None:
             _require(-1.0 <= self.slack <= 1.0, "slack", self.slack, "between -1 and 1")
-            if self.policy != "auto":
-                instead = ": use tau" if self.policy == "shareprefill" else ", which shares nothing"
-                raise ConfigError(
-                    f"slack = {self.slack!r} is for policy 'auto', not for {self.policy!r}{instead}"
-                )
-        if self.tau is not None:
-            _require_distance("tau", self.tau)
-            if self.policy != "shareprefill":
-                instead = ": use slack" if self.policy == "auto" else ", which shares nothing"
-                raise ConfigError(
-                    f"tau = {self.tau!r} is for policy 'shareprefill', "
-                    f"not for {self.policy!r}{instead}"
-                )
+        for name in ("tau", "delta"):
+            if (value := getattr(self, name)) is not None:
+                _require_distance(name, value)
+        for name in ("pivot_rows", "min_tokens", "sink_blocks"):
+            value = getattr(self, name)
+            _require(value is None or value >= 0, name, value, "0 or more")
+        for name in ("sample_rows", "check_rows", "local_blocks"):
+            value = getattr(self, name)
+            _require(value is None or value >= 1, name, value, "at least 1")
+        for name, value in self.given().items():
+            require_read(self.policy, name, value)
+
+    def given(self) -> dict[str, Any]:
+        """The options by name that not every policy reads, where they are not the default."""
+        default = {field.name: field.default for field in fields(self)}
+        values = {name: getattr(self, name) for name in (*READ_BY, *NOT_READ_BY)}
+        return {name: value for name, value in values.items() if value != default[name]}
+
+    def with_policy(self, policy: str) -> RuntimeConfig:
+        """The same under another policy, without what was chosen for the former or is not read."""
+        chosen = ("gamma", "slack", "tau", "delta", "pivot_rows", "check_rows")
+        default = {field.name: field.default for field in fields(self)}
+        left_out = {
+            name: default[name]
+            for name in (*READ_BY, *NOT_READ_BY)
+            if name in chosen or not reads(policy, name)
+        }
+        return replace(self, policy=policy, **left_out)

@@ -25,8 +25,36 @@ SELECTION_POLICIES: tuple[str, ...] = (
     *("flash", "flex", "oracle", "pooled", "streaming"),
 )
 POLICIES: tuple[str, ...] = (*PLANNED_POLICIES, "dense", *SELECTION_POLICIES)
-# Policies whose blocks do not depend on how much attention they are to cover.
-WITHOUT_GAMMA: tuple[str, ...] = ("dense", "streaming")
+# Options of a session that few policies read, and which do. Options of neither table are for all.
+READ_BY: dict[str, tuple[str, ...]] = {
+    "slack": ("auto",),
+    "tau": ("shareprefill",),
+    "delta": PLANNED_POLICIES,
+    "pivot_rows": ("auto",),
+    "check_rows": ("auto",),
+    "sample_rows": ("auto", "sampled"),
+}
+# Options that most policies read, also those from outside, and which do not.
+NOT_READ_BY: dict[str, tuple[str, ...]] = {
+    "gamma": ("dense", "streaming"),
+    "sink_blocks": ("dense", "streaming"),
+    "local_blocks": ("dense", "streaming"),
+    "max_density": ("dense",),
+    "precision": ("dense",),
+    "fp8_error": ("dense",),
+}
+# Parameters with which a policy does not read an option that it reads without.
+_IN_PLACE_OF = {
+    "gamma": {"flash": ("alpha",), "decompose": ("max_error", "time_budget")},
+    "sample_rows": {"sampled": ("rows",)},
+}
+# What a policy reads instead of an option.
+_INSTEAD = {
+    ("slack", "shareprefill"): "tau",
+    ("tau", "auto"): "slack",
+    ("sink_blocks", "streaming"): "its parameter, streaming:sink_blocks=...",
+    ("local_blocks", "streaming"): "its parameter, streaming:local_blocks=...",
+}
 # What a session without an artifact does where no policy is named.
 WITHOUT_ARTIFACT = "smoothed"
 # Words that still work in this version.
@@ -119,6 +147,52 @@ def check_policy_name(text: str) -> None:
     )
 
 
+def reads(text: str, option: str) -> bool:
+    """Whether a policy reads an option of a session.
+
+    Of `auto` and `shareprefill` it also depends on the artifact (`runtime.plan.require_read`).
+
+    >>> reads("sampled", "sample_rows"), reads("sampled:rows=4", "sample_rows")
+    (True, False)
+
+    Args:
+        text: A policy as it is written, that is known.
+        option: A field of `RuntimeConfig`.
+    """
+    policy = PolicyName.parse(text)
+    # One of ours that is named by its module has its own defaults, and reads no artifact's.
+    if option in READ_BY and policy.name not in READ_BY[option]:
+        return False
+    name = _name_of(policy.name)
+    return name not in NOT_READ_BY.get(option, ()) and not any(
+        policy.parameters.get(parameter, "None") != "None"
+        for parameter in _IN_PLACE_OF.get(option, {}).get(name, ())
+    )
+
+
+def require_read(text: str, option: str, value: object) -> None:
+    """Refuses an option of a session that its policy does not read.
+
+    Raises:
+        ConfigError: names the option, the policy, and those that read it.
+    """
+    if reads(text, option):
+        return
+    name = _name_of(PolicyName.parse(text).name)
+    parameters = _IN_PLACE_OF.get(option, {}).get(name, ())
+    if option in READ_BY:
+        who = " and ".join(READ_BY[option])
+    else:
+        who = f"all policies but {' and '.join(NOT_READ_BY[option])}"
+    if parameters and name not in NOT_READ_BY.get(option, ()):
+        who = f"{who}, {name} without {' and '.join(parameters)}"
+    instead = _INSTEAD.get((option, name))
+    use = f"use {instead}, or leave it out" if instead else "leave it out"
+    raise ConfigError(
+        f"{option} = {value!r} does nothing to policy {text!r}, it is for {who}: {use}"
+    )
+
+
 def is_planned(text: str) -> bool:
     """Whether a policy needs an artifact."""
     name = PolicyName.parse(text).name
@@ -167,8 +241,7 @@ def place_of(name: str) -> str:
         ConfigError: it is not known, or no such policy.
     """
     if name in SELECTION_POLICIES:
-        module, words = name.replace("-", "_"), name.title().replace("-", "")
-        return f"shareprefill.runtime.policies.{module}:{words}"
+        return _place_of_ours(name)
     check_policy_name(name)
     return name if ":" in name else installed_policies()[name]
 
@@ -188,6 +261,16 @@ def listed_policies(text: str) -> tuple[str, ...]:
         else:
             found.append(part)
     return tuple(found)
+
+
+def _place_of_ours(name: str) -> str:
+    module, words = name.replace("-", "_"), name.title().replace("-", "")
+    return f"shareprefill.runtime.policies.{module}:{words}"
+
+
+def _name_of(name: str) -> str:
+    """The name of a policy of ours that is named by its place; others as they are."""
+    return {_place_of_ours(ours): ours for ours in SELECTION_POLICIES}.get(name, name)
 
 
 def _not_allowed(text: str) -> ConfigError:

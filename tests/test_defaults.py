@@ -16,7 +16,7 @@ from shareprefill import share_prefill
 from shareprefill.artifact import Policy, load_artifact, save_artifact
 from shareprefill.calib.capture import capture
 from shareprefill.config import RuntimeConfig
-from shareprefill.policy_names import POLICIES, WITHOUT_GAMMA
+from shareprefill.policy_names import POLICIES, reads
 from tests.support.tiny import tiny_artifact, tiny_llama, token_ids
 
 P, S, R, V = Policy.PIVOT, Policy.SHARE, Policy.SAMPLED, Policy.VERTICAL_SLASH
@@ -54,8 +54,9 @@ def defaults(dtype: torch.dtype, device: str | None) -> Iterator[None]:
 def test_sessions_compute_the_same_under_other_defaults(policy: str) -> None:
     model, ids = tiny_llama(), token_ids(1, 60)
     artifact = tiny_artifact(model, PLANNED)
-    gamma = None if policy in WITHOUT_GAMMA else 0.7
-    config = RuntimeConfig(policy=policy, min_tokens=0, max_density=1.0, gamma=gamma)
+    sparse = {"gamma": 0.7, "max_density": 1.0}
+    options = {name: value for name, value in sparse.items() if reads(policy, name)}
+    config = RuntimeConfig.from_dict({"policy": policy, "min_tokens": 0, **options})
 
     def run() -> tuple[torch.Tensor, Any]:
         with share_prefill(model, artifact, config, measure_recall=True) as session:

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from shareprefill.config import LOCAL_BLOCKS, SINK_BLOCKS
 from shareprefill.errors import UnsupportedError
 from shareprefill.runtime.decoding import BLOCK as DECODE_BLOCK
 from shareprefill.runtime.decoding import LOCAL
@@ -366,14 +367,11 @@ def _pool(values: Tensor, block_size: int, n_k: int) -> Tensor:
 
 
 def _geometry(n_tokens: int, block_size: int, device: torch.device) -> Geometry:
-    from shareprefill.config import RuntimeConfig
-
-    runtime = RuntimeConfig()
     return Geometry(
         n_tokens,
         n_tokens,
         device,
         block_size=block_size,
-        sink_blocks=runtime.sink_blocks,
-        local_blocks=runtime.local_blocks,
+        sink_blocks=SINK_BLOCKS,
+        local_blocks=LOCAL_BLOCKS,
     )

@@ -7,7 +7,7 @@ from dataclasses import fields
 import torch
 from torch import Tensor
 
-from shareprefill.config import RuntimeConfig
+from shareprefill.config import LOCAL_BLOCKS, SINK_BLOCKS
 from shareprefill.runtime.geometry import Geometry
 from shareprefill.runtime.ops.block_selection import LineWeights, smooth_maps
 
@@ -33,14 +33,13 @@ def line_products(sampled: Tensor, full: Tensor, n_tokens: int, block_size: int)
     Returns:
         float64 `[8, 8]`, in the order of `LineWeights`, the exact map last.
     """
-    runtime = RuntimeConfig()
     geometry = Geometry(
         n_tokens,
         n_tokens,
         full.device,
         block_size=block_size,
-        sink_blocks=runtime.sink_blocks,
-        local_blocks=runtime.local_blocks,
+        sink_blocks=SINK_BLOCKS,
+        local_blocks=LOCAL_BLOCKS,
     )
     free = geometry.causal & ~geometry.always
     total = torch.zeros(8, 8, dtype=torch.float64, device=full.device)

@@ -23,7 +23,7 @@ from shareprefill.clustering.nesting import (
     nested_lines,
     nested_row_blocks,
 )
-from shareprefill.config import RuntimeConfig
+from shareprefill.config import LOCAL_BLOCKS, SINK_BLOCKS
 from shareprefill.runtime.geometry import Geometry, checked_blocks
 from shareprefill.runtime.ops.block_selection import (
     LineWeights,
@@ -208,14 +208,13 @@ class HeldOutMeasurements:
         return sum(shares) / len(shares)
 
     def _prompt(self, record: PromptRecord, maps: dict[str, Tensor]) -> _Prompt:
-        runtime = RuntimeConfig()
         geometry = Geometry(
             record.tokens,
             record.tokens,
             torch.device("cpu"),
             block_size=record.map_block,
-            sink_blocks=runtime.sink_blocks,
-            local_blocks=runtime.local_blocks,
+            sink_blocks=SINK_BLOCKS,
+            local_blocks=LOCAL_BLOCKS,
         )
         # The rows that the check looks at, here and in a prefill.
         check = maps[rows_key(self.check_rows)][:, geometry.checked].float()

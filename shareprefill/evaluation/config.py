@@ -7,12 +7,7 @@ from pathlib import Path
 
 from shareprefill.config import BLOCK_SIZES, Decode, Precision, RuntimeConfig, Stage
 from shareprefill.errors import ConfigError, require
-from shareprefill.policy_names import (
-    WITHOUT_GAMMA,
-    PolicyName,
-    current_policy,
-    require_no_plan,
-)
+from shareprefill.policy_names import current_policy, reads, require_no_plan
 
 DENSE = "dense"
 PERPLEXITY = "perplexity"
@@ -115,7 +110,7 @@ class EvalConfig(Stage):
         for gamma in self.gammas or (None,):
             self._runtime("auto", gamma)
         self.runtimes()
-        self._require_patterns()
+        self._require_read()
         if self.cut_middle and not any(_is_benchmark(task) for task in self.tasks):
             raise ConfigError(
                 "cut_middle is for rows of benchmarks: name one, as ruler:FILE, or leave it out"
@@ -158,47 +153,37 @@ class EvalConfig(Stage):
         ]
 
     def _runtime(self, policy: str, gamma: float | None) -> RuntimeConfig:
-        of_patterns = {
+        options = {
+            "gamma": gamma,
+            "min_tokens": 0,
             "max_density": self.max_density,
             "precision": self.precision,
             "fp8_error": self.fp8_error,
+            "decode": self.decode,
+            "decode_density": self.decode_density,
         }
-        return RuntimeConfig.from_dict(
-            {
-                "policy": policy,
-                "gamma": gamma,
-                "min_tokens": 0,
-                "decode": self.decode,
-                "decode_density": self.decode_density,
-                **({} if policy == DENSE else of_patterns),
-            }
-        )
+        read = {name: value for name, value in options.items() if reads(policy, name)}
+        return RuntimeConfig.from_dict({"policy": policy, **read})
 
-    def _require_patterns(self) -> None:
-        """Refuses options that do nothing to any of the policies."""
-        if self.gammas and not any(map(_has_gamma, self.policies)):
-            raise ConfigError(
-                f"gammas = {self.gammas!r} does nothing to {', '.join(self.policies)}: name a "
-                "policy that covers so much attention, or leave it out"
-            )
-        if any(policy != DENSE for policy in self.policies):
-            return
-        for name in ("max_density", "precision"):
+    def _require_read(self) -> None:
+        """Refuses options that none of the policies reads."""
+        for name, option in (
+            ("gammas", "gamma"),
+            ("max_density", "max_density"),
+            ("precision", "precision"),
+        ):
             value = getattr(self, name)
-            if value != getattr(type(self), name):
+            is_given = value != getattr(type(self), name)
+            if is_given and not any(reads(policy, option) for policy in self.policies):
                 raise ConfigError(
-                    f"{name} = {value!r} does nothing to dense attention: name a policy that has "
-                    "patterns, or leave it out"
+                    f"{name} = {value!r} does nothing to {', '.join(self.policies)}: name a policy "
+                    f"that reads {option}, or leave it out"
                 )
 
     def _gammas_of(self, policy: str) -> tuple[float | None, ...]:
         is_planned = policy == "auto" and self.others
-        varies = _has_gamma(policy) and not is_planned
+        varies = reads(policy, "gamma") and not is_planned
         return self.gammas if self.gammas and varies else (None,)
-
-
-def _has_gamma(policy: str) -> bool:
-    return PolicyName.parse(policy).name not in WITHOUT_GAMMA
 
 
 def _is_benchmark(task: str) -> bool:

@@ -9,7 +9,14 @@ from typing import TypeVar
 import torch
 
 from shareprefill.artifact import Artifact, Policy, Rows, Thresholds
-from shareprefill.config import FP8_ERROR, CalibrateConfig, ClusterConfig, RuntimeConfig
+from shareprefill.config import (
+    FP8_ERROR,
+    LOCAL_BLOCKS,
+    SINK_BLOCKS,
+    CalibrateConfig,
+    ClusterConfig,
+    RuntimeConfig,
+)
 from shareprefill.errors import ArtifactError, ConfigError
 from shareprefill.models import warn_once
 from shareprefill.policy_names import is_planned, require_no_plan
@@ -294,7 +301,8 @@ def _plan(
     rows: Rows,
 ) -> RuntimePlan:
     online = config.policy == "shareprefill"
-    sink_blocks, local_blocks = config.sink_blocks, config.local_blocks
+    sink_blocks = _chosen(config.sink_blocks, SINK_BLOCKS)
+    local_blocks = _chosen(config.local_blocks, LOCAL_BLOCKS)
     for selector in selectors.values():
         if isinstance(selector, Streaming):
             # Its parameters say all that it reads.

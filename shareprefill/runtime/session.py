@@ -383,9 +383,9 @@ def share_prefill(
 
     Raises:
         ArtifactError: the artifact cannot be read, or is of another model.
-        ConfigError: an argument is of another kind, an option is not allowed, the policy needs an
-            artifact, a row count is above the block size, or the processes of a tensor-parallel
-            group do not divide the heads.
+        ConfigError: an argument is of another kind, an option is not allowed or does nothing to
+            the policy, the policy needs an artifact, a row count is above the block size, or the
+            processes of a tensor-parallel group do not divide the heads.
         UnsupportedError: the model's family is not supported, or FP8 attention cannot compute it.
     """
     _require_kinds(model, artifact, config)

@@ -164,7 +164,7 @@ def test_every_policy_gets_every_gamma_but_those_that_have_none() -> None:
         ({"gammas": (0.9,), "policy": "streaming"}, "gamma = 0.9 does nothing to policy"),
         ({"gammas": (0.9,), "calibrations": ("c",)}, "calibration is for other block sizes"),
         ({"taus": (2.0,), "policy": "shareprefill"}, "tau = 2.0"),
-        ({"taus": (0.2,)}, "tau = 0.2 is for policy 'shareprefill', .* use slack"),
+        ({"taus": (0.2,)}, "tau = 0.2 .* policy 'auto', it is for shareprefill: use slack"),
         ({"slacks": (0.1, 0.1)}, "slacks = .* without repetitions"),
         ({"gammas": (0.9,), "samples": 0}, "samples = 0"),
     ],

@@ -10,7 +10,7 @@ import torch
 from shareprefill import share_prefill
 from shareprefill.artifact import Policy
 from shareprefill.config import RuntimeConfig
-from shareprefill.policy_names import POLICIES, WITHOUT_GAMMA
+from shareprefill.policy_names import POLICIES, reads
 from shareprefill.runtime.generation import cache_of
 from tests.support.families import FAMILIES, build
 from tests.support.tiny import tiny_artifact, tiny_llama, token_ids
@@ -27,9 +27,9 @@ def test_every_policy_computes_what_it_does_in_the_type_of_autocast(
 ) -> None:
     model, ids = tiny_llama(), token_ids(1, 120)
     artifact = tiny_artifact(model, PLANNED)
-    slack = {"slack": 1.0} if policy == "auto" else {}
-    gamma = None if policy in WITHOUT_GAMMA else 1.0
-    config = RuntimeConfig(policy=policy, min_tokens=0, max_density=1.0, gamma=gamma, **slack)
+    everything = dict.fromkeys(("gamma", "slack", "max_density"), 1.0)
+    options = {name: value for name, value in everything.items() if reads(policy, name)}
+    config = RuntimeConfig.from_dict({"policy": policy, "min_tokens": 0, **options})
     own = model(input_ids=ids).logits
     with torch.autocast("cpu", dtype=dtype):
         expected = model(input_ids=ids).logits

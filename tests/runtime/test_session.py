@@ -119,7 +119,7 @@ def test_without_an_artifact_the_policy_is_smoothed(model: Any) -> None:
         ({"gama": 0.5}, r"has no option 'gama' \(did you mean 'gamma'\?\)"),
         ({"policy": "smoothd"}, "did you mean 'smoothed'"),
         ({"artifact": "flex"}, "'flex' is a policy, not an artifact: use policy='flex'"),
-        ({"policy": "flex", "sample_rows": 129}, "a block has 128 rows"),
+        ({"policy": "sampled", "sample_rows": 129}, "a block has 128 rows"),
     ],
 )
 def test_what_needs_an_artifact_or_is_no_option_is_refused(

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from shareprefill.artifact import Policy, Thresholds
 from shareprefill.config import RuntimeConfig
 from shareprefill.errors import DataError
+from shareprefill.policy_names import reads
 from shareprefill.runtime import core
 from shareprefill.runtime.core import LayerChoice, SequenceState, SparsePrefill
 from shareprefill.runtime.ops.block_selection import select_blocks
@@ -54,7 +55,7 @@ def run(
     **changes: Any,
 ):
     config = config or RuntimeConfig()
-    if config.max_density is None:
+    if config.max_density is None and reads(config.policy, "max_density"):
         config = replace(config, max_density=1.0)
     plan = make_plan(tiny_artifact(model, policies, **changes), config)
     if state is None:
