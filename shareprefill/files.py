@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import os
 import secrets
 import shutil
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from shareprefill.errors import DataError
 
 LOCK_NAME = ".lock"
+_CHECKSUM = "checksum"
 _TEMPORARY = ".sp-{}.tmp"
 _OUTPUT_LOCK = ".sp-{}.lock"
 # A writer locks its temporary file right after it was created: a younger one may not be locked yet.
@@ -117,6 +119,30 @@ def remove(path: Path) -> None:
             path.unlink(missing_ok=True)
     except OSError as error:
         raise DataError(f"cannot remove {printable(path)}: {error.strerror}") from error
+
+
+def sealed(values: Mapping[str, Any]) -> dict[str, Any]:
+    """`values`, which are to be written as JSON, with a checksum of them."""
+    return {**values, _CHECKSUM: _checksum(values)}
+
+
+def unsealed(values: Any) -> dict[str, Any]:
+    """What `sealed` was given; what earlier versions wrote, without a checksum, as it is.
+
+    Raises:
+        ValueError: it is no object, or was changed since it was written.
+    """
+    if not isinstance(values, dict):
+        raise ValueError(f"it is a {type(values).__name__}, not an object")
+    values = dict(values)
+    if _CHECKSUM in values and values.pop(_CHECKSUM) != _checksum(values):
+        raise ValueError("its checksum is another: it was changed since it was written")
+    return values
+
+
+def _checksum(values: Mapping[str, Any]) -> str:
+    text = json.dumps(values, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 @contextmanager

@@ -25,7 +25,13 @@ from shareprefill.calib.capture import FULL
 from shareprefill.calib.store import MapStore
 from shareprefill.config import MIN_RESOLUTION, TrainConfig
 from shareprefill.errors import DataError
-from shareprefill.files import atomic_write_bytes, atomic_write_text, locked_folder
+from shareprefill.files import (
+    atomic_write_bytes,
+    atomic_write_text,
+    locked_folder,
+    sealed,
+    unsealed,
+)
 from shareprefill.runtime.ops.blocks import count_blocks
 
 WEIGHTS = "autoencoder.safetensors"
@@ -103,7 +109,9 @@ def train(
             "files": {name: _sha256((folder / name).read_bytes()) for name in (WEIGHTS, CODES)},
             "maps": [record.sha256 for record in store.prompts],
         }
-        atomic_write_text(folder / HISTORY, json.dumps(history, indent=1, sort_keys=True) + "\n")
+        atomic_write_text(
+            folder / HISTORY, json.dumps(sealed(history), indent=1, sort_keys=True) + "\n"
+        )
     return training
 
 
@@ -139,7 +147,7 @@ def load_training(folder: Path) -> tuple[Training, Tensor]:
             holds; or its files are damaged.
     """
     try:
-        history = json.loads((folder / HISTORY).read_text(encoding="utf-8"))
+        history = unsealed(json.loads((folder / HISTORY).read_text(encoding="utf-8")))
         training = Training(
             TrainConfig.from_dict(history["config"]),
             Split(**{name: tuple(numbers) for name, numbers in history["split"].items()}),
@@ -158,7 +166,15 @@ def load_training(folder: Path) -> tuple[Training, Tensor]:
         return training, load(data[CODES])["codes"]
     except FileNotFoundError as error:
         raise DataError(f"{folder} has no trained autoencoder; run sp train") from error
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        RecursionError,
+        SafetensorError,
+    ) as error:
         raise DataError(f"{folder} has a damaged training ({error}); run sp train") from error
 
 

@@ -31,6 +31,8 @@ from shareprefill.files import (
     make_folder,
     printable,
     remove,
+    sealed,
+    unsealed,
 )
 from shareprefill.models import Fingerprint, ModelGeometry
 from shareprefill.runtime.ops.blocks import count_blocks
@@ -144,15 +146,16 @@ class MapStore:
             raise DataError(
                 f"{printable(folder)} {there}: run sp calibrate, or name another folder"
             ) from error
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise DataError(f"{path} cannot be read ({error}); run sp calibrate --fresh") from error
         try:
             version = index["format_version"]
             if version != FORMAT_VERSION:
                 raise DataError(
-                    f"{path} has format version {version}, this version reads {FORMAT_VERSION}; "
-                    "run sp calibrate --fresh"
+                    f"{path} has format version {printable(repr(version))}, this version reads "
+                    f"{FORMAT_VERSION}; run sp calibrate --fresh"
                 )
+            index = unsealed(index)
             return cls(
                 folder,
                 CalibrateConfig.from_dict(index["config"]),
@@ -164,7 +167,7 @@ class MapStore:
                 # Earlier versions had none.
                 index.get("model_digest", ""),
             )
-        except (KeyError, TypeError, AttributeError, ConfigError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise DataError(f"{path} is damaged ({error}); run sp calibrate --fresh") from error
 
     @property
@@ -314,7 +317,9 @@ class MapStore:
             "model_digest": self.digest,
             "prompts": [asdict(record) for record in self.prompts],
         }
-        atomic_write_text(self.folder / INDEX, json.dumps(index, indent=1, sort_keys=True) + "\n")
+        atomic_write_text(
+            self.folder / INDEX, json.dumps(sealed(index), indent=1, sort_keys=True) + "\n"
+        )
 
 
 def _packed(tensor: Tensor) -> Tensor:

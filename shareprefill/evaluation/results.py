@@ -498,7 +498,7 @@ def load_evaluation(path: str | Path) -> Evaluation:
     """
     try:
         values = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{printable(path)} cannot be read as an evaluation: {error}") from error
     if not isinstance(values, dict):
         raise DataError(f"{printable(path)} is no evaluation: it must hold a JSON object")

@@ -29,7 +29,7 @@ from shareprefill.evaluation.runner import (
     variants_of,
 )
 from shareprefill.evaluation.workers import WorkerPool
-from shareprefill.files import locked_folder
+from shareprefill.files import locked_folder, sealed, unsealed
 from shareprefill.models import load_tokenizer
 from shareprefill.runtime.generation import check_positions
 from shareprefill.runtime.policies import require_policy, source_digest
@@ -328,7 +328,8 @@ class OutcomeCache:
         self._found[key] = outcome
         if self._path is None:
             return
-        line = json.dumps({"key": key, **facts, "outcome": outcome.to_dict()}, allow_nan=False)
+        values = {"key": key, **facts, "outcome": outcome.to_dict()}
+        line = json.dumps(sealed(values), allow_nan=False)
         try:
             with self._path.open("a", encoding="utf-8") as file:
                 file.write(line + "\n")
@@ -349,9 +350,9 @@ class OutcomeCache:
                 file.truncate(len(whole))
         for number, line in enumerate(whole.splitlines(), start=1):
             try:
-                values = json.loads(line)
+                values = unsealed(json.loads(line))
                 self._found[values["key"]] = Outcome.from_dict(values["outcome"])
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
                 raise DataError(
                     f"line {number} of {path} is damaged ({error}): use --fresh to start anew"
                 ) from error

@@ -328,7 +328,7 @@ class Stamps:
             found = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             return
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             logger.warning("%s is not readable (%s): every stage is done again", path, error)
             return
         if isinstance(found, dict):

@@ -79,11 +79,21 @@ def test_damaged_files_are_refused(tmp_path: Path, name: str) -> None:
     with pytest.raises(DataError, match="no trained autoencoder"):
         load_training(folder)
     train(folder, CONFIG)
-    (folder / name).write_text("{")
+    (folder / name).write_text("[" * 100_000)
     with pytest.raises(DataError, match="damaged training"):
         load_training(folder)
     (folder / name).unlink()
     with pytest.raises(DataError, match="no trained autoencoder"):
+        load_training(folder)
+
+
+def test_a_history_that_was_changed_is_refused(tmp_path: Path) -> None:
+    folder = calibration(tmp_path, 512)
+    train(folder, CONFIG)
+    history = json.loads((folder / HISTORY).read_text())
+    history["split"]["held_out"] = []
+    (folder / HISTORY).write_text(json.dumps(history))
+    with pytest.raises(DataError, match="damaged training .its checksum is another.*run sp train"):
         load_training(folder)
 
 

@@ -10,6 +10,7 @@ import pytest
 from shareprefill.calib.pipeline import capture_maps
 from shareprefill.calib.store import INDEX
 from shareprefill.config import CalibrateConfig
+from shareprefill.files import sealed
 from tests.support.checkpoint import save_checkpoint, small_calibration
 from tests.support.processes import run_processes
 
@@ -41,7 +42,8 @@ def test_two_processes_make_the_store_of_one(tmp_path: Path) -> None:
     assert contents(tmp_path / "two") == contents(tmp_path / "one")
     # Killed after the second prompt: the others are captured again.
     index = json.loads((tmp_path / "two" / INDEX).read_text())
+    del index["checksum"]
     index["prompts"] = index["prompts"][:2]
-    (tmp_path / "two" / INDEX).write_text(json.dumps(index))
+    (tmp_path / "two" / INDEX).write_text(json.dumps(sealed(index)))
     run_processes(2, "-c", WORKER, str(tmp_path / "two"), repr(options))
     assert contents(tmp_path / "two") == contents(tmp_path / "one")

@@ -162,6 +162,7 @@ def test_a_damaged_shard_is_found(tmp_path: Path) -> None:
         ("[]", "damaged"),
         ("{}", "damaged"),
         ('{"format_version": 99}', "format version 99"),
+        ("[" * 100_000, "cannot be read"),
     ],
 )
 def test_a_damaged_index_is_refused(tmp_path: Path, content: str, message: str) -> None:
@@ -175,9 +176,20 @@ def test_an_unknown_option_in_the_index_is_refused(tmp_path: Path) -> None:
     filled(tmp_path)
     index = json.loads((tmp_path / INDEX).read_text())
     index["config"]["colour"] = "red"
+    del index["checksum"]  # as earlier versions wrote it
     (tmp_path / INDEX).write_text(json.dumps(index))
     with pytest.raises(DataError, match="colour"):
         MapStore.open(tmp_path)
+
+
+def test_an_index_that_was_changed_is_refused(tmp_path: Path) -> None:
+    filled(tmp_path)
+    whole = (tmp_path / INDEX).read_text()
+    for old, new in (('"block_size": 64', '"block_size": 32'), ('"tokens": 2', '"tokens": "2"')):
+        assert whole.count(old) == 1
+        (tmp_path / INDEX).write_text(whole.replace(old, new))
+        with pytest.raises(DataError, match=r"is damaged \(its checksum is another.*--fresh"):
+            MapStore.open(tmp_path)
 
 
 def test_no_calibration(tmp_path: Path) -> None:

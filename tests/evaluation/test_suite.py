@@ -469,8 +469,24 @@ def test_a_damaged_ledger_and_a_folder_in_use(folder: Path, tmp_path: Path) -> N
     (tmp_path / "outcomes.jsonl").write_text('{"key": "x"}\n')
     with pytest.raises(DataError, match=r"line 1 of .*outcomes.jsonl is damaged.*--fresh"):
         evaluate(config(folder), out=tmp_path)
+    (tmp_path / "outcomes.jsonl").write_text("[" * 100_000 + "\n")
+    with pytest.raises(DataError, match=r"line 1 of .*outcomes.jsonl is damaged.*--fresh"):
+        evaluate(config(folder), out=tmp_path)
     with locked_folder(tmp_path), pytest.raises(DataError, match="in use by another process"):
         evaluate(config(folder), out=tmp_path)
+
+
+def test_an_outcome_that_was_changed_is_refused(folder: Path, tmp_path: Path) -> None:
+    asked = config(folder, tasks=("perplexity",), samples=1, measure=False)
+    evaluate(asked, out=tmp_path)
+    kept = tmp_path / "outcomes.jsonl"
+    lines = kept.read_text().splitlines()
+    values = json.loads(lines[1])
+    for change in ({"score": values["outcome"]["score"] / 2}, {"tokens": "x"}):
+        changed = {**values, "outcome": {**values["outcome"], **change}}
+        kept.write_text(f"{lines[0]}\n{json.dumps(changed)}\n")
+        with pytest.raises(DataError, match=r"line 2 of .* \(its checksum is another.*--fresh"):
+            evaluate(asked, out=tmp_path)
 
 
 def test_what_cannot_be_evaluated(folder: Path, tmp_path: Path) -> None:
