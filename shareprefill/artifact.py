@@ -17,7 +17,8 @@ import logging
 import math
 import os
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from enum import IntEnum
 from io import BufferedIOBase
@@ -316,10 +317,30 @@ def load_artifact(path: str | Path) -> Artifact:
     Raises:
         ArtifactError: the file is missing, damaged, inconsistent, or of a newer format.
     """
-    path = Path(path)
+    with _opened(Path(path)) as (file, size):
+        return _decode(file, size)
+
+
+def load_with_bytes(path: str | Path) -> tuple[Artifact, bytes]:
+    """`load_artifact`, and the bytes that were checked: the file may be another one afterwards.
+
+    Raises:
+        ArtifactError: as for `load_artifact`.
+    """
+    with _opened(Path(path)) as (file, size):
+        # Before all of it is in memory: whether it is an artifact at all.
+        _decode(file, size)
+        file.seek(0)
+        data = file.read(size)
+        return _decode(io.BytesIO(data), len(data)), data
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[tuple[BufferedIOBase, int]]:
+    """The file and its size."""
     try:
         with open_regular(path) as file:
-            return _decode(file, os.fstat(file.fileno()).st_size)
+            yield file, os.fstat(file.fileno()).st_size
     except RefusedError as error:
         if isinstance(error.__context__, FileNotFoundError):
             raise ArtifactError(

@@ -15,7 +15,8 @@ def push_command(
     repository: RepositoryArgument,
     file: FileOption = None,
     private: Annotated[
-        bool, typer.Option("--private", help="Make a missing repository private.")
+        bool,
+        typer.Option("--private", help="Make a missing repository private; refuse a public one."),
     ] = False,
     force: ForceOption = False,
     dry_run: Annotated[

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from shareprefill.artifact import Artifact, load_artifact
+from shareprefill.artifact import Artifact, load_with_bytes
 from shareprefill.errors import ArtifactError, ConfigError, DataError
 from shareprefill.files import atomic_write_bytes, locked_output, printable
 from shareprefill.hub.card import model_card
@@ -61,7 +61,7 @@ def push(
         path: The artifact; it is checked before anything is sent.
         repository: `organisation/name`.
         file: The artifact's name there; its own by default.
-        private: Make a missing repository private.
+        private: Make a missing repository private; one that is there and public is refused.
         force: Replace a file of that name, and the README.md that is there.
         dry_run: Make the card, and send nothing.
         endpoint: The hub's address; None: huggingface_hub's default, or HF_ENDPOINT.
@@ -74,7 +74,8 @@ def push(
     path = Path(path)
     file = path.name if file is None else file
     _check_names(repository, file)
-    card = model_card(load_artifact(path), file, repository)
+    artifact, data = load_with_bytes(path)
+    card = model_card(artifact, file, repository)
     if dry_run:
         return Upload(repository, file, card, None)
     from huggingface_hub import CommitOperationAdd, HfApi
@@ -83,6 +84,10 @@ def push(
     with _hub_errors(repository):
         api.create_repo(repository, private=private, exist_ok=True)
         there = api.model_info(repository)
+        if private and there.private is False:
+            raise DataError(
+                f"{repository} is there and public: leave out --private, or make it private first"
+            )
         found = sorted({file, CARD} & set(_files(there)))
         if found and not force:
             raise DataError(
@@ -92,7 +97,7 @@ def push(
         commit = api.create_commit(
             repository,
             [
-                CommitOperationAdd(file, path.read_bytes()),
+                CommitOperationAdd(file, data),
                 CommitOperationAdd(CARD, card.encode()),
             ],
             commit_message=f"Add {file}",
@@ -151,8 +156,15 @@ def pull(
             # Into the hub's cache, which outlives a kill; the commit that was looked at, whatever
             # is pushed meanwhile.
             found = api.hf_hub_download(repository, name, revision=there.sha)
-        artifact = load_artifact(found)
-        atomic_write_bytes(target, Path(found).read_bytes())
+            try:
+                artifact, data = load_with_bytes(found)
+            except ArtifactError:
+                # The copy in the cache may be damaged, which is not looked at again otherwise.
+                found = api.hf_hub_download(
+                    repository, name, revision=there.sha, force_download=True
+                )
+                artifact, data = load_with_bytes(found)
+        atomic_write_bytes(target, data)
     return artifact, target
 
 
@@ -190,7 +202,7 @@ def _hub_errors(repository: str) -> Iterator[None]:
         EntryNotFoundError,
         GatedRepoError,
         HfHubHTTPError,
-        HFValidationError,
+        LocalEntryNotFoundError,
         RepositoryNotFoundError,
         RevisionNotFoundError,
     )
@@ -206,6 +218,9 @@ def _hub_errors(repository: str) -> Iterator[None]:
         raise DataError(
             f"there is no repository {repository} that you may read: {login}"
         ) from error
+    except LocalEntryNotFoundError as error:
+        # What it says is that the cache lacks the file; why the hub did not give it is its cause.
+        raise _unreachable(repository, error.__cause__ or error) from error
     except (RevisionNotFoundError, EntryNotFoundError) as error:
         raise DataError(f"{repository} has no such revision or file: check --revision") from error
     except HfHubHTTPError as error:
@@ -214,13 +229,27 @@ def _hub_errors(repository: str) -> Iterator[None]:
         raise DataError(
             f"the hub refused a request for {repository} ({status}): {advice}"
         ) from error
-    except (OSError, http_error, HFValidationError) as error:
+    except (OSError, http_error) as error:
+        if isinstance(error, OSError) and error.filename is not None:
+            raise DataError(
+                f"the hub's cache cannot be used ({_reason(error)}): make room there, or choose "
+                "another folder with HF_HOME"
+            ) from error
+        raise _unreachable(repository, error) from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(
-            f"the hub cannot be reached for {repository} ({_reason(error)}): check the connection, "
-            "and HF_ENDPOINT"
+            f"what answered for {repository} is no hub ({_reason(error)}): check HF_ENDPOINT, and "
+            "whether a proxy or a sign-in page answers in its place"
         ) from error
 
 
-def _reason(error: Exception) -> str:
+def _unreachable(repository: str, error: BaseException) -> DataError:
+    return DataError(
+        f"the hub cannot be reached for {repository} ({_reason(error)}): check the connection, "
+        "and HF_ENDPOINT"
+    )
+
+
+def _reason(error: BaseException) -> str:
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return printable(lines[0].rstrip(". "), 160)

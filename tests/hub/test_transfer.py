@@ -123,6 +123,68 @@ def test_requests_that_fail(hub: FakeHub) -> None:
         push("a.st", "me/x", endpoint=hub.address)
 
 
+@pytest.mark.parametrize("value", [b"<html>sign in</html>", [], {"name": "me/x"}, b""])
+def test_answers_of_something_else(value: object, hub: FakeHub) -> None:
+    """Such as a proxy's, or the page of a network that wants a sign-in."""
+    hub.answers["/api/models"] = (200, value)
+    with pytest.raises(DataError, match=r"answered for me/x is no hub .*check HF_ENDPOINT"):
+        pull("me/x", endpoint=hub.address)
+    with pytest.raises(DataError, match=r"answered for me/x is no hub .*check HF_ENDPOINT"):
+        push("a.st", "me/x", endpoint=hub.address)
+    assert files() == {"a.st"}
+
+
+def test_a_file_that_the_hub_does_not_give(hub: FakeHub) -> None:
+    hub.repositories["me/patterns"] = {"a.st": Path("a.st").read_bytes()}
+    hub.answers["/me/patterns/resolve"] = (200, b"an answer without the hub's headers")
+    with pytest.raises(DataError, match="cannot be reached for me/patterns"):
+        pull("me/patterns", "b.st", endpoint=hub.address)
+    assert files() == {"a.st"}
+
+
+def test_a_damaged_copy_in_the_cache_is_fetched_again(hub: FakeHub, tmp_path: Path) -> None:
+    good = Path("a.st").read_bytes()
+    hub.repositories["me/patterns"] = {"a.st": good}
+    pull("me/patterns", "b.st", endpoint=hub.address)
+    blobs = [path for path in (tmp_path / "cache").rglob("blobs/*") if path.is_file()]
+    assert len(blobs) == 1
+    blobs[0].write_bytes(good[:100])
+    pull("me/patterns", "c.st", endpoint=hub.address)
+    assert Path("c.st").read_bytes() == good
+
+
+def test_a_cache_that_cannot_be_used(
+    hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.repositories["me/patterns"] = {"a.st": Path("a.st").read_bytes()}
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "file"))
+    with pytest.raises(DataError, match=r"cache cannot be used .*HF_HOME"):
+        pull("me/patterns", "b.st", endpoint=hub.address)
+
+
+def test_a_public_repository_does_not_get_what_is_to_be_private(hub: FakeHub) -> None:
+    hub.repositories["me/patterns"] = {}
+    hub.public.add("me/patterns")
+    with pytest.raises(DataError, match="me/patterns is there and public: leave out --private"):
+        push("a.st", "me/patterns", private=True, endpoint=hub.address)
+    assert hub.repositories["me/patterns"] == {}
+    push("a.st", "me/patterns", endpoint=hub.address)
+
+
+def test_what_was_checked_is_pushed(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not what another process writes there meanwhile."""
+    good = Path("a.st").read_bytes()
+
+    def replaced(*given: object) -> str:
+        Path("a.st").write_bytes(b"another file")
+        return "card"
+
+    monkeypatch.setattr("shareprefill.hub.transfer.model_card", replaced)
+    push("a.st", "me/patterns", endpoint=hub.address)
+    assert hub.repositories["me/patterns"]["a.st"] == good
+
+
 def test_a_hub_that_is_not_there(hub: FakeHub) -> None:
     # Port 9 of the loopback: nothing listens.
     with pytest.raises(DataError, match=r"cannot be reached for me/x \(.*check the connection"):

@@ -24,6 +24,8 @@ class FakeHub:
         sizes: Sizes that it tells in place of the true ones, by file.
         requests: Methods and paths, in order.
         refuse: Status that every writing request is answered with; 0: none.
+        answers: Answers to requests that begin with a path, by the path: a status and a body.
+        public: Repositories that it tells are public; of others it tells nothing.
     """
 
     address: str = ""
@@ -31,6 +33,8 @@ class FakeHub:
     sizes: dict[str, int] = field(default_factory=dict)
     requests: list[str] = field(default_factory=list)
     refuse: int = 0
+    answers: dict[str, tuple[int, Any]] = field(default_factory=dict)
+    public: set[str] = field(default_factory=set)
 
     def sha(self, repository: str) -> str:
         """The commit of a repository's present files."""
@@ -78,6 +82,10 @@ def _handler(hub: FakeHub) -> type[BaseHTTPRequestHandler]:
         def do_GET(self) -> None:
             path = unquote(urlsplit(self.path).path)
             hub.requests.append(f"{self.command} {path}")
+            for begin, (status, value) in hub.answers.items():
+                if path.startswith(begin):
+                    self.answer(status, value)
+                    return
             parts = path.strip("/").split("/")
             if parts[:2] == ["api", "models"]:
                 self.tell(f"{parts[2]}/{parts[3]}", parts[5] if len(parts) > 4 else None)
@@ -99,7 +107,9 @@ def _handler(hub: FakeHub) -> type[BaseHTTPRequestHandler]:
                 {"rfilename": name, "size": hub.sizes.get(name, len(data))}
                 for name, data in hub.repositories[repository].items()
             ]
-            self.answer(200, {"id": repository, "sha": hub.sha(repository), "siblings": siblings})
+            told = {"private": False} if repository in hub.public else {}
+            facts = {"id": repository, "sha": hub.sha(repository), "siblings": siblings}
+            self.answer(200, {**facts, **told})
 
         def give(self, repository: str, revision: str, name: str) -> None:
             files = hub.repositories.get(repository, {})
