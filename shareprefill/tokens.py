@@ -11,8 +11,8 @@ from torch import Tensor
 from shareprefill.errors import DataError
 from shareprefill.files import printable
 
-Messages = list[dict[str, str]]
-"""A conversation: dictionaries with `role` and `content`."""
+Messages = list[dict[str, Any]]
+"""A conversation: objects with the texts `role` and `content`, and what else templates read."""
 
 # Texts of which nearly every tokenizer leaves a token.
 _PROBES = ("a", "1", ".", "the")
@@ -76,12 +76,31 @@ def encode_some(tokenizer: Any, text: str) -> Tensor:
     return ids
 
 
+def conversation(values: Mapping[str, Any], place: str) -> Messages:
+    """The conversation of an object with the field `messages`.
+
+    Args:
+        values: The object.
+        place: Where it stands, for messages.
+
+    Raises:
+        DataError: it has tools, which would be left out, or `messages` is no conversation.
+    """
+    if values.get("tools"):
+        raise DataError(
+            f"{place} has tools, which are not handed to the chat template: write the prompt as "
+            "the template does, into the field text"
+        )
+    return as_messages(values["messages"], place)
+
+
 def as_messages(values: Any, place: str) -> Messages:
     """A conversation as it stands in a file, checked.
 
     Args:
         values: Messages with the fields `role` and `content`, which is a text, or a list of parts
-            of the type `text`.
+            of the type `text`; beside `tool_calls` there may be none. Other fields are kept, as
+            chat templates read them.
         place: Where it stands, for messages.
 
     Raises:
@@ -94,6 +113,8 @@ def as_messages(values: Any, place: str) -> Messages:
         role, content = (
             (each.get("role"), each.get("content")) if isinstance(each, Mapping) else (None, None)
         )
+        if content is None and isinstance(each, Mapping) and each.get("tool_calls"):
+            content = ""
         if isinstance(content, list) and all(
             isinstance(part, Mapping) and isinstance(part.get("text"), str) for part in content
         ):
@@ -102,7 +123,8 @@ def as_messages(values: Any, place: str) -> Messages:
             raise DataError(
                 f"{place}: message {number} must be an object with the texts role and content"
             )
-        found.append({"role": role, "content": content})
+        others = {name: value for name, value in each.items() if value is not None}
+        found.append({**others, "role": role, "content": content})
     return found
 
 

@@ -14,6 +14,7 @@ from shareprefill.calib.pipeline import capture_maps
 from shareprefill.calib.prompts import make_prompts
 from shareprefill.commands.streams import read_chat
 from shareprefill.config import CalibrateConfig
+from shareprefill.data.sources import read_texts
 from shareprefill.errors import ConfigError, DataError
 from shareprefill.evaluation.config import EvalConfig
 from shareprefill.evaluation.questions import make_questions
@@ -61,6 +62,34 @@ def test_what_cannot_be_a_conversation(tokenizer: Any) -> None:
     tokenizer.chat_template = None
     with pytest.raises(DataError, match="has no chat template"):
         encode_chat(tokenizer, ASKED)
+
+
+def test_what_a_template_reads_beside_texts_is_kept(tokenizer: Any, tmp_path: Path) -> None:
+    tokenizer.chat_template = TEMPLATE.replace(
+        "{{ m.content }}", "{% if m.tool_calls is defined %}CALLS{% endif %}{{ m.content }}"
+    )
+    calls = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f"}}]}
+    asked = [*ASKED, calls, {"role": "tool", "content": "3", "tool_calls": None}]
+    (tmp_path / "calls.json").write_text(json.dumps(asked))
+    ids = encode_prompt(tiny_llama(), tokenizer, read_chat(tmp_path / "calls.json", None))
+    assert tokenizer.decode(ids).endswith("<assistant>CALLS\n<tool>3\n<assistant>")
+    rows = tmp_path / "tools.json"
+    rows.write_text(json.dumps({"messages": ASKED, "tools": [{"function": {"name": "f"}}]}))
+    with pytest.raises(DataError, match=r"tools.json has tools, which are not handed"):
+        read_chat(rows, None)
+    with pytest.raises(DataError, match=r"tools.json has tools, which are not handed"):
+        list(read_texts(str(rows)))
+    rows.write_text(json.dumps({"messages": ASKED, "tools": None}))
+    assert read_chat(rows, None) == ASKED
+
+
+def test_an_empty_conversation_is_refused(tokenizer: Any) -> None:
+    for content in ("", " \n"):
+        for asked in ([], ASKED[:1]):
+            with pytest.raises(DataError, match="the conversation is empty"):
+                encode_prompt(
+                    tiny_llama(), tokenizer, [*asked, {"role": "user", "content": content}]
+                )
 
 
 def test_files_of_messages_and_texts(tmp_path: Path) -> None:

@@ -121,14 +121,15 @@ def read_chat(path: Path, system: str | None) -> Messages:
         DataError: it cannot be read, or holds no conversation.
     """
     from shareprefill.data.sources import ROW_FILES, read_rows
-    from shareprefill.tokens import as_messages
+    from shareprefill.tokens import as_messages, conversation
 
     if path.suffix.lower() not in ROW_FILES:
         messages = [{"role": "user", "content": read_prompt(path)}]
     else:
         rows = [row.values for row in read_rows(str(path))]
         alone = rows[0] if len(rows) == 1 and isinstance(rows[0], dict) else {}
-        messages = as_messages(alone.get("messages", rows), printable(path))
+        place = printable(path)
+        messages = conversation(alone, place) if "messages" in alone else as_messages(rows, place)
     if system is None:
         return messages
     if messages[0]["role"] == "system":

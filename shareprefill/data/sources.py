@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 
 from shareprefill.errors import ConfigError, DataError
 from shareprefill.files import kind_of, printable
-from shareprefill.tokens import Messages, as_messages
+from shareprefill.tokens import Messages, conversation
 
 HUB = "hub:"
 ROW_FILES = (".jsonl", ".json")
@@ -157,14 +157,14 @@ def row_text(values: Any, place: str) -> str | Messages | None:
         place: Where it stands, for messages.
 
     Raises:
-        DataError: `messages` is no conversation.
+        DataError: `messages` is no conversation, or one with tools.
     """
     if isinstance(values, str):
         return values or None
     if not isinstance(values, Mapping):
         return None
     if values.get("messages") is not None:
-        return as_messages(values["messages"], place)
+        return conversation(values, place)
     found = {name: values[name] for name in _PLAIN_FIELDS if isinstance(values.get(name), str)}
     if found.get("context") and found.get("input"):
         return f"{found['context']}\n\n{found['input']}"

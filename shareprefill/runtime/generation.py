@@ -57,6 +57,8 @@ def encode_prompt(model: Any, tokenizer: Any, prompt: str | Messages) -> Tensor:
     if isinstance(prompt, str):
         ids = encode_some(tokenizer, prompt)
     else:
+        if not any(each["content"].strip() for each in prompt if each["role"] != "system"):
+            raise DataError("the conversation is empty: write some text into a message")
         ids = encode_chat(tokenizer, prompt)
     longest = max_length(model)
     if longest is not None and len(ids) > longest:
