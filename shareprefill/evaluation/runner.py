@@ -30,6 +30,7 @@ from shareprefill.models import (
 from shareprefill.runtime.fidelity import compare_predictions, final_states, token_losses
 from shareprefill.runtime.generation import follow, generate, prefill, relative_error
 from shareprefill.runtime.interface import AttentionCall, dense_attention
+from shareprefill.runtime.plan import require_read, what_is_read
 from shareprefill.runtime.session import Session, SessionReport
 from shareprefill.version import __version__
 
@@ -481,18 +482,26 @@ def variants_of(config: EvalConfig, artifacts: Sequence[Artifact]) -> list[Varia
     Args:
         config: Policies and gammas.
         artifacts: Those that it names, in its order; none where no policy needs one.
+
+    Raises:
+        ConfigError: there is an option that neither a policy nor a head of an artifact reads.
     """
-    variants = []
-    for runtime in config.runtimes():
-        if runtime.policy == "auto" and config.others:
-            variants += [
-                Variant(runtime.policy, {"artifact": name}, artifact, runtime)
-                for name, artifact in zip(config.names, artifacts, strict=True)
-            ]
-        else:
-            settings = {} if runtime.gamma is None else {"gamma": runtime.gamma}
-            artifact = artifacts[0] if artifacts else None
-            variants.append(Variant(runtime.policy, settings, artifact, runtime))
+    variants: list[Variant] = []
+    for asked in config.runtimes():
+        of_all = asked.policy == "auto" and config.others
+        for name, artifact in zip(config.names or [""], artifacts or [None], strict=True):
+            runtime = asked if artifact is None else what_is_read(artifact, asked)
+            settings: dict[str, Any] = {"artifact": name} if of_all else {}
+            if runtime.gamma is not None:
+                settings["gamma"] = runtime.gamma
+            if all((v.artifact, v.runtime) != (artifact, runtime) for v in variants):
+                variants.append(Variant(runtime.policy, settings, artifact, runtime))
+            if not of_all:
+                break
+    for name in ("gamma", "max_density"):
+        given = [asked for asked in config.runtimes() if getattr(asked, name) is not None]
+        if given and all(getattr(variant.runtime, name) is None for variant in variants):
+            require_read(artifacts[0], given[0])
     if config.decode == "sparse":
         steps = {"decode": config.decode_density or DECODE_DENSITY}
         variants = [replace(variant, settings=variant.settings | steps) for variant in variants]

@@ -68,7 +68,8 @@ def evaluate(
         A cell for every task, length, policy and gamma, and for dense attention.
 
     Raises:
-        ConfigError: a task is unknown, or a length beyond the model's maximum.
+        ConfigError: a task is unknown, a length beyond the model's maximum, or an option is read by
+            none of the policies.
         DataError: a file of prompts or the folder cannot be used.
         ArtifactError: an artifact cannot be read, or is of another model.
         ModelError: the model cannot be loaded.
@@ -95,9 +96,9 @@ def _in_this_process(
     trust_remote_code: bool,
     progress: Progress | None,
 ) -> tuple[list[Cell], dict[str, Any]]:
-    name = model_name(config, artifacts)
+    name, variants = model_name(config, artifacts), variants_of(config, artifacts)
     runner = ModelRunner.load(name, config, trust_remote_code=trust_remote_code)
-    cells = measure_variants(runner, variants_of(config, artifacts), cache, progress)
+    cells = measure_variants(runner, variants, cache, progress)
     return cells, runner.context.values
 
 
@@ -108,7 +109,7 @@ def _in_workers(
     trust_remote_code: bool,
     progress: Progress | None,
 ) -> tuple[list[Cell], dict[str, Any]]:
-    name = model_name(config, artifacts)
+    name, variants = model_name(config, artifacts), variants_of(config, artifacts)
     tokenizer = load_tokenizer(name, trust_remote_code=trust_remote_code)
     with WorkerPool(config, [*map(artifact_digest, artifacts)], trust_remote_code) as pool:
         # The prompts are made while the workers load their models.
@@ -116,7 +117,6 @@ def _in_workers(
         context = pool.context()
         for length in config.lengths:
             check_length(length, context.longest)
-        variants = variants_of(config, artifacts)
         cells = measure_all(context, questions, variants, config, cache, pool.run, progress)
     return cells, {**context.values, "workers": config.workers}
 

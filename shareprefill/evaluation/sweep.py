@@ -18,6 +18,7 @@ from shareprefill.evaluation.questions import check_task
 from shareprefill.evaluation.results import SCHEMA, Cell, Summary, summarize_cells
 from shareprefill.evaluation.runner import ModelRunner, Variant, artifact_digest, model_name
 from shareprefill.evaluation.suite import OutcomeCache, Progress, measure_variants, output_folder
+from shareprefill.runtime.plan import require_read, what_is_read
 from shareprefill.runtime.policies import require_policy
 
 COSTS = ("effective_density", "ttft_s")
@@ -106,7 +107,8 @@ def sweep(
         progress: Called with (outcomes done, outcomes in all).
 
     Raises:
-        ConfigError: a block size has no calibration, or a task is unknown.
+        ConfigError: a block size has no calibration, a task is unknown, or no head of the artifact
+            reads a parameter.
         ShareprefillError: see `evaluation.suite.evaluate`.
     """
     for task in config.tasks:
@@ -150,10 +152,13 @@ def sweep(
 def _of_session(
     config: SweepConfig, artifact: Artifact | None, name: str, values: tuple[float, ...]
 ) -> list[Variant]:
-    return [
-        Variant(config.policy, {name: value}, artifact, config.runtime(**{name: value}))
-        for value in sorted(values)
-    ]
+    variants = []
+    for value in sorted(values):
+        runtime = config.runtime(**{name: value})
+        if artifact is not None:
+            require_read(artifact, runtime)
+        variants.append(Variant(config.policy, {name: value}, artifact, runtime))
+    return variants
 
 
 def _clustered(
@@ -176,7 +181,7 @@ def _clustered(
     made, _ = cluster(_calibration(config, size), ClusterConfig.from_dict({**settings, **changes}))
     if folder is not None:
         save_artifact(made, folder / f"{name}-{value}.st")
-    return Variant(config.policy, {name: value}, made, runtime)
+    return Variant(config.policy, {name: value}, made, what_is_read(made, runtime))
 
 
 def _calibration(config: SweepConfig, block_size: int) -> Path:

@@ -28,6 +28,7 @@ from shareprefill.runtime.generation import (
     relative_error,
     warm_up,
 )
+from shareprefill.runtime.plan import require_read
 from shareprefill.runtime.policies import require_policy
 from shareprefill.runtime.records import Sketch
 from shareprefill.runtime.session import SessionReport, share_prefill
@@ -139,6 +140,8 @@ def answer(
             `load_model`.
     """
     require_policy(config.policy)
+    if artifact is not None:
+        require_read(artifact, config)
     begin = on_stage or _nothing
     begin("loading the model")
     name = _model_of(artifact, model, config, trust_remote_code)

@@ -35,6 +35,15 @@ _OF_ARTIFACTS = {
 }
 # The number of a policy that no artifact names.
 _FURTHER = len(Policy)
+# Options that only heads of these policies read, in a plan; the others are for all but dense ones.
+_READ_BY_HEADS = {
+    "slack": (Policy.SHARE,),
+    "check_rows": (Policy.SHARE,),
+    "pivot_rows": (Policy.PIVOT,),
+    "delta": (Policy.VERTICAL_SLASH,),
+    # Where it is not highly sparse, a head that is vertical-slash is sampled.
+    "sample_rows": (Policy.SAMPLED, Policy.VERTICAL_SLASH),
+}
 
 
 @dataclass(frozen=True)
@@ -152,9 +161,10 @@ def make_plan(artifact: Artifact, config: RuntimeConfig) -> RuntimePlan:
         What every head is to do.
 
     Raises:
-        ConfigError: a row count is above the block size.
+        ConfigError: a row count is above the block size, or no head reads an option.
         ArtifactError: FP8 is asked for, and the artifact does not say how far heads are off in it.
     """
+    require_read(artifact, config)
     forced, labels, selectors = _policy_of_all(config.policy, artifact.estimator)
     layers, heads = artifact.policy.shape
     in_fp8 = _in_fp8(artifact, config)
@@ -194,6 +204,43 @@ def make_plan(artifact: Artifact, config: RuntimeConfig) -> RuntimePlan:
         thresholds=artifact.thresholds,
         rows=artifact.rows,
     )
+
+
+def unread(artifact: Artifact, config: RuntimeConfig) -> dict[str, str]:
+    """The given options that no head of an artifact reads -> the heads that would, in words."""
+    given = [name for name in config.given() if name not in ("precision", "fp8_error")]
+    if config.policy == "shareprefill":
+        # The first head of a cluster may be a pivot, and only later ones have a distance to it.
+        sizes = [0, *artifact.cluster[artifact.cluster >= 0].bincount().tolist()]
+        needs = {"delta": (1, "in a cluster"), "tau": (2, "in a cluster of several")}
+        return {n: who for n, (least, who) in needs.items() if n in given and max(sizes) < least}
+    if config.policy != "auto":
+        return {}
+    planned = {*artifact.policy.flatten().tolist(), *artifact.fallback.flatten().tolist()}
+    found = {}
+    for name in given:
+        heads = _READ_BY_HEADS.get(name, [*Policy][1:])
+        if planned.isdisjoint(heads):
+            found[name] = " or ".join(policy.label for policy in heads)
+    return found
+
+
+def what_is_read(artifact: Artifact, config: RuntimeConfig) -> RuntimeConfig:
+    """The options without those that no head of an artifact reads."""
+    return replace(config, **dict.fromkeys(unread(artifact, config)))
+
+
+def require_read(artifact: Artifact, config: RuntimeConfig) -> None:
+    """Refuses an option that no head of an artifact reads.
+
+    Raises:
+        ConfigError: names the option, the policy, and the heads that would read it.
+    """
+    for name, who in unread(artifact, config).items():
+        raise ConfigError(
+            f"{name} = {getattr(config, name)!r} does nothing to policy {config.policy!r} with "
+            f"this artifact, none of whose heads is {who}: leave it out, or name another artifact"
+        )
 
 
 def _in_fp8(artifact: Artifact, config: RuntimeConfig) -> list[bool]:

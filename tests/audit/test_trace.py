@@ -63,7 +63,7 @@ def test_long_maps_are_averaged_and_without_a_wish_none_is_kept() -> None:
     *_, sketches = traced(tokens=16 * 70)
     assert sketches[0].maps.shape == (4, 64, 64)
     model = tiny_llama()
-    with share_prefill(model, tiny_artifact(model), CONFIG) as session, torch.no_grad():
+    with share_prefill(model, tiny_artifact(model, POLICIES), CONFIG) as session, torch.no_grad():
         model(input_ids=token_ids(1, 64))
     assert session.sketches() == {}
 

@@ -251,6 +251,29 @@ def test_dense_and_sparse_prefills_take_turns(
     assert [replace(asked, samples=n).repeats for n in (1, 2, 3, 20)] == [3, 2, 1, 1]
 
 
+def test_options_reach_the_artifacts_whose_heads_read_them() -> None:
+    model = tiny_llama()
+    dense, other = tiny_artifact(model, [[Policy.DENSE] * 4] * 3), tiny_artifact(model)
+    options: dict[str, Any] = {"artifact": "dense.st", "max_density": 1.0}
+    asked = EvalConfig(**options, policies=("auto", "sampled"), gammas=(0.6, 0.9))
+    found = [
+        (v.policy, v.settings, v.runtime and v.runtime.max_density)
+        for v in variants_of(asked, [dense])
+    ]
+    assert found == [
+        ("auto", {}, None),
+        ("sampled", {"gamma": 0.6}, 1.0),
+        ("sampled", {"gamma": 0.9}, 1.0),
+    ]
+    both = variants_of(EvalConfig(**options, others=("other.st",)), [dense, other])
+    assert [v.settings for v in both] == [{"artifact": "dense"}, {"artifact": "other"}]
+    assert [v.runtime and v.runtime.max_density for v in both] == [None, 1.0]
+    with pytest.raises(ConfigError, match=r"max_density = 1\.0 does nothing to policy 'auto' with"):
+        variants_of(EvalConfig(**options), [dense])
+    with pytest.raises(ConfigError, match=r"gamma = 0\.9 does nothing to policy 'auto' with this"):
+        variants_of(EvalConfig(artifact="dense.st", gammas=(0.9,)), [dense])
+
+
 def test_outcomes_are_those_of_their_own_conditions() -> None:
     """What was timed otherwise, beside others, or not measured, is measured again."""
     known: Any = SimpleNamespace(values={"model": "m", "device": "CPU", "threads": 1})

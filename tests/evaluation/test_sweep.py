@@ -15,6 +15,7 @@ from shareprefill.errors import ConfigError
 from shareprefill.evaluation.config import SweepConfig
 from shareprefill.evaluation.sweep import Sweep, sweep
 from tests.support.checkpoint import save_checkpoint, small_calibration
+from tests.support.tiny import tiny_artifact, tiny_llama
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +70,14 @@ def test_one_parameter_changes_at_a_time(folder: Path, found: Sweep) -> None:
     # Everything else is as the artifact has it.
     made = load_artifact(folder / "out" / "k-12.st").configuration["cluster"]
     assert made == {**load_artifact(folder / "clusters.st").configuration["cluster"], "k": 12}
+
+
+def test_a_parameter_that_no_head_reads_is_told_before_the_model_is_loaded(tmp_path: Path) -> None:
+    path = tmp_path / "clusters.st"
+    save_artifact(tiny_artifact(tiny_llama()), path)
+    asked = SweepConfig(artifact=str(path), model="not-there", slacks=(0.0, 0.1))
+    with pytest.raises(ConfigError, match=r"slack = 0\.0 .* none of whose heads is share"):
+        sweep(asked)
 
 
 def test_the_knee_lies_within_the_values(found: Sweep) -> None:

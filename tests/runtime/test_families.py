@@ -13,6 +13,7 @@ from shareprefill.config import RuntimeConfig
 from shareprefill.errors import UnsupportedError
 from shareprefill.runtime.generation import cache_of
 from shareprefill.runtime.layers import LayerKind, layer_uses
+from shareprefill.runtime.plan import what_is_read
 from tests.support.families import FAMILIES, IMAGE_TOKEN, Family, build, is_installed
 from tests.support.sweep import DOCUMENT, every_family, measure, support_of, words
 from tests.support.tiny import tiny_artifact, token_ids
@@ -110,11 +111,11 @@ def test_logits_are_the_models_own_and_layers_are_what_they_are_said_to_be(famil
     policies = [POLICIES if layer in shared else [Policy.DENSE] * 4 for layer in layers]
     artifact = tiny_artifact(model, policies)
     torch.manual_seed(1)
-    with share_prefill(model, artifact, EVERYTHING) as session:
+    with share_prefill(model, artifact, what_is_read(artifact, EVERYTHING)) as session:
         assert_equal_runs(runs(model), own)
     assert [layer.layer for layer in session.report().layers] == shared
     torch.manual_seed(1)
-    with share_prefill(model, artifact, SPARSE) as session:
+    with share_prefill(model, artifact, what_is_read(artifact, SPARSE)) as session:
         sparse = runs(model)
     assert all(bool(logits.isfinite().all()) for logits in sparse.values())
     assert (session.report().density < 1) == bool(shared)

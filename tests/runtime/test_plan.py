@@ -1,4 +1,4 @@
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import cache, partial
 from typing import Any
 
@@ -9,11 +9,11 @@ from shareprefill import share_prefill
 from shareprefill.artifact import Artifact, Policy, Thresholds
 from shareprefill.config import RuntimeConfig
 from shareprefill.errors import ConfigError, DataError
-from shareprefill.policy_names import POLICIES, SELECTION_POLICIES, reads
+from shareprefill.policy_names import POLICIES, READ_BY, SELECTION_POLICIES, reads
 from shareprefill.runtime.core import SparsePrefill
 from shareprefill.runtime.ops.block_sparse_attention import block_sparse_attention
 from shareprefill.runtime.ops.blocks import always_blocks, causal_lists
-from shareprefill.runtime.plan import make_plan, plan_without_artifact
+from shareprefill.runtime.plan import make_plan, plan_without_artifact, unread
 from shareprefill.runtime.policies import make_policy, policy_text
 from shareprefill.runtime.policies.sampled import Sampled
 from shareprefill.runtime.policies.streaming import Streaming
@@ -25,7 +25,7 @@ from tests.support.tiny import tiny_artifact, tiny_llama, token_ids
 @pytest.mark.parametrize("name", ["pivot_rows", "sample_rows", "check_rows"])
 def test_a_block_has_so_many_rows(name: str) -> None:
     """Also for engines, which make plans without `share_prefill`."""
-    artifact = tiny_artifact(tiny_llama())
+    artifact = artifact_of((P, S, R, V), (D,) * 4, (D,) * 4)
     rows = {name: artifact.block_size + 1}
     with pytest.raises(ConfigError, match=f"{name} = 17 is not allowed: a block has 16 rows"):
         make_plan(artifact, RuntimeConfig.from_dict(rows))
@@ -117,8 +117,11 @@ OWN_PARAMETERS = (
 
 
 @cache
-def artifact_of(*policies: tuple[Policy, ...]) -> Artifact:
+def artifact_of(*policies: tuple[Policy, ...], clusters: int | None = None) -> Artifact:
+    """A tiny artifact, whose heads are all in one cluster, or each in one of so many at most."""
     gamma, errors = torch.full((3, 4), 0.6), torch.linspace(0, 0.2, 12).view(3, 4)
+    number = torch.arange(12).view(3, 4)
+    in_clusters = number.where(number < (clusters or 0), -1)
     return tiny_artifact(
         tiny_llama(),
         [[*row] for row in policies],
@@ -126,6 +129,7 @@ def artifact_of(*policies: tuple[Policy, ...]) -> Artifact:
         gamma=gamma,
         fallback_gamma=gamma,
         fp8_error=errors,
+        **({} if clusters is None else {"cluster": in_clusters.int()}),
     )
 
 
@@ -158,10 +162,10 @@ def does_something(
 ) -> bool:
     """Whether an option changes something under a policy; else it is refused, for good reason."""
     changed, base = CHANGES[option]
-    is_dense = policy == "dense"
+    is_dense = policy == "dense" or (policy == "auto" and not artifact.policy.any())
     options = {"policy": policy, "min_tokens": 0, **({} if is_dense else {"max_density": 1.0})}
     done = partial(what_is_done, artifact, is_broken=option == "nonfinite")
-    if is_dense and option in ("precision", "fp8_error"):
+    if policy == "dense" and option in ("precision", "fp8_error"):
         # That would be another attention than the model's own.
         with pytest.raises(ConfigError, match="policy 'dense'"):
             RuntimeConfig.from_dict({**options, **base, option: changed})
@@ -186,6 +190,59 @@ def test_every_option_does_something_or_is_refused(
 ) -> None:
     artifact = artifact_of((P, S, V, R), (S, S, M, D), (V, R, S, P))
     assert does_something(artifact, policy, option, monkeypatch) == reads(policy, option)
+
+
+OF_PATTERNS = ("gamma", "sink_blocks", "local_blocks", "max_density")
+
+
+@pytest.mark.parametrize("option", [*READ_BY, *OF_PATTERNS])
+@pytest.mark.parametrize(
+    ("heads", "read"),
+    [
+        ((D, D, D, D), ()),
+        ((M, M, D, M), OF_PATTERNS),
+        ((R, R, M, D), (*OF_PATTERNS, "sample_rows")),
+        ((V, V, V, V), (*OF_PATTERNS, "sample_rows", "delta")),
+        ((P, S, S, S), (*OF_PATTERNS, "slack", "pivot_rows", "check_rows")),
+    ],
+)
+def test_every_option_does_something_to_a_plan_or_is_refused(
+    heads: tuple[Policy, ...],
+    read: tuple[str, ...],
+    option: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    artifact = artifact_of(heads, heads, heads)
+    assert does_something(artifact, "auto", option, monkeypatch) == (option in read)
+
+
+@pytest.mark.parametrize(
+    ("clusters", "read"), [(0, ()), (12, ("delta",)), (None, ("delta", "tau"))]
+)
+@pytest.mark.parametrize("option", ["delta", "tau"])
+def test_the_papers_rule_reads_thresholds_where_there_are_clusters(
+    clusters: int | None, read: tuple[str, ...], option: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    artifact = artifact_of((D,) * 4, (D,) * 4, (D,) * 4, clusters=clusters)
+    assert does_something(artifact, "shareprefill", option, monkeypatch) == (option in read)
+
+
+def test_a_fallback_reads_options_too() -> None:
+    artifact = artifact_of((P, S, S, S), (D,) * 4, (D,) * 4)
+    for fallback, read in ((R, ["sample_rows"]), (V, ["sample_rows", "delta"]), (D, [])):
+        changed = artifact.fallback.masked_fill(artifact.policy == S, fallback)
+        planned = replace(artifact, fallback=changed)
+        for option in ("sample_rows", "delta"):
+            given = RuntimeConfig.from_dict({option: 1})
+            assert (option not in unread(planned, given)) == (option in read)
+
+
+def test_an_option_that_no_head_reads_is_refused_by_name() -> None:
+    artifact = artifact_of((R,) * 4, (R,) * 4, (R,) * 4)
+    with pytest.raises(ConfigError, match=r"slack = 0\.1 .* 'auto' with this .* heads is share:"):
+        make_plan(artifact, RuntimeConfig(slack=0.1))
+    # Another policy than the plan's has readers of its own.
+    assert make_plan(artifact, RuntimeConfig(policy="sampled", sample_rows=4)).sample_rows == 4
 
 
 def test_all_options_are_changed_above() -> None:

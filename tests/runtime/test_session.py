@@ -304,7 +304,7 @@ def test_an_artifact_of_another_model_is_refused(model: Any) -> None:
 
 def test_more_rows_than_a_block_has_are_refused(model: Any) -> None:
     with pytest.raises(ConfigError, match=f"pivot_rows = 17 .* {BLOCK} rows"):
-        share_prefill(model, tiny_artifact(model), RuntimeConfig(pivot_rows=17))
+        share_prefill(model, tiny_artifact(model, [[P, S, S, S]] * 3), RuntimeConfig(pivot_rows=17))
 
 
 def test_the_attention_implementation_is_restored(model: Any) -> None:

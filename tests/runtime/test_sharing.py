@@ -18,7 +18,7 @@ from shareprefill.runtime.ops.block_selection import select_blocks
 from shareprefill.runtime.ops.block_sparse_attention import block_sparse_attention
 from shareprefill.runtime.ops.blocks import BlockLists, always_blocks, causal_blocks
 from shareprefill.runtime.ops.pooled_attention import pooled_attention, sample_rows
-from shareprefill.runtime.plan import RuntimePlan, make_plan
+from shareprefill.runtime.plan import RuntimePlan, make_plan, what_is_read
 from shareprefill.runtime.policies.base import LayerInputs
 from shareprefill.runtime.policies.smoothed import Smoothed
 from shareprefill.runtime.records import LayerRecord
@@ -54,10 +54,10 @@ def run(
     layer: int = 0,
     **changes: Any,
 ):
-    config = config or RuntimeConfig()
+    config, artifact = config or RuntimeConfig(), tiny_artifact(model, policies, **changes)
     if config.max_density is None and reads(config.policy, "max_density"):
         config = replace(config, max_density=1.0)
-    plan = make_plan(tiny_artifact(model, policies, **changes), config)
+    plan = make_plan(artifact, what_is_read(artifact, config))
     if state is None:
         state = state_of(plan, inputs)
     return layer_of(plan, layer, state, inputs)
@@ -428,14 +428,16 @@ def test_a_layer_of_dense_heads_may_be_one_launch_of_lists(
 def test_no_n_by_n_tensor_is_made(model: Any, row: list[Policy]) -> None:
     tokens = 3000
     inputs = tensors(tokens, tokens)
-    plan = make_plan(tiny_artifact(model, [row, [D] * 4, [D] * 4]), RuntimeConfig(slack=1.0))
+    artifact = tiny_artifact(model, [row, [D] * 4, [D] * 4], slack=torch.ones(3, 4))
+    plan = make_plan(artifact, RuntimeConfig())
     with LargestTensor() as largest:
         SparsePrefill(plan).attend(0, state_of(plan, inputs), **inputs, scale=0.25)
     assert largest.elements < tokens**2 / 4
 
 
 def test_options_go_before_the_artifact(model: Any) -> None:
-    artifact = tiny_artifact(model, thresholds=Thresholds(gamma=0.7, tau=0.1, delta=0.4))
+    policies, thresholds = [[P, S, S, S]] * 3, Thresholds(gamma=0.7, tau=0.1, delta=0.4)
+    artifact = tiny_artifact(model, policies, thresholds=thresholds)
     plan = make_plan(artifact, RuntimeConfig())
     assert (plan.delta, plan.pivot_rows) == (0.4, 4)
     assert plan.layers[0][0].gamma == pytest.approx(0.9)

@@ -19,11 +19,12 @@ from shareprefill.errors import ShareprefillError, UnsupportedError
 from shareprefill.models import geometry
 from shareprefill.runtime.generation import cache_of
 from shareprefill.runtime.layers import LayerKind, LayerUse, layer_uses
+from shareprefill.runtime.plan import what_is_read
 from tests.support.families import FAMILIES, SMALL, Family, build
 from tests.support.tiny import tiny_artifact, token_ids
 
 DENSE = RuntimeConfig(min_tokens=10**9)
-EVERYTHING = RuntimeConfig(gamma=1.0, slack=1.0, min_tokens=0, max_density=1.0)
+EVERYTHING = RuntimeConfig(gamma=1.0, min_tokens=0, max_density=1.0)
 TOKENS = 75
 # Larger ones cannot be made small by the names of their sizes.
 _PARAMETERS = 20_000_000
@@ -243,7 +244,7 @@ def measure(family: Family) -> Row:
         )
         with share_prefill(model, artifact, DENSE):
             dense = _difference(model, own)
-        with share_prefill(model, artifact, EVERYTHING):
+        with share_prefill(model, artifact, what_is_read(artifact, EVERYTHING)):
             sparse = _difference(model, own)
     except ShareprefillError as error:
         return Row(family.name, "no", reason=f"refused: {_text(error)}")
