@@ -134,6 +134,9 @@ def token_losses(model: Any, states: Tensor, input_ids: Tensor) -> Tensor:
         model: The decoder that made the states.
         states: Final states of the prompt, `[N, hidden_size]`, on any device.
         input_ids: int64 `[N]`, N >= 2.
+
+    Raises:
+        ModelError: a loss is NaN or infinite.
     """
     losses, start = [], 1
     for piece in _pieces(model, states[:-1]):
@@ -141,7 +144,13 @@ def token_losses(model: Any, states: Tensor, input_ids: Tensor) -> Tensor:
         targets = input_ids[start : start + len(piece)].to(logits.device)
         losses.append(nn.functional.cross_entropy(logits, targets, reduction="none").cpu())
         start += len(piece)
-    return torch.cat(losses).double()
+    found = torch.cat(losses).double()
+    if not bool(found.isfinite().all()):
+        raise ModelError(
+            "the model's predictions are not finite, so the text has no perplexity: choose a "
+            "--dtype of a wider range, or check the model's weights"
+        )
+    return found
 
 
 def sampled_score(model: Any, states: Tensor, seed: int) -> Tensor:

@@ -5,6 +5,7 @@ A prefill whose activations would not fit into memory runs in chunks by itself.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shareprefill.errors import ConfigError, DataError
+from shareprefill.errors import ConfigError, DataError, ModelError
 from shareprefill.models import geometry, max_length, position_table
 from shareprefill.runtime.interface import attached, dense_attention, is_attached
 from shareprefill.runtime.streaming import TextStream
@@ -249,6 +250,7 @@ def generate(
         ConfigError: prompt and new tokens need more positions than the model has, or no new token
             is asked for.
         DataError: the prompt has no tokens.
+        ModelError: predictions are NaN.
     """
     check_positions(model, len(input_ids), max_new_tokens)
     device = _device(model)
@@ -256,7 +258,7 @@ def generate(
     with _last_hidden(model) as hidden:
         start = time.perf_counter()
         step = prefill(model, input_ids, prefill_chunk)
-        token = int(step.logits[0, -1].argmax())
+        token = _first_choice(step.logits[0, -1])
         first = time.perf_counter()
     tokens = [token]
     text = TextStream(tokenizer, on_text)
@@ -268,7 +270,7 @@ def generate(
             **cache_of(step),
             use_cache=True,
         )
-        token = int(step.logits[0, -1].argmax())
+        token = _first_choice(step.logits[0, -1])
         tokens.append(token)
         if token not in stops:
             text.add(token)
@@ -285,6 +287,18 @@ def generate(
 
 
 @torch.no_grad()
+def _first_choice(logits: Tensor) -> int:
+    """The most likely token, of logits `[vocabulary]`."""
+    token = int(logits.argmax())
+    # Where there is a NaN, `argmax` takes it.
+    if math.isnan(logits[token].item()):
+        raise ModelError(
+            "the model's predictions are not finite, so there is no answer: choose a --dtype of a "
+            "wider range, or check the model's weights"
+        )
+    return token
+
+
 def follow(model: Any, input_ids: Tensor, tokens: Tensor, prefill_chunk: int | None = None) -> None:
     """Runs a prompt, and behind it given tokens one after the other, whatever the model predicts.
 

@@ -103,6 +103,8 @@ def test_tokens_that_are_ruled_out_and_predictions_that_are_no_numbers() -> None
     for broken in ((states * torch.nan, others), (states, others * torch.nan)):
         with pytest.raises(ModelError, match="predictions are not finite"):
             compare_predictions(model, *broken)
+    with pytest.raises(ModelError, match="predictions are not finite, so the text has no perpl"):
+        token_losses(model, states * torch.nan, token_ids(20))
 
 
 def test_logits_of_an_unknown_kind_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ import transformers
 from shareprefill import share_prefill
 from shareprefill.artifact import Policy
 from shareprefill.config import RuntimeConfig
-from shareprefill.errors import ConfigError, DataError
+from shareprefill.errors import ConfigError, DataError, ModelError
 from shareprefill.models import load_model, load_tokenizer, max_length, position_table
 from shareprefill.runtime import generation
 from shareprefill.runtime.generation import cache_of, chunk_tokens, generate, prefill
@@ -231,6 +231,14 @@ def test_rotary_positions_have_no_end(model: Any) -> None:
     assert found.new_tokens == 10
     bloom = {"hidden_size": 16, "n_layer": 1, "n_head": 2, "vocab_size": 40}
     assert position_table(transformers.BloomForCausalLM(transformers.BloomConfig(**bloom))) is None
+
+
+def test_predictions_that_are_no_numbers_are_no_answer(tmp_path: Path) -> None:
+    """A NaN's place in the vocabulary was taken for the answer."""
+    broken, tokenizer = tiny_llama(), load_tokenizer(str(save_checkpoint(tmp_path)))
+    broken.get_output_embeddings().weight.data[5] = torch.nan
+    with pytest.raises(ModelError, match="predictions are not finite, so there is no answer"):
+        generate(broken, tokenizer, token_ids(20), max_new_tokens=2)
 
 
 def test_no_prompt_and_no_new_tokens_are_refused(model: Any) -> None:
