@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from shareprefill.models import attention_layers, fingerprint, load_model
-from shareprefill.weights import attention_weights, sketch_distances
+from shareprefill.weights import base_weights, sketch_distances
 
 STEPS, TOKENS = 5, 64
 
@@ -129,7 +129,7 @@ def _layers(model: Any) -> list[list[Tensor]]:
     return [
         [
             weight
-            for _, weight in sorted(attention_weights(layer.module), key=lambda pair: pair[0])
+            for _, weight in sorted(base_weights(layer.module), key=lambda pair: pair[0])
             if weight.ndim >= 2
         ]
         for layer in attention_layers(model)

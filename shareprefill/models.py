@@ -27,7 +27,13 @@ from torch import Tensor, nn
 
 from shareprefill.errors import ConfigError, ModelError, UnsupportedError
 from shareprefill.files import kind_of, printable
-from shareprefill.weights import attention_weights, has_adapters, sketch
+from shareprefill.weights import (
+    adapter_settings,
+    all_weights,
+    base_weights,
+    has_adapters,
+    sketch,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -396,7 +402,7 @@ def fingerprint(model: PreTrainedModel) -> Fingerprint:
     digest, sketches = hashlib.sha256(), []
     for layer in layers:
         with _in_memory(layer.module):
-            weights = sorted(attention_weights(layer.module), key=lambda pair: pair[0])
+            weights = sorted(base_weights(layer.module), key=lambda pair: pair[0])
             for name, weight in weights:
                 if weight.is_meta:
                     raise UnsupportedError(
@@ -424,14 +430,16 @@ def model_digest(model: PreTrainedModel) -> str:
 
     What is kept of a model's results is good for this very model. Its fingerprint is too little for
     that: it does not tell models apart whose attention has the same weights, but whose other
-    weights, positions (RoPE) or end-of-text tokens differ. As there, the dtype does not count. An
-    edit that falls between the samples is not seen.
+    weights, adapters (PEFT: weights, scales, the active ones) or end-of-text tokens differ. As
+    there, the dtype does not count. An edit that falls between the samples is not seen.
     """
     known: dict[str, Any] = model.config.to_dict()
     stops = getattr(model.generation_config, "eos_token_id", None)
     text = json.dumps([_lasting(known), stops], sort_keys=True, default=str)
     digest = hashlib.sha256(text.encode())
-    for name, weight in attention_weights(model):
+    for name, settings in adapter_settings(model):
+        digest.update(json.dumps([name, settings], sort_keys=True).encode())
+    for name, weight in all_weights(model):
         digest.update(f"{name} {list(weight.shape)}\n".encode())
         if not weight.is_meta:
             digest.update(_canonical_bytes(_sampled(weight.reshape(-1))))

@@ -21,28 +21,62 @@ _SCALE = 200
 _PLAIN_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
-def attention_weights(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """The weights of a module and its parts, with their names.
+def base_weights(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The weights of a module and its parts, with their names, without adapters.
 
     Parameters as they are; where a library has packed them, the values that they stand for, by that
     library's own way: torch's dynamic quantisation, torchao, quanto, bitsandbytes. Buffers count
     where they hold what a part has instead of parameters (GPTQ, AWQ): raw, as they lie there.
     Adapters of PEFT are left out, and what they adapt has the name that it has without them.
 
-    Args:
-        module: An attention module.
-
     Yields:
         A name below the module, and a tensor on any device.
     """
     base = getattr(module, "base_layer", None)
     if isinstance(base, nn.Module) and has_adapters(module):
-        yield from attention_weights(base)
+        yield from base_weights(base)
         return
     yield from _own(module)
     for path, part in module.named_children():
-        for name, tensor in attention_weights(part):
+        for name, tensor in base_weights(part):
             yield f"{path}.{name}", tensor
+
+
+def all_weights(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The same with adapters, and with the buffers that are saved beside parameters.
+
+    Yields:
+        A name below the module, and a tensor on any device.
+    """
+    for path, part in module.named_modules(remove_duplicate=False):
+        found = dict(_own(part))
+        for name, buffer in part.named_buffers(recurse=False):
+            if name not in found and name not in part._non_persistent_buffers_set:
+                found[name] = buffer.detach()
+        for name, tensor in found.items():
+            yield f"{path}.{name}" if path else name, tensor
+
+
+def adapter_settings(module: nn.Module) -> Iterator[tuple[str, dict[str, Any]]]:
+    """What PEFT's layers hold beside weights: scales, the active adapters, those that are merged.
+
+    Yields:
+        A layer's name below the module, and its plain values by their names.
+    """
+    of_torch = vars(nn.Module()).keys()
+    for path, part in module.named_modules():
+        if hasattr(part, "adapter_layer_names"):
+            own = {name: value for name, value in vars(part).items() if name not in of_torch}
+            yield path, {name: value for name, value in own.items() if _is_plain(value)}
+
+
+def _is_plain(value: object) -> bool:
+    parts = [value]
+    if isinstance(value, dict):
+        parts = [*value.values()]
+    elif isinstance(value, list | tuple):
+        parts = [*value]
+    return all(isinstance(part, str | int | float | None) for part in parts)
 
 
 def has_adapters(module: nn.Module) -> bool:

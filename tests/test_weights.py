@@ -14,8 +14,8 @@ from shareprefill import share_prefill
 from shareprefill.artifact import NEAR_WEIGHTS, check_fingerprint
 from shareprefill.config import RuntimeConfig
 from shareprefill.errors import ArtifactError, UnsupportedError
-from shareprefill.models import attention_layers, fingerprint, warn_once
-from shareprefill.weights import SKETCH_SIZE, attention_weights, sketch, sketch_distances
+from shareprefill.models import attention_layers, fingerprint, model_digest, warn_once
+from shareprefill.weights import SKETCH_SIZE, base_weights, sketch, sketch_distances
 from tests.support.tiny import tiny_artifact, tiny_llama, token_ids
 
 
@@ -70,8 +70,8 @@ def test_quantised_models_have_fingerprints_of_their_own(way: str) -> None:
 
 @pytest.mark.parametrize("way", WAYS)
 def test_packed_weights_count_with_their_values(way: str) -> None:
-    plain = dict(attention_weights(attention_layers(tiny_llama(0))[1].module))
-    packed = dict(attention_weights(attention_layers(WAYS[way](tiny_llama(0)))[1].module))
+    plain = dict(base_weights(attention_layers(tiny_llama(0))[1].module))
+    packed = dict(base_weights(attention_layers(WAYS[way](tiny_llama(0)))[1].module))
     for name, weight in plain.items():
         assert packed[name].shape == weight.shape
         assert (packed[name].float() - weight).norm() < 0.15 * weight.norm()
@@ -143,6 +143,7 @@ class _Adapted(nn.Module):
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
         self.base_layer, self.lora_A = base_layer, nn.Linear(2, 2)
+        self.scaling, self._active_adapter, self._disable_adapters = {"a": 2.0}, ["a"], False
 
 
 def test_adapters_leave_the_fingerprint_as_it_is(caplog: pytest.LogCaptureFixture) -> None:
@@ -154,6 +155,39 @@ def test_adapters_leave_the_fingerprint_as_it_is(caplog: pytest.LogCaptureFixtur
     after = fingerprint(model)
     assert (after, after.sketch) == (before, before.sketch)
     assert "adapters that are not merged" in caplog.text
+
+
+@torch.no_grad()
+def test_a_digest_is_of_the_adapters_too() -> None:
+    model = copy.deepcopy(tiny_llama(0))
+    found = [model_digest(model)]
+    adapted: Any = _Adapted(model.model.layers[1].mlp.up_proj)
+    model.model.layers[1].mlp.up_proj = adapted
+    found.append(model_digest(model))
+    assert model_digest(copy.deepcopy(model)) == found[-1]
+    adapted.lora_A.weight[0, 0] += 1
+    found.append(model_digest(model))
+    for name, value in (
+        ("scaling", {"a": 4.0}),
+        ("_active_adapter", ["b"]),
+        ("_disable_adapters", True),
+    ):
+        setattr(adapted, name, value)
+        found.append(model_digest(model))
+    assert len({*found}) == 6
+
+
+@torch.no_grad()
+def test_a_digest_is_of_buffers_beside_weights() -> None:
+    # As the biases of DeepSeek's routers.
+    model = copy.deepcopy(tiny_llama(0))
+    model.model.norm.register_buffer("bias", torch.zeros(4))
+    model.model.norm.register_buffer("cache", torch.zeros(4), persistent=False)
+    before = model_digest(model)
+    model.model.norm.cache += 1
+    assert model_digest(model) == before
+    model.model.norm.bias += 1
+    assert model_digest(model) != before
 
 
 @pytest.mark.parametrize("dora", [False, True])
@@ -169,6 +203,11 @@ def test_models_with_adapters_run(dora: bool) -> None:
             if "lora_B" in name:
                 parameter.add_(0.1 * torch.randn_like(parameter))
     assert fingerprint(model) == fingerprint(base)
+    whole = model_digest(model)
+    assert whole != model_digest(base)
+    with model.disable_adapter():
+        assert model_digest(model) != whole
+    assert model_digest(model) == whole
     with torch.no_grad(), share_prefill(model, artifact, config) as session:
         adapted = model(input_ids=ids).logits
     assert session.report().prefills == 1

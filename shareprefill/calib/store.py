@@ -298,7 +298,7 @@ class MapStore:
         if self.digest and digest and self.digest != digest:
             raise ConfigError(
                 f"{self.folder} holds a calibration of a model with the same attention weights, "
-                "but other ones elsewhere, or another configuration (as of RoPE): "
+                "but other ones elsewhere, other adapters or another configuration: "
                 f"{self.digest[:12]} there, {digest[:12]} now; {way_out}"
             )
 
