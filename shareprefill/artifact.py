@@ -3,10 +3,10 @@
 An artifact is a safetensors file with some tensors and one metadata string, canonical JSON. Equal
 artifacts have equal bytes. Loading trusts nothing in the file.
 
-Version 2 added the fingerprint's sketch and checkpoint, effects, and the estimator. Until it is
-released, optional entries may be added to it: a line in `_TENSORS` or `_OBJECTS`, and a field of
-`Artifact` with the default None. In layers that were not captured, measured tensors are NaN: files
-of before that was so have made-up values there, which loading turns into NaN.
+Version 2 added the fingerprint's sketch, checkpoint and attention, effects, and the estimator.
+Until it is released, optional entries may be added to it: a line in `_TENSORS` or `_OBJECTS`, and a
+field of `Artifact` with the default None. In layers that were not captured, measured tensors are
+NaN: files of before that was so have made-up values there, which loading turns into NaN.
 """
 
 from __future__ import annotations
@@ -31,7 +31,13 @@ from torch import Tensor
 from shareprefill.config import BLOCK_SIZES
 from shareprefill.errors import ArtifactError
 from shareprefill.files import atomic_write_bytes, kind_of, printable
-from shareprefill.models import BUILT_IN, Fingerprint, ModelGeometry, warn_once
+from shareprefill.models import (
+    BUILT_IN,
+    Fingerprint,
+    ModelGeometry,
+    settings_that_differ,
+    warn_once,
+)
 from shareprefill.safetensors_reader import (
     Layout,
     RefusedError,
@@ -164,7 +170,7 @@ class Artifact:
 
     Attributes:
         model: The model's name, as the user gave it.
-        fingerprint: The model's geometry, and what tells its weights from others'.
+        fingerprint: The model's geometry, and what tells its attention from others'.
         cluster: `[L, H]` int32, the head's cluster; -1: none.
         policy: `[L, H]` int8, codes of `Policy`.
         pivot: `[L, H]` int32, id of the head whose pattern a SHARE head uses, a PIVOT head's own
@@ -357,7 +363,8 @@ def check_fingerprint(artifact: Artifact, fingerprint: Fingerprint) -> float:
     """Checks that an artifact was made for the model of this fingerprint.
 
     Equal attention weights pass. So do weights that are near in every layer, which another dtype, a
-    quantisation, or a light fine-tune of the same weights is; a warning then says how near.
+    quantisation, or a light fine-tune of the same weights is; a warning then says how near. Other
+    positions (RoPE), windows or logits do not pass, see `check_attention`.
 
     Returns:
         The relative distance of the attention weights in the worst layer, 0 where they are equal.
@@ -365,6 +372,39 @@ def check_fingerprint(artifact: Artifact, fingerprint: Fingerprint) -> float:
     Raises:
         ArtifactError: it was made for another one; both are named.
     """
+    distance = _weights_distance(artifact, fingerprint)
+    if fingerprint.attention is not None:
+        check_attention(artifact, fingerprint.attention)
+    return distance
+
+
+def check_attention(artifact: Artifact, settings: dict[str, Any]) -> None:
+    """Checks that a model has the positions, windows and logits that an artifact was made for.
+
+    Args:
+        artifact: What is to be used. Files of earlier versions do not say what they were made for:
+            a warning says so.
+        settings: Of the model (`models.attention_settings`).
+
+    Raises:
+        ArtifactError: it has others; both are named.
+    """
+    made_for = artifact.fingerprint.attention
+    if made_for is None:
+        warn_once(
+            f"the artifact for {printable(artifact.model)} is of an earlier version and does not "
+            "say which positions (RoPE) and windows it was made for: whether they are this "
+            f"model's was not compared; {_REGENERATE}"
+        )
+    elif changed := settings_that_differ(made_for, settings):
+        raise ArtifactError(
+            f"the artifact was made for {printable(artifact.model)} with other positions (RoPE), "
+            f"windows or logits than this model's ({changed}): load the model as it was "
+            f"calibrated, or make an artifact for it as it is: {_REGENERATE}"
+        )
+
+
+def _weights_distance(artifact: Artifact, fingerprint: Fingerprint) -> float:
     made_for = artifact.fingerprint
     if made_for == fingerprint:
         return 0.0
@@ -458,7 +498,12 @@ def _encode(artifact: Artifact) -> bytes:
     metadata = {
         "format_version": FORMAT_VERSION,
         "model": artifact.model,
-        "fingerprint": asdict(artifact.fingerprint),
+        "fingerprint": {
+            name: value
+            for name, value in asdict(artifact.fingerprint).items()
+            # As in files of before there was such an entry.
+            if name != "attention" or value is not None
+        },
         "code_size": artifact.code.shape[2],
         "block_size": artifact.block_size,
         "thresholds": {k: float(v) for k, v in asdict(artifact.thresholds).items()},
@@ -483,10 +528,13 @@ def _decode(file: BufferedIOBase, size: int) -> Artifact:
         if optional and (version == 1 or name not in metadata)
     }
     check_keys(metadata, "metadata", _METADATA | _OBJECTS.keys() - lacking)
+    values = metadata["fingerprint"]
     added = {"sketch", "checkpoint"} if version >= 2 else set()
-    values = check_keys(
-        metadata["fingerprint"], "fingerprint", {"model_type", "geometry", "weights", *added}
-    )
+    if version >= 2 and isinstance(values, dict) and "attention" in values:
+        added.add("attention")
+    check_keys(values, "fingerprint", {"model_type", "geometry", "weights", *added})
+    if "attention" in added and not isinstance(values["attention"], dict):
+        raise RefusedError(f"attention is {quoted(values['attention'])}, not an object")
     for key, kind in (("thresholds", Thresholds), ("rows", Rows)):
         check_keys(metadata[key], key, set(kind.__dataclass_fields__))
     geometry = check_keys(values["geometry"], "geometry", set(ModelGeometry.__dataclass_fields__))
@@ -606,6 +654,10 @@ def _check_fingerprint_values(fingerprint: Fingerprint) -> None:
     checkpoint, sketch = fingerprint.checkpoint, fingerprint.sketch
     if checkpoint != "" and not (isinstance(checkpoint, str) and _SHA256.fullmatch(checkpoint)):
         raise RefusedError(f"checkpoint is {quoted(checkpoint)}, not empty and not a sha256")
+    if fingerprint.attention is not None:
+        if not isinstance(fingerprint.attention, dict):
+            raise RefusedError(f"attention is {quoted(fingerprint.attention)}, not an object")
+        check_json(fingerprint.attention, "attention")
     for name in ModelGeometry.__dataclass_fields__:
         _integer(getattr(geometry, name), f"geometry.{name}", 1, MAX_HEADS)
     _integer(geometry.layers * geometry.heads, "the number of all heads", 1, MAX_HEADS)

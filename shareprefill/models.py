@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import logging
+import math
 import os
 import pickle
 import re
@@ -54,6 +55,25 @@ _PROJECTIONS += ("q_b_proj", "wq", "query")
 _NOT_OF_THE_MODEL = frozenset(
     ("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version")
 )
+# What a configuration says of attention besides its sizes and RoPE, by transformers' names:
+# positions, the keys that a layer sees, and what becomes of logits.
+_OF_ATTENTION = (
+    *("alibi", "alibi_bias_max", "compress_rope_theta", "layer_rope_theta", "no_rope_layers"),
+    *("position_embedding_type", "rope_interleave", "rope_ratio", "rotary_dim", "swa_rope_theta"),
+    *("attention_chunk_size", "attention_layers", "attention_window_size", "index_topk"),
+    *("keep_window_size", "layer_types", "local_attention", "sliding_window"),
+    *("sliding_window_size", "use_bidirectional_attention", "window_size"),
+    *("attention_multiplier", "attn_logit_softcapping", "attn_scale", "attn_temperature_tuning"),
+    *("clip_qkv", "floor_scale", "key_multiplier", "log_scaling_alpha", "log_scaling_n_floor"),
+    *("qk_l2_clip_threshold", "qk_layernorm", "qk_ln", "query_pre_attn_scalar"),
+    *("scale_attn_by_inverse_layer_idx", "scale_attn_weights", "softmax_scale"),
+    *("use_dynamic_ntk", "use_logn_attn", "use_qk_norm"),
+)
+# Names of RoPE's base and of the part of a head that it turns; those behind the first are older.
+_THETAS = ("rope_theta", "rotary_emb_base")
+_ROTARY_PARTS = ("partial_rotary_factor", "rotary_pct", "rotary_emb_fraction")
+# Settings that a message names of those that differ.
+_SHOWN = 6
 # Pieces of each weight that a digest of the model reads, and values of a piece.
 _DIGEST_PIECES = (16, 4096)
 # Tables of positions, by the names that they have in transformers' decoders.
@@ -83,6 +103,8 @@ class Fingerprint:
             behind the other (`shareprefill.weights`); empty where there are none.
         checkpoint: SHA-256 over the model's files (`shareprefill.checkpoint`), for engines that
             keep weights in another shape; empty where the model did not come from such files.
+        attention: What the configuration says of positions, windows and logits
+            (`attention_settings`); None where it is not known, as in files of earlier versions.
     """
 
     model_type: str
@@ -90,6 +112,7 @@ class Fingerprint:
     weights: str
     sketch: str = field(default="", compare=False, repr=False)
     checkpoint: str = field(default="", compare=False, repr=False)
+    attention: dict[str, Any] | None = field(default=None, compare=False, repr=False)
 
     def describe(self) -> str:
         """The architecture in words, for messages."""
@@ -421,7 +444,86 @@ def fingerprint(model: PreTrainedModel) -> Fingerprint:
             )
     model_type = model.config.get_text_config(decoder=True).model_type
     whole = "".join(sketches) if all(sketches) else ""
-    return Fingerprint(model_type, sizes, digest.hexdigest(), whole)
+    settings = attention_settings(model.config)
+    return Fingerprint(model_type, sizes, digest.hexdigest(), whole, attention=settings)
+
+
+def attention_settings(config: PreTrainedConfig) -> dict[str, Any]:
+    """What a configuration says of positions (RoPE), windows and logits.
+
+    With other values the same weights attend otherwise. How long prompts may be does not count.
+
+    Args:
+        config: Of a model, or of its text decoder.
+
+    Returns:
+        JSON-ready values by transformers' names. RoPE is as transformers 5 writes it, whatever the
+        configuration calls it; what is off (None, False, 0) is left out.
+    """
+    text: Any = config.get_text_config(decoder=True)
+    # MPT and DBRX have a part of it in a configuration of its own.
+    parts = (getattr(text, "attn_config", None), text)
+    found = [(name, getattr(part, name, None)) for part in parts for name in _OF_ATTENTION]
+    found.append(("rope_parameters", _rope(text)))
+    known = {name: value for name, value in found if value not in (None, False)}
+    # Lists in place of tuples, as they come out of a file.
+    return json.loads(json.dumps(known, default=str))
+
+
+def _rope(config: Any) -> dict[str, Any] | None:
+    """RoPE's parameters, by kinds of layers where these differ; None where there is no RoPE."""
+    given: dict[str, Any] = getattr(config, "rope_parameters", None) or {}
+    of_all = {
+        names[0]: next((v for n in names if (v := getattr(config, n, None)) is not None), None)
+        for names in (_THETAS, _ROTARY_PARTS)
+    }
+    if not given and of_all["rope_theta"] is None:
+        return None
+
+    def plain(values: dict[str, Any]) -> dict[str, Any]:
+        kind = values.get("rope_type") or values.get("type") or "default"
+        own = {name: value for name, value in values.items() if value is not None}
+        every = {**of_all, **own, "rope_type": kind}
+        return {n: value for n, value in every.items() if n != "type" and value is not None}
+
+    by_kind = {name: plain(values) for name, values in given.items() if isinstance(values, dict)}
+    return by_kind or plain(given)
+
+
+def settings_that_differ(there: dict[str, Any], now: dict[str, Any]) -> str:
+    """Where two `attention_settings` differ, in words; empty where they do not.
+
+    Numbers are equal up to the rounding of float32, in which GGUF files have them.
+    """
+    old, new = _leaves(there), _leaves(now)
+    lines = [
+        f"{printable(name, 80)} {_value(old, name)} there, {_value(new, name)} now"
+        for name in sorted(old.keys() | new.keys())
+        if not _equal(old.get(name), new.get(name))
+    ]
+    more = len(lines) - _SHOWN
+    return "; ".join(lines[:_SHOWN] + ([f"and {more} more"] if more > 0 else []))
+
+
+def _leaves(value: Any, name: str = "") -> dict[str, Any]:
+    """The values of nested objects and lists, their names joined by dots."""
+    if not isinstance(value, dict | list):
+        return {name: value}
+    items = value.items() if isinstance(value, dict) else enumerate(value)
+    found: dict[str, Any] = {}
+    for key, item in items:
+        found |= _leaves(item, f"{name}.{key}" if name else str(key))
+    return found
+
+
+def _equal(one: Any, other: Any) -> bool:
+    if isinstance(one, int | float) and isinstance(other, int | float):
+        return math.isclose(one, other, rel_tol=1e-6)
+    return one == other
+
+
+def _value(values: dict[str, Any], name: str) -> str:
+    return printable(repr(values[name]), 80) if name in values else "none"
 
 
 @torch.no_grad()

@@ -32,11 +32,17 @@ from shareprefill.artifact import (
     save_artifact,
 )
 from shareprefill.errors import ArtifactError, DataError
+from shareprefill.models import warn_once
 from tests.audit.synthetic import made_up_artifact, with_gaps
 
 FUZZ = runpy.run_path(str(Path(__file__).parents[1] / "tools" / "fuzz_artifact.py"))
 Parts = FUZZ["Parts"]
 LAYERS, HEADS = 2, 4
+ATTENTION: dict[str, Any] = {
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+    "layer_types": ["full_attention", "sliding_attention"],
+    "sliding_window": 512,
+}
 
 
 def example(**changes: Any) -> Artifact:
@@ -44,7 +50,9 @@ def example(**changes: Any) -> Artifact:
     shape = (LAYERS, HEADS)
     artifact = Artifact(
         model="organisation/model",
-        fingerprint=Fingerprint("llama", ModelGeometry(LAYERS, HEADS, 2, 16), "0a" * 32),
+        fingerprint=Fingerprint(
+            "llama", ModelGeometry(LAYERS, HEADS, 2, 16), "0a" * 32, attention=ATTENTION
+        ),
         cluster=torch.tensor([[-1, 0, 0, -1], [0, 1, 1, 0]], dtype=torch.int32),
         policy=torch.tensor([[0, 1, 2, 4], [2, 3, 1, 2]], dtype=torch.int8),
         pivot=torch.tensor([[-1, 1, 1, -1], [1, -1, 6, 1]], dtype=torch.int32),
@@ -338,8 +346,11 @@ def _set(target: str, *keys: str, value: Any) -> Any:
         (_set("metadata", "fingerprint", "sketch", value="0c" * 192), "of at most 2 layers"),
         (_set("metadata", "fingerprint", "sketch", value=["0c" * 64]), "sketch is .*, expected"),
         (_set("metadata", "fingerprint", "sketch", value=0), "sketch is 0, expected"),
+        (_set("metadata", "fingerprint", "attention", value=[]), "attention is .*, not an object"),
+        (_set("metadata", "fingerprint", "attention", value=None), "attention is None, not an ob"),
+        (_set("metadata", "fingerprint", "attention", value={"x": "\n"}), "attention holds"),
         (_set("metadata", "format_version", value=1), "keys of metadata: 'estimator' is unknown"),
-        (_as_format_1, "keys of fingerprint: 'checkpoint' is unk"),
+        (_as_format_1, "keys of fingerprint: 'attention' is unkn"),
         (lambda parts: parts.metadata["fingerprint"].pop("sketch"), "'sketch' is missing"),
         (_set("metadata", "fingerprint", "geometry", "layers", value=3), "tensor 'cluster' has sh"),
         (_set("metadata", "fingerprint", "geometry", "layers", value=2**40), "geometry.layers is"),
@@ -477,6 +488,44 @@ def test_check_fingerprint_names_both_models() -> None:
         check_fingerprint(artifact, replace(made_for, model_type="qwen3"))
     with pytest.raises(ArtifactError, match=r"weights differ .hash 0a0a0a0a0a0a, .*ffff"):
         check_fingerprint(artifact, replace(made_for, weights="ff" * 32))
+
+
+def test_other_positions_and_windows_are_refused() -> None:
+    artifact = example()
+    made_for = artifact.fingerprint
+    rope = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0}
+    changed = {**ATTENTION, "rope_parameters": rope, "layer_types": ["full_attention"] * 2}
+    del changed["sliding_window"]
+    message = (
+        "with other positions .RoPE., windows or logits than this model's "
+        r".layer_types.1 'sliding_attention' there, 'full_attention' now; "
+        r"rope_parameters.factor none there, 4.0 now; "
+        r"rope_parameters.rope_type 'default' there, 'yarn' now; "
+        r"sliding_window 512 there, none now.: load the model as it was calibrated, or make"
+    )
+    with pytest.raises(ArtifactError, match=message):
+        check_fingerprint(artifact, replace(made_for, attention=changed))
+    near = {**ATTENTION, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.000977}}
+    assert check_fingerprint(artifact, replace(made_for, attention=near)) == 0
+    many = {**ATTENTION, "layer_types": ["x"] * 20}
+    with pytest.raises(ArtifactError, match="layer_types.13 none there, 'x' now; and 14 more"):
+        check_fingerprint(artifact, replace(made_for, attention=many))
+
+
+def test_files_of_before_say_nothing_of_positions(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    warn_once.cache_clear()
+    artifact = example(fingerprint=replace(example().fingerprint, attention=None))
+    save_artifact(artifact, tmp_path / "a.st")
+    assert b"attention" not in (tmp_path / "a.st").read_bytes()
+    loaded = load_artifact(tmp_path / "a.st")
+    assert loaded.fingerprint.attention is None
+    for _ in range(2):
+        assert check_fingerprint(loaded, example().fingerprint) == 0
+    (record,) = caplog.records
+    assert "which positions (RoPE) and windows it was made for" in record.message
+    assert "was not compared" in record.message
 
 
 def sketched(numbers: torch.Tensor) -> str:

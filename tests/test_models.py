@@ -12,13 +12,19 @@ import transformers
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedConfig,
+    PreTrainedTokenizerFast,
+)
 
 from shareprefill import models
 from shareprefill.errors import ConfigError, ModelError, UnsupportedError
 from shareprefill.models import (
     ModelGeometry,
     attention_layers,
+    attention_settings,
     fingerprint,
     geometry,
     load_config,
@@ -28,6 +34,7 @@ from shareprefill.models import (
     model_digest,
     model_slug,
     resolve_model,
+    settings_that_differ,
 )
 
 SIZES: dict[str, Any] = {
@@ -347,6 +354,50 @@ def test_the_digest_of_a_model_is_of_all_that_its_results_come_from(saved: Path)
         weight.view(-1)[-1] += 1
         found.add(model_digest(model))
     assert len(found) == 5
+
+
+def test_rope_is_the_same_however_a_configuration_writes_it() -> None:
+    new = {"rope_type": "yarn", "rope_theta": 5e5, "factor": 4.0}
+    new["original_max_position_embeddings"] = 2048
+    written = LlamaConfig(rope_parameters=dict(new))
+    old = LlamaConfig.from_dict(
+        {"rope_theta": 500000, "rope_scaling": {"type": "yarn", "factor": 4}}
+    )
+    # As classes out of a model's repository have it.
+    foreign = PreTrainedConfig(rotary_emb_base=5e5, rotary_pct=0.5)
+    foreign.rope_parameters = {"type": "yarn", "factor": 4.0, "mscale": None}
+    assert attention_settings(written) == {"rope_parameters": new}
+    assert settings_that_differ(attention_settings(written), attention_settings(old)) == ""
+    assert attention_settings(foreign)["rope_parameters"] == {
+        "rope_type": "yarn", "rope_theta": 5e5, "factor": 4.0, "partial_rotary_factor": 0.5
+    }  # fmt: skip
+
+
+def test_settings_of_attention_are_those_that_change_it() -> None:
+    plain = attention_settings(LlamaConfig())
+    assert plain == {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}
+    same = LlamaConfig(max_position_embeddings=9, use_cache=False, eos_token_id=7)
+    assert attention_settings(same) == plain
+    gemma = attention_settings(transformers.Gemma3TextConfig(num_hidden_layers=6))
+    assert gemma["rope_parameters"]["full_attention"]["rope_theta"] == 1e6
+    assert gemma["layer_types"][4:] == ["sliding_attention", "full_attention"]
+    assert gemma["sliding_window"] == 4096
+    whole = transformers.Gemma3Config()
+    assert attention_settings(whole) == attention_settings(whole.text_config)
+    capped = transformers.Gemma2Config(attn_logit_softcapping=30.0, num_hidden_layers=6)
+    changed = settings_that_differ(
+        attention_settings(transformers.Gemma2Config(num_hidden_layers=6)),
+        attention_settings(capped),
+    )
+    assert changed == "attn_logit_softcapping 50.0 there, 30.0 now"
+    # Off in one version of a library, unknown to another.
+    off = transformers.Qwen2Config(use_sliding_window=False, sliding_window=64)
+    assert "sliding_window" not in attention_settings(off)
+    # ALiBi of MPT lies in a configuration of its own.
+    nested: Any = transformers.MptConfig()
+    nested.sliding_window = 64
+    assert attention_settings(nested)["alibi"] is True
+    assert attention_settings(nested)["sliding_window"] == 64
 
 
 def test_a_digest_samples_large_weights_from_end_to_end() -> None:

@@ -82,6 +82,7 @@ def sample_artifact(
             weights=sha256(str(seed).encode()).hexdigest(),
             sketch=bytes(torch.randint(256, (64 * layers,), generator=generator).tolist()).hex(),
             checkpoint="0c" * 32 if seed % 2 else "",
+            attention={"rope_parameters": {"rope_theta": 1e4}} if seed % 2 else None,
         ),
         cluster=cluster.reshape(shape).int(),
         policy=policy.reshape(shape).to(torch.int8),

@@ -14,7 +14,7 @@ import hashlib
 import json
 import math
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ from shareprefill.files import (
     sealed,
     unsealed,
 )
-from shareprefill.models import Fingerprint, ModelGeometry
+from shareprefill.models import Fingerprint, ModelGeometry, settings_that_differ
 from shareprefill.runtime.ops.blocks import count_blocks
 
 FORMAT_VERSION = 2
@@ -118,6 +118,9 @@ class MapStore:
             store = cls.open(folder)
             store.refuse_other(config, fingerprint, digest)
             known = (asdict(store.fingerprint), store.digest)
+            if not digest or store.digest != digest:
+                # Maps of before may be of another configuration.
+                fingerprint = replace(fingerprint, attention=store.fingerprint.attention)
             if known != (asdict(fingerprint), digest):
                 # Equal weights: an earlier version knew less of them, or the files were repacked.
                 store.fingerprint, store.digest = fingerprint, digest
@@ -294,6 +297,12 @@ class MapStore:
             raise ConfigError(
                 f"{self.folder} holds a calibration of another model ({there} there; {now} now); "
                 f"{way_out}"
+            )
+        old, new = self.fingerprint.attention, fingerprint.attention
+        if old is not None and new is not None and (changed := settings_that_differ(old, new)):
+            raise ConfigError(
+                f"{self.folder} holds a calibration of a model with the same attention weights, "
+                f"but other positions (RoPE), windows or logits ({changed}); {way_out}"
             )
         if self.digest and digest and self.digest != digest:
             raise ConfigError(

@@ -245,6 +245,7 @@ def _metadata(artifact: Artifact) -> dict[str, Any]:
             "model": artifact.model,
             "model_type": artifact.fingerprint.model_type,
             "weights": artifact.fingerprint.weights,
+            "attention": artifact.fingerprint.attention or {},
             "block_size": artifact.block_size,
             "thresholds": {k: float(v) for k, v in asdict(artifact.thresholds).items()},
             "rows": asdict(artifact.rows),

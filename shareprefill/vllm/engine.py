@@ -23,9 +23,10 @@ from vllm.logger import init_logger
 from vllm.platforms import current_platform
 from vllm.v1.attention.selector import get_attn_backend
 
-from shareprefill.artifact import Artifact, load_artifact
+from shareprefill.artifact import Artifact, check_attention, load_artifact
 from shareprefill.checkpoint import check_checkpoint
 from shareprefill.errors import ArtifactError, ConfigError, UnsupportedError
+from shareprefill.models import attention_settings
 from shareprefill.runtime.crossover import DECODING, LayerSizes, crossover
 from shareprefill.runtime.decoding import density_of, effect_of
 from shareprefill.runtime.paged_decoding import PagedDecoding
@@ -220,6 +221,21 @@ def _check_sizes(artifact: Artifact, model: Any, n_layers: int, n_heads: int) ->
         )
 
 
+def _check_attention(artifact: Artifact, model: Any, *, is_unchecked: bool) -> None:
+    """Refuses an artifact of other positions (RoPE), windows or logits; unchecked, warns of them.
+
+    Options of the engine may have changed these (`hf_overrides`).
+    """
+    try:
+        check_attention(artifact, attention_settings(model.hf_text_config))
+    except ArtifactError as error:
+        if not is_unchecked:
+            raise ArtifactError(
+                f'{error}; or take the artifact all the same with "checkpoint": "unchecked"'
+            ) from error
+        logger.warning_once("shareprefill: %s; it is taken all the same, unchecked", error)
+
+
 def _check_files(artifact: Artifact, model: str, revision: str | None) -> None:
     """Refuses an artifact of another checkpoint's files, or of unknown ones.
 
@@ -250,8 +266,10 @@ def _make(options: ServingOptions, config: Any) -> ServingCore:
     artifact = None if options.artifact is None else load_artifact(options.artifact)
     check_files = None
     if artifact is not None:
+        is_unchecked = options.checkpoint == "unchecked"
         _check_sizes(artifact, model, n_layers, n_heads)
-        if options.checkpoint != "unchecked":
+        _check_attention(artifact, model, is_unchecked=is_unchecked)
+        if not is_unchecked:
             check_files = partial(_check_files, artifact, model.model, model.revision)
     if check_files is not None and os.path.exists(model.model):
         # Before minutes of loading. What comes from a hub is there only after them.

@@ -40,8 +40,8 @@ class ServingOptions:
         runtime: A session's options (`policy`, `gamma`, `min_tokens`, ...).
         lora: What requests with a LoRA adapter do: None refuses an engine that serves adapters,
             `share` reads the patterns of the base model for them too.
-        checkpoint: None refuses an artifact that cannot be compared with the model's files;
-            `unchecked` takes it if its sizes fit.
+        checkpoint: None refuses an artifact that cannot be compared with the model's files, or that
+            was made for other positions or windows; `unchecked` takes it if its sizes fit.
     """
 
     artifact: str | None

@@ -69,6 +69,7 @@ SCHEMA = {
         "weights": str,
         "sketch": str,
         "checkpoint": str,
+        "attention": (dict, type(None)),
     },
     "block_size": int,
     "thresholds": {"gamma": float, "tau": float, "delta": float},

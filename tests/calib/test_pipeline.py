@@ -102,9 +102,10 @@ def test_a_model_that_changed_outside_of_attention_is_refused(part: str, tmp_pat
     options = config(folder, samples=3)
     capture_maps(options, tmp_path / "out")
     change_outside_of_attention(folder, part)
-    with pytest.raises(ConfigError, match="the same attention weights, but other ones elsewhere"):
+    what = {"mlp": "other ones elsewhere", "rope": "other positions .*10000.0 there, 80000.0 now"}
+    with pytest.raises(ConfigError, match=f"the same attention weights, but {what[part]}"):
         forecast(options, tmp_path / "out")
-    with pytest.raises(ConfigError, match="the same attention weights, but other ones elsewhere"):
+    with pytest.raises(ConfigError, match=f"the same attention weights, but {what[part]}"):
         capture_maps(options, tmp_path / "out")
     capture_maps(options, tmp_path / "out", resume=False)
 

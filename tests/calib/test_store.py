@@ -81,10 +81,19 @@ def test_resuming_keeps_what_is_there(tmp_path: Path) -> None:
 def test_resuming_takes_what_is_now_known_of_the_same_model(tmp_path: Path) -> None:
     filled(tmp_path, prompts=2)
     more = replace(MODEL, sketch="0c" * 128, checkpoint="0d" * 32)
+    # What was captured may be of other positions, as no digest of the whole model was kept.
+    known = replace(more, attention={"sliding_window": 8})
+    begun = MapStore.begin(tmp_path, CONFIG, known, resume=True, digest="")
+    assert begun.fingerprint.attention is None
     assert len(MapStore.begin(tmp_path, CONFIG, more, resume=True, digest="0e" * 32).prompts) == 2
     found = MapStore.open(tmp_path)
     assert asdict(found.fingerprint) == asdict(more)
     assert len(found.prompts) == 2
+    MapStore.begin(tmp_path, CONFIG, known, resume=True, digest="0e" * 32)
+    assert MapStore.open(tmp_path).fingerprint.attention == known.attention
+    other = replace(known, attention={"sliding_window": 9})
+    with pytest.raises(ConfigError, match="sliding_window 8 there, 9 now.; use --fresh"):
+        MapStore.begin(tmp_path, CONFIG, other, resume=True, digest="0f" * 32)
     with pytest.raises(ConfigError, match="other ones elsewhere.*0e0e0e.* there, 0f0f0f.* now"):
         MapStore.begin(tmp_path, CONFIG, more, resume=True, digest="0f" * 32)
 

@@ -302,6 +302,17 @@ def test_an_artifact_of_another_model_is_refused(model: Any) -> None:
         share_prefill(tiny_llama(num_hidden_layers=2), tiny_artifact(model))
 
 
+def test_an_artifact_of_other_positions_is_refused(model: Any) -> None:
+    scaled = tiny_llama(rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4})
+    with pytest.raises(ArtifactError, match="rope_parameters.factor none there, 2.0 now.*sp calib"):
+        share_prefill(scaled, tiny_artifact(model))
+    # As docs/reliability.md takes it all the same.
+    unknown = replace(tiny_artifact(model).fingerprint, attention=None)
+    share_prefill(scaled, tiny_artifact(model, fingerprint=unknown))
+    # Longer prompts alone change nothing.
+    share_prefill(tiny_llama(max_position_embeddings=8192), tiny_artifact(model))
+
+
 def test_more_rows_than_a_block_has_are_refused(model: Any) -> None:
     with pytest.raises(ConfigError, match=f"pivot_rows = 17 .* {BLOCK} rows"):
         share_prefill(model, tiny_artifact(model, [[P, S, S, S]] * 3), RuntimeConfig(pivot_rows=17))

@@ -451,6 +451,7 @@ def test_what_cannot_be_served_fails_at_the_start(tmp_path: Path, window_model: 
     other_files = _artifact_with(tmp_path, "files.st", checkpoint="0" * 64)
     of_nobody = _artifact_with(tmp_path, "old.st", checkpoint="")
     window = {"sliding_window": 64, "layer_types": ["sliding_attention"] * 4}
+    rope = {"rope_type": "default", "rope_theta": 1000.0}
     cases: list[tuple[dict[str, Any], str]] = [
         ({"options": {"artifact": "nowhere.st"}}, "ArtifactError: .*nowhere.st"),
         ({"options": {"artefact": ARTIFACT}}, "ConfigError: .*artefact"),
@@ -458,6 +459,10 @@ def test_what_cannot_be_served_fails_at_the_start(tmp_path: Path, window_model: 
         ({"options": {"artifact": other_sizes}}, "of another model"),
         ({"options": {"artifact": other_files}}, "from other files"),
         ({"options": {"artifact": of_nobody}}, "cannot be checked: the artifact holds no"),
+        (
+            {"options": PLANNED, "arguments": {"hf_overrides": {"rope_parameters": rope}}},
+            'rope_theta 500000.0 there, 1000.0 now.*"checkpoint": "unchecked"',
+        ),
         # What comes from the hub is compared when it is there: after the model is loaded.
         (
             {
