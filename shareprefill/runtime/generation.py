@@ -286,7 +286,6 @@ def generate(
     )
 
 
-@torch.no_grad()
 def _first_choice(logits: Tensor) -> int:
     """The most likely token, of logits `[vocabulary]`."""
     token = int(logits.argmax())
@@ -299,6 +298,7 @@ def _first_choice(logits: Tensor) -> int:
     return token
 
 
+@torch.no_grad()
 def follow(model: Any, input_ids: Tensor, tokens: Tensor, prefill_chunk: int | None = None) -> None:
     """Runs a prompt, and behind it given tokens one after the other, whatever the model predicts.
 
