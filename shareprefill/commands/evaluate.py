@@ -197,11 +197,17 @@ def require_own_results(
         html: Whether a page is to be written, too.
 
     Raises:
-        DataError: there are such results, or files of these names that hold none.
+        DataError: there are such results, or files of these names that hold none, or folders.
     """
     path = None if out is None else out / f"{name}.json"
     if path is None:
         return
+    for written in (path, path.with_suffix(".html"))[: 1 + html]:
+        # Now, not after the work: whether it can be written.
+        if kind_of(written) == "folder":
+            raise DataError(
+                f"{printable(written)} is a folder: move it away, or choose another --out"
+            )
     if kind_of(path) != "file":
         if html:
             require_same(path.with_suffix(".html"), name, model, force=False)

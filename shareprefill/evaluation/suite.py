@@ -310,7 +310,7 @@ class OutcomeCache:
         self._path = None if folder is None else folder / _OUTCOMES
         if self._path is not None:
             if fresh:
-                self._path.unlink(missing_ok=True)
+                self._forget(self._path)
             elif self._path.exists():
                 self._read(self._path)
 
@@ -338,16 +338,22 @@ class OutcomeCache:
         except OSError as error:
             raise DataError(f"cannot write {self._path}: {error.strerror}") from error
 
+    def _forget(self, path: Path) -> None:
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as error:
+            raise DataError(f"cannot remove {path}: {error.strerror}") from error
+
     def _read(self, path: Path) -> None:
         try:
             data = path.read_bytes()
+            # A killed run may have left part of a line, and a later one must not go on within it.
+            whole = data[: data.rfind(b"\n") + 1]
+            if len(whole) < len(data):
+                with path.open("r+b") as file:
+                    file.truncate(len(whole))
         except OSError as error:
             raise DataError(f"cannot read {path}: {error.strerror}") from error
-        # A killed run may have left part of a line, and a later one must not go on within it.
-        whole = data[: data.rfind(b"\n") + 1]
-        if len(whole) < len(data):
-            with path.open("r+b") as file:
-                file.truncate(len(whole))
         for number, line in enumerate(whole.splitlines(), start=1):
             try:
                 values = unsealed(json.loads(line))

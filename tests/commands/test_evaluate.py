@@ -80,6 +80,17 @@ def test_fresh_forgets_outcomes(
     assert given == [False, True]
 
 
+@pytest.mark.parametrize("name", ["evaluation.json", "evaluation.html"])
+def test_a_folder_in_the_results_place_is_told_before_the_work(
+    folder: Path, tmp_path: Path, name: str
+) -> None:
+    (tmp_path / name).mkdir()
+    result = sp_eval(folder, "--out", tmp_path, "--html")
+    assert isinstance(result.exception, DataError)
+    assert f"{name} is a folder: move it away" in str(result.exception)
+    assert not (tmp_path / "outcomes.jsonl").exists()
+
+
 def test_all_policies_run(folder: Path) -> None:
     result = sp_eval(
         folder, "--tasks", "perplexity", "--policies", "all", "--json", "--max-density", 1

@@ -505,6 +505,13 @@ def test_a_damaged_ledger_and_a_folder_in_use(folder: Path, tmp_path: Path) -> N
         evaluate(config(folder), out=tmp_path)
 
 
+@pytest.mark.parametrize("fresh", [True, False])
+def test_a_ledger_that_cannot_be_used(folder: Path, tmp_path: Path, fresh: bool) -> None:
+    (tmp_path / "outcomes.jsonl").mkdir()
+    with pytest.raises(DataError, match=r"cannot (read|remove) .*outcomes.jsonl"):
+        evaluate(config(folder), out=tmp_path, fresh=fresh)
+
+
 def test_an_outcome_that_was_changed_is_refused(folder: Path, tmp_path: Path) -> None:
     asked = config(folder, tasks=("perplexity",), samples=1, measure=False)
     evaluate(asked, out=tmp_path)
