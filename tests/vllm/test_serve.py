@@ -75,7 +75,8 @@ def server(command: str, folder: Path) -> Iterator[str]:
         "PROMETHEUS_MULTIPROC_DIR": str(folder / "metrics"),
         "SHAREPREFILL_CROSSOVERS": str(table),
     }
-    small = f" --enforce-eager --dtype float32 --max-model-len 4096 --port {port}"
+    # Room for requests whose decode steps would be sparse, without which an engine does not start.
+    small = f" --enforce-eager --dtype float32 --max-model-len 8192 --port {port}"
     log = (folder / "server.log").open("w+")
     process = subprocess.Popen(
         ["bash", "-c", f"exec env {command}{small}"],
