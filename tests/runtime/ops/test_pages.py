@@ -170,7 +170,8 @@ def test_triton_s_kernels_find_pages(size: int, operator: str) -> None:
 
 @pytest.mark.parametrize("policy", ["pooled", "antidiagonal", "vertical-slash", "flex", "dense"])
 def test_a_layer_in_pages_does_what_it_does_on_tensors(policy: str) -> None:
-    config = RuntimeConfig(policy=policy, min_tokens=0, max_density=1.0)
+    of_patterns = {} if policy == "dense" else {"max_density": 1.0}
+    config = RuntimeConfig(policy=policy, min_tokens=0, **of_patterns)
     plan = plan_without_artifact(1, 4, config)
     prefill = SparsePrefill(plan)
     query, key, value = random_inputs(4, 2, 300, 700, 16, 16, torch.float32)
