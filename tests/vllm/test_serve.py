@@ -122,7 +122,7 @@ def rows(url: str) -> dict[tuple[str, str], float]:
     return {(kind, name): float(value) for kind, name, value in found}
 
 
-@pytest.mark.parametrize(("number", "policy"), enumerate(("auto", "auto", "pooled", "auto")))
+@pytest.mark.parametrize(("number", "policy"), list(enumerate(("auto", "auto", "pooled", "auto"))))
 def test_the_page_s_engines_serve_as_it_says(number: int, policy: str, tmp_path: Path):
     assert len(SERVE) == 4
     (command,) = written(SERVE[number].strip())
