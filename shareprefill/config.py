@@ -395,16 +395,14 @@ class RuntimeConfig(Stage):
 
     def given(self) -> dict[str, Any]:
         """The options by name that not every policy reads, where they are not the default."""
-        default = {field.name: field.default for field in fields(self)}
         values = {name: getattr(self, name) for name in (*READ_BY, *NOT_READ_BY)}
-        return {name: value for name, value in values.items() if value != default[name]}
+        return {name: value for name, value in values.items() if value != getattr(type(self), name)}
 
     def with_policy(self, policy: str) -> RuntimeConfig:
         """The same under another policy, without what was chosen for the former or is not read."""
         chosen = ("gamma", "slack", "tau", "delta", "pivot_rows", "check_rows")
-        default = {field.name: field.default for field in fields(self)}
         left_out = {
-            name: default[name]
+            name: getattr(type(self), name)
             for name in (*READ_BY, *NOT_READ_BY)
             if name in chosen or not reads(policy, name)
         }

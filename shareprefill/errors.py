@@ -30,6 +30,14 @@ class UnsupportedError(ShareprefillError):
     """The request is sound, but this build, device or model family cannot serve it."""
 
 
+def not_finite(consequence: str) -> ModelError:
+    """Of predictions that are NaN or infinite, and what follows from that."""
+    return ModelError(
+        f"the model's predictions are not finite, so {consequence}: choose a --dtype of a wider "
+        "range, or check the model's weights"
+    )
+
+
 def require(holds: bool, name: str, value: object, allowed: str) -> None:
     """Checks an option.
 

@@ -22,7 +22,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from shareprefill.config import LOCAL_BLOCKS, SINK_BLOCKS
 from shareprefill.errors import UnsupportedError
 from shareprefill.runtime.decoding import BLOCK as DECODE_BLOCK
 from shareprefill.runtime.decoding import LOCAL
@@ -38,6 +37,7 @@ from shareprefill.runtime.interface import (
 from shareprefill.runtime.ops.block_selection import head_blocks, list_blocks
 from shareprefill.runtime.ops.block_sparse_attention import block_sparse_attention
 from shareprefill.runtime.ops.fp8_attention import reference as fp8
+from shareprefill.runtime.plan import default_geometry
 
 CHANGE, LOST, DIVERGENCE = "effect_change", "effect_lost", "effect_divergence"
 # The same of rows that each read few blocks, as decode steps do.
@@ -182,7 +182,7 @@ def measure_effect(
     if all(tracer.calls[n].softcap is None and tracer.calls[n].sinks is None for n in layers):
         fp8_errors = [_fp8_error(tracer.calls[n], tracer.outputs[n].detach()[0]) for n in layers]
     dense = final.detach()
-    geometry = _geometry(len(input_ids), block_size, device)
+    geometry = default_geometry(len(input_ids), block_size, device)
     sparse = _Sparse({n: cut.pattern for n, cut in cuts.items()}, geometry)
     with torch.no_grad(), attached(model, sparse), final_states(model) as states:
         cast(Any, model)(input_ids=ids, use_cache=False)
@@ -257,7 +257,7 @@ def _cut(call: AttentionCall, output: Tensor, gradient: Tensor, block_size: int)
     """What the heads of a layer lose."""
     query, key, value = call.query[0].detach(), call.key[0].detach(), call.value[0].detach()
     heads, n_tokens = query.shape[:2]
-    geometry = _geometry(n_tokens, block_size, query.device)
+    geometry = default_geometry(n_tokens, block_size, query.device)
     # What a unit of attention to a key adds to a row's log likelihood is gradient . (v - o).
     way = gradient[0].float()  # [H, N, Dv]
     offset = (way * output[0].float()).sum(-1, keepdim=True)  # [H, N, 1]
@@ -364,14 +364,3 @@ def _pool(values: Tensor, block_size: int, n_k: int) -> Tensor:
         values = F.pad(values, (0, short[0], 0, short[1]))
     blocks = values.unflatten(2, (-1, block_size)).sum(-1).unflatten(1, (-1, block_size)).sum(2)
     return F.pad(blocks, (0, n_k - blocks.shape[2]))
-
-
-def _geometry(n_tokens: int, block_size: int, device: torch.device) -> Geometry:
-    return Geometry(
-        n_tokens,
-        n_tokens,
-        device,
-        block_size=block_size,
-        sink_blocks=SINK_BLOCKS,
-        local_blocks=LOCAL_BLOCKS,
-    )

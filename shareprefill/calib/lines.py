@@ -7,9 +7,8 @@ from dataclasses import fields
 import torch
 from torch import Tensor
 
-from shareprefill.config import LOCAL_BLOCKS, SINK_BLOCKS
-from shareprefill.runtime.geometry import Geometry
 from shareprefill.runtime.ops.block_selection import LineWeights, smooth_maps
+from shareprefill.runtime.plan import default_geometry
 
 LINE_NAMES = tuple(field.name for field in fields(LineWeights))
 
@@ -33,14 +32,7 @@ def line_products(sampled: Tensor, full: Tensor, n_tokens: int, block_size: int)
     Returns:
         float64 `[8, 8]`, in the order of `LineWeights`, the exact map last.
     """
-    geometry = Geometry(
-        n_tokens,
-        n_tokens,
-        full.device,
-        block_size=block_size,
-        sink_blocks=SINK_BLOCKS,
-        local_blocks=LOCAL_BLOCKS,
-    )
+    geometry = default_geometry(n_tokens, block_size, full.device)
     free = geometry.causal & ~geometry.always
     total = torch.zeros(8, 8, dtype=torch.float64, device=full.device)
     for few, exact in zip(sampled.split(_HEADS), full.split(_HEADS), strict=True):

@@ -23,7 +23,6 @@ from shareprefill.clustering.nesting import (
     nested_lines,
     nested_row_blocks,
 )
-from shareprefill.config import LOCAL_BLOCKS, SINK_BLOCKS
 from shareprefill.runtime.geometry import Geometry, checked_blocks
 from shareprefill.runtime.ops.block_selection import (
     LineWeights,
@@ -32,6 +31,7 @@ from shareprefill.runtime.ops.block_selection import (
     smooth_maps,
 )
 from shareprefill.runtime.ops.blocks import count_blocks
+from shareprefill.runtime.plan import default_geometry
 from shareprefill.runtime.policies.smoothed import Smoothed, line_weights
 
 # Attention mass that a pattern may be asked to cover: the choices for every head.
@@ -208,14 +208,7 @@ class HeldOutMeasurements:
         return sum(shares) / len(shares)
 
     def _prompt(self, record: PromptRecord, maps: dict[str, Tensor]) -> _Prompt:
-        geometry = Geometry(
-            record.tokens,
-            record.tokens,
-            torch.device("cpu"),
-            block_size=record.map_block,
-            sink_blocks=SINK_BLOCKS,
-            local_blocks=LOCAL_BLOCKS,
-        )
+        geometry = default_geometry(record.tokens, record.map_block, torch.device("cpu"))
         # The rows that the check looks at, here and in a prefill.
         check = maps[rows_key(self.check_rows)][:, geometry.checked].float()
         full = maps[FULL].transpose(0, 1).contiguous()

@@ -487,17 +487,16 @@ def variants_of(config: EvalConfig, artifacts: Sequence[Artifact]) -> list[Varia
         ConfigError: there is an option that neither a policy nor a head of an artifact reads.
     """
     variants: list[Variant] = []
+    named = list(zip(config.names or [""], artifacts or [None], strict=True))
     for asked in config.runtimes():
         of_all = asked.policy == "auto" and config.others
-        for name, artifact in zip(config.names or [""], artifacts or [None], strict=True):
+        for name, artifact in named if of_all else named[:1]:
             runtime = asked if artifact is None else what_is_read(artifact, asked)
             settings: dict[str, Any] = {"artifact": name} if of_all else {}
             if runtime.gamma is not None:
                 settings["gamma"] = runtime.gamma
             if all((v.artifact, v.runtime) != (artifact, runtime) for v in variants):
                 variants.append(Variant(runtime.policy, settings, artifact, runtime))
-            if not of_all:
-                break
     for name in ("gamma", "max_density"):
         given = [asked for asked in config.runtimes() if getattr(asked, name) is not None]
         if given and all(getattr(variant.runtime, name) is None for variant in variants):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from shareprefill.errors import ModelError, UnsupportedError
+from shareprefill.errors import UnsupportedError, not_finite
 
 # Logits that are made at once: 128 MiB in float32, 256 positions of a vocabulary of 128K.
 _LOGITS = 2**25
@@ -119,10 +119,7 @@ def compare_predictions(model: Any, dense: Tensor, sparse: Tensor) -> Fidelity:
         kl.append(terms.sum(-1, dtype=torch.float64).cpu())
     found_kl = torch.cat(kl)
     if not bool(found_kl.isfinite().all()):
-        raise ModelError(
-            "the model's predictions are not finite, so they cannot be compared with those of "
-            "dense attention: choose a --dtype of a wider range"
-        )
+        raise not_finite("they cannot be compared with those of dense attention")
     return Fidelity(found_kl.clamp_min(0), torch.cat(agrees))
 
 
@@ -146,10 +143,7 @@ def token_losses(model: Any, states: Tensor, input_ids: Tensor) -> Tensor:
         start += len(piece)
     found = torch.cat(losses).double()
     if not bool(found.isfinite().all()):
-        raise ModelError(
-            "the model's predictions are not finite, so the text has no perplexity: choose a "
-            "--dtype of a wider range, or check the model's weights"
-        )
+        raise not_finite("the text has no perplexity")
     return found
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shareprefill.errors import ConfigError, DataError, ModelError
+from shareprefill.errors import ConfigError, DataError, not_finite
 from shareprefill.models import geometry, max_length, position_table
 from shareprefill.runtime.interface import attached, dense_attention, is_attached
 from shareprefill.runtime.streaming import TextStream
@@ -291,10 +291,7 @@ def _first_choice(logits: Tensor) -> int:
     token = int(logits.argmax())
     # Where there is a NaN, `argmax` takes it.
     if math.isnan(logits[token].item()):
-        raise ModelError(
-            "the model's predictions are not finite, so there is no answer: choose a --dtype of a "
-            "wider range, or check the model's weights"
-        )
+        raise not_finite("there is no answer")
     return token
 
 

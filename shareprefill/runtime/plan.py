@@ -206,6 +206,18 @@ def make_plan(artifact: Artifact, config: RuntimeConfig) -> RuntimePlan:
     )
 
 
+def default_geometry(n_tokens: int, block_size: int, device: torch.device) -> Geometry:
+    """Of a whole prompt, with the blocks that are always read where no others are asked for."""
+    return Geometry(
+        n_tokens,
+        n_tokens,
+        device,
+        block_size=block_size,
+        sink_blocks=SINK_BLOCKS,
+        local_blocks=LOCAL_BLOCKS,
+    )
+
+
 def unread(artifact: Artifact, config: RuntimeConfig) -> dict[str, str]:
     """The given options that no head of an artifact reads -> the heads that would, in words."""
     given = [name for name in config.given() if name not in ("precision", "fp8_error")]
